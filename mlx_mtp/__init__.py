@@ -1,0 +1,48 @@
+"""Gemma 4 with its multi-token-prediction drafters, on MLX.
+
+    import mlx_mtp
+    lm = mlx_mtp.load()                       # the embedded demo pair; or a folder, or a repository's name
+    print(lm.generate("What is a drafter?").text)
+
+Names are imported on first use, so that `import mlx_mtp` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import Chunk, Generation, MTPModel, load
+    from .chat import Chat
+    from .errors import CheckpointError, MemoryBudgetError, MTPError, PairingError, PromptError
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    **dict.fromkeys(("load", "MTPModel", "Generation", "Chunk"), "api"),
+    "Chat": "chat",
+    **dict.fromkeys(("MTPError", "CheckpointError", "PairingError", "PromptError", "MemoryBudgetError"), "errors"),
+}
+
+__all__ = [
+    "Chat",
+    "CheckpointError",
+    "Chunk",
+    "Generation",
+    "MTPError",
+    "MTPModel",
+    "MemoryBudgetError",
+    "PairingError",
+    "PromptError",
+    "__version__",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mlx_mtp' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return value

@@ -1,0 +1,379 @@
+"""The public Python interface: `load` gives an `MTPModel`, which turns prompts into text.
+
+Puts the parts together (checkpoint, tokeniser, decode engine) and holds what outlives a request: the models and a few
+KV buffers. The decoding itself is in decode/, text matters in text.py, conversations in chat.py.
+
+Calls may come from several threads. They take turns round by round.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from . import checkpoint
+from .decode.engine import Engine, Request, Stats
+from .decode.round import draft, first_state
+from .decode.sampling import Sampler, SamplingOptions, row_seed
+from .errors import MTPError, PromptError
+from .models.drafter import POSITIONS
+from .text import StopStrings, StreamDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from .chat import Chat
+
+DEMO = Path(__file__).parent / "demo"
+"""The embedded demo pair: folders `target` and `drafter`."""
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
+
+_IDLE_ENGINES = 1
+"""KV buffers kept between requests, for prompts that begin with what they hold."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One finished generation.
+
+    Attributes:
+        text: What was generated, without special tokens; cut before a stop string.
+        tokens: All generated token ids, the stop token included.
+        finish_reason: "stop" (a stop token or stop string) or "length" (`max_tokens`, or the context is full).
+        stats: What it took.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a streamed generation; the texts of all chunks, joined, are `Generation.text`.
+
+    Attributes:
+        text: New text; may be empty while a character or a possible stop string is incomplete.
+        tokens: New token ids.
+        finish_reason: Set in the last chunk, see `Generation`.
+        stats: The running statistics, one object for all chunks of a generation.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str | None
+    stats: Stats
+
+
+def load(
+    target: str | Path | None = None,
+    drafter: str | Path | bool | None = None,
+    quantize: int | None = None,
+    dtype: str | None = None,
+    profile: str | Path | None = "auto",
+    drafter_position: str = "auto",
+) -> MTPModel:
+    """Loads a target and its drafter.
+
+    Args:
+        target: A folder or a hub repository ("google/gemma-4-E4B-it"); None for the embedded demo pair.
+        drafter: The same for the drafter. None finds the target's "-assistant" sibling, if there is one; False
+            loads none.
+        quantize: Bits (2, 3, 4, 5, 6 or 8) to quantise both models to while loading; None takes them as stored.
+        dtype: "float32", "bfloat16" or "float16" for activations and unquantised weights. None is the checkpoint's
+            own; on the CPU, where 16-bit arithmetic is slow, float32.
+        drafter_position: Position of the drafter's queries: "committed" (the last committed token's), "bonus" (one
+            further, as transformers has it) or "auto" ("committed" so far). Changes acceptance, never the text.
+
+    Raises:
+        CheckpointError: A checkpoint is missing, damaged, or not a Gemma 4 model.
+        PairingError: The drafter was made for another target.
+    """
+    if drafter_position not in (*POSITIONS, "auto"):
+        raise MTPError(f"drafter_position must be auto, {' or '.join(POSITIONS)}, not {drafter_position!r}")
+    if target is None:
+        target, drafter = DEMO / "target", DEMO / "drafter" if drafter is None else drafter
+    folder = checkpoint.find(target)
+    if drafter is None or drafter is True:
+        drafter_folder = checkpoint.find_drafter(target)
+    else:
+        drafter_folder = checkpoint.find(drafter) if drafter else None
+    return MTPModel(folder, drafter_folder, quantize, dtype, "committed" if drafter_position == "auto" else drafter_position)
+
+
+class MTPModel:
+    """A target with its drafter, ready to generate. Made by `load`.
+
+    Attributes:
+        config: The target's `config.TargetConfig`.
+        drafter_config: The drafter's `config.DrafterConfig`, or None.
+        tokenizer: The target's `text.Tokenizer`, or None if its folder has none (then prompts are token ids).
+        defaults: The target's generation_config, as `checkpoint.GenerationDefaults`.
+    """
+
+    def __init__(self, folder: Path, drafter_folder: Path | None, quantize: int | None, dtype: str | None, position: str):
+        self.folder, self.drafter_folder = folder, drafter_folder
+        self.config, self._target = checkpoint.load_target(folder, dtype, quantize)
+        self.drafter_config, self._drafter = None, None
+        if drafter_folder is not None:
+            self.drafter_config, self._drafter = checkpoint.load_drafter(
+                drafter_folder, self.config, position, dtype, quantize
+            )
+        self.defaults = checkpoint.read_generation(folder)
+        self.tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
+        self._lock = threading.RLock()
+        self._idle: list[Engine] = []
+        self._closed = False
+
+    def generate(
+        self,
+        prompt: Prompt,
+        max_tokens: int = 256,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        draft_length: int | str = "auto",
+        exactness: str = "fast",
+        n: int = 1,
+        ignore_eos: bool = False,
+        thinking: bool = False,
+    ) -> Generation | list[Generation]:
+        """Generates text.
+
+        Args:
+            prompt: A string (a user's message, put into the chat template), messages as dicts with "role" and
+                "content", or token ids, used as they are.
+            max_tokens: Most tokens to generate.
+            temperature: 0 is greedy. This and the next three default to the model's generation_config.
+            top_k: Only the k best tokens; 0 for all.
+            top_p: Only the best tokens that together reach this probability.
+            min_p: Only tokens with at least this share of the best one's probability.
+            seed: Same seed, same text, with and without a drafter; None for a new one each time.
+            stop: Strings that end the text; they aren't part of it.
+            draft_length: Tokens to draft a round, 0 for plain decoding, or "auto".
+            exactness: "fast", "invariant" (one block width for the whole run, so that the draft length can't matter
+                on any backend) or "stepwise" (verifies token by token: plain decoding, bit for bit, and no faster).
+            n: Number of generations. The prompt is prefilled once; the i-th runs with `row_seed(seed, i)`, so the
+                first is what n = 1 gives.
+            ignore_eos: Whether to go on after a stop token.
+            thinking: Whether the chat template asks the model to think first.
+
+        Returns:
+            The generation; a list of them for n > 1.
+
+        Raises:
+            PromptError: The prompt or an option can't be used.
+        """
+        if n < 1:
+            raise PromptError(f"n must be at least 1, not {n}")
+        seed = secrets.randbits(32) if seed is None else seed
+        tokens = self.encode(prompt, thinking)
+        results = []
+        for i in range(n):
+            chunks = list(
+                self.stream(
+                    tokens, max_tokens, temperature, top_k, top_p, min_p, row_seed(seed, i), stop, draft_length,
+                    exactness, ignore_eos,
+                )
+            )  # fmt: skip
+            text = "".join(chunk.text for chunk in chunks)
+            ids = [t for chunk in chunks for t in chunk.tokens]
+            results.append(Generation(text, ids, chunks[-1].finish_reason or "length", chunks[-1].stats))
+        return results if n > 1 else results[0]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        max_tokens: int = 256,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        draft_length: int | str = "auto",
+        exactness: str = "fast",
+        ignore_eos: bool = False,
+        thinking: bool = False,
+        engine: Engine | None = None,
+    ) -> Iterator[Chunk]:
+        """Generates text piece by piece; closing the iterator cancels the rest.
+
+        Args:
+            engine: KV buffers to run on, from `new_engine`; None takes some of the model's own.
+
+        The other arguments, and the errors, are those of `generate`; errors are raised at once, not at the first
+        chunk.
+        """
+        self._check_open()
+        defaults = self.defaults
+        sampling = SamplingOptions(
+            temperature=defaults.temperature if temperature is None else temperature,
+            top_k=defaults.top_k if top_k is None else top_k,
+            top_p=defaults.top_p if top_p is None else top_p,
+            min_p=defaults.min_p if min_p is None else min_p,
+            seed=secrets.randbits(32) if seed is None else seed,
+        )
+        request = Request(
+            prompt=self.encode(prompt, thinking),
+            max_tokens=max_tokens,
+            sampling=sampling,
+            draft_length=draft_length,
+            exactness=exactness,
+            stop_tokens=frozenset() if ignore_eos else frozenset(defaults.stop_tokens),
+            suppress_tokens=defaults.suppress_tokens,
+        )
+        stops = [stop] if isinstance(stop, str) else list(stop or ())
+        if stops and self.tokenizer is None:
+            raise PromptError(f"stop strings need a tokenizer, and {self.folder} has none")
+        return self._chunks(request, StopStrings(stops), engine)
+
+    async def astream(self, prompt: Prompt, **options: Any) -> AsyncIterator[Chunk]:
+        """`stream` for asyncio: the work runs in threads, so the event loop stays free."""
+        chunks = self.stream(prompt, **options)
+        try:
+            while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+                yield chunk
+        finally:
+            chunks.close()  # type: ignore[attr-defined]
+
+    def chat(self, system: str | None = None, thinking: bool = False) -> Chat:
+        """Starts a conversation; see `chat.Chat`."""
+        from .chat import Chat
+
+        return Chat(self, system=system, thinking=thinking)
+
+    def new_engine(self) -> Engine:
+        """KV buffers of their own for a series of related prompts, to be passed to `stream`."""
+        self._check_open()
+        return Engine(self._target, self._drafter)
+
+    def encode(self, prompt: Prompt, thinking: bool = False) -> list[int]:
+        """Token ids of a prompt, as `generate` takes it.
+
+        Raises:
+            PromptError: Empty, malformed, or text without a tokenizer.
+        """
+        if not isinstance(prompt, str):
+            prompt = list(prompt)
+            if all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
+                return prompt  # type: ignore[return-value]
+        elif not prompt.strip():
+            raise PromptError("the prompt is empty")
+        if self.tokenizer is None:
+            raise PromptError(f"{self.folder} has no tokenizer.json: give the prompt as token ids")
+        return self.tokenizer.chat(
+            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,  # type: ignore[arg-type]
+            thinking=thinking,
+        )
+
+    def logits(self, tokens: Sequence[int]) -> mx.array:
+        """The target's logits float32 [len(tokens), vocab] after each of the tokens.
+
+        Raises:
+            PromptError: Empty, too long, or a token id outside the vocabulary.
+        """
+        parts: list[mx.array] = []
+        with self._lock:
+            self._run_prompt(tokens, lambda hidden: parts.append(self._target.logits(hidden)[0].astype(mx.float32)))
+            logits = mx.concatenate(parts)
+            mx.eval(logits)
+        return logits
+
+    def propose(self, tokens: Sequence[int], k: int) -> list[int]:
+        """What the drafter proposes after a prompt, greedily.
+
+        Args:
+            tokens: The prompt.
+            k: Number of drafts.
+
+        Returns:
+            The target's own next token, then the k drafts after it.
+
+        Raises:
+            PromptError: As `logits`, or k below 1, or there is no drafter.
+        """
+        if self._drafter is None:
+            raise PromptError("there is no drafter to propose with: load one with drafter=")
+        if k < 1:
+            raise PromptError(f"k must be at least 1, not {k}")
+        with self._lock:
+            kv, hidden = self._run_prompt(tokens)
+            sampler = Sampler(
+                [SamplingOptions()], suppress_tokens=self.defaults.suppress_tokens,
+                vocab_size=self.config.text.vocab_size,
+            )  # fmt: skip
+            state = first_state(self._target, sampler, hidden, mx.array([len(tokens)], dtype=mx.int32))
+            drafts = draft(self._target, self._drafter, kv, sampler, state, k)
+            return [*state.tokens.tolist(), *drafts[0].tolist()]
+
+    def close(self) -> None:
+        """Lets go of the models and their memory. Calling anything afterwards is an error; closing twice isn't."""
+        with self._lock:
+            self._closed = True
+            self._idle.clear()
+            self._target = self._drafter = None  # type: ignore[assignment]
+            mx.clear_cache()
+
+    def __enter__(self) -> MTPModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise MTPError("the model is closed: load it again")
+
+    def _run_prompt(self, tokens: Sequence[int], keep: Any = None) -> Any:
+        self._check_open()
+        request = Request(prompt=list(tokens), max_tokens=1)
+        kv, hidden, _ = Engine(self._target, self._drafter).prefill(request.prompt, keep)
+        return kv, hidden
+
+    def _chunks(self, request: Request, stops: StopStrings, engine: Engine | None) -> Iterator[Chunk]:
+        own = engine is None
+        with self._lock:
+            self._check_open()
+            if engine is None:
+                engine = self._idle.pop() if self._idle else self.new_engine()
+        stats, decoder = Stats(), StreamDecoder(self.tokenizer) if self.tokenizer else None
+        rounds = engine.stream(request, stats)
+        try:
+            reason = None
+            while reason is None:
+                with self._lock:
+                    self._check_open()
+                    tokens = next(rounds)
+                if stats.generated_tokens and tokens[-1] in request.stop_tokens:
+                    reason = "stop"
+                elif stats.generated_tokens >= self._limit(request):
+                    reason = "length"
+                text = decoder.push(tokens) if decoder else ""
+                if decoder and reason:
+                    text += decoder.finish()
+                text, hit = stops.push(text), stops.hit
+                if hit:
+                    reason = "stop"
+                elif reason:
+                    text += stops.finish()
+                yield Chunk(text, tokens, reason, stats)
+        finally:
+            with self._lock:
+                rounds.close()
+                if own and not self._closed:
+                    self._idle = [*self._idle, engine][-_IDLE_ENGINES:]
+
+    def _limit(self, request: Request) -> int:
+        return min(request.max_tokens, self.config.text.max_positions - len(request.prompt))

@@ -1,0 +1,280 @@
+"""What a checkpoint's config.json says about the two models, as frozen dataclasses.
+
+Reads both spellings that are in circulation: the one Google published (`global_head_dim`,
+`num_global_key_value_heads` at the top of the text config) and the one newer transformers versions write when they
+save a model again (`per_layer_config`). Everything that differs from layer to layer is resolved here, once, into
+`LayerConfig`, so that the models contain no rules about layer indices.
+
+Knows nothing of files, weights or quantisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import CheckpointError, PairingError
+
+TARGET_TYPES = ("gemma4", "gemma4_unified", "gemma4_text", "gemma4_unified_text")
+DRAFTER_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding of one kind of layer (config field `rope_parameters`).
+
+    Attributes:
+        theta: Base of the frequencies.
+        rotated: Share of the head that is rotated; the rest has frequency zero (`partial_rotary_factor`).
+    """
+
+    theta: float
+    rotated: float
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One decoder layer.
+
+    Attributes:
+        sliding: Whether attention sees only the last `sliding_window` positions.
+        head_dim: Size of one attention head.
+        kv_heads: Number of key/value heads.
+        k_eq_v: Whether values are the (differently normalised) key projection, without weights of their own.
+        kv_owner: Index of the layer whose keys and values this one attends to; its own index if it has its own.
+        intermediate_size: Width of the dense MLP.
+    """
+
+    sliding: bool
+    head_dim: int
+    kv_heads: int
+    k_eq_v: bool
+    kv_owner: int
+    intermediate_size: int
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The decoder stack that target and drafter have in common.
+
+    Attributes:
+        vocab_size: Number of token ids.
+        hidden_size: Width of the residual stream.
+        num_heads: Number of query heads.
+        layers: The layers, bottom first.
+        sliding_window: Number of positions, its own included, that a sliding layer sees.
+        rms_norm_eps: Epsilon of every RMSNorm.
+        rope: Rotary embedding by kind of layer (`SLIDING`, `FULL`).
+        logit_softcap: Logits become cap * tanh(logits / cap); None for no cap.
+        ple_size: Width of a per-layer embedding; 0 for none.
+        ple_vocab_size: Rows of the per-layer embedding table.
+        tied_head: Whether the output head is the embedding table.
+        num_experts: Experts per layer; 0 for a dense model.
+        experts_per_token: Experts that each token is sent to.
+        expert_size: Width of one expert's MLP.
+        max_positions: Longest context the model was made for, in tokens.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_heads: int
+    layers: tuple[LayerConfig, ...]
+    sliding_window: int
+    rms_norm_eps: float
+    rope: Mapping[str, RopeConfig]
+    logit_softcap: float | None
+    ple_size: int
+    ple_vocab_size: int
+    tied_head: bool
+    num_experts: int
+    experts_per_token: int
+    expert_size: int
+    max_positions: int
+
+    def lender(self, sliding: bool) -> int:
+        """Index of the last layer of a kind that owns its KV: the one whose KV the drafter reads."""
+        return max(i for i, layer in enumerate(self.layers) if layer.sliding == sliding and layer.kv_owner == i)
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """A target model.
+
+    Attributes:
+        model_type: config.json's `model_type`.
+        text: The decoder stack.
+    """
+
+    model_type: str
+    text: TextConfig
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """An MTP drafter (`gemma4_assistant`).
+
+    Attributes:
+        model_type: config.json's `model_type`.
+        text: Its decoder stack; every layer attends to the target's KV.
+        backbone_hidden_size: Width of the target's residual stream.
+        num_clusters: Clusters of the output head (`num_centroids`); 0 for a dense head.
+        clusters_read: Clusters whose tokens are scored (`centroid_intermediate_top_k`).
+    """
+
+    model_type: str
+    text: TextConfig
+    backbone_hidden_size: int
+    num_clusters: int
+    clusters_read: int
+
+
+def target_config(config: Json) -> TargetConfig:
+    """Reads a target's config.json.
+
+    Args:
+        config: The parsed file.
+
+    Raises:
+        CheckpointError: Unknown `model_type`, a missing field, or a variant of the architecture that isn't supported.
+    """
+    model_type = config.get("model_type")
+    if model_type in DRAFTER_TYPES:
+        raise CheckpointError(f"{model_type} is a drafter, not a target: pass it with drafter= (--drafter)")
+    if model_type not in TARGET_TYPES:
+        raise CheckpointError(f"model_type {model_type!r} isn't supported: expected one of {', '.join(TARGET_TYPES)}")
+    return TargetConfig(model_type, _text_config(config.get("text_config", config), own_kv=True))
+
+
+def drafter_config(config: Json) -> DrafterConfig:
+    """Reads a drafter's config.json.
+
+    Args:
+        config: The parsed file.
+
+    Raises:
+        CheckpointError: Unknown `model_type`, or a missing field.
+    """
+    model_type = config.get("model_type")
+    if model_type not in DRAFTER_TYPES:
+        raise CheckpointError(f"model_type {model_type!r} isn't a drafter: expected {' or '.join(DRAFTER_TYPES)}")
+    text = _text_config(_field(config, "text_config"), own_kv=False)
+    clusters = int(_field(config, "num_centroids")) if config.get("use_ordered_embeddings") else 0
+    if clusters and text.vocab_size % clusters:
+        raise CheckpointError(f"num_centroids {clusters} doesn't divide the vocabulary of {text.vocab_size}")
+    read = int(_field(config, "centroid_intermediate_top_k")) if clusters else 0
+    return DrafterConfig(model_type, text, int(_field(config, "backbone_hidden_size")), clusters, read)
+
+
+def check_pair(target: TargetConfig, drafter: DrafterConfig) -> None:
+    """Checks that a drafter was made for a target.
+
+    Raises:
+        PairingError: With every size that clashes.
+    """
+    t, d = target.text, drafter.text
+    clashes = []
+    if drafter.backbone_hidden_size != t.hidden_size:
+        clashes.append(f"hidden size {drafter.backbone_hidden_size}, the target has {t.hidden_size}")
+    if d.vocab_size != t.vocab_size:
+        clashes.append(f"vocabulary {d.vocab_size}, the target has {t.vocab_size}")
+    for sliding in {layer.sliding for layer in d.layers}:
+        mine = next(layer for layer in d.layers if layer.sliding == sliding)
+        lent = t.layers[t.lender(sliding)]
+        name = "sliding" if sliding else "full"
+        if (mine.head_dim, mine.kv_heads) != (lent.head_dim, lent.kv_heads):
+            clashes.append(
+                f"{name} layers with {mine.kv_heads} KV heads of {mine.head_dim}, "
+                f"the target has {lent.kv_heads} of {lent.head_dim}"
+            )
+        if sliding and d.sliding_window != t.sliding_window:
+            clashes.append(f"sliding window {d.sliding_window}, the target has {t.sliding_window}")
+    if clashes:
+        raise PairingError("the drafter was made for another target: it expects " + "; ".join(clashes))
+
+
+def _field(config: Json, name: str) -> Any:
+    value = config.get(name)
+    if value is None:
+        raise CheckpointError(f"config.json lacks {name}")
+    return value
+
+
+def _text_config(config: Json, own_kv: bool) -> TextConfig:
+    if config.get("attention_bias"):
+        raise CheckpointError("attention_bias is set: no Gemma 4 model has attention biases")
+    if config.get("use_bidirectional_attention") == "all":
+        raise CheckpointError("use_bidirectional_attention is 'all': this is an encoder and can't generate text")
+    if (activation := config.get("hidden_activation", "gelu_pytorch_tanh")) != "gelu_pytorch_tanh":
+        raise CheckpointError(f"hidden_activation {activation!r} isn't supported: expected gelu_pytorch_tanh")
+    try:
+        layers = _layers(config, own_kv)
+        experts = int(_field(config, "num_experts")) if config.get("enable_moe_block") else 0
+        rope = {
+            kind: RopeConfig(float(p["rope_theta"]), float(p.get("partial_rotary_factor", 1.0)))
+            for kind, p in _field(config, "rope_parameters").items()
+        }
+        text = TextConfig(
+            vocab_size=int(_field(config, "vocab_size")),
+            hidden_size=int(_field(config, "hidden_size")),
+            num_heads=int(_field(config, "num_attention_heads")),
+            layers=layers,
+            sliding_window=int(_field(config, "sliding_window")),
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope=rope,
+            logit_softcap=config.get("final_logit_softcapping"),
+            ple_size=int(config.get("hidden_size_per_layer_input") or 0),
+            ple_vocab_size=int(config.get("vocab_size_per_layer_input") or 0),
+            tied_head=bool(config.get("tie_word_embeddings", True)),
+            num_experts=experts,
+            experts_per_token=int(_field(config, "top_k_experts")) if experts else 0,
+            expert_size=int(_field(config, "moe_intermediate_size")) if experts else 0,
+            max_positions=int(_field(config, "max_position_embeddings")),
+        )
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"config.json can't be understood: {type(error).__name__} at {error}") from error
+    for kind in {SLIDING if layer.sliding else FULL for layer in layers}:
+        if kind not in rope:
+            raise CheckpointError(f"config.json lacks rope_parameters for {kind} layers")
+    return text
+
+
+def _layers(config: Json, own_kv: bool) -> tuple[LayerConfig, ...]:
+    kinds = list(_field(config, "layer_types"))
+    if len(kinds) != _field(config, "num_hidden_layers"):
+        raise CheckpointError(f"config.json has {len(kinds)} layer_types for {config['num_hidden_layers']} layers")
+    if unknown := set(kinds) - {SLIDING, FULL}:
+        raise CheckpointError(f"layer type {sorted(unknown)[0]!r} isn't supported: expected {SLIDING} or {FULL}")
+    first_shared = len(kinds) - int(config.get("num_kv_shared_layers") or 0)
+    if own_kv and not set(kinds) <= set(kinds[:first_shared]):
+        raise CheckpointError("config.json shares KV among layers of a kind none of which has KV of its own")
+    k_eq_v = bool(config.get("attention_k_eq_v"))
+    global_kv_heads = config.get("num_global_key_value_heads") if k_eq_v else None
+    overrides = config.get("per_layer_config") or {}
+
+    layers = []
+    for i, kind in enumerate(kinds):
+        sliding = kind == SLIDING
+        head_dim, kv_heads = int(_field(config, "head_dim")), int(_field(config, "num_key_value_heads"))
+        if not sliding and "per_layer_config" not in config:
+            head_dim = int(config.get("global_head_dim") or head_dim)
+            kv_heads = int(global_kv_heads or kv_heads)
+        override = overrides.get(str(i)) or overrides.get(i) or {}
+        shared = i >= first_shared
+        # All layers of a drafter read the target's KV, so none of them has an owner in its own stack.
+        owner = max(j for j in range(first_shared) if kinds[j] == kind) if shared and own_kv else i
+        wide = 2 if shared and own_kv and config.get("use_double_wide_mlp") else 1
+        layers.append(
+            LayerConfig(
+                sliding=sliding,
+                head_dim=int(override.get("head_dim", head_dim)),
+                kv_heads=int(override.get("num_key_value_heads", kv_heads)),
+                k_eq_v=k_eq_v and not sliding,
+                kv_owner=owner,
+                intermediate_size=int(_field(config, "intermediate_size")) * wide,
+            )
+        )
+    return tuple(layers)

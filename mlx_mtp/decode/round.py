@@ -1,0 +1,126 @@
+"""One round: draft, verify, accept. Pure functions on a small state; no host read, no loop over tokens of text.
+
+    draft    K steps of the drafter from the last token and the target's last hidden state
+    verify   one forward pass of the target over [last token, K drafts]
+    accept   the drafts up to the first one that the target didn't choose itself, plus the target's choice there
+
+All of it is one lazily built graph. The tokens kept are the target's own choices in the verify pass, whoever drafted
+and whatever; `lengths` advances by what was kept, and nothing else marks a draft as rejected.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..kv import KVBuffers
+from ..models.drafter import Drafter
+from ..models.target import Target
+from .sampling import Sampler
+
+
+@dataclass(frozen=True)
+class RoundState:
+    """Where each row stands between rounds.
+
+    Attributes:
+        lengths: int32 [B], committed tokens.
+        tokens: int32 [B], the newest token of each row, chosen but not committed yet (the bonus token).
+        hidden: [B, hidden], the target's hidden state at the last committed position.
+    """
+
+    lengths: mx.array
+    tokens: mx.array
+    hidden: mx.array
+
+
+def first_state(target: Target, sampler: Sampler, hidden: mx.array, lengths: mx.array) -> RoundState:
+    """The state after a prefill.
+
+    Args:
+        hidden: [B, hidden], the target's hidden state at each row's last prompt position.
+        lengths: int32 [B], tokens of the prompts.
+    """
+    return RoundState(lengths, sampler.target(target.raw_logits(hidden)[:, None], lengths[:, None])[:, 0], hidden)
+
+
+def draft(target: Target, drafter: Drafter, kv: KVBuffers, sampler: Sampler, state: RoundState, k: int) -> mx.array:
+    """Drafts k tokens for every row: int32 [B, k]."""
+    lent = drafter.borrow(kv, state.lengths)
+    token, hidden, drafts = state.tokens, state.hidden, []
+    for step in range(k):
+        logits, ids, hidden = drafter(target.embed(token), hidden, lent)
+        token = sampler.draft(logits, ids, state.lengths + (1 + step))
+        drafts.append(token)
+    return mx.stack(drafts, axis=1)
+
+
+def verify(
+    target: Target, kv: KVBuffers, sampler: Sampler, lengths: mx.array, block: mx.array, stepwise: bool = False
+) -> tuple[mx.array, mx.array]:
+    """Runs the target over a block and chooses the token after each of its positions.
+
+    Args:
+        lengths: int32 [B], committed tokens.
+        block: int32 [B, L], the newest token and the drafts.
+        stepwise: Run the block token by token, as plain decoding would.
+
+    Returns:
+        Choices int32 [B, L], and the hidden states [B, L, hidden].
+    """
+    width = block.shape[1]
+    if stepwise:
+        steps = [target(block[:, i : i + 1], lengths + i, kv) for i in range(width)]
+        logits = mx.concatenate([target.raw_logits(hidden) for hidden in steps], axis=1)
+        hidden = mx.concatenate(steps, axis=1)
+    else:
+        hidden = target(block, lengths, kv)
+        logits = target.raw_logits(hidden)
+    return sampler.target(logits, lengths[:, None] + mx.arange(1, width + 1, dtype=mx.int32)), hidden
+
+
+def accept(drafts: mx.array, choices: mx.array) -> mx.array:
+    """How many drafts each row keeps: int32 [B], from drafts [B, k] and the target's choices [B, >= k]."""
+    agreed = (drafts == choices[:, : drafts.shape[1]]).astype(mx.int32)
+    return mx.cumprod(agreed, axis=1).sum(axis=1).astype(mx.int32)
+
+
+def decode_round(
+    target: Target,
+    drafter: Drafter | None,
+    kv: KVBuffers,
+    sampler: Sampler,
+    state: RoundState,
+    k: int,
+    width: int | None = None,
+    stepwise: bool = False,
+) -> tuple[RoundState, mx.array]:
+    """One round for all rows; with k = 0 a plain decoding step.
+
+    Args:
+        k: Tokens to draft.
+        width: Width of the verify block where it must not depend on k; at least k + 1. The rest is filled up with
+            tokens that are never kept.
+        stepwise: See `verify`.
+
+    Returns:
+        The state after the round, and the report int32 [B, width + 1]: the target's choices, then the number n of
+        drafts kept. The row's new tokens are its first n + 1 choices.
+    """
+    block = state.tokens[:, None]
+    if k:
+        assert drafter is not None
+        block = mx.concatenate([block, draft(target, drafter, kv, sampler, state, k)], axis=1)
+    drafts = block[:, 1:]
+    if width is not None and width > k + 1:
+        block = mx.pad(block, ((0, 0), (0, width - k - 1)))
+    choices, hidden = verify(target, kv, sampler, state.lengths, block, stepwise)
+    kept = accept(drafts, choices) if k else mx.zeros_like(state.lengths)
+    last = kept[:, None]
+    new = RoundState(
+        lengths=state.lengths + kept + 1,
+        tokens=mx.take_along_axis(choices, last, axis=1)[:, 0],
+        hidden=mx.take_along_axis(hidden, last[:, :, None], axis=1)[:, 0],
+    )
+    return new, mx.concatenate([choices, last], axis=1)

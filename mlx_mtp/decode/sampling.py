@@ -1,0 +1,214 @@
+"""Choosing tokens from logits, so that the same seed gives the same text with and without a drafter.
+
+Greedy is argmax. At temperature > 0 a token is drawn by the Gumbel-max rule, argmax(logits / temperature + noise),
+with noise that depends on (seed, absolute position, token id) and on nothing else. Target and drafter draw with the
+same noise, which makes them agree often, and a draft counts only if it is the very token that the target draws. So
+the text is the target's sample whatever was drafted: Daliri, Musco, Suresh, "Coupling without communication and
+drafter-invariant speculative decoding" (2024).
+
+Filters apply in transformers' order: suppressed tokens, temperature, top-k, top-p, min-p. All of them keep the best
+token, so temperature 0 is greedy whatever the others say.
+
+Rows are independent: options are arrays with one entry a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..errors import PromptError
+from ..models.elementwise import softcap
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How one row's tokens are chosen.
+
+    Attributes:
+        temperature: 0 for greedy.
+        top_k: Only the k best tokens; 0 for all.
+        top_p: Only the best tokens that together reach this probability; 1 for all.
+        min_p: Only tokens with at least this share of the best one's probability; 0 for all.
+        seed: Any integer.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise PromptError(f"temperature must be 0 or more, not {self.temperature}")
+        if self.top_k < 0:
+            raise PromptError(f"top_k must be 0 (off) or more, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise PromptError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise PromptError(f"min_p must be between 0 and 1, not {self.min_p}")
+
+
+class Sampler:
+    """Chooses tokens for a batch of rows."""
+
+    def __init__(
+        self,
+        rows: Sequence[SamplingOptions],
+        logit_softcap: float | None = None,
+        suppress_tokens: Sequence[int] = (),
+        vocab_size: int = 0,
+    ):
+        """Puts the options of all rows on the device.
+
+        Args:
+            rows: The options, one a row.
+            logit_softcap: Softcap of the target's logits. The chosen token depends on it only through
+                probabilities, so it is applied to the candidates alone.
+            suppress_tokens: Token ids that the target never chooses (generation_config's `suppress_tokens`).
+            vocab_size: Needed with `suppress_tokens`.
+        """
+        self._greedy = all(r.temperature == 0 for r in rows)
+        self._softcap = logit_softcap
+        warm = [r for r in rows if r.temperature > 0]
+        # Without a top-k in every row, the candidates of all rows are the whole vocabulary.
+        self._candidates = max((r.top_k for r in warm), default=0) if all(r.top_k for r in warm) else 0
+        self._truncates = any(r.top_k or r.top_p < 1 or r.min_p > 0 for r in warm)
+
+        def column(values: list[float], dtype: mx.Dtype) -> mx.array:
+            return mx.array(values, dtype=dtype)[:, None, None]
+
+        self._temperature = column([r.temperature for r in rows], mx.float32)
+        self._divisor = column([r.temperature or 1.0 for r in rows], mx.float32)
+        self._top_k = column([r.top_k or 2**31 - 1 for r in rows], mx.int32)
+        self._top_p = column([r.top_p for r in rows], mx.float32)
+        self._min_p = column([r.min_p for r in rows], mx.float32)
+        self._keys = column([_fold(r.seed) for r in rows], mx.uint32)
+        self._suppressed = None
+        if suppress_tokens:
+            banned = mx.array(list(suppress_tokens), dtype=mx.int32)
+            bias = mx.zeros((vocab_size,), mx.float32)
+            self._suppressed = mx.put_along_axis(bias, banned, mx.array(-mx.inf), axis=0)
+
+    def target(self, logits: mx.array, positions: mx.array) -> mx.array:
+        """Chooses the target's tokens.
+
+        Args:
+            logits: [B, L, vocab], before the softcap.
+            positions: int32 [B, L], the absolute positions that the chosen tokens will have.
+
+        Returns:
+            int32 [B, L].
+        """
+        logits = logits.astype(mx.float32)
+        if self._suppressed is not None:
+            logits = logits + self._suppressed
+        return self._choose(logits, None, positions, self._softcap)
+
+    def draft(self, logits: mx.array, ids: mx.array | None, positions: mx.array) -> mx.array:
+        """Chooses drafts, with the noise that the target will choose with.
+
+        Args:
+            logits: [B, n].
+            ids: int32 [B, n], the tokens they belong to; None for the whole vocabulary in order.
+            positions: int32 [B], the position of the drafts.
+
+        Returns:
+            int32 [B].
+        """
+        ids = None if ids is None else ids[:, None]
+        return self._choose(logits[:, None].astype(mx.float32), ids, positions[:, None], None).squeeze(1)
+
+    def _choose(self, logits: mx.array, ids: mx.array | None, positions: mx.array, cap: float | None) -> mx.array:
+        if self._greedy:
+            return _pick(mx.argmax(logits, axis=-1, keepdims=True), ids)
+        if 0 < self._candidates < logits.shape[-1]:
+            best = best_few(logits, self._candidates)
+            logits = mx.take_along_axis(logits, best, axis=-1)
+            ids = best if ids is None else mx.take_along_axis(mx.broadcast_to(ids, best.shape[:2] + ids.shape[2:]), best, axis=-1)
+        if cap is not None:
+            logits = softcap(logits, cap)
+        kept = logits
+        if self._truncates:
+            order = mx.argsort(-logits, axis=-1)
+            kept = mx.take_along_axis(logits, order, axis=-1)
+            kept = self._truncate(kept)
+            ids = order if ids is None else mx.take_along_axis(mx.broadcast_to(ids, order.shape), order, axis=-1)
+        token_ids = mx.arange(logits.shape[-1], dtype=mx.int32) if ids is None else ids
+        noise = gumbel(self._keys, positions[:, :, None], token_ids)
+        # argmax(l / t + g) = argmax(l + t g): exact for greedy rows, where t is 0.
+        return _pick(mx.argmax(kept + self._temperature * noise, axis=-1, keepdims=True), ids)
+
+    def _truncate(self, logits: mx.array) -> mx.array:
+        """Sets filtered tokens of descending logits [B, L, n] to -inf."""
+        rank = mx.arange(logits.shape[-1], dtype=mx.int32)
+        kept = mx.where(rank < self._top_k, logits, -mx.inf)
+        probabilities = mx.softmax(kept / self._divisor, axis=-1)
+        before = mx.cumsum(probabilities, axis=-1, inclusive=False)
+        kept = mx.where((before < self._top_p) | (rank == 0), kept, -mx.inf)
+        # Renormalising after top-p changes no ratio, so min-p may look at the probabilities from before.
+        return mx.where(probabilities >= self._min_p * probabilities[..., :1], kept, -mx.inf)
+
+
+def best_few(logits: mx.array, k: int) -> mx.array:
+    """Indices of the k largest entries along the last axis, in no order: int32 [..., k].
+
+    Large vocabularies are searched in two steps, because selecting from 262,144 entries means sorting them on a GPU.
+    The k best entries lie in the k blocks with the largest maxima.
+    """
+    size, block = logits.shape[-1], 64
+    if size % block or size < 4 * k * block:
+        return mx.argpartition(-logits, kth=k - 1, axis=-1)[..., :k].astype(mx.int32)
+    blocks = mx.unflatten(logits, -1, (-1, block))
+    chosen = best_few(blocks.max(axis=-1), k)
+    within = mx.take_along_axis(blocks, chosen[..., None], axis=-2).flatten(-2)
+    ids = (chosen[..., None] * block + mx.arange(block, dtype=mx.int32)).flatten(-2)
+    return mx.take_along_axis(ids, best_few(within, k), axis=-1)
+
+
+def gumbel(keys: mx.array, positions: mx.array, token_ids: mx.array) -> mx.array:
+    """Standard Gumbel noise as a pure function of its arguments.
+
+    A counter-based generator: only the candidates' noise is ever computed, and it is the same on every backend.
+
+    Args:
+        keys: uint32, a row's key.
+        positions: int32, absolute positions.
+        token_ids: int32; all three broadcast against each other.
+
+    Returns:
+        float32 of the broadcast shape.
+    """
+    stream = _scramble(keys ^ _scramble(positions.astype(mx.uint32)))
+    bits = _scramble(_scramble(token_ids.astype(mx.uint32) ^ stream) + _scramble(stream ^ mx.array(0x9E3779B9, mx.uint32)))
+    uniform = ((bits >> 8).astype(mx.float32) + 0.5) * 2**-24
+    return -mx.log(-mx.log(uniform))
+
+
+def row_seed(seed: int, row: int) -> int:
+    """The seed of row `row` when one seed is given for several rows: row 0 keeps it, the others are scrambled."""
+    return seed if row == 0 else seed ^ (_fold(seed + row * 0x9E3779B97F4A7C15) << 32 | row)
+
+
+def _scramble(x: mx.array) -> mx.array:
+    """A bijection of uint32 that spreads every input bit over the output (Wellons' "lowbias32" constants)."""
+    x = (x ^ (x >> 16)) * mx.array(0x7FEB352D, mx.uint32)
+    x = (x ^ (x >> 15)) * mx.array(0x846CA68B, mx.uint32)
+    return x ^ (x >> 16)
+
+
+def _fold(seed: int) -> int:
+    """A seed of any size as 32 bits; seeds below 2**32 stay distinct."""
+    folded = 0
+    while seed not in (0, -1):
+        folded = (folded * 0x01000193 ^ seed) & 0xFFFFFFFF if folded else seed & 0xFFFFFFFF
+        seed >>= 32
+    return folded ^ (0xFFFFFFFF if seed == -1 else 0)
+
+
+def _pick(index: mx.array, ids: mx.array | None) -> mx.array:
+    chosen = index if ids is None else mx.take_along_axis(mx.broadcast_to(ids, (*index.shape[:2], ids.shape[-1])), index, axis=-1)
+    return chosen.squeeze(-1).astype(mx.int32)

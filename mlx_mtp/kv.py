@@ -1,0 +1,188 @@
+"""The KV buffers: where target and drafter find the keys and values of the committed tokens.
+
+One truth (`lengths`, an int32 array [B] that the caller holds on the device) says how many tokens of each row are
+committed. Nothing here is ever trimmed, moved or cleared: a rejected draft is a slot that lies at or above `lengths`,
+and the rule below hides it until the next block overwrites it.
+
+    position p lives in slot p mod slots
+    a slot holds, for a row whose newest position is n, position n - ((n - slot) mod slots)
+    that position is visible to a query at q iff it is >= 0, <= q and, in sliding layers, > q - window
+
+Full layers have one slot per position (`capacity`, grown in steps). Sliding layers have a ring of window + slack
+slots; the slack is at least the longest block ever written, so what a block overwrites, drafts included, has already
+left the window of every query that is still to come.
+
+Buffers are [B, kv_heads, slots, head_dim], row-contiguous: the layout that attention kernels read without a copy.
+
+Writes happen in place if nothing else holds the array when the write is scheduled. Work still in flight that reads
+the array counts as a holder, so a block handed over while the one before it is running costs a copy of the buffers;
+`nbytes` lets the caller decide when that is cheap enough.
+
+Knows nothing of tokens, models or drafting.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .config import TextConfig
+
+CAPACITY_STEP = 256
+"""Full layers grow by multiples of this many slots."""
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where a block of L tokens goes in one kind of layer, and what it sees there.
+
+    Attributes:
+        slots: int32 [B, 1, L, 1], the slot of each token of the block.
+        visible: bool [B, 1, L, slots], whether a token of the block sees a slot.
+    """
+
+    slots: mx.array
+    visible: mx.array
+
+
+def ring_slots(window: int, longest_block: int) -> int:
+    """Slots of a sliding layer's ring for blocks of up to `longest_block` tokens."""
+    # One more than the window: transformers lets its drafter see window + 1 rows (see Drafter.lend_position).
+    return -(-(window + 1 + longest_block) // 32) * 32
+
+
+def visible(newest: mx.array, queries: mx.array, slots: int, window: int | None) -> mx.array:
+    """Applies the visibility rule.
+
+    Args:
+        newest: int32 [B], newest position that counts as written; slots with later ones are seen as older positions.
+        queries: int32 [B, L], positions of the queries.
+        slots: Number of slots.
+        window: Positions a query sees, its own included; None for all.
+
+    Returns:
+        bool [B, 1, L, slots].
+    """
+    slot = mx.arange(slots, dtype=mx.int32)
+    newest = newest[:, None]
+    held = (newest - (newest - slot) % slots)[:, None, :]
+    queries = queries[:, :, None]
+    seen = (held >= 0) & (held <= queries)
+    if window is not None:
+        seen = seen & (held > queries - window)
+    return seen[:, None]
+
+
+class KVBuffers:
+    """Keys and values of every layer that owns some.
+
+    Attributes:
+        keys, values: By owning layer's index, [B, kv_heads, slots, head_dim].
+        capacity: Slots of the full layers.
+        ring: Slots of the sliding layers.
+        window: Positions that a sliding layer sees.
+        written: Upper bound of the positions ever written, plus one; see `can_rewind`.
+    """
+
+    def __init__(self, config: TextConfig, batch: int, dtype: mx.Dtype, longest_block: int):
+        """Makes empty buffers.
+
+        Args:
+            config: The target's.
+            batch: Number of rows.
+            dtype: Type of keys and values.
+            longest_block: Longest block that will ever be written, in tokens.
+        """
+        self.window = config.sliding_window
+        self.ring = ring_slots(self.window, longest_block)
+        self.capacity = CAPACITY_STEP
+        self.written = 0
+        self._sliding = {i: layer.sliding for i, layer in enumerate(config.layers) if layer.kv_owner == i}
+        self.lenders = {sliding: config.lender(sliding) for sliding in set(self._sliding.values())}
+        shapes = {
+            i: (batch, config.layers[i].kv_heads, self._slots(sliding), config.layers[i].head_dim)
+            for i, sliding in self._sliding.items()
+        }
+        self.keys = {i: mx.zeros(shape, dtype) for i, shape in shapes.items()}
+        self.values = {i: mx.zeros(shape, dtype) for i, shape in shapes.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all buffers, in bytes."""
+        return sum(a.nbytes for a in self.arrays())
+
+    def arrays(self) -> list[mx.array]:
+        """All buffers, for evaluation."""
+        return [*self.keys.values(), *self.values.values()]
+
+    def reserve(self, positions: int) -> None:
+        """Makes room for `positions` positions a row; call before a block that may reach that far is written."""
+        self.written = max(self.written, positions)
+        if positions <= self.capacity:
+            return
+        grown = -(-positions // CAPACITY_STEP) * CAPACITY_STEP
+        for buffers in (self.keys, self.values):
+            for i, sliding in self._sliding.items():
+                if not sliding:
+                    old = buffers[i]
+                    b, h, _, d = old.shape
+                    buffers[i] = mx.concatenate([old, mx.zeros((b, h, grown - self.capacity, d), old.dtype)], axis=2)
+                    del old
+                    # One layer at a time, so that no more than one old buffer is alive beside its successor.
+                    mx.eval(buffers[i])
+        self.capacity = grown
+
+    def snapshot(self) -> tuple[dict[int, mx.array], dict[int, mx.array]]:
+        """The buffers as they are, for `restore`; while a snapshot is alive, writes copy."""
+        return dict(self.keys), dict(self.values)
+
+    def restore(self, snapshot: tuple[dict[int, mx.array], dict[int, mx.array]]) -> None:
+        """Forgets writes made since a snapshot that haven't been evaluated yet."""
+        self.keys, self.values = snapshot
+
+    def can_rewind(self, length: int) -> bool:
+        """Whether everything a row of `length` committed tokens must see is still in the buffers."""
+        return length == 0 or length - self.window - 1 + self.ring >= self.written
+
+    def addresses(self, lengths: mx.array, width: int) -> dict[bool, Addresses]:
+        """Where a block of `width` tokens after the committed ones goes, by kind of layer (sliding or not).
+
+        Args:
+            lengths: int32 [B], committed tokens.
+            width: L, tokens of the block.
+        """
+        positions = lengths[:, None] + mx.arange(width, dtype=mx.int32)
+        newest = positions[:, -1]
+        return {
+            sliding: Addresses(
+                slots=(positions % self._slots(sliding))[:, None, :, None],
+                visible=visible(newest, positions, self._slots(sliding), self.window if sliding else None),
+            )
+            for sliding in self.lenders
+        }
+
+    def write(self, layer: int, keys: mx.array, values: mx.array, slots: mx.array) -> None:
+        """Puts a block's keys and values, [B, kv_heads, L, head_dim], into the slots [B, 1, L, 1] of an owning layer."""
+        self.keys[layer] = mx.put_along_axis(self.keys[layer], slots, keys, axis=2)
+        self.values[layer] = mx.put_along_axis(self.values[layer], slots, values, axis=2)
+
+    def lend(self, sliding: bool) -> tuple[mx.array, mx.array]:
+        """The very arrays of the last owning layer of a kind, for the drafter to read."""
+        layer = self.lenders[sliding]
+        return self.keys[layer], self.values[layer]
+
+    def lent_visible(self, lengths: mx.array, window: int) -> dict[bool, mx.array]:
+        """What the drafter sees: committed rows only, in sliding layers the newest `window` of them.
+
+        Returns:
+            By kind of layer, bool [B, 1, 1, slots].
+        """
+        newest = lengths - 1
+        return {
+            sliding: visible(newest, newest[:, None], self._slots(sliding), window if sliding else None)
+            for sliding in self.lenders
+        }
+
+    def _slots(self, sliding: bool) -> int:
+        return self.ring if sliding else self.capacity

@@ -1,0 +1,51 @@
+"""The clustered output head of the E2B and E4B drafters.
+
+The vocabulary is cut into clusters of equal size. A query scores the cluster centroids, and only the tokens of the
+best clusters are scored after that: 32 of 2048 clusters in the published drafters, 4,096 of 262,144 tokens.
+
+The rows of the embedding are held in cluster order, [clusters, tokens_per_cluster, hidden], so that a chosen cluster
+is one contiguous block. No array over the full vocabulary is made, and nothing is read back by the host.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+class ClusteredHead(nn.Module):
+    """Scores the tokens of the best clusters.
+
+    Attributes:
+        centroids: Linear map from hidden states to cluster scores.
+        token_ordering: int32 [vocab], the token ids cluster by cluster.
+        embedding: Embedding rows in that order, as an `nn.Embedding` so that it is quantised like one.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, clusters: int, clusters_read: int):
+        super().__init__()
+        self._clusters, self._read = clusters, clusters_read
+        self.centroids = nn.Linear(hidden_size, clusters, bias=False)
+        self.token_ordering = mx.arange(vocab_size, dtype=mx.int32)
+        self.embedding = nn.Embedding(vocab_size, hidden_size)
+
+    def __call__(self, hidden: mx.array) -> tuple[mx.array, mx.array]:
+        """Scores hidden states [B, hidden].
+
+        Returns:
+            Logits [B, n] and the token ids they belong to, int32 [B, n]; n = clusters read * tokens per cluster.
+        """
+        best = mx.argpartition(-self.centroids(hidden), kth=self._read - 1, axis=-1)[:, : self._read]
+        ids = self.token_ordering.reshape(self._clusters, -1)[best]
+        rows = self._in_clusters(self.embedding.weight)[best]
+        if isinstance(self.embedding, nn.QuantizedEmbedding):
+            e = self.embedding
+            biases = None if e.biases is None else self._in_clusters(e.biases)[best]
+            rows = mx.dequantize(
+                rows, self._in_clusters(e.scales)[best], biases, group_size=e.group_size, bits=e.bits, mode=e.mode
+            )
+        logits = rows.flatten(1, 2) @ hidden[:, :, None]
+        return logits.squeeze(-1), ids.flatten(1)
+
+    def _in_clusters(self, rows: mx.array) -> mx.array:
+        return rows.reshape(self._clusters, -1, rows.shape[-1])

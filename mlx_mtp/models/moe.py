@@ -1,0 +1,116 @@
+"""The mixture of experts of the 26B-A4B model: a router and a bank of expert MLPs beside the dense one."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..config import TextConfig
+from .elementwise import gelu_times
+
+SORT_FROM = 64
+"""Token-expert pairs from which sorting them by expert pays: neighbours then read the same weights."""
+
+
+class Router(nn.Module):
+    """Chooses each token's experts and their weights.
+
+    norm -> scale -> project -> softmax -> the best few, renormalised, each times its expert's own scale.
+    """
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self._eps, self._chosen, self._root = config.rms_norm_eps, config.experts_per_token, config.hidden_size**-0.5
+        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.scale = mx.ones((config.hidden_size,))
+        self.per_expert_scale = mx.ones((config.num_experts,))
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Routes x [..., hidden].
+
+        Returns:
+            Experts, uint32 [..., experts_per_token], and their weights, in x's type.
+        """
+        scores = self.proj(mx.fast.rms_norm(x, self.scale * self._root, self._eps)).astype(mx.float32)
+        experts = mx.argpartition(-scores, kth=self._chosen - 1, axis=-1)[..., : self._chosen]
+        # Softmax over all experts, renormalised over the chosen ones, is softmax over the chosen ones.
+        weights = mx.softmax(mx.take_along_axis(scores, experts, axis=-1), axis=-1)
+        return experts, weights.astype(x.dtype) * self.per_expert_scale[experts]
+
+
+class ExpertLinear(nn.Module):
+    """One linear map per expert, weight [experts, out, in]."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = mx.zeros((experts, outputs, inputs))
+
+    def __call__(self, x: mx.array, experts: mx.array, in_order: bool) -> mx.array:
+        """Maps rows x [..., 1, in] with the experts [...] named; `in_order` promises that these are sorted."""
+        return mx.gather_mm(x, self.weight.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=in_order)
+
+    def to_quantized(self, group_size: int, bits: int, mode: str = "affine", **_: object) -> QuantizedExpertLinear:
+        """The same map with quantised weights (called by `nn.quantize`)."""
+        return QuantizedExpertLinear(self.weight, group_size, bits, mode)
+
+
+class QuantizedExpertLinear(nn.Module):
+    """One quantised linear map per expert."""
+
+    def __init__(self, weight: mx.array, group_size: int, bits: int, mode: str):
+        super().__init__()
+        self.group_size, self.bits, self.mode = group_size, bits, mode
+        self.weight, self.scales, *biases = mx.quantize(weight, group_size, bits, mode=mode)
+        self.biases = biases[0] if biases else None
+        self.freeze()
+
+    def __call__(self, x: mx.array, experts: mx.array, in_order: bool) -> mx.array:
+        """As `ExpertLinear`."""
+        return mx.gather_qmm(
+            x,
+            self.weight,
+            self.scales,
+            self.biases,
+            rhs_indices=experts,
+            transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+            sorted_indices=in_order,
+        )
+
+
+class Experts(nn.Module):
+    """The bank of expert MLPs."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.gate_proj = ExpertLinear(config.num_experts, config.hidden_size, config.expert_size)
+        self.up_proj = ExpertLinear(config.num_experts, config.hidden_size, config.expert_size)
+        self.down_proj = ExpertLinear(config.num_experts, config.expert_size, config.hidden_size)
+
+    def __call__(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
+        """Weighted sum of each token's experts.
+
+        Args:
+            x: [B, L, hidden].
+            experts: uint32 [B, L, chosen].
+            weights: [B, L, chosen].
+
+        Returns:
+            [B, L, hidden].
+        """
+        chosen = experts.shape[-1]
+        if experts.size < SORT_FROM:
+            out = self._mlp(x[..., None, None, :], experts, in_order=False).squeeze(-2)
+        else:
+            flat = experts.flatten()
+            order = mx.argsort(flat)
+            rows = x.flatten(0, 1)[order // chosen][:, None, :]
+            out = self._mlp(rows, flat[order], in_order=True).squeeze(-2)
+            out = out[mx.argsort(order)].reshape(*experts.shape, -1)
+        return (out * weights[..., None]).sum(axis=-2)
+
+    def _mlp(self, x: mx.array, experts: mx.array, in_order: bool) -> mx.array:
+        gate, up = self.gate_proj(x, experts, in_order), self.up_proj(x, experts, in_order)
+        return self.down_proj(gelu_times(gate, up), experts, in_order)

@@ -1,0 +1,158 @@
+"""The Gemma 4 text decoder, all five sizes in one port.
+
+    tokens -> embedding -> layers (attention, MLP or MLP + experts, per-layer embedding) -> norm -> head
+
+E2B and E4B have per-layer embeddings and upper layers that read the KV of lower ones; 12B, 26B and 31B have full
+layers whose values are their keys; 26B has experts beside the dense MLP. `config.py` has resolved all of this per
+layer. Parameter names are those of Google's checkpoints.
+
+One function, `Target.__call__`, serves prefill chunk, plain step and verify block alike: the difference is only how
+many tokens come in. Not here: sampling, drafting, and the rules of the KV buffers (kv.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..config import LayerConfig, TextConfig
+from ..kv import Addresses, KVBuffers
+from .attention import MLP, Attention, Rope, Rotation, ropes
+from .elementwise import gelu_times, softcap
+from .moe import Experts, Router
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a layer needs to know of a block of tokens: where it sits and what it sees.
+
+    Attributes:
+        rope: Rotary embedding of this kind of layer.
+        rotation: Its rotation at the block's positions.
+        addresses: The block's place in the KV buffers.
+    """
+
+    rope: Rope
+    rotation: Rotation
+    addresses: Addresses
+
+
+class TargetLayer(nn.Module):
+    """One decoder layer; `index` names its KV buffers."""
+
+    def __init__(self, config: TextConfig, layer: LayerConfig, index: int):
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self._index, self._kv_owner = index, layer.kv_owner
+        self._moe, self._ple = config.num_experts > 0, config.ple_size > 0
+        self.self_attn = Attention(config, layer, own_kv=layer.kv_owner == index)
+        self.mlp = MLP(hidden, layer.intermediate_size)
+        self.input_layernorm = nn.RMSNorm(hidden, eps)
+        self.post_attention_layernorm = nn.RMSNorm(hidden, eps)
+        self.pre_feedforward_layernorm = nn.RMSNorm(hidden, eps)
+        self.post_feedforward_layernorm = nn.RMSNorm(hidden, eps)
+        if self._moe:
+            self.router = Router(config)
+            self.experts = Experts(config)
+            self.post_feedforward_layernorm_1 = nn.RMSNorm(hidden, eps)
+            self.pre_feedforward_layernorm_2 = nn.RMSNorm(hidden, eps)
+            self.post_feedforward_layernorm_2 = nn.RMSNorm(hidden, eps)
+        if self._ple:
+            self.per_layer_input_gate = nn.Linear(hidden, config.ple_size, bias=False)
+            self.per_layer_projection = nn.Linear(config.ple_size, hidden, bias=False)
+            self.post_per_layer_input_norm = nn.RMSNorm(hidden, eps)
+        self.layer_scalar = mx.ones((1,))
+
+    def __call__(self, h: mx.array, ple: mx.array | None, kv: KVBuffers, block: Block) -> mx.array:
+        """Runs a block h [B, L, hidden], with its per-layer embeddings ple [B, L, ple_size] if the model has them."""
+        x = self.input_layernorm(h)
+        if self._kv_owner == self._index:
+            kv.write(self._index, *self.self_attn.keys_values(x, block.rope, block.rotation), block.addresses.slots)
+        keys, values = kv.keys[self._kv_owner], kv.values[self._kv_owner]
+        x = self.self_attn(x, keys, values, block.addresses.visible, block.rope, block.rotation)
+        h = h + self.post_attention_layernorm(x)
+
+        x = self.mlp(self.pre_feedforward_layernorm(h))
+        if self._moe:
+            routed = self.experts(self.pre_feedforward_layernorm_2(h), *self.router(h))
+            x = self.post_feedforward_layernorm_1(x) + self.post_feedforward_layernorm_2(routed)
+        h = h + self.post_feedforward_layernorm(x)
+
+        if self._ple:
+            x = self.per_layer_projection(gelu_times(self.per_layer_input_gate(h), ple))
+            h = h + self.post_per_layer_input_norm(x)
+        return h * self.layer_scalar
+
+
+class Target(nn.Module):
+    """A Gemma 4 target model.
+
+    Attributes:
+        config: Its text config.
+    """
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self._ropes = ropes(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [TargetLayer(config, layer, i) for i, layer in enumerate(config.layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.ple_size:
+            width = len(config.layers) * config.ple_size
+            self.embed_tokens_per_layer = nn.Embedding(config.ple_vocab_size, width)
+            self.per_layer_model_projection = nn.Linear(config.hidden_size, width, bias=False)
+            self.per_layer_projection_norm = nn.RMSNorm(config.ple_size, config.rms_norm_eps)
+        if not config.tied_head:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Type of the activations."""
+        return self.norm.weight.dtype
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Scaled embeddings [..., hidden] of token ids [...]."""
+        return self.embed_tokens(tokens) * mx.array(self.config.hidden_size**0.5, self.dtype)
+
+    def __call__(self, tokens: mx.array, lengths: mx.array, kv: KVBuffers) -> mx.array:
+        """Runs a block of tokens that follows the committed ones, and writes its KV.
+
+        Args:
+            tokens: int32 [B, L].
+            lengths: int32 [B], committed tokens of each row.
+            kv: The buffers; room for the block must have been reserved.
+
+        Returns:
+            Hidden states after the final norm [B, L, hidden]: what the head, and the drafter, read.
+        """
+        h = self.embed(tokens)
+        ple = self._per_layer_embeddings(tokens, h) if self.config.ple_size else None
+        addresses = kv.addresses(lengths, tokens.shape[1])
+        positions = lengths[:, None] + mx.arange(tokens.shape[1], dtype=mx.int32)
+        blocks = {
+            sliding: Block(rope, rope.at(positions, self.dtype), addresses[sliding])
+            for sliding, rope in self._ropes.items()
+        }
+        for i, (layer, spec) in enumerate(zip(self.layers, self.config.layers, strict=True)):
+            h = layer(h, None if ple is None else ple[:, :, i], kv, blocks[spec.sliding])
+        return self.norm(h)
+
+    def raw_logits(self, hidden: mx.array) -> mx.array:
+        """Logits [..., vocab] before the softcap, which changes neither the order of tokens nor the best one."""
+        return self.embed_tokens.as_linear(hidden) if self.config.tied_head else self.lm_head(hidden)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Logits [..., vocab] of hidden states [..., hidden]."""
+        raw = self.raw_logits(hidden)
+        return raw if self.config.logit_softcap is None else softcap(raw, self.config.logit_softcap)
+
+    def _per_layer_embeddings(self, tokens: mx.array, embedded: mx.array) -> mx.array:
+        """[B, L, layers, ple_size]: a table's row for the token, plus a projection of its embedding."""
+        shape = (*tokens.shape, len(self.layers), self.config.ple_size)
+        table = self.embed_tokens_per_layer(tokens) * mx.array(self.config.ple_size**0.5, self.dtype)
+        projected = self.per_layer_model_projection(embedded) * self.config.hidden_size**-0.5
+        projected = self.per_layer_projection_norm(projected.reshape(shape))
+        return (projected + table.reshape(shape)) * 2**-0.5

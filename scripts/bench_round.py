@@ -1,0 +1,150 @@
+"""Speed of one row on the embedded pair, as ratios measured in one run.
+
+    plain        our plain decoding / mlx-lm's generate_step on the same target
+    MTP          our decoding with the drafter / our plain decoding, on chat prompts
+    efficiency   measured speed-up / ideal speed-up; the ideal is tokens per round * plain step / (verify + drafts)
+                 with each of the three timed on its own
+
+Every ratio is the median over repetitions in which all variants take turns. Needs the `bench` extra (mlx-lm).
+
+    python scripts/bench_round.py [--repeats 7] [--draft-length 4] [--json]
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Annotated
+
+from mlx_mtp.blas import use_openblas
+
+BLAS = use_openblas()  # before MLX is imported
+
+import mlx.core as mx  # noqa: E402
+import typer  # noqa: E402
+from mlx_lm.generate import generate_step  # noqa: E402
+from mlx_lm.utils import load_model  # noqa: E402
+
+import mlx_mtp  # noqa: E402
+from mlx_mtp.api import DEMO  # noqa: E402
+from mlx_mtp.decode.round import draft, first_state, verify  # noqa: E402
+from mlx_mtp.decode.sampling import Sampler, SamplingOptions  # noqa: E402
+
+PROMPTS = (
+    "What is a drafter?",
+    "Tell me a short story about a fox and a lantern.",
+    "Convert 12 kilometres to miles.",
+    "Write a Python function that adds two numbers.",
+    "Give me a JSON record for a book.",
+    "What is the capital of Portugal?",
+    "Count from 1 to 30.",
+    "How does speculative decoding work?",
+)
+MAX_TOKENS = 160
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def decode(lm: mlx_mtp.MTPModel, prompt: list[int], draft_length: int | str) -> mlx_mtp.Generation:
+    """Greedy generation."""
+    result = lm.generate(prompt, MAX_TOKENS, temperature=0, draft_length=draft_length)
+    assert isinstance(result, mlx_mtp.Generation)
+    return result
+
+
+def mlx_lm_seconds(model: object, prompt: list[int], tokens: int) -> float:
+    """Seconds mlx-lm takes from the first to the last of `tokens` tokens."""
+    steps = generate_step(mx.array(prompt), model, max_tokens=tokens)
+    next(steps)
+    return seconds(lambda: list(steps))
+
+
+def timed_parts(lm: mlx_mtp.MTPModel, prompt: list[int], k: int, repeats: int) -> tuple[float, float, float]:
+    """Median seconds of a plain step, of a verify pass over k + 1 tokens, and of k draft steps, each on its own."""
+    target, drafter = lm._target, lm._drafter
+    sampler = Sampler([SamplingOptions()])
+    kv, hidden, _ = lm.new_engine().prefill(prompt)
+    lengths = mx.array([len(prompt)], dtype=mx.int32)
+    state = first_state(target, sampler, hidden, lengths)
+    mx.eval(state.tokens, state.hidden)
+    kv.reserve(len(prompt) + k + 1)
+
+    def timed(width: int) -> float:
+        block = mx.ones((1, width), dtype=mx.int32)
+        return seconds(lambda: mx.eval(*verify(target, kv, sampler, lengths, block)))
+
+    rounds = [
+        (timed(1), timed(k + 1), seconds(lambda: mx.eval(draft(target, drafter, kv, sampler, state, k))))
+        for _ in range(repeats)
+    ]
+    plain, block, drafts = (statistics.median(column) for column in zip(*rounds, strict=True))
+    return plain, block, drafts
+
+
+def main(
+    repeats: Annotated[int, typer.Option(help="Repetitions of every variant.")] = 7,
+    draft_length: Annotated[int, typer.Option(help="Tokens to draft a round.")] = 4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Runs the benchmark and prints its table."""
+    lm = mlx_mtp.load(dtype="float32")
+    theirs, _ = load_model(DEMO / "target")
+    theirs.set_dtype(mx.float32)
+    prompts = [lm.encode(text) for text in PROMPTS]
+
+    k = draft_length
+    for prompt in prompts[:2]:  # warm-up
+        decode(lm, prompt, 0), decode(lm, prompt, k), mlx_lm_seconds(theirs, prompt, 20)
+
+    plain_ratio, mtp_ratio, auto_ratio, efficiency, accepted = [], [], [], [], []
+    for _ in range(repeats):
+        total = dict.fromkeys(("mlx_lm", "plain", "mtp", "auto"), 0.0)
+        tokens = kept = rounds = 0
+        for prompt in prompts:
+            plain, mtp, auto = decode(lm, prompt, 0), decode(lm, prompt, k), decode(lm, prompt, "auto")
+            if not plain.tokens == mtp.tokens == auto.tokens:
+                print(f"texts differ after {PROMPTS[prompts.index(prompt)]!r}", file=sys.stderr)
+            if len(plain.tokens) < 2:
+                continue
+            total["plain"] += plain.stats.generation_seconds
+            total["mtp"] += mtp.stats.generation_seconds
+            total["auto"] += auto.stats.generation_seconds
+            total["mlx_lm"] += mlx_lm_seconds(theirs, prompt, len(plain.tokens))
+            tokens += len(plain.tokens) - 1
+            kept += mtp.stats.accepted
+            rounds += mtp.stats.rounds
+        step, block, drafts = timed_parts(lm, prompts[0], k, 40)
+        ideal = tokens / rounds * step / (block + drafts)
+        plain_ratio.append(total["mlx_lm"] / total["plain"])
+        mtp_ratio.append(total["plain"] / total["mtp"])
+        auto_ratio.append(total["plain"] / total["auto"])
+        efficiency.append(mtp_ratio[-1] / ideal)
+        accepted.append(kept / rounds)
+
+    rows = {
+        "plain / mlx-lm": plain_ratio,
+        f"MTP ({k} drafts) / plain": mtp_ratio,
+        "MTP (auto) / plain": auto_ratio,
+        "round efficiency": efficiency,
+        f"accepted of {k}": accepted,
+    }
+    if as_json:
+        print(json.dumps({name: statistics.median(values) for name, values in rows.items()} | {"blas": BLAS}))
+        return
+    print(f"{platform.machine()} {platform.system()}, mlx {mx.__version__} on {mx.default_device()}, BLAS {BLAS}, float32")
+    print(f"{len(PROMPTS)} chat prompts, greedy, {repeats} repetitions; median (lowest to highest)")
+    for name, values in rows.items():
+        print(f"  {name:24} {statistics.median(values):5.2f}   ({min(values):.2f} to {max(values):.2f})")
+
+
+if __name__ == "__main__":
+    typer.run(main)
