@@ -11,15 +11,15 @@ from __future__ import annotations
 import asyncio
 import secrets
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
 from . import checkpoint
-from .decode.engine import Engine, Request, Stats
+from .decode.engine import Engine, Request, Stats, check_prompt, token_limit
 from .decode.round import draft, first_state
 from .decode.sampling import Sampler, SamplingOptions, row_seed
 from .errors import MTPError, PromptError
@@ -106,7 +106,9 @@ def load(
         drafter_folder = checkpoint.find_drafter(target)
     else:
         drafter_folder = checkpoint.find(drafter) if drafter else None
-    return MTPModel(folder, drafter_folder, quantize, dtype, "committed" if drafter_position == "auto" else drafter_position)
+    if drafter_position == "auto":
+        drafter_position = "committed"
+    return MTPModel(folder, drafter_folder, quantize, dtype, drafter_position)
 
 
 class MTPModel:
@@ -119,7 +121,9 @@ class MTPModel:
         defaults: The target's generation_config, as `checkpoint.GenerationDefaults`.
     """
 
-    def __init__(self, folder: Path, drafter_folder: Path | None, quantize: int | None, dtype: str | None, position: str):
+    def __init__(
+        self, folder: Path, drafter_folder: Path | None, quantize: int | None, dtype: str | None, position: str
+    ):
         self.folder, self.drafter_folder = folder, drafter_folder
         self.config, self._target = checkpoint.load_target(folder, dtype, quantize)
         self.drafter_config, self._drafter = None, None
@@ -207,7 +211,7 @@ class MTPModel:
         ignore_eos: bool = False,
         thinking: bool = False,
         engine: Engine | None = None,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         """Generates text piece by piece; closing the iterator cancels the rest.
 
         Args:
@@ -234,6 +238,7 @@ class MTPModel:
             stop_tokens=frozenset() if ignore_eos else frozenset(defaults.stop_tokens),
             suppress_tokens=defaults.suppress_tokens,
         )
+        check_prompt(request.prompt, self.config.text)
         stops = [stop] if isinstance(stop, str) else list(stop or ())
         if stops and self.tokenizer is None:
             raise PromptError(f"stop strings need a tokenizer, and {self.folder} has none")
@@ -246,7 +251,7 @@ class MTPModel:
             while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
                 yield chunk
         finally:
-            chunks.close()  # type: ignore[attr-defined]
+            chunks.close()
 
     def chat(self, system: str | None = None, thinking: bool = False) -> Chat:
         """Starts a conversation; see `chat.Chat`."""
@@ -265,18 +270,19 @@ class MTPModel:
         Raises:
             PromptError: Empty, malformed, or text without a tokenizer.
         """
-        if not isinstance(prompt, str):
-            prompt = list(prompt)
-            if all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
-                return prompt  # type: ignore[return-value]
-        elif not prompt.strip():
-            raise PromptError("the prompt is empty")
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise PromptError("the prompt is empty")
+            prompt = [{"role": "user", "content": prompt}]
+        tokens = [t for t in prompt if isinstance(t, int) and not isinstance(t, bool)]
+        messages = [m for m in prompt if isinstance(m, Mapping)]
+        if len(tokens) == len(prompt):
+            return tokens
+        if len(messages) != len(prompt):
+            raise PromptError("a prompt is a string, a list of messages (dicts), or a list of token ids (ints)")
         if self.tokenizer is None:
             raise PromptError(f"{self.folder} has no tokenizer.json: give the prompt as token ids")
-        return self.tokenizer.chat(
-            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,  # type: ignore[arg-type]
-            thinking=thinking,
-        )
+        return self.tokenizer.chat(messages, thinking=thinking)
 
     def logits(self, tokens: Sequence[int]) -> mx.array:
         """The target's logits float32 [len(tokens), vocab] after each of the tokens.
@@ -286,7 +292,9 @@ class MTPModel:
         """
         parts: list[mx.array] = []
         with self._lock:
-            self._run_prompt(tokens, lambda hidden: parts.append(self._target.logits(hidden)[0].astype(mx.float32)))
+            self.new_engine().prefill(
+                tokens, lambda hidden: parts.append(self._target.logits(hidden)[0].astype(mx.float32))
+            )
             logits = mx.concatenate(parts)
             mx.eval(logits)
         return logits
@@ -309,14 +317,11 @@ class MTPModel:
         if k < 1:
             raise PromptError(f"k must be at least 1, not {k}")
         with self._lock:
-            kv, hidden = self._run_prompt(tokens)
-            sampler = Sampler(
-                [SamplingOptions()], suppress_tokens=self.defaults.suppress_tokens,
-                vocab_size=self.config.text.vocab_size,
-            )  # fmt: skip
+            kv, hidden, _ = self.new_engine().prefill(tokens)
+            sampler = Sampler([SamplingOptions()], None, self.defaults.suppress_tokens, self.config.text.vocab_size)
             state = first_state(self._target, sampler, hidden, mx.array([len(tokens)], dtype=mx.int32))
             drafts = draft(self._target, self._drafter, kv, sampler, state, k)
-            return [*state.tokens.tolist(), *drafts[0].tolist()]
+            return cast("list[int]", mx.concatenate([state.tokens, drafts[0]]).tolist())
 
     def close(self) -> None:
         """Lets go of the models and their memory. Calling anything afterwards is an error; closing twice isn't."""
@@ -336,13 +341,7 @@ class MTPModel:
         if self._closed:
             raise MTPError("the model is closed: load it again")
 
-    def _run_prompt(self, tokens: Sequence[int], keep: Any = None) -> Any:
-        self._check_open()
-        request = Request(prompt=list(tokens), max_tokens=1)
-        kv, hidden, _ = Engine(self._target, self._drafter).prefill(request.prompt, keep)
-        return kv, hidden
-
-    def _chunks(self, request: Request, stops: StopStrings, engine: Engine | None) -> Iterator[Chunk]:
+    def _chunks(self, request: Request, stops: StopStrings, engine: Engine | None) -> Generator[Chunk, None, None]:
         own = engine is None
         with self._lock:
             self._check_open()
@@ -358,7 +357,7 @@ class MTPModel:
                     tokens = next(rounds)
                 if stats.generated_tokens and tokens[-1] in request.stop_tokens:
                     reason = "stop"
-                elif stats.generated_tokens >= self._limit(request):
+                elif stats.generated_tokens >= token_limit(request, self.config.text):
                     reason = "length"
                 text = decoder.push(tokens) if decoder else ""
                 if decoder and reason:
@@ -374,6 +373,3 @@ class MTPModel:
                 rounds.close()
                 if own and not self._closed:
                     self._idle = [*self._idle, engine][-_IDLE_ENGINES:]
-
-    def _limit(self, request: Request) -> int:
-        return min(request.max_tokens, self.config.text.max_positions - len(request.prompt))

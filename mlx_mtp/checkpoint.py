@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -146,9 +146,7 @@ def read_generation(folder: Path) -> GenerationDefaults:
         raise CheckpointError(f"{folder / 'generation_config.json'} can't be understood: {error}") from error
 
 
-def load_target(
-    folder: Path, dtype: str | None = None, quantize: int | None = None
-) -> tuple[TargetConfig, Target]:
+def load_target(folder: Path, dtype: str | None = None, quantize: int | None = None) -> tuple[TargetConfig, Target]:
     """Loads a target.
 
     Args:
@@ -309,19 +307,25 @@ def _fill(
         if quantize:
             raise CheckpointError(f"{folder} is quantised already: load it without quantize")
         nn.quantize(model, class_predicate=_stored_bits(weights, stored))
-    expected = {name: value.shape for name, value in tree_flatten(model.parameters())}
+    parameters = cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))
+    expected = {name: value.shape for name, value in parameters}
     _compare(folder, expected, {name: value.shape for name, value in weights.items()})
 
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} isn't supported: expected one of {', '.join(DTYPES)}")
     own = next(value.dtype for name, value in weights.items() if name == "norm.weight")
     wanted = DTYPES[dtype] if dtype else own if on_gpu() else mx.float32
-    model.load_weights(
-        [(n, w.astype(wanted) if mx.issubdtype(w.dtype, mx.floating) else w) for n, w in weights.items()]
-    )
+    for name, weight in weights.items():
+        weights[name] = weight.astype(wanted) if mx.issubdtype(weight.dtype, mx.floating) else weight
+    model.load_weights(list(weights.items()))
+    # The model alone holds the weights now, so that what is replaced below is let go at once.
+    weights.clear()
     if quantize:
         nn.quantize(model, class_predicate=_quantization(quantize))
-    model.eval()
+    for part in model.modules():
+        if hasattr(part, "prepare"):
+            part.prepare()
+            mx.eval(part.parameters())
     mx.eval(model.parameters())
 
 

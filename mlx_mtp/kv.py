@@ -33,6 +33,10 @@ CAPACITY_STEP = 256
 """Full layers grow by multiples of this many slots."""
 
 
+Snapshot = tuple[dict[int, mx.array], dict[int, mx.array]]
+"""Keys and values as they were, by layer."""
+
+
 @dataclass(frozen=True)
 class Addresses:
     """Where a block of L tokens goes in one kind of layer, and what it sees there.
@@ -133,11 +137,11 @@ class KVBuffers:
                     mx.eval(buffers[i])
         self.capacity = grown
 
-    def snapshot(self) -> tuple[dict[int, mx.array], dict[int, mx.array]]:
+    def snapshot(self) -> Snapshot:
         """The buffers as they are, for `restore`; while a snapshot is alive, writes copy."""
         return dict(self.keys), dict(self.values)
 
-    def restore(self, snapshot: tuple[dict[int, mx.array], dict[int, mx.array]]) -> None:
+    def restore(self, snapshot: Snapshot) -> None:
         """Forgets writes made since a snapshot that haven't been evaluated yet."""
         self.keys, self.values = snapshot
 
@@ -163,7 +167,7 @@ class KVBuffers:
         }
 
     def write(self, layer: int, keys: mx.array, values: mx.array, slots: mx.array) -> None:
-        """Puts a block's keys and values, [B, kv_heads, L, head_dim], into the slots [B, 1, L, 1] of an owning layer."""
+        """Puts a block's keys and values, [B, kv_heads, L, head_dim], into slots [B, 1, L, 1] of an owning layer."""
         self.keys[layer] = mx.put_along_axis(self.keys[layer], slots, keys, axis=2)
         self.values[layer] = mx.put_along_axis(self.values[layer], slots, values, axis=2)
 

@@ -140,7 +140,8 @@ def main(
     if as_json:
         print(json.dumps({name: statistics.median(values) for name, values in rows.items()} | {"blas": BLAS}))
         return
-    print(f"{platform.machine()} {platform.system()}, mlx {mx.__version__} on {mx.default_device()}, BLAS {BLAS}, float32")
+    machine = f"{platform.machine()} {platform.system()}"
+    print(f"{machine}, mlx {mx.__version__} on {mx.default_device()}, BLAS {BLAS}, float32")
     print(f"{len(PROMPTS)} chat prompts, greedy, {repeats} repetitions; median (lowest to highest)")
     for name, values in rows.items():
         print(f"  {name:24} {statistics.median(values):5.2f}   ({min(values):.2f} to {max(values):.2f})")

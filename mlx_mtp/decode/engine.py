@@ -14,17 +14,19 @@ Not here: text (api.py), several rows at once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import mlx.core as mx
 
+from ..config import TextConfig
 from ..errors import PromptError
-from ..kv import KVBuffers
+from ..kv import KVBuffers, Snapshot
 from ..models.drafter import Drafter
 from ..models.target import Target
 from .draft_length import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH, AutoLength, DraftLength, FixedLength
-from .round import RoundState, decode_round, first_state
+from .round import decode_round, first_state
 from .sampling import Sampler, SamplingOptions
 
 PREFILL_CHUNK = 256
@@ -62,8 +64,6 @@ class Request:
     suppress_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.prompt:
-            raise PromptError("the prompt is empty: give it at least one token")
         if self.max_tokens < 1:
             raise PromptError(f"max_tokens must be at least 1, not {self.max_tokens}")
         if self.exactness not in EXACTNESS:
@@ -158,16 +158,12 @@ class Engine:
             The buffers, the hidden state [1, hidden] at the last position, and the number of cached tokens.
 
         Raises:
-            PromptError: A token id outside the vocabulary, or a prompt that fills the context.
+            PromptError: See `check_prompt`.
         """
-        config = self._target.config
-        if bad := next((t for t in prompt if not 0 <= t < config.vocab_size), None):
-            raise PromptError(f"token id {bad} is outside the vocabulary of {config.vocab_size}")
-        if len(prompt) > config.max_positions:
-            raise PromptError(f"the prompt has {len(prompt)} tokens, the model's context {config.max_positions}")
+        check_prompt(prompt, self._target.config)
         if self._kv is None:
             longest = max(self._chunk, MAX_DRAFT_LENGTH + 1)
-            self._kv = KVBuffers(config, 1, self._target.dtype, longest)
+            self._kv = KVBuffers(self._target.config, 1, self._target.dtype, longest)
         kv = self._kv
         # The last prompt token always runs: its hidden state is needed.
         start = 0 if keep else min(_common_prefix(self._held, prompt), len(prompt) - 1)
@@ -185,7 +181,7 @@ class Engine:
         self._held = list(prompt)
         return kv, hidden[:, -1], cached
 
-    def stream(self, request: Request, stats: Stats) -> Iterator[list[int]]:
+    def stream(self, request: Request, stats: Stats) -> Generator[list[int], None, None]:
         """Generates tokens, round by round.
 
         Args:
@@ -196,13 +192,10 @@ class Engine:
             The new tokens of each round, at least one, the stop token included.
 
         Raises:
-            PromptError: See `prefill`; also if the context has no room for a single token.
+            PromptError: See `check_prompt`.
         """
         prompt, target = list(request.prompt), self._target
-        room = target.config.max_positions - len(prompt)
-        if room < 1 and len(prompt) <= target.config.max_positions:
-            raise PromptError(f"the prompt of {len(prompt)} tokens leaves no room in the context of {len(prompt)}")
-        limit = min(request.max_tokens, room)
+        limit = token_limit(request, target.config)
         sampler = Sampler(
             [request.sampling], target.config.logit_softcap, request.suppress_tokens, target.config.vocab_size
         )
@@ -226,7 +219,7 @@ class Engine:
                 next_k = min(policy.next(), max(limit - len(generated) - 1, 0))
                 block = width or next_k + 1
                 kv.reserve(reach + block)
-                before = kv.snapshot()
+                before: Snapshot | None = kv.snapshot()
                 next_state, next_report = decode_round(
                     target, self._drafter, kv, sampler, state, next_k, width, request.exactness == "stepwise"
                 )
@@ -235,7 +228,7 @@ class Engine:
                     before = None
                     mx.async_eval(next_report, next_state.lengths, next_state.hidden)
                 clock.wait()
-                *choices, kept = report[0].tolist()
+                *choices, kept = cast("list[int]", report[0].tolist())
                 seconds = clock.lap()
                 tokens = _until_stop(choices[: kept + 1], request.stop_tokens, limit - len(generated))
                 generated += tokens
@@ -249,9 +242,9 @@ class Engine:
                 stats.generation_seconds = clock.last - clock.first
                 stats.peak_memory_bytes = mx.get_peak_memory()
                 done = len(generated) >= limit or generated[-1] in request.stop_tokens
-                if done and late:
+                if done and before:
                     kv.restore(before)  # the round built ahead was never handed over: forget it
-                if not done and late:
+                elif late:
                     before = None  # lets go of the buffers, so that they are written in place
                     mx.async_eval(next_report, next_state.lengths, next_state.hidden)
                 self._held = (prompt + generated)[:-1]
@@ -293,8 +286,28 @@ class _Clock:
         return None if paused > 0.1 * lap and waited < 0.05 * lap else lap
 
 
+def check_prompt(prompt: Sequence[int], config: TextConfig) -> None:
+    """Checks that a prompt can be run.
+
+    Raises:
+        PromptError: Empty, longer than the context, or a token id outside the vocabulary.
+    """
+    if not prompt:
+        raise PromptError("the prompt is empty: give it at least one token")
+    if len(prompt) > config.max_positions:
+        raise PromptError(f"the prompt has {len(prompt)} tokens, the model's context only {config.max_positions}")
+    if (bad := next((t for t in prompt if not 0 <= t < config.vocab_size), None)) is not None:
+        raise PromptError(f"token id {bad} is outside the vocabulary of {config.vocab_size}")
+
+
+def token_limit(request: Request, config: TextConfig) -> int:
+    """Most tokens the request can generate: its own limit, or what the context has room for."""
+    # The last token generated needs no room: it is never read.
+    return min(request.max_tokens, config.max_positions - len(request.prompt) + 1)
+
+
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _until_stop(tokens: list[int], stop: frozenset[int], limit: int) -> list[int]:

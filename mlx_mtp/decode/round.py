@@ -114,7 +114,7 @@ def decode_round(
         block = mx.concatenate([block, draft(target, drafter, kv, sampler, state, k)], axis=1)
     drafts = block[:, 1:]
     if width is not None and width > k + 1:
-        block = mx.pad(block, ((0, 0), (0, width - k - 1)))
+        block = mx.pad(block, [(0, 0), (0, width - k - 1)])
     choices, hidden = verify(target, kv, sampler, state.lengths, block, stepwise)
     kept = accept(drafts, choices) if k else mx.zeros_like(state.lengths)
     last = kept[:, None]

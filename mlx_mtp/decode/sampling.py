@@ -124,11 +124,11 @@ class Sampler:
 
     def _choose(self, logits: mx.array, ids: mx.array | None, positions: mx.array, cap: float | None) -> mx.array:
         if self._greedy:
-            return _pick(mx.argmax(logits, axis=-1, keepdims=True), ids)
+            return _take_ids(ids, mx.argmax(logits, axis=-1, keepdims=True)).squeeze(-1)
         if 0 < self._candidates < logits.shape[-1]:
             best = best_few(logits, self._candidates)
             logits = mx.take_along_axis(logits, best, axis=-1)
-            ids = best if ids is None else mx.take_along_axis(mx.broadcast_to(ids, best.shape[:2] + ids.shape[2:]), best, axis=-1)
+            ids = _take_ids(ids, best)
         if cap is not None:
             logits = softcap(logits, cap)
         kept = logits
@@ -136,11 +136,11 @@ class Sampler:
             order = mx.argsort(-logits, axis=-1)
             kept = mx.take_along_axis(logits, order, axis=-1)
             kept = self._truncate(kept)
-            ids = order if ids is None else mx.take_along_axis(mx.broadcast_to(ids, order.shape), order, axis=-1)
+            ids = _take_ids(ids, order)
         token_ids = mx.arange(logits.shape[-1], dtype=mx.int32) if ids is None else ids
         noise = gumbel(self._keys, positions[:, :, None], token_ids)
         # argmax(l / t + g) = argmax(l + t g): exact for greedy rows, where t is 0.
-        return _pick(mx.argmax(kept + self._temperature * noise, axis=-1, keepdims=True), ids)
+        return _take_ids(ids, mx.argmax(kept + self._temperature * noise, axis=-1, keepdims=True)).squeeze(-1)
 
     def _truncate(self, logits: mx.array) -> mx.array:
         """Sets filtered tokens of descending logits [B, L, n] to -inf."""
@@ -183,7 +183,8 @@ def gumbel(keys: mx.array, positions: mx.array, token_ids: mx.array) -> mx.array
         float32 of the broadcast shape.
     """
     stream = _scramble(keys ^ _scramble(positions.astype(mx.uint32)))
-    bits = _scramble(_scramble(token_ids.astype(mx.uint32) ^ stream) + _scramble(stream ^ mx.array(0x9E3779B9, mx.uint32)))
+    other = _scramble(stream ^ mx.array(0x9E3779B9, mx.uint32))
+    bits = _scramble(_scramble(token_ids.astype(mx.uint32) ^ stream) + other)
     uniform = ((bits >> 8).astype(mx.float32) + 0.5) * 2**-24
     return -mx.log(-mx.log(uniform))
 
@@ -209,6 +210,8 @@ def _fold(seed: int) -> int:
     return folded ^ (0xFFFFFFFF if seed == -1 else 0)
 
 
-def _pick(index: mx.array, ids: mx.array | None) -> mx.array:
-    chosen = index if ids is None else mx.take_along_axis(mx.broadcast_to(ids, (*index.shape[:2], ids.shape[-1])), index, axis=-1)
-    return chosen.squeeze(-1).astype(mx.int32)
+def _take_ids(ids: mx.array | None, index: mx.array) -> mx.array:
+    """The token ids at index [B, L, n]; None for ids stands for all tokens in order."""
+    if ids is None:
+        return index.astype(mx.int32)
+    return mx.take_along_axis(mx.broadcast_to(ids, (*index.shape[:2], ids.shape[-1])), index, axis=-1)

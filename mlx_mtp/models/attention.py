@@ -13,9 +13,8 @@ import mlx.nn as nn
 from ..config import FULL, SLIDING, LayerConfig, TextConfig
 from .elementwise import gelu_times, on_gpu
 
-
 Rotation = mx.array | tuple[mx.array, mx.array]
-"""What `Rope.at` prepares for `Rope.rotate`: offsets [B] on a GPU, cosines and signed sines [B, 1, L, head_dim] else."""
+"""From `Rope.at` for `Rope.rotate`: on a GPU offsets [B], else cosines and signed sines [B, 1, L, head_dim]."""
 
 
 class Rope:
@@ -46,7 +45,7 @@ class Rope:
         """Rotates [B, heads, L, head_dim]."""
         if isinstance(rotation, tuple):
             cos, sin = rotation
-            return x * cos + mx.roll(x, self._head_dim // 2, axis=-1) * sin
+            return x * cos + mx.roll(x, self._head_dim // 2, -1) * sin
         return mx.fast.rope(
             x, self._head_dim, traditional=False, base=None, scale=1.0, offset=rotation, freqs=self._periods
         )
@@ -59,51 +58,85 @@ def ropes(config: TextConfig) -> dict[bool, Rope]:
     return {sliding: Rope(heads[sliding], kind.theta, kind.rotated) for sliding, kind in kinds.items()}
 
 
+def stack(module: nn.Module, names: list[str]) -> None:
+    """Stacks linear layers that read the same input into the first one: one matrix product instead of several.
+
+    Layers that are quantised in different ways are left as they are; `side_by_side` runs both kinds.
+
+    Args:
+        module: The module that has the layers, by these names; all but the first are removed from it.
+    """
+    layers = [module[name] for name in names]
+    kinds = {(type(it), *(getattr(it, key, None) for key in ("bits", "group_size", "mode"))) for it in layers}
+    if len(kinds) > 1:
+        return
+    for key in layers[0].parameters():
+        layers[0][key] = mx.concatenate([layer[key] for layer in layers])
+    for name in names[1:]:
+        del module[name]
+
+
+def side_by_side(module: nn.Module, names: list[str], x: mx.array) -> mx.array:
+    """Outputs of linear layers, stacked or not, along the last axis."""
+    outputs = [module[name](x) for name in names if name in module]
+    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-1)
+
+
 class Attention(nn.Module):
     """Attention of one layer, with keys and values of its own or without."""
 
     def __init__(self, config: TextConfig, layer: LayerConfig, own_kv: bool):
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self._heads, self._kv_heads, self._head_dim = config.num_heads, layer.kv_heads, layer.head_dim
-        self._k_eq_v, self._eps = layer.k_eq_v, eps
+        self._heads, self._kv_heads, self._head_dim = config.num_heads, layer.kv_heads if own_kv else 0, layer.head_dim
+        self._eps = eps
+        self._projections = ["q_proj"]
         self.q_proj = nn.Linear(hidden, config.num_heads * layer.head_dim, bias=False)
         self.q_norm = nn.RMSNorm(layer.head_dim, eps)
         self.o_proj = nn.Linear(config.num_heads * layer.head_dim, hidden, bias=False)
         if own_kv:
-            self.k_proj = nn.Linear(hidden, layer.kv_heads * layer.head_dim, bias=False)
+            self._projections += ["k_proj"] if layer.k_eq_v else ["k_proj", "v_proj"]
             self.k_norm = nn.RMSNorm(layer.head_dim, eps)
-            if not layer.k_eq_v:
-                self.v_proj = nn.Linear(hidden, layer.kv_heads * layer.head_dim, bias=False)
+            for name in self._projections[1:]:
+                self[name] = nn.Linear(hidden, layer.kv_heads * layer.head_dim, bias=False)
 
-    def keys_values(self, x: mx.array, rope: Rope, rotation: Rotation) -> tuple[mx.array, mx.array]:
-        """Keys and values [B, kv_heads, L, head_dim] of a block x [B, L, hidden]."""
-        shape = (*x.shape[:2], self._kv_heads, self._head_dim)
-        raw = self.k_proj(x).reshape(shape)
-        values = raw if self._k_eq_v else self.v_proj(x).reshape(shape)
-        keys = rope.rotate(self.k_norm(raw).transpose(0, 2, 1, 3), rotation)
-        return keys, mx.fast.rms_norm(values, None, self._eps).transpose(0, 2, 1, 3)
+    def prepare(self) -> None:
+        """Brings loaded weights into the form they run in; to be called once, before the first use."""
+        stack(self, self._projections)
+        norms = [self.q_norm.weight] * self._heads
+        if self._kv_heads:
+            norms += [self.k_norm.weight] * self._kv_heads
+        self._norms = mx.stack(norms)
 
-    def __call__(
-        self, x: mx.array, keys: mx.array, values: mx.array, visible: mx.array, rope: Rope, rotation: Rotation
-    ) -> mx.array:
-        """Attends from a block x [B, L, hidden] to keys and values [B, kv_heads, slots, head_dim].
+    def project(self, x: mx.array, rope: Rope, rotation: Rotation) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries, keys and values [B, heads, L, head_dim] of a block x [B, L, hidden]; no heads where it has none."""
+        # All heads are normalised and rotated together.
+        heads = side_by_side(self, self._projections, x).reshape(*x.shape[:2], -1, self._head_dim)
+        heads = mx.fast.rms_norm(heads, None, self._eps)
+        rotated = rope.rotate((heads[:, :, : len(self._norms)] * self._norms).transpose(0, 2, 1, 3), rotation)
+        # The last heads are the values; where these are the keys (`attention_k_eq_v`), keys before norm and rotation.
+        values = heads[:, :, heads.shape[2] - self._kv_heads :].transpose(0, 2, 1, 3)
+        return rotated[:, : self._heads], rotated[:, self._heads :], values
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, visible: mx.array) -> mx.array:
+        """Attends to KV buffers.
 
         Args:
+            queries: [B, heads, L, head_dim], from `project`.
+            keys, values: [B, kv_heads, slots, head_dim].
             visible: bool [B, 1, L, slots].
 
         Returns:
             [B, L, hidden].
         """
-        b, length, _ = x.shape
-        queries = self.q_norm(self.q_proj(x).reshape(b, length, self._heads, self._head_dim))
-        queries = rope.rotate(queries.transpose(0, 2, 1, 3), rotation)
         out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=visible)
-        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(b, length, -1))
+        return self.o_proj(out.transpose(0, 2, 1, 3).flatten(2))
 
 
 class MLP(nn.Module):
     """Gated MLP: down(gelu(gate(x)) * up(x))."""
+
+    _INPUTS = ["gate_proj", "up_proj"]
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -111,5 +144,9 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
+    def prepare(self) -> None:
+        """See `Attention.prepare`."""
+        stack(self, self._INPUTS)
+
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(gelu_times(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(gelu_times(*mx.split(side_by_side(self, self._INPUTS, x), 2, axis=-1)))

@@ -57,8 +57,8 @@ class DrafterLayer(nn.Module):
     def __call__(self, h: mx.array, lent: Lent, rope: Rope) -> mx.array:
         """One step h [B, 1, hidden]."""
         kind = self._sliding
-        x = self.input_layernorm(h)
-        x = self.self_attn(x, lent.keys[kind], lent.values[kind], lent.visible[kind], rope, lent.rotations[kind])
+        queries, _, _ = self.self_attn.project(self.input_layernorm(h), rope, lent.rotations[kind])
+        x = self.self_attn.attend(queries, lent.keys[kind], lent.values[kind], lent.visible[kind])
         h = h + self.post_attention_layernorm(x)
         h = h + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h)))
         return h * self.layer_scalar
@@ -112,9 +112,7 @@ class Drafter(nn.Module):
             rotations={kind: rope.at(position, self.norm.weight.dtype) for kind, rope in self._ropes.items()},
         )
 
-    def __call__(
-        self, embedded: mx.array, hidden: mx.array, lent: Lent
-    ) -> tuple[mx.array, mx.array | None, mx.array]:
+    def __call__(self, embedded: mx.array, hidden: mx.array, lent: Lent) -> tuple[mx.array, mx.array | None, mx.array]:
         """One draft step.
 
         Args:

@@ -67,11 +67,11 @@ class TargetLayer(nn.Module):
 
     def __call__(self, h: mx.array, ple: mx.array | None, kv: KVBuffers, block: Block) -> mx.array:
         """Runs a block h [B, L, hidden], with its per-layer embeddings ple [B, L, ple_size] if the model has them."""
-        x = self.input_layernorm(h)
+        queries, keys, values = self.self_attn.project(self.input_layernorm(h), block.rope, block.rotation)
         if self._kv_owner == self._index:
-            kv.write(self._index, *self.self_attn.keys_values(x, block.rope, block.rotation), block.addresses.slots)
+            kv.write(self._index, keys, values, block.addresses.slots)
         keys, values = kv.keys[self._kv_owner], kv.values[self._kv_owner]
-        x = self.self_attn(x, keys, values, block.addresses.visible, block.rope, block.rotation)
+        x = self.self_attn.attend(queries, keys, values, block.addresses.visible)
         h = h + self.post_attention_layernorm(x)
 
         x = self.mlp(self.pre_feedforward_layernorm(h))
