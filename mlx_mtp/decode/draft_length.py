@@ -49,78 +49,149 @@ class FixedLength:
 class AutoLength:
     """The length with the best expected tokens per second.
 
-    Acceptance is tracked per position (the chance that draft j is kept if those before it were), cost as a straight
-    line over the draft length, both with exponential forgetting. A length other than the best is tried now and then,
-    since a line can't be fitted through one point, and acceptance can't be seen at length 0.
+    What it believes: the seconds of a round by draft length (`_Costs`), and per position the chance that a draft is
+    kept if those before it were (`_Acceptance`). Other lengths than the best are tried on a budget: all the time that
+    trials have lost, against the best length, stays under a small share of the time spent. This bounds how much
+    slower than plain decoding a useless drafter can make it.
     """
 
-    _FORGET = 0.97
-    _PROBE_EVERY = 16
-    _PROBE_EVERY_WHEN_OFF = 32
-    # Before anything is measured: the published acceptance of these drafters, and a draft step at a fifth of a
-    # target step.
-    _PRIOR_ACCEPTANCE = 0.75
-    _PRIOR_SLOPE = 0.2
-    _PRIOR_WEIGHT = 4.0
+    _BUDGET = 0.01
+    # In rounds of the best length, granted at the start.
+    _ALLOWANCE = 4.0
+    # A length's cost is measured again after this many rounds.
+    _STALE = 64
+    _PROBE = 2
 
     def __init__(self) -> None:
-        n = MAX_AUTO_LENGTH
-        self._tried = [self._PRIOR_WEIGHT] * n
-        self._kept = [self._PRIOR_WEIGHT * self._PRIOR_ACCEPTANCE] * n
-        # Weighted sums for the least-squares line seconds = base + slope * drafted.
-        self._w = self._x = self._xx = self._y = self._xy = 0.0
+        self._costs, self._acceptance = _Costs(), _Acceptance()
         self._rounds = 0
+        self._trials: set[int] = set()
+        self._asked = 0
+        self._spent = self._elapsed = 0.0
+        self._best = self._choose()
 
     def next(self) -> int:
         """See `DraftLength`."""
-        self._rounds += 1
-        best = self._best()
-        if best == 0:
-            return 2 if self._rounds % self._PROBE_EVERY_WHEN_OFF == 0 else 0
-        if self._rounds % self._PROBE_EVERY == 0:
-            return best - 1 if best == MAX_AUTO_LENGTH or self._rounds // self._PROBE_EVERY % 2 else best + 1
-        return best
+        best, self._asked = self._best, self._asked + 1
+        trial = self._trial(best)
+        if trial is None:
+            return best
+        # Rounds are observed in the order in which they were asked for, one round late.
+        self._trials.add(self._asked)
+        return trial
 
     def observe(self, drafted: int, kept: int, seconds: float | None) -> None:
         """See `DraftLength`."""
-        # Draft j was put to the test only if all drafts before it were kept.
+        self._rounds += 1
+        off = self._best == 0
+        if seconds is not None:
+            if self._rounds in self._trials or drafted != self._best:
+                self._spent += max(0.0, seconds - (kept + 1) / self._rate(self._best))
+            self._elapsed += seconds
+            self._costs.observe(drafted, seconds, self._rounds)
+        self._trials.discard(self._rounds)
+        if off and drafted and kept == drafted:
+            # The text may have become predictable: what was seen before no longer counts.
+            self._acceptance = _Acceptance()
+        self._acceptance.observe(drafted, kept)
+        self._best = self._choose()
+
+    def _rate(self, length: int) -> float:
+        return self._acceptance.tokens(length) / self._costs.seconds(length)
+
+    def _choose(self) -> int:
+        return max(range(MAX_AUTO_LENGTH + 1), key=self._rate)
+
+    def _trial(self, best: int) -> int | None:
+        """A length to try instead of the best, if one is due and can be afforded."""
+        if best == 0:
+            due = [self._PROBE]  # acceptance can't be seen while nothing is drafted
+        else:
+            near = (0, best - 1, best + 1)
+            due = [k for k in near if 0 <= k <= MAX_AUTO_LENGTH and self._costs.age(k, self._rounds) > self._STALE]
+        if not due or self._trials:
+            return None
+        trial = max(due, key=lambda k: self._costs.age(k, self._rounds))
+        loss = self._costs.seconds(trial) - self._acceptance.tokens(trial) / self._rate(best)
+        allowed = self._BUDGET * self._elapsed + self._ALLOWANCE * self._costs.seconds(best)
+        return trial if self._spent + loss <= allowed else None
+
+
+class _Acceptance:
+    """Chance that draft j is kept if those before it were, with exponential forgetting."""
+
+    _FORGET = 0.93
+    # Published acceptance of these drafters, worth as much as this many rounds; each position leans on the one before.
+    _PRIOR, _PRIOR_WEIGHT = 0.8, 1.5
+
+    def __init__(self) -> None:
+        self._tried, self._kept = [0.0] * MAX_AUTO_LENGTH, [0.0] * MAX_AUTO_LENGTH
+
+    def observe(self, drafted: int, kept: int) -> None:
+        """Draft j was put to the test only if all drafts before it were kept."""
         for j in range(min(drafted, kept + 1, MAX_AUTO_LENGTH)):
             self._tried[j] = self._tried[j] * self._FORGET + 1
             self._kept[j] = self._kept[j] * self._FORGET + (j < kept)
-        if seconds is None:
+
+    def tokens(self, length: int) -> float:
+        """Expected tokens of a round, the bonus token included."""
+        chances, before = [], self._PRIOR
+        for tried, kept in zip(self._tried[:length], self._kept[:length], strict=True):
+            before = (kept + self._PRIOR_WEIGHT * before) / (tried + self._PRIOR_WEIGHT)
+            chances.append(before)
+        return 1 + sum(accumulate(chances, mul))
+
+
+class _Costs:
+    """Seconds of a round by draft length; lengths never tried lie on the line through those that were."""
+
+    _FORGET = 0.8
+    # Of the seconds of a plain step, for each draft, until measured.
+    _PRIOR_SLOPE = 0.2
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+        self._measured: dict[int, int] = {}
+        self._outliers = 0
+
+    def observe(self, drafted: int, seconds: float, now: int) -> None:
+        """Learns of a round; single pauses of the machine are left out."""
+        old = self._seconds.get(drafted)
+        if old is not None and seconds > 3 * old and self._outliers < 3:
+            self._outliers += 1
             return
-        if self._w and seconds > 4 * self._seconds(drafted):
-            return  # a pause of the machine, not the price of a round
-        self._w, self._x, self._xx, self._y, self._xy = (
-            total * self._FORGET + new
-            for total, new in (
-                (self._w, 1.0),
-                (self._x, drafted),
-                (self._xx, drafted * drafted),
-                (self._y, seconds),
-                (self._xy, drafted * seconds),
-            )
-        )
+        self._outliers = 0
+        if old is None:
+            new = seconds
+        elif seconds < old and self._measured[drafted] < 0:
+            new = seconds  # the first round of a kind pays for building kernels
+        else:
+            new = self._FORGET * old + (1 - self._FORGET) * seconds
+        self._seconds[drafted] = new
+        # A length measured only once counts as never measured for `age`.
+        self._measured[drafted] = now if drafted in self._measured else -1
 
-    def _line(self) -> tuple[float, float]:
-        """Base and slope of the cost; the slope leans on the prior until lengths have varied."""
-        if not self._w:
-            return 1.0, self._PRIOR_SLOPE
-        mean_x, mean_y = self._x / self._w, self._y / self._w
-        spread = self._xx / self._w - mean_x * mean_x
-        covariance = self._xy / self._w - mean_x * mean_y
-        prior_base = mean_y / (1 + self._PRIOR_SLOPE * mean_x)
-        trust = 0.25  # in squared tokens: how much the lengths must vary for the fit to outweigh the prior
-        slope = max(0.0, (covariance + trust * self._PRIOR_SLOPE * prior_base) / (spread + trust))
-        return max(mean_y - slope * mean_x, 0.1 * mean_y), slope
+    def age(self, length: int, now: int) -> float:
+        """Rounds since a length was last measured."""
+        return now - self._measured.get(length, -(10**6))
 
-    def _seconds(self, drafted: int) -> float:
-        base, slope = self._line()
-        return base + slope * drafted
-
-    def _best(self) -> int:
-        chances = accumulate((k / t for k, t in zip(self._kept, self._tried, strict=True)), mul)
-        tokens = accumulate(chances, initial=1.0)
-        base, slope = self._line()
-        speeds = [expected / (base + slope * k) for k, expected in enumerate(tokens)]
-        return speeds.index(max(speeds))
+    def seconds(self, length: int) -> float:
+        """Expected seconds of a round."""
+        known = sorted(self._seconds)
+        if not known:
+            return 1 + self._PRIOR_SLOPE * length
+        if length in self._seconds:
+            return self._seconds[length]
+        below = [k for k in known if k < length]
+        above = [k for k in known if k > length]
+        if below and above:
+            low, high = below[-1], above[0]
+            share = (length - low) / (high - low)
+            return self._seconds[low] * (1 - share) + self._seconds[high] * share
+        near = below[-1] if below else above[0]
+        other = below[-2] if len(below) > 1 else above[1] if len(above) > 1 else None
+        plain = self._seconds[near] / (1 + self._PRIOR_SLOPE * near)
+        slope = self._PRIOR_SLOPE * plain
+        if other is not None:
+            slope = max(0.0, (self._seconds[near] - self._seconds[other]) / (near - other))
+        return max(self._seconds[near] + slope * (length - near), 0.1 * self._seconds[near])

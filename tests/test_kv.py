@@ -1,0 +1,135 @@
+"""KV buffers: which slots a query sees, through wraps, rejected drafts and growth (kv.py)."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_mtp.config import TextConfig, target_config
+from mlx_mtp.kv import CAPACITY_STEP, KVBuffers, ring_slots
+
+WINDOW, LONGEST = 8, 6
+
+
+@pytest.fixture
+def config() -> TextConfig:
+    """Three layers: sliding, full, and a sliding one without KV of its own."""
+    return target_config(
+        {
+            "model_type": "gemma4_text",
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "intermediate_size": 32,
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "head_dim": 4,
+            "global_head_dim": 8,
+            "sliding_window": WINDOW,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-6,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "rope_parameters": {
+                "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
+                "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+            },
+        }
+    ).text
+
+
+def write(kv: KVBuffers, lengths: list[int], marks: np.ndarray) -> dict[bool, mx.array]:
+    """Writes a block whose keys carry `marks` [B, L], as the target would; returns what its queries see."""
+    rows, width = marks.shape
+    kv.reserve(max(lengths) + width)
+    addresses = kv.addresses(mx.array(lengths), width)
+    for layer, sliding in ((0, True), (1, False)):
+        keys = mx.broadcast_to(
+            mx.array(marks, dtype=mx.float32)[:, None, :, None], (rows, 1, width, 4 if sliding else 8)
+        )
+        kv.write(layer, keys, keys, addresses[sliding].slots)
+    return {sliding: a.visible for sliding, a in addresses.items()}
+
+
+def seen(kv: KVBuffers, visible: mx.array, layer: int, row: int, query: int) -> list[int]:
+    """Marks that a query sees in a layer, sorted."""
+    marks = np.array(kv.keys[layer][row, 0, :, 0])[np.array(visible[row, 0, query])]
+    return sorted(int(m) for m in marks)
+
+
+def test_queries_see_their_window_and_nothing_else_whatever_was_rejected(config: TextConfig):
+    """Two rows take blocks of random width, of which a random part is kept; junk carries negative marks."""
+    rng = np.random.default_rng(0)
+    kv = KVBuffers(config, batch=2, dtype=mx.float32, longest_block=LONGEST)
+    lengths = [0, 0]
+    while max(lengths) < 6 * ring_slots(WINDOW, LONGEST):
+        width = int(rng.integers(1, LONGEST + 1))
+        kept = rng.integers(1, width + 1, size=2)
+        positions = np.array(lengths)[:, None] + np.arange(width)
+        marks = np.where(np.arange(width) < kept[:, None], positions, -1 - positions)
+        visible = write(kv, lengths, marks)
+        for row in range(2):
+            for query in range(kept[row]):  # what the queries of rejected drafts see doesn't matter
+                at = lengths[row] + query
+                assert seen(kv, visible[True], 0, row, query) == list(range(max(0, at - WINDOW + 1), at + 1))
+                assert seen(kv, visible[False], 1, row, query) == list(range(at + 1))
+        lengths = [n + int(k) for n, k in zip(lengths, kept, strict=True)]
+        lent = kv.lent_visible(mx.array(lengths), WINDOW)
+        for row, n in enumerate(lengths):
+            assert seen(kv, lent[True], 0, row, 0) == list(range(max(0, n - WINDOW), n))
+            assert seen(kv, lent[False], 1, row, 0) == list(range(n))
+
+
+def test_the_drafter_gets_the_very_arrays(config: TextConfig):
+    kv = KVBuffers(config, batch=1, dtype=mx.float32, longest_block=LONGEST)
+    for sliding, layer in ((True, 0), (False, 1)):
+        keys, values = kv.lend(sliding)
+        assert keys is kv.keys[layer] and values is kv.values[layer]
+    assert sorted(kv.keys) == [0, 1], "layers that share KV own none"
+
+
+def test_growth_keeps_what_was_written(config: TextConfig):
+    kv = KVBuffers(config, batch=1, dtype=mx.float32, longest_block=LONGEST)
+    for start in range(0, 2 * CAPACITY_STEP, 4):
+        visible = write(kv, [start], np.arange(start, start + 4)[None])
+    assert kv.capacity == 2 * CAPACITY_STEP
+    assert seen(kv, visible[False], 1, 0, 3) == list(range(2 * CAPACITY_STEP))
+    assert kv.keys[0].shape[2] == ring_slots(WINDOW, LONGEST), "sliding layers don't grow"
+
+
+def test_a_write_is_in_place(config: TextConfig):
+    kv = KVBuffers(config, batch=1, dtype=mx.float32, longest_block=LONGEST)
+    kv.reserve(200_000)
+    mx.eval(kv.arrays())
+    slots = kv.addresses(mx.array([100_000]), 4)[False].slots
+    block = mx.ones((1, 1, 4, 8))
+    mx.eval(slots, block)
+    mx.synchronize()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    kv.write(1, block, block, slots)
+    mx.eval(kv.keys[1], kv.values[1])
+    assert mx.get_peak_memory() - before < kv.keys[1].nbytes / 100
+
+
+def test_rewinding_is_refused_once_the_window_was_overwritten(config: TextConfig):
+    kv = KVBuffers(config, batch=1, dtype=mx.float32, longest_block=LONGEST)
+    for start in range(0, 60, 4):
+        write(kv, [start], np.arange(start, start + 4)[None])
+    shortest = next(n for n in range(1, 61) if kv.can_rewind(n))
+    assert shortest > 1
+    visible = write(kv, [shortest], np.array([[shortest]]))
+    at = shortest
+    assert seen(kv, visible[True], 0, 0, 0) == list(range(max(0, at - WINDOW + 1), at + 1))
+    assert kv.can_rewind(0)
+
+
+def test_an_unevaluated_write_can_be_forgotten(config: TextConfig):
+    kv = KVBuffers(config, batch=1, dtype=mx.float32, longest_block=LONGEST)
+    write(kv, [0], np.array([[5, 6]]))
+    mx.eval(kv.arrays())
+    before = kv.snapshot()
+    write(kv, [2], np.array([[7, 8]]))
+    kv.restore(before)
+    assert np.array(kv.keys[1][0, 0, :4, 0]).tolist() == [5, 6, 0, 0]

@@ -1,0 +1,155 @@
+"""Choosing tokens: the distribution is right, noise depends on what it should, filters mean what they do elsewhere."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from mlx_mtp.decode.sampling import Sampler, SamplingOptions, best_few, gumbel, row_seed
+from mlx_mtp.errors import PromptError
+
+VOCAB = 50
+
+
+def logits_of(seed: int = 0, rows: int = 1, size: int = VOCAB) -> np.ndarray:
+    return (3 * np.random.default_rng(seed).standard_normal((rows, size))).astype(np.float32)
+
+
+def draw(options: SamplingOptions, logits: np.ndarray, count: int, cap: float | None = None) -> np.ndarray:
+    """Tokens for `count` positions with the same logits [vocab]."""
+    block = mx.broadcast_to(mx.array(logits), (1, count, logits.size))
+    return np.array(Sampler([options], cap).target(block, mx.arange(count)[None])[0])
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+@pytest.mark.parametrize("options", [
+    SamplingOptions(temperature=1.0),
+    SamplingOptions(temperature=0.5),
+    SamplingOptions(temperature=2.0, top_k=7),
+    SamplingOptions(temperature=1.0, top_p=0.8),
+    SamplingOptions(temperature=1.5, min_p=0.1),
+    SamplingOptions(temperature=1.2, top_k=20, top_p=0.9, min_p=0.02),
+])  # fmt: skip
+def test_tokens_follow_the_filtered_distribution(options: SamplingOptions):
+    """Against transformers' own filters, in the order in which its generate() applies them."""
+    logits, count = logits_of()[0], 20_000
+    scores = TemperatureLogitsWarper(options.temperature)(None, torch.tensor(logits)[None])
+    if options.top_k:
+        scores = TopKLogitsWarper(options.top_k)(None, scores)
+    if options.top_p < 1:
+        scores = TopPLogitsWarper(options.top_p)(None, scores)
+    if options.min_p:
+        scores = MinPLogitsWarper(options.min_p)(None, scores)
+    expected = softmax(scores[0].numpy())
+    found = np.bincount(draw(options, logits, count), minlength=VOCAB)
+    assert not found[expected == 0].any(), "a filtered token was drawn"
+    some = expected * count >= 5
+    chi2 = ((found - expected * count)[some] ** 2 / (expected * count)[some]).sum()
+    freedom = max(some.sum() - 1, 1)
+    assert chi2 < freedom + 5 * np.sqrt(2 * freedom), "noise is fixed, so this is no matter of luck"
+
+
+def test_softcap_changes_the_distribution_but_not_the_best_token():
+    logits = np.array([9.0, 6.0, 0.0, -3.0], np.float32)
+    count = 20_000
+    found = np.bincount(draw(SamplingOptions(temperature=1), logits, count, cap=4.0), minlength=4) / count
+    assert np.abs(found - softmax(4 * np.tanh(logits / 4))).max() < 0.02
+    assert set(draw(SamplingOptions(), logits, 10, cap=4.0)) == {0}
+
+
+def test_a_draft_equals_the_target_token_when_the_logits_are_equal():
+    logits = logits_of(rows=200)
+    for options in (
+        SamplingOptions(temperature=1, seed=3),
+        SamplingOptions(temperature=1, top_k=20, top_p=0.9, seed=4),
+    ):
+        sampler = Sampler([options])
+        positions = mx.arange(200)
+        target = sampler.target(mx.array(logits)[None], positions[None])[0]
+        drafts = [sampler.draft(mx.array(logits[i : i + 1]), None, positions[i : i + 1]).item() for i in range(200)]
+        assert target.tolist() == drafts
+        # The same candidates in another order, as a clustered head gives them.
+        order = np.random.default_rng(1).permutation(VOCAB)
+        shuffled = [
+            sampler.draft(mx.array(logits[i : i + 1, order]), mx.array(order[None]), positions[i : i + 1]).item()
+            for i in range(200)
+        ]
+        assert target.tolist() == shuffled
+
+
+def test_rows_have_options_of_their_own():
+    rows = [
+        SamplingOptions(),
+        SamplingOptions(temperature=1, seed=5),
+        SamplingOptions(temperature=0.7, top_k=3, seed=6),
+        SamplingOptions(temperature=1, top_p=0.5, min_p=0.2, seed=7),
+    ]
+    logits = mx.array(logits_of(2, rows=len(rows) * 30).reshape(len(rows), 30, VOCAB))
+    positions = mx.broadcast_to(mx.arange(10, 40), (len(rows), 30))
+    together = Sampler(rows).target(logits, positions)
+    for i, row in enumerate(rows):
+        alone = Sampler([row]).target(logits[i : i + 1], positions[i : i + 1])
+        assert together[i].tolist() == alone[0].tolist()
+
+
+def test_seed_and_position_matter():
+    logits = logits_of()[0]
+    a = draw(SamplingOptions(temperature=1, seed=1), logits, 50)
+    assert (a == draw(SamplingOptions(temperature=1, seed=1), logits, 50)).all()
+    assert (a != draw(SamplingOptions(temperature=1, seed=2), logits, 50)).any()
+    assert len(set(a.tolist())) > 3
+    for one, other in ((0, 2**32), (1, -1), (7, 2**64 + 7), (0, -(2**32))):
+        first, second = (draw(SamplingOptions(temperature=1, seed=s), logits, 50) for s in (one, other))
+        assert (first != second).any(), f"seeds {one} and {other} give the same text"
+
+
+def test_suppressed_tokens_are_never_chosen():
+    logits = logits_of()[0]
+    best = int(logits.argmax())
+    for options in (SamplingOptions(), SamplingOptions(temperature=1)):
+        sampler = Sampler([options], suppress_tokens=[best], vocab_size=VOCAB)
+        block = mx.broadcast_to(mx.array(logits), (1, 500, VOCAB))
+        assert best not in sampler.target(block, mx.arange(500)[None])[0].tolist()
+
+
+def test_noise_is_standard_gumbel():
+    noise = np.sort(np.array(gumbel(mx.array(9, mx.uint32), mx.arange(200)[:, None], mx.arange(500)[None])).ravel())
+    cdf = np.exp(-np.exp(-noise))
+    uniform = (np.arange(noise.size) + 0.5) / noise.size
+    assert np.abs(cdf - uniform).max() < 1.63 / np.sqrt(noise.size), "Kolmogorov-Smirnov at 1 %"
+
+
+@pytest.mark.parametrize("size", [100, 2048, 262_144])
+def test_best_few_are_the_best(size: int):
+    logits = mx.array(logits_of(4, rows=3, size=size))
+    for k in (1, 8, 64):
+        found = np.array(best_few(logits, k))
+        for row in range(3):
+            assert set(found[row]) == set(np.argsort(-np.array(logits[row]))[:k])
+
+
+def test_row_seeds_are_distinct_and_the_first_is_the_seed_itself():
+    seeds = [row_seed(seed, row) for seed in (0, 1, 2, 2**40) for row in range(50)]
+    assert [row_seed(seed, 0) for seed in (0, 1, 2)] == [0, 1, 2]
+    assert len(set(seeds)) == len(seeds)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_k": -1}, {"top_p": 0.0},
+    {"top_p": 1.1}, {"min_p": -0.1}, {"min_p": 1.5},
+])  # fmt: skip
+def test_options_out_of_range(wrong: dict[str, float]):
+    with pytest.raises(PromptError, match=next(iter(wrong))):
+        SamplingOptions(**wrong)
