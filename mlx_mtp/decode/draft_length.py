@@ -61,12 +61,14 @@ class AutoLength:
     # A length's cost is measured again after this many rounds.
     _STALE = 64
     _PROBE = 2
+    # Chance of rounds in a row that keep no draft, under which the past is forgotten.
+    _UNLIKELY = 0.004
 
     def __init__(self) -> None:
         self._costs, self._acceptance = _Costs(), _Acceptance()
         self._rounds = 0
         self._trials: set[int] = set()
-        self._asked = 0
+        self._asked, self._luck = 0, 1.0
         self._spent = self._elapsed = 0.0
         self._best = self._choose()
 
@@ -93,6 +95,15 @@ class AutoLength:
         if off and drafted and kept == drafted:
             # The text may have become predictable: what was seen before no longer counts.
             self._acceptance = _Acceptance()
+        if kept:
+            self._luck = 1.0
+        elif drafted:
+            self._luck *= 1 - self._acceptance.first()
+            if self._luck < self._UNLIKELY:
+                # The same the other way round; with a few such rounds, so that the prior doesn't say the contrary.
+                self._luck, self._acceptance = 1.0, _Acceptance()
+                for _ in range(4):
+                    self._acceptance.observe(drafted, 0)
         self._acceptance.observe(drafted, kept)
         self._best = self._choose()
 
@@ -109,7 +120,7 @@ class AutoLength:
         else:
             near = (0, best - 1, best + 1)
             due = [k for k in near if 0 <= k <= MAX_AUTO_LENGTH and self._costs.age(k, self._rounds) > self._STALE]
-        if not due or self._trials:
+        if not due or self._trials or not self._elapsed:
             return None
         trial = max(due, key=lambda k: self._costs.age(k, self._rounds))
         loss = self._costs.seconds(trial) - self._acceptance.tokens(trial) / self._rate(best)
@@ -132,6 +143,10 @@ class _Acceptance:
         for j in range(min(drafted, kept + 1, MAX_AUTO_LENGTH)):
             self._tried[j] = self._tried[j] * self._FORGET + 1
             self._kept[j] = self._kept[j] * self._FORGET + (j < kept)
+
+    def first(self) -> float:
+        """Chance that the first draft is kept."""
+        return self.tokens(1) - 1
 
     def tokens(self, length: int) -> float:
         """Expected tokens of a round, the bonus token included."""
