@@ -44,13 +44,15 @@ class Generation:
     """One finished generation.
 
     Attributes:
-        text: What was generated, without special tokens; cut before a stop string.
+        text: The answer, without special tokens; cut before a stop string.
+        thought: What the model thought before, if it did.
         tokens: All generated token ids, the stop token included.
         finish_reason: "stop" (a stop token or stop string) or "length" (`max_tokens`, or the context is full).
         stats: What it took.
     """
 
     text: str
+    thought: str
     tokens: list[int]
     finish_reason: str
     stats: Stats
@@ -62,12 +64,14 @@ class Chunk:
 
     Attributes:
         text: New text; may be empty while a character or a possible stop string is incomplete.
+        thought: New text of the model's thoughts.
         tokens: New token ids.
         finish_reason: Set in the last chunk, see `Generation`.
         stats: The running statistics, one object for all chunks of a generation.
     """
 
     text: str
+    thought: str
     tokens: list[int]
     finish_reason: str | None
     stats: Stats
@@ -191,9 +195,9 @@ class MTPModel:
                     exactness, ignore_eos,
                 )
             )  # fmt: skip
-            text = "".join(chunk.text for chunk in chunks)
+            text, thought = "".join(chunk.text for chunk in chunks), "".join(chunk.thought for chunk in chunks)
             ids = [t for chunk in chunks for t in chunk.tokens]
-            results.append(Generation(text, ids, chunks[-1].finish_reason or "length", chunks[-1].stats))
+            results.append(Generation(text, thought, ids, chunks[-1].finish_reason or "length", chunks[-1].stats))
         return results if n > 1 else results[0]
 
     def stream(
@@ -359,7 +363,7 @@ class MTPModel:
                     reason = "stop"
                 elif stats.generated_tokens >= token_limit(request, self.config.text):
                     reason = "length"
-                text = decoder.push(tokens) if decoder else ""
+                text, thought = decoder.push(tokens) if decoder else ("", "")
                 if decoder and reason:
                     text += decoder.finish()
                 text, hit = stops.push(text), stops.hit
@@ -367,7 +371,7 @@ class MTPModel:
                     reason = "stop"
                 elif reason:
                     text += stops.finish()
-                yield Chunk(text, tokens, reason, stats)
+                yield Chunk(text, thought, tokens, reason, stats)
         finally:
             with self._lock:
                 rounds.close()
