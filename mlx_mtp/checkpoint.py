@@ -82,11 +82,14 @@ def find(name: str | Path) -> Path:
     except RepositoryNotFoundError:
         raise CheckpointError(f"{name} is neither a folder nor a repository you can read on the hub") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{name} is not a folder, and the hub can't be reached to download it ({type(error).__name__}: "
-            f"{reason[:120]})"
+            f"{name} is not a folder, and the hub can't be reached to download it ({_one_line(error)})"
         ) from None
+
+
+def _one_line(error: Exception) -> str:
+    """Kind and beginning of another library's error, for a message of ours."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
 
 
 def find_drafter(target: str | Path) -> Path | None:
@@ -131,19 +134,26 @@ def read_generation(folder: Path) -> GenerationDefaults:
     config = read_json(folder / "config.json")
     text = config.get("text_config", config)
     given = read_json(folder / "generation_config.json", required=False)
-    stop = given.get("eos_token_id", config.get("eos_token_id", text.get("eos_token_id", ())))
+    stop = given.get("eos_token_id", config.get("eos_token_id", text.get("eos_token_id")))
     sample = bool(given.get("do_sample", False))
     try:
         return GenerationDefaults(
-            stop_tokens=tuple(int(t) for t in ([stop] if isinstance(stop, int) else stop or ())),
-            suppress_tokens=tuple(int(t) for t in given.get("suppress_tokens") or ()),
+            stop_tokens=_token_ids(stop, text["vocab_size"]),
+            suppress_tokens=_token_ids(given.get("suppress_tokens"), text["vocab_size"]),
             temperature=float(given.get("temperature", 1.0)) if sample else 0.0,
             top_k=int(given.get("top_k") or 0) if sample else 0,
             top_p=float(given.get("top_p") or 1.0) if sample else 1.0,
             min_p=float(given.get("min_p") or 0.0) if sample else 0.0,
         )
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / 'generation_config.json'} can't be understood: {error}") from error
+
+
+def _token_ids(value: Any, vocab_size: int) -> tuple[int, ...]:
+    ids = [value] if isinstance(value, int) else value or []
+    if not isinstance(ids, list) or not all(isinstance(t, int) and 0 <= t < vocab_size for t in ids):
+        raise ValueError(f"{value!r} are no token ids of a vocabulary of {vocab_size}")
+    return tuple(ids)
 
 
 def load_target(folder: Path, dtype: str | None = None, quantize: int | None = None) -> tuple[TargetConfig, Target]:
@@ -251,14 +261,20 @@ def _tensors(folder: Path) -> Iterator[tuple[str, mx.array]]:
     """All tensors of a folder's safetensors files, lazily."""
     index = read_json(folder / "model.safetensors.index.json", required=False)
     if index:
-        files = [folder / name for name in sorted(set(index.get("weight_map", {}).values()))]
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{folder / 'model.safetensors.index.json'} has no weight_map: download it again")
+        files = [folder / name for name in sorted(set(weight_map.values()))]
     else:
         files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} has no safetensors files")
     for path in files:
         check_safetensors(path)
-        tensors = mx.load(str(path))
+        try:
+            tensors = mx.load(str(path))
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path} is corrupt: {_one_line(error)}; download it again") from error
         assert isinstance(tensors, dict)
         yield from sorted(tensors.items())
 
@@ -306,7 +322,12 @@ def _fill(
     if stored:
         if quantize:
             raise CheckpointError(f"{folder} is quantised already: load it without quantize")
-        nn.quantize(model, class_predicate=_stored_bits(weights, stored))
+        try:
+            nn.quantize(model, class_predicate=_stored_bits(weights, stored))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder}: the quantization in config.json can't be used: {_one_line(error)}"
+            ) from error
     parameters = cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))
     expected = {name: value.shape for name, value in parameters}
     _compare(folder, expected, {name: value.shape for name, value in weights.items()})

@@ -162,11 +162,11 @@ def drafter_config(config: Json) -> DrafterConfig:
     if model_type not in DRAFTER_TYPES:
         raise CheckpointError(f"model_type {model_type!r} isn't a drafter: expected {' or '.join(DRAFTER_TYPES)}")
     text = _text_config(_field(config, "text_config"), own_kv=False)
-    clusters = int(_field(config, "num_centroids")) if config.get("use_ordered_embeddings") else 0
+    clusters = _size(config, "num_centroids") if config.get("use_ordered_embeddings") else 0
     if clusters and text.vocab_size % clusters:
         raise CheckpointError(f"num_centroids {clusters} doesn't divide the vocabulary of {text.vocab_size}")
-    read = int(_field(config, "centroid_intermediate_top_k")) if clusters else 0
-    return DrafterConfig(model_type, text, int(_field(config, "backbone_hidden_size")), clusters, read)
+    read = _size(config, "centroid_intermediate_top_k", most=clusters) if clusters else 0
+    return DrafterConfig(model_type, text, _size(config, "backbone_hidden_size"), clusters, read)
 
 
 def check_pair(target: TargetConfig, drafter: DrafterConfig) -> None:
@@ -203,36 +203,54 @@ def _field(config: Json, name: str) -> Any:
     return value
 
 
+def _size(config: Json, name: str, least: int = 1, most: int = 2**31 - 1) -> int:
+    """A whole number; `least` and `most` are the bounds. Where 0 is allowed, a missing field is 0."""
+    value = (config.get(name) or 0) if least == 0 else _field(config, name)
+    if not isinstance(value, int) or not least <= value <= most:
+        raise CheckpointError(f"config.json: {name} is {value!r}, expected a whole number from {least} to {most}")
+    return int(value)  # JSON's true is an int too
+
+
+def _positive(config: Json, name: str, default: float | None = None) -> float:
+    value = _field(config, name) if default is None else config.get(name, default)
+    if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise CheckpointError(f"config.json: {name} is {value!r}, expected a number above 0")
+    return float(value)
+
+
 def _text_config(config: Json, own_kv: bool) -> TextConfig:
+    if not isinstance(config, Mapping):
+        raise CheckpointError(f"config.json: text_config is {config!r}, expected an object")
     if config.get("attention_bias"):
         raise CheckpointError("attention_bias is set: no Gemma 4 model has attention biases")
     if config.get("use_bidirectional_attention") == "all":
         raise CheckpointError("use_bidirectional_attention is 'all': this is an encoder and can't generate text")
     if (activation := config.get("hidden_activation", "gelu_pytorch_tanh")) != "gelu_pytorch_tanh":
         raise CheckpointError(f"hidden_activation {activation!r} isn't supported: expected gelu_pytorch_tanh")
+    cap = config.get("final_logit_softcapping")
     try:
         layers = _layers(config, own_kv)
-        experts = int(_field(config, "num_experts")) if config.get("enable_moe_block") else 0
+        experts = _size(config, "num_experts") if config.get("enable_moe_block") else 0
         rope = {
-            kind: RopeConfig(float(p["rope_theta"]), float(p.get("partial_rotary_factor", 1.0)))
+            kind: RopeConfig(_positive(p, "rope_theta"), _positive(p, "partial_rotary_factor", 1.0))
             for kind, p in _field(config, "rope_parameters").items()
         }
         text = TextConfig(
-            vocab_size=int(_field(config, "vocab_size")),
-            hidden_size=int(_field(config, "hidden_size")),
-            num_heads=int(_field(config, "num_attention_heads")),
+            vocab_size=_size(config, "vocab_size"),
+            hidden_size=_size(config, "hidden_size"),
+            num_heads=_size(config, "num_attention_heads"),
             layers=layers,
-            sliding_window=int(_field(config, "sliding_window")),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            sliding_window=_size(config, "sliding_window"),
+            rms_norm_eps=_positive(config, "rms_norm_eps", 1e-6),
             rope=rope,
-            logit_softcap=config.get("final_logit_softcapping"),
-            ple_size=int(config.get("hidden_size_per_layer_input") or 0),
-            ple_vocab_size=int(config.get("vocab_size_per_layer_input") or 0),
+            logit_softcap=None if cap is None else _positive(config, "final_logit_softcapping"),
+            ple_size=_size(config, "hidden_size_per_layer_input", least=0),
+            ple_vocab_size=_size(config, "vocab_size_per_layer_input", least=0),
             tied_head=bool(config.get("tie_word_embeddings", True)),
             num_experts=experts,
-            experts_per_token=int(_field(config, "top_k_experts")) if experts else 0,
-            expert_size=int(_field(config, "moe_intermediate_size")) if experts else 0,
-            max_positions=int(_field(config, "max_position_embeddings")),
+            experts_per_token=_size(config, "top_k_experts", most=experts) if experts else 0,
+            expert_size=_size(config, "moe_intermediate_size") if experts else 0,
+            max_positions=_size(config, "max_position_embeddings"),
         )
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"config.json can't be understood: {type(error).__name__} at {error}") from error
@@ -248,20 +266,19 @@ def _layers(config: Json, own_kv: bool) -> tuple[LayerConfig, ...]:
         raise CheckpointError(f"config.json has {len(kinds)} layer_types for {config['num_hidden_layers']} layers")
     if unknown := set(kinds) - {SLIDING, FULL}:
         raise CheckpointError(f"layer type {sorted(unknown)[0]!r} isn't supported: expected {SLIDING} or {FULL}")
-    first_shared = len(kinds) - int(config.get("num_kv_shared_layers") or 0)
+    first_shared = len(kinds) - _size(config, "num_kv_shared_layers", least=0, most=len(kinds))
     if own_kv and not set(kinds) <= set(kinds[:first_shared]):
         raise CheckpointError("config.json shares KV among layers of a kind none of which has KV of its own")
     k_eq_v = bool(config.get("attention_k_eq_v"))
-    global_kv_heads = config.get("num_global_key_value_heads") if k_eq_v else None
     overrides = config.get("per_layer_config") or {}
 
     layers = []
     for i, kind in enumerate(kinds):
         sliding = kind == SLIDING
-        head_dim, kv_heads = int(_field(config, "head_dim")), int(_field(config, "num_key_value_heads"))
+        head_dim, kv_heads = _size(config, "head_dim"), _size(config, "num_key_value_heads")
         if not sliding and "per_layer_config" not in config:
-            head_dim = int(config.get("global_head_dim") or head_dim)
-            kv_heads = int(global_kv_heads or kv_heads)
+            head_dim = _size(config, "global_head_dim", least=0) or head_dim
+            kv_heads = (_size(config, "num_global_key_value_heads", least=0) if k_eq_v else 0) or kv_heads
         override = overrides.get(str(i)) or overrides.get(i) or {}
         shared = i >= first_shared
         # All layers of a drafter read the target's KV, so none of them has an owner in its own stack.
@@ -270,11 +287,11 @@ def _layers(config: Json, own_kv: bool) -> tuple[LayerConfig, ...]:
         layers.append(
             LayerConfig(
                 sliding=sliding,
-                head_dim=int(override.get("head_dim", head_dim)),
-                kv_heads=int(override.get("num_key_value_heads", kv_heads)),
+                head_dim=_size({"head_dim": head_dim, **override}, "head_dim"),
+                kv_heads=_size({"num_key_value_heads": kv_heads, **override}, "num_key_value_heads"),
                 k_eq_v=k_eq_v and not sliding,
                 kv_owner=owner,
-                intermediate_size=int(_field(config, "intermediate_size")) * wide,
+                intermediate_size=_size(config, "intermediate_size") * wide,
             )
         )
     return tuple(layers)
