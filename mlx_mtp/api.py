@@ -103,16 +103,22 @@ def load(
     """
     if drafter_position not in (*POSITIONS, "auto"):
         raise MTPError(f"drafter_position must be auto, {' or '.join(POSITIONS)}, not {drafter_position!r}")
-    if target is None:
-        target, drafter = DEMO / "target", DEMO / "drafter" if drafter is None else drafter
-    folder = checkpoint.find(target)
-    if drafter is None or drafter is True:
-        drafter_folder = checkpoint.find_drafter(target)
-    else:
-        drafter_folder = checkpoint.find(drafter) if drafter else None
+    folder, drafter_folder = find_pair(target, drafter)
     if drafter_position == "auto":
         drafter_position = "committed"
     return MTPModel(folder, drafter_folder, quantize, dtype, drafter_position)
+
+
+def find_pair(
+    target: str | Path | None, drafter: str | Path | bool | None, weights: bool = True
+) -> tuple[Path, Path | None]:
+    """The folders of a target and its drafter, as `load` takes them; without `weights` only their descriptions."""
+    if target is None:
+        target, drafter = DEMO / "target", DEMO / "drafter" if drafter is None else drafter
+    folder = checkpoint.find(target, weights)
+    if drafter is None or drafter is True:
+        return folder, checkpoint.find_drafter(target, weights)
+    return folder, checkpoint.find(drafter, weights) if drafter else None
 
 
 class MTPModel:

@@ -30,7 +30,9 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja"]
+WEIGHTS = "*.safetensors"
+
+HUB_PATTERNS = [WEIGHTS, "*.json", "*.jinja"]
 """Files of a hub repository that are used."""
 
 _TOWERS = re.compile(
@@ -61,8 +63,12 @@ class GenerationDefaults:
     min_p: float
 
 
-def find(name: str | Path) -> Path:
+def find(name: str | Path, weights: bool = True) -> Path:
     """The folder of a checkpoint: `name` itself, or the local copy of the hub repository of that name.
+
+    Args:
+        name: Folder or repository.
+        weights: Whether a repository's weights are wanted, or only what describes them.
 
     Raises:
         CheckpointError: No such folder, or a repository that can't be had.
@@ -78,7 +84,8 @@ def find(name: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=HUB_PATTERNS))
+        patterns = HUB_PATTERNS if weights else [p for p in HUB_PATTERNS if p != WEIGHTS]
+        return Path(snapshot_download(str(name), allow_patterns=patterns))
     except RepositoryNotFoundError:
         raise CheckpointError(f"{name} is neither a folder nor a repository you can read on the hub") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -92,7 +99,7 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
 
 
-def find_drafter(target: str | Path) -> Path | None:
+def find_drafter(target: str | Path, weights: bool = True) -> Path | None:
     """The drafter that belongs to a target: its sibling with "-assistant" after the name; None if there is none."""
     path = Path(target).expanduser()
     if path.is_dir():
@@ -100,7 +107,7 @@ def find_drafter(target: str | Path) -> Path | None:
         sibling = path.with_name(path.name + "-assistant")
         return sibling if sibling.is_dir() else None
     try:
-        return find(f"{target}-assistant")
+        return find(f"{target}-assistant", weights)
     except CheckpointError as error:
         log.warning("no drafter: %s", error)
         return None
@@ -335,14 +342,14 @@ def _fill(
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} isn't supported: expected one of {', '.join(DTYPES)}")
     own = next(value.dtype for name, value in weights.items() if name == "norm.weight")
-    wanted = DTYPES[dtype] if dtype else own if on_gpu() else mx.float32
+    wanted = DTYPES[dtype] if dtype else activation_dtype(own)
     for name, weight in weights.items():
         weights[name] = weight.astype(wanted) if mx.issubdtype(weight.dtype, mx.floating) else weight
     model.load_weights(list(weights.items()))
     # The model alone holds the weights now, so that what is replaced below is let go at once.
     weights.clear()
     if quantize:
-        nn.quantize(model, class_predicate=_quantization(quantize))
+        nn.quantize(model, class_predicate=quantization(quantize))
     for part in model.modules():
         if hasattr(part, "prepare"):
             part.prepare()
@@ -350,7 +357,12 @@ def _fill(
     mx.eval(model.parameters())
 
 
-def _quantization(bits: int) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
+def activation_dtype(stored: mx.Dtype) -> mx.Dtype:
+    """The type in which a checkpoint of some type runs here, unless told otherwise."""
+    return stored if on_gpu() else mx.float32
+
+
+def quantization(bits: int) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
     """Quantisation while loading: everything big, the router at 8 bits since it decides which weights are read."""
     if bits not in (2, 3, 4, 5, 6, 8):
         raise CheckpointError(f"can't quantise to {bits!r} bits: use 2, 3, 4, 5, 6 or 8")

@@ -120,6 +120,10 @@ class Stats:
         """Tokens per second after the first."""
         return (self.generated_tokens - 1) / self.generation_seconds if self.generation_seconds else 0.0
 
+    def rates(self) -> dict[str, float]:
+        """What follows from the other figures, by name."""
+        return {name: getattr(self, name) for name in ("mean_accepted", "prompt_tps", "generation_tps")}
+
     def count(self, drafted: int, kept: int) -> None:
         """Records a round."""
         self.rounds += 1

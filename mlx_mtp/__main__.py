@@ -1,0 +1,5 @@
+"""`python -m mlx_mtp` is `mlx-mtp`."""
+
+from .cli import main
+
+main()

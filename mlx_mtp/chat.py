@@ -1,0 +1,97 @@
+"""Conversations: history, and KV that is kept from turn to turn.
+
+A `Chat` has KV buffers of its own. Each turn is rendered with all earlier ones, and what the buffers hold of it isn't
+prefilled again. Thoughts are not part of the history: the chat format drops them once the answer is there.
+
+Not here: reading from a terminal (cli/chat.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+from .api import Chunk, MTPModel
+from .decode.engine import Stats
+from .errors import PromptError
+
+
+class Chat:
+    """A conversation with a model.
+
+    Attributes:
+        system: System prompt, or None; may be changed between turns.
+        thinking: Whether the model is asked to think first; may be changed between turns.
+        messages: The turns so far, dicts with "role" ("user" or "assistant") and "content".
+        stats: Statistics of the latest answer, or None.
+    """
+
+    def __init__(self, model: MTPModel, system: str | None = None, thinking: bool = False):
+        """Starts an empty conversation.
+
+        Args:
+            model: The model; it must stay open.
+
+        Raises:
+            PromptError: The model has no tokenizer.
+        """
+        if model.tokenizer is None:
+            raise PromptError(f"{model.folder} has no tokenizer.json: it can't chat")
+        self.system, self.thinking = system, thinking
+        self.messages: list[dict[str, Any]] = []
+        self.stats: Stats | None = None
+        self._model, self._tokenizer = model, model.tokenizer
+        self._engine = model.new_engine()
+        # The latest turn as text and as the very tokens that the buffers hold.
+        self._past: tuple[str, list[int]] = ("", [])
+
+    def send(self, text: str, **options: Any) -> Generator[Chunk, None, None]:
+        """Says something, and streams the answer.
+
+        Args:
+            text: The user's message.
+            **options: As for `MTPModel.stream`.
+
+        Returns:
+            The answer's chunks. The turn becomes part of the history once they are exhausted; closing the iterator
+            ends the answer where it is.
+
+        Raises:
+            PromptError: Empty, or too long together with the history; the history is unchanged then.
+        """
+        if not text.strip():
+            raise PromptError("the message is empty")
+        question = {"role": "user", "content": text}
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        rendered = self._tokenizer.render([*system, *self.messages, question], thinking=self.thinking)
+        past_text, past_tokens = self._past
+        # An answer need not be cut into tokens again the way the model has put it together.
+        known = bool(past_text) and rendered.startswith(past_text)
+        tokens = past_tokens + self._tokenizer.encode(rendered[len(past_text) :]) if known else None
+        tokens = tokens or self._tokenizer.encode(rendered)
+        return self._answer(question, rendered, tokens, self._model.stream(tokens, engine=self._engine, **options))
+
+    def reset(self) -> None:
+        """Forgets all turns; system prompt and settings stay."""
+        self.messages.clear()
+        self._past = ("", [])
+
+    def _answer(
+        self, question: dict[str, Any], rendered: str, tokens: list[int], chunks: Generator[Chunk, None, None]
+    ) -> Generator[Chunk, None, None]:
+        answer, generated, thought = "", [], False
+        try:
+            for chunk in chunks:
+                answer += chunk.text
+                generated += chunk.tokens
+                thought = thought or bool(chunk.thought)
+                self.stats = chunk.stats
+                yield chunk
+        finally:
+            chunks.close()
+            if generated:
+                self.messages += [question, {"role": "assistant", "content": answer}]
+                while generated and generated[-1] in self._tokenizer.special:
+                    generated.pop()
+                exact = not thought and self._tokenizer.decode(generated) == answer == answer.strip()
+                self._past = (rendered + answer, tokens + generated) if exact else ("", [])

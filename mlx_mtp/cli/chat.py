@@ -1,0 +1,182 @@
+"""`mlx-mtp chat`: a conversation in the terminal, or over a pipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import PromptError
+from . import options as o
+
+if TYPE_CHECKING:
+    from ..chat import Chat
+
+HELP = """\
+/help              this list
+/reset             forget the conversation
+/system [TEXT]     set the system prompt, or remove it
+/think [on|off]    let the model think before it answers
+/stats             figures of the latest answer
+/save FILE         write the conversation to a JSON file
+/quit              leave (or Ctrl-D)
+A line that ends with \\ goes on in the next one; a text of several lines may stand between lines of \"\"\".
+Ctrl-C ends the answer that is running."""
+
+
+def chat(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or repository. Default: the demo pair.", show_default=False)
+    ] = None,
+    drafter: o.Drafter = None,
+    no_draft: o.NoDraft = False,
+    draft_length: o.DraftLength = "auto",
+    max_tokens: o.MaxTokens = 2048,
+    temperature: o.Temperature = None,
+    top_k: o.TopK = None,
+    top_p: o.TopP = None,
+    min_p: o.MinP = None,
+    seed: o.Seed = None,
+    system: o.System = None,
+    think: o.Think = False,
+    exactness: o.Exactness = "fast",
+    quantize: o.Quantize = None,
+    debug: o.Debug = False,
+) -> None:
+    """Chats with a model; /help lists the commands."""
+    o.check(exactness, quantize)
+    given: dict[str, Any] = {
+        "draft_length": draft_length,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": seed,
+        "exactness": exactness,
+    }
+    with o.load(model, drafter, no_draft, quantize) as lm:
+        name = "the embedded demo pair" if model is None else model
+        print(f"{name}{'' if lm.drafter_config else ', without a drafter'}; /help lists commands", file=sys.stderr)
+        conversation = lm.chat(system, think)
+        for text in _inputs(_line_reader()):
+            try:
+                if not text.startswith("/"):
+                    _answer(conversation, text, given)
+                elif not _command(conversation, text):
+                    return
+            except (PromptError, OSError) as error:
+                print(f"error: {error}", file=sys.stderr)
+
+
+def _answer(conversation: Chat, text: str, given: dict[str, Any]) -> None:
+    """Streams an answer and prints the status line."""
+    chunks = conversation.send(text, **given)
+    try:
+        for chunk in chunks:
+            print(chunk.thought, end="", file=sys.stderr, flush=True)
+            print(chunk.text, end="", flush=True)
+    except KeyboardInterrupt:
+        chunks.close()
+        print(" [stopped]", end="", file=sys.stderr)
+    print(flush=True)
+    if stats := conversation.stats:
+        kept = f", {stats.cached_tokens} of {stats.prompt_tokens} prompt tokens kept" if stats.cached_tokens else ""
+        print(f"[{o.status(stats)}{kept}]", file=sys.stderr)
+
+
+def _command(conversation: Chat, line: str) -> bool:
+    """Runs a command; False ends the chat."""
+    name, _, rest = line.partition(" ")
+    rest = rest.strip()
+    if name in ("/quit", "/exit"):
+        return False
+    if name == "/help":
+        print(HELP, file=sys.stderr)
+    elif name == "/reset":
+        conversation.reset()
+        print("forgotten", file=sys.stderr)
+    elif name == "/system":
+        conversation.system = rest or None
+        print("system prompt set" if rest else "no system prompt", file=sys.stderr)
+    elif name == "/think" and rest in ("", "on", "off"):
+        conversation.thinking = not conversation.thinking if not rest else rest == "on"
+        print(f"thinking {'on' if conversation.thinking else 'off'}", file=sys.stderr)
+    elif name == "/stats":
+        _print_stats(conversation)
+    elif name == "/save" and rest:
+        _save(conversation, Path(rest).expanduser())
+        print(f"saved to {rest}", file=sys.stderr)
+    else:
+        print(f"unknown command {line!r}; /help lists the commands", file=sys.stderr)
+    return True
+
+
+def _print_stats(conversation: Chat) -> None:
+    stats = conversation.stats
+    if stats is None:
+        print("no answer yet", file=sys.stderr)
+        return
+    print(
+        f"prompt       {stats.prompt_tokens} tokens, {stats.cached_tokens} kept from before, "
+        f"{stats.prompt_seconds:.2f} s\n"
+        f"answer       {o.status(stats)}\n"
+        f"accepted     {stats.accepted} of {stats.drafted} drafts; by position {stats.accepted_by_position}\n"
+        f"rounds       by draft length {dict(sorted(stats.draft_lengths.items()))}\n"
+        f"peak memory  {stats.peak_memory_bytes / 2**20:.0f} MiB",
+        file=sys.stderr,
+    )
+
+
+def _save(conversation: Chat, path: Path) -> None:
+    messages: list[dict[str, Any]] = [{"role": "system", "content": conversation.system}] if conversation.system else []
+    aside = path.with_name(f"{path.name}.partial")
+    try:
+        aside.write_text(json.dumps(messages + conversation.messages, ensure_ascii=False, indent=2) + "\n", "utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _line_reader() -> Callable[[str], str]:
+    """Reads a line, raising EOFError at the end; from a terminal with editing, from a pipe without a prompt."""
+    if sys.stdin.isatty():
+        try:
+            import readline  # noqa: F401 - gives input() editing and history
+        except ImportError:
+            pass
+        return input
+
+    def read(_: str) -> str:
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.rstrip("\n")
+
+    return read
+
+
+def _inputs(read: Callable[[str], str]) -> Iterator[str]:
+    """What the user enters, lines that belong together as one text."""
+    while True:
+        try:
+            text = read("> ").strip()
+            if text == '"""':
+                lines = []
+                while (line := read(". ")).strip() != '"""':
+                    lines.append(line)
+                text = "\n".join(lines)
+            while text.endswith("\\"):
+                text = text[:-1] + "\n" + read(". ")
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            continue
+        except EOFError:
+            return
+        if text.strip():
+            yield text

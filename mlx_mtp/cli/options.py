@@ -1,0 +1,92 @@
+"""Options that several commands share, and how they become a model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..blas import use_openblas
+
+if TYPE_CHECKING:
+    from ..api import MTPModel
+    from ..decode.engine import Stats
+
+INTERRUPTED = 130
+
+
+def _draft_length(value: str) -> str | int:
+    if value == "auto":
+        return value
+    if not value.isdecimal():
+        raise typer.BadParameter("expected auto or a number of tokens")
+    return int(value)
+
+
+Drafter = Annotated[
+    str | None,
+    typer.Option(help="Folder or repository of the drafter. Default: the model's -assistant sibling.", metavar="MODEL"),
+]
+NoDraft = Annotated[bool, typer.Option("--no-draft", help="Plain decoding, without a drafter.")]
+DraftLength = Annotated[
+    Any, typer.Option(help="Tokens to draft a round; 0 for plain decoding.", metavar="auto|N", parser=_draft_length)
+]
+Temperature = Annotated[
+    float | None, typer.Option(help="0 is greedy. Default of this and the next three: the model's.", min=0)
+]
+TopK = Annotated[int | None, typer.Option(help="Only the K best tokens; 0 for all.", min=0)]
+TopP = Annotated[float | None, typer.Option(help="Only the best tokens that reach this probability.", min=0.001, max=1)]
+MinP = Annotated[
+    float | None, typer.Option(help="Only tokens with this share of the best one's probability.", min=0, max=1)
+]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same text. Default: a new one each time.")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.", min=1)]
+Exactness = Annotated[
+    str,
+    typer.Option(
+        help="fast: what the verify pass chooses. invariant: the same text at any draft length on any device. "
+        "stepwise: bit for bit plain decoding, and no faster.",
+        metavar="fast|invariant|stepwise",
+    ),
+]
+Quantize = Annotated[
+    int | None, typer.Option(help="Bits to quantise both models to while loading: 2, 3, 4, 5, 6 or 8.", metavar="BITS")
+]
+System = Annotated[str | None, typer.Option(help="System prompt.")]
+Think = Annotated[bool, typer.Option("--think", help="Ask the model to think first.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")]
+
+
+def check(exactness: str, quantize: int | None) -> None:
+    """Checks options whose values typer can't check.
+
+    Raises:
+        typer.BadParameter: Exit code 2.
+    """
+    if exactness not in ("fast", "invariant", "stepwise"):
+        raise typer.BadParameter("expected fast, invariant or stepwise", param_hint="--exactness")
+    if quantize not in (None, 2, 3, 4, 5, 6, 8):
+        raise typer.BadParameter("expected 2, 3, 4, 5, 6 or 8", param_hint="--quantize")
+
+
+def load(model: str | None, drafter: str | None, no_draft: bool, quantize: int | None) -> MTPModel:
+    """Loads the pair that the options name."""
+    use_openblas()
+    from .. import api
+
+    return api.load(model, drafter=False if no_draft else drafter, quantize=quantize)
+
+
+def status(stats: Stats) -> str:
+    """One line about a generation."""
+    line = f"{stats.generated_tokens} tokens, {stats.generation_tps:.1f} tok/s"
+    if stats.drafted:
+        drafting = {k: n for k, n in stats.draft_lengths.items() if k}
+        mean = sum(k * n for k, n in drafting.items()) / sum(drafting.values())
+        line += f", {stats.mean_accepted:.2f} drafts accepted a round, draft length {mean:.1f}"
+        if plain := stats.draft_lengths.get(0):
+            line += f" ({plain} of {stats.rounds} rounds without)"
+    else:
+        line += ", nothing drafted"
+    return line

@@ -1,0 +1,125 @@
+"""How large a model is and what a token costs in memory traffic, from its configuration alone.
+
+Counts the parameters of the very modules that would be loaded; nothing is allocated for it. Figures are in bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .config import DrafterConfig, TextConfig
+from .models.drafter import Drafter
+from .models.target import Target
+
+Rule = Callable[[str, nn.Module], "bool | Mapping[str, Any]"]
+"""How a module is quantised, as `mlx.nn.quantize` takes it: not at all, or with bits, group_size and mode."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of one model.
+
+    Attributes:
+        parameters: Number of parameters.
+        weights: Bytes of the weights in memory.
+        read_per_token: Bytes of weights that one decoding step of one row reads.
+    """
+
+    parameters: int
+    weights: int
+    read_per_token: int
+
+
+def target_sizes(config: TextConfig, dtype_bytes: int, rule: Rule | None = None) -> Sizes:
+    """Sizes of a target.
+
+    Args:
+        config: Its configuration.
+        dtype_bytes: Bytes of an unquantised parameter.
+        rule: How it is quantised; None if it isn't.
+    """
+
+    def share(name: str) -> float:
+        if name.startswith("embed_tokens_per_layer."):
+            return 1 / config.ple_vocab_size
+        if name.startswith("embed_tokens.") and not config.tied_head:
+            return 1 / config.vocab_size
+        if ".experts." in name:
+            return config.experts_per_token / config.num_experts
+        return 1.0
+
+    return _sizes(Target(config), dtype_bytes, rule, share)
+
+
+def drafter_sizes(config: DrafterConfig, dtype_bytes: int, rule: Rule | None = None) -> Sizes:
+    """The same for a drafter; its step reads only the best clusters of a clustered head."""
+
+    def share(name: str) -> float:
+        chosen = name.startswith(("head.embedding.", "head.token_ordering"))
+        return config.clusters_read / config.num_clusters if chosen else 1.0
+
+    return _sizes(Drafter(config, "committed"), dtype_bytes, rule, share)
+
+
+def kv_bytes(config: TextConfig, tokens: int, dtype_bytes: int) -> int:
+    """Bytes of the keys and values that one row of `tokens` tokens needs."""
+    total = 0
+    for i, layer in enumerate(config.layers):
+        if layer.kv_owner == i:
+            held = min(tokens, config.sliding_window) if layer.sliding else tokens
+            total += 2 * held * layer.kv_heads * layer.head_dim * dtype_bytes
+    return total
+
+
+def stored_rule(quantization: Mapping[str, Any]) -> Rule:
+    """The rule that a config.json's quantization section describes."""
+
+    def rule(path: str, module: nn.Module) -> bool | Mapping[str, Any]:
+        # Names differ in their prefix from one converter to the next.
+        for name, value in quantization.items():
+            if re.sub(r"\.switch_glu\.", ".", name).endswith(path):
+                return value if isinstance(value, Mapping) else bool(value)
+        return quantization
+
+    return rule
+
+
+def memory_for_models() -> int:
+    """Bytes of memory that models may take: on a Mac what Metal recommends, elsewhere the machine's memory."""
+    if sys.platform == "darwin" and mx.metal.is_available():
+        return int(mx.device_info()["max_recommended_working_set_size"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _sizes(model: nn.Module, dtype_bytes: int, rule: Rule | None, share: Callable[[str], float]) -> Sizes:
+    parameters = weights = 0
+    read = 0.0
+    for path, module in model.named_modules():
+        if module.children():
+            own = {name: value for name, value in module.parameters().items() if isinstance(value, mx.array)}
+        else:
+            own = dict(cast("list[tuple[str, mx.array]]", tree_flatten(module.parameters())))
+        how = rule(path, module) if rule and hasattr(module, "to_quantized") else False
+        for name, value in own.items():
+            size = value.nbytes if value.dtype == mx.int32 else value.size * dtype_bytes
+            if how and name == "weight":
+                size = _quantized_bytes(value.size, cast("Mapping[str, Any]", how), dtype_bytes)
+            parameters += 0 if value.dtype == mx.int32 else value.size
+            weights += size
+            read += size * share(f"{path}.{name}")
+    return Sizes(parameters, weights, round(read))
+
+
+def _quantized_bytes(size: int, how: Mapping[str, Any], dtype_bytes: int) -> int:
+    # Affine groups have a scale and a bias of the model's type, the mx and nv formats a scale of one byte.
+    per_group = 2 * dtype_bytes if how.get("mode", "affine") == "affine" else 1
+    return size * int(how["bits"]) // 8 + size // int(how["group_size"]) * per_group
