@@ -55,6 +55,19 @@ def test_close_to_the_best_fixed_length_and_to_plain_decoding(cost: str, text: s
     assert auto >= (1.0 if text == "changing" and max(fixed) > fixed[0] else 0.94) * max(fixed)
 
 
+def test_many_short_texts_cost_no_more_than_a_long_one():
+    """What was learnt of costs, and the budget for trials, outlive a text."""
+    policy, cost = AutoLength(), COSTS["linear"]
+    plain = taken = 0.0
+    for _ in range(40):
+        policy.begin()
+        for _ in range(50):
+            length = policy.next()
+            policy.observe(length, 0, cost(length))
+            taken, plain = taken + cost(length), plain + cost(0)
+    assert plain / taken >= 0.95
+
+
 def test_unmeasured_rounds_are_no_reason_to_stop():
     policy = AutoLength()
     for _ in range(100):

@@ -72,6 +72,14 @@ class AutoLength:
         self._spent = self._elapsed = 0.0
         self._best = self._choose()
 
+    def begin(self) -> None:
+        """Another text begins on the same models: costs stay, acceptance counts for less."""
+        self._acceptance.fade()
+        self._asked, self._rounds, self._luck = 0, 0, 1.0
+        self._trials.clear()
+        self._costs.begin()
+        self._best = self._choose()
+
     def next(self) -> int:
         """See `DraftLength`."""
         best, self._asked = self._best, self._asked + 1
@@ -144,6 +152,11 @@ class _Acceptance:
             self._tried[j] = self._tried[j] * self._FORGET + 1
             self._kept[j] = self._kept[j] * self._FORGET + (j < kept)
 
+    def fade(self) -> None:
+        """Keeps what was seen as little more than a hint."""
+        for counts in (self._tried, self._kept):
+            counts[:] = [0.2 * count for count in counts]
+
     def first(self) -> float:
         """Chance that the first draft is kept."""
         return self.tokens(1) - 1
@@ -185,6 +198,10 @@ class _Costs:
         self._seconds[drafted] = new
         # A length measured only once counts as never measured for `age`.
         self._measured[drafted] = now if drafted in self._measured else -1
+
+    def begin(self) -> None:
+        """The count of rounds starts again; lengths measured before are due."""
+        self._measured = dict.fromkeys(self._measured, -(10**3))
 
     def age(self, length: int, now: int) -> float:
         """Rounds since a length was last measured."""

@@ -143,6 +143,8 @@ class Engine:
         self._chunk = max(min(PREFILL_CHUNK, target.config.sliding_window // 2), 1)
         self._kv: KVBuffers | None = None
         self._held: list[int] = []
+        # Learn from every request what rounds cost, which depends on the exactness.
+        self._auto = {exactness: AutoLength() for exactness in EXACTNESS}
 
     @property
     def kv_bytes(self) -> int:
@@ -265,7 +267,11 @@ class Engine:
     def _policy(self, request: Request) -> DraftLength:
         if self._drafter is None:
             return FixedLength(0)
-        return AutoLength() if request.draft_length == "auto" else FixedLength(int(request.draft_length))
+        if request.draft_length != "auto":
+            return FixedLength(int(request.draft_length))
+        policy = self._auto[request.exactness]
+        policy.begin()
+        return policy
 
 
 class _Clock:
