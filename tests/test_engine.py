@@ -86,6 +86,14 @@ def test_what_an_engine_did_before_does_not_matter(pair: Pair, sampling: Samplin
             assert cached <= stats.cached_tokens < len(tokens)
 
 
+def test_a_long_text_does_not_keep_later_ones_from_being_reused(pair: Pair):
+    used = Engine(*pair)
+    run(used, prompt(200, seed=1))
+    run(used, prompt(), 3)
+    _, stats = run(used, prompt(), 3)
+    assert stats.cached_tokens == len(prompt()) - 1
+
+
 def test_a_cancelled_request_leaves_the_engine_usable(pair: Pair):
     used = Engine(*pair)
     rounds = used.stream(Request(prompt(), 100, draft_length=4), Stats())

@@ -175,6 +175,8 @@ class Engine:
         start = 0 if keep else min(_common_prefix(self._held, prompt), len(prompt) - 1)
         if not kv.can_rewind(start):
             start = 0
+        if not start:
+            kv.written = 0  # what is there belongs to another text and will not be asked for
         cached, self._held = start, []
         while start < len(prompt):
             block = list(prompt[start : start + self._chunk])

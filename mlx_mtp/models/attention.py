@@ -30,6 +30,7 @@ class Rope:
         exponents = mx.arange(turning, dtype=mx.float32) / pairs
         self._head_dim = head_dim
         self._periods = mx.concatenate([mx.power(theta, exponents), mx.full((pairs - turning,), mx.inf)])
+        mx.eval(self._periods)
 
     def at(self, positions: mx.array, dtype: mx.Dtype) -> Rotation:
         """Prepares the rotation for blocks at consecutive positions, int32 [B, L]; the result goes to `rotate`."""
@@ -107,6 +108,7 @@ class Attention(nn.Module):
         if self._kv_heads:
             norms += [self.k_norm.weight] * self._kv_heads
         self._norms = mx.stack(norms)
+        mx.eval(self._norms)
 
     def project(self, x: mx.array, rope: Rope, rotation: Rotation) -> tuple[mx.array, mx.array, mx.array]:
         """Queries, keys and values [B, heads, L, head_dim] of a block x [B, L, hidden]; no heads where it has none."""

@@ -1,0 +1,203 @@
+"""The public interface on the embedded pair: prompts, streams, threads, asyncio, chats (api.py, chat.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlx_mtp
+from mlx_mtp import MTPError, PromptError
+
+QUESTION = "What is a drafter?"
+GREEDY = {"max_tokens": 40, "temperature": 0.0}
+
+
+@pytest.fixture(scope="module")
+def lm() -> Iterator[mlx_mtp.MTPModel]:
+    with mlx_mtp.load() as model:
+        yield model
+
+
+def test_a_prompt_in_every_form(lm: mlx_mtp.MTPModel):
+    text = lm.generate(QUESTION, **GREEDY)
+    messages = lm.generate([{"role": "user", "content": QUESTION}], **GREEDY)
+    tokens = lm.generate(lm.encode(QUESTION), **GREEDY)
+    assert text.tokens == messages.tokens == tokens.tokens
+    assert text.text == lm.tokenizer.decode(text.tokens)
+    assert text.stats.prompt_tokens == len(lm.encode(QUESTION))
+
+
+def test_a_stream_adds_up_to_the_generation(lm: mlx_mtp.MTPModel):
+    whole = lm.generate(QUESTION, **GREEDY)
+    chunks = list(lm.stream(QUESTION, **GREEDY))
+    assert "".join(c.text for c in chunks) == whole.text
+    assert [t for c in chunks for t in c.tokens] == whole.tokens
+    assert [c.finish_reason for c in chunks][:-1] == [None] * (len(chunks) - 1)
+    assert chunks[-1].finish_reason == whole.finish_reason
+
+
+def test_it_ends_by_itself_or_where_told(lm: mlx_mtp.MTPModel):
+    ended = lm.generate(QUESTION, max_tokens=400, temperature=0)
+    assert ended.finish_reason == "stop" and ended.tokens[-1] in lm.defaults.stop_tokens
+    short = lm.generate(QUESTION, max_tokens=5, temperature=0)
+    assert short.finish_reason == "length" and short.tokens == ended.tokens[:5]
+    longer = lm.generate(QUESTION, max_tokens=len(ended.tokens) + 5, temperature=0, ignore_eos=True)
+    assert len(longer.tokens) == len(ended.tokens) + 5
+    word = ended.text.split()[3]
+    stopped = lm.generate(QUESTION, max_tokens=400, temperature=0, stop=word)
+    assert stopped.finish_reason == "stop" and stopped.text == ended.text[: ended.text.index(word)]
+
+
+def test_same_seed_same_text(lm: mlx_mtp.MTPModel):
+    texts = [
+        lm.generate(QUESTION, max_tokens=40, temperature=1.2, top_k=0, seed=7, draft_length=k).tokens
+        for k in (0, 1, 4, "auto")
+    ]
+    assert all(text == texts[0] for text in texts)
+    assert lm.generate(QUESTION, max_tokens=40, temperature=1.2, top_k=0, seed=8).tokens != texts[0]
+
+
+def test_several_answers(lm: mlx_mtp.MTPModel):
+    options = {"max_tokens": 30, "temperature": 1.2, "top_k": 0, "seed": 7}
+    several = lm.generate(QUESTION, n=3, **options)
+    assert several[0].tokens == lm.generate(QUESTION, **options).tokens
+    assert len({tuple(r.tokens) for r in several}) == 3
+    assert several[1].stats.cached_tokens == several[1].stats.prompt_tokens - 1, "one prefill for all"
+
+
+def test_a_closed_stream_is_cancelled(lm: mlx_mtp.MTPModel):
+    stream = lm.stream(QUESTION, **GREEDY)
+    first = next(stream)
+    stream.close()
+    assert lm.generate(QUESTION, **GREEDY).tokens[: len(first.tokens)] == first.tokens
+
+
+def test_streams_may_be_interleaved(lm: mlx_mtp.MTPModel):
+    prompts = [QUESTION, "Who are you?"]
+    alone = [lm.generate(p, **GREEDY).tokens for p in prompts]
+    streams = [lm.stream(p, **GREEDY) for p in prompts]
+    together: list[list[int]] = [[], []]
+    alive = {0, 1}
+    while alive:
+        for i in sorted(alive):
+            chunk = next(streams[i], None)
+            if chunk is None:
+                alive.discard(i)
+            else:
+                together[i] += chunk.tokens
+    assert together == alone
+
+
+def test_threads(lm: mlx_mtp.MTPModel):
+    prompts = [QUESTION, "Who are you?", "What is the capital of France?", "How many minutes are 2 hours?"]
+    alone = [lm.generate(p, **GREEDY).tokens for p in prompts]
+    found: dict[int, list[int]] = {}
+    threads = [
+        threading.Thread(target=lambda i=i: found.update({i: lm.generate(prompts[i], **GREEDY).tokens}))
+        for i in range(len(prompts))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[i] for i in range(len(prompts))] == alone
+
+
+def test_asyncio(lm: mlx_mtp.MTPModel):
+    async def collect() -> list[int]:
+        return [t async for chunk in lm.astream(QUESTION, **GREEDY) for t in chunk.tokens]
+
+    async def both() -> list[list[int]]:
+        return await asyncio.gather(collect(), collect())
+
+    assert asyncio.run(both()) == [lm.generate(QUESTION, **GREEDY).tokens] * 2
+
+
+def test_logits_and_proposals(lm: mlx_mtp.MTPModel):
+    tokens = lm.encode(QUESTION)
+    logits = lm.logits(tokens)
+    assert logits.shape == (len(tokens), lm.config.text.vocab_size) and logits.dtype == mx.float32
+    first = lm.generate(tokens, max_tokens=1, temperature=0).tokens[0]
+    assert int(np.array(logits[-1]).argmax()) == first
+    proposed = lm.propose(tokens, 4)
+    assert proposed[0] == first and len(proposed) == 5
+
+
+def test_prompts_that_cannot_be_used(lm: mlx_mtp.MTPModel):
+    vocabulary, context = lm.config.text.vocab_size, lm.config.text.max_positions
+    for prompt, culprit in (
+        ("", "empty"), ("  \n", "empty"), ([], "empty"), ([vocabulary], str(vocabulary)), ([-1], "-1"),
+        ([5] * (context + 1), "context"), ([5, "x"], "list"), ([{"role": "user"}], "content"), ([True], "list"),
+    ):  # fmt: skip
+        # At once, not at the first chunk.
+        with pytest.raises(PromptError, match=culprit) as caught:
+            lm.stream(prompt)
+        assert "\n" not in str(caught.value)
+    for tokens in ([], [vocabulary], [5] * (context + 1)):
+        with pytest.raises(PromptError):
+            lm.logits(tokens)
+    for options in ({"max_tokens": 0}, {"temperature": -1}, {"n": 0}, {"draft_length": 99}, {"stop": ""}):
+        with pytest.raises(PromptError):
+            lm.generate(QUESTION, **options)
+    with pytest.raises(PromptError):
+        lm.propose([5], 0)
+
+
+def test_without_a_drafter(lm: mlx_mtp.MTPModel):
+    with mlx_mtp.load(drafter=False) as plain:
+        assert plain.drafter_config is None
+        result = plain.generate(QUESTION, **GREEDY)
+        assert result.tokens == lm.generate(QUESTION, **GREEDY).tokens and result.stats.drafted == 0
+        with pytest.raises(PromptError, match="drafter"):
+            plain.propose([5], 1)
+
+
+def test_a_closed_model_says_so():
+    model = mlx_mtp.load()
+    stream = model.stream(QUESTION)
+    next(stream)
+    model.close()
+    model.close()
+    for call in (lambda: model.generate("x"), lambda: model.logits([1]), lambda: next(stream), lambda: model.chat()):
+        with pytest.raises(MTPError, match="closed"):
+            call()
+
+
+def test_a_chat_remembers_and_does_not_prefill_again(lm: mlx_mtp.MTPModel):
+    chat = lm.chat(system="Answer briefly.")
+    list(chat.send("What is the capital of France?", **GREEDY))
+    first = chat.messages[-1]["content"]
+    list(chat.send("And of Spain?", **GREEDY))
+    assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 2
+    history = [{"role": "system", "content": "Answer briefly."}, *chat.messages[:3]]
+    assert chat.messages[-1]["content"] == lm.generate(history, **GREEDY).text
+    assert chat.stats.cached_tokens > len(lm.tokenizer.encode(first)) + 10
+    chat.reset()
+    assert chat.messages == []
+    list(chat.send("What is the capital of France?", **GREEDY))
+    assert chat.messages[-1]["content"] == first
+
+
+def test_a_chat_keeps_what_was_said_before_it_was_stopped(lm: mlx_mtp.MTPModel):
+    chat = lm.chat()
+    answer = chat.send("Tell me a short story about a fox.", draft_length=0, **GREEDY)
+    said = "".join(next(answer).text for _ in range(8))
+    answer.close()
+    assert chat.messages[-1] == {"role": "assistant", "content": said}
+    with pytest.raises(PromptError):
+        chat.send(" ")
+    assert len(chat.messages) == 2
+
+
+def test_a_chat_can_think(lm: mlx_mtp.MTPModel):
+    chat = lm.chat(thinking=True)
+    chunks = list(chat.send("What is 3 + 4?", max_tokens=120, temperature=0))
+    assert chat.messages[-1]["content"] == "".join(c.text for c in chunks)
+    assert "<|channel>" not in chat.messages[-1]["content"]
+    list(chat.send("And 5 + 6?", max_tokens=120, temperature=0))
+    assert len(chat.messages) == 4

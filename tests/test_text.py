@@ -1,0 +1,188 @@
+"""Text and token ids: round trips, streaming, stop strings, the chat format (text.py)."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, normalizers
+
+from mlx_mtp.errors import CheckpointError, PromptError
+from mlx_mtp.text import StopStrings, StreamDecoder, Tokenizer
+
+SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<|channel>", "<channel|>", "<|turn>", "<turn|>")
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "<|turn>{{ m.role }}\n{{ m.content }}<turn|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn>model\n{% endif %}{% if enable_thinking %}THINK{% endif %}"
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+)
+TEXTS = (
+    "Hello  world",
+    " leading and trailing ",
+    "naïve café",
+    "日本語のテキスト",
+    "👩‍👩‍👧 family, 🇩🇪 flag, e\u0301",
+    "tabs\tand\nnew\n\nlines",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer built as Gemma's is: BPE with byte fallback, "▁" for a space."""
+    pieces = [
+        *SPECIAL,
+        *(f"<0x{i:02X}>" for i in range(256)),
+        "▁",
+        *"abcdefghijklmnopqrstuvwxyzHTE\n",
+        "he",
+        "ll",
+        "▁w",
+    ]
+    library = Library(
+        models.BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)},
+            merges=[("h", "e"), ("l", "l"), ("▁", "w")],
+            byte_fallback=True,
+            unk_token="<unk>",
+            fuse_unk=True,
+        )
+    )
+    library.normalizer = normalizers.Replace(" ", "▁")
+    library.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    library.add_special_tokens(list(SPECIAL))
+    where = tmp_path_factory.mktemp("tokenizer")
+    library.save(str(where / "tokenizer.json"))
+    (where / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<bos>"}, "eos_token": "<eos>"}))
+    (where / "chat_template.jinja").write_text(TEMPLATE)
+    return where
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer.from_folder(folder)
+
+
+def stream(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
+    decoder = StreamDecoder(tokenizer)
+    return [*(decoder.push([token])[0] for token in tokens), decoder.finish()]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_come_back(tokenizer: Tokenizer, folder: Path, text: str):
+    tokens = tokenizer.encode(text)
+    assert tokenizer.decode(tokens) == text
+    assert Library.from_file(str(folder / "tokenizer.json")).decode(tokens) == text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_stream_never_holds_half_a_character(tokenizer: Tokenizer, text: str):
+    chunks = stream(tokenizer, tokenizer.encode(text))
+    assert "".join(chunks) == text
+    assert not any("\ufffd" in chunk for chunk in chunks)
+
+
+def test_a_stream_of_anything_is_what_decode_gives(tokenizer: Tokenizer):
+    rng = random.Random(0)
+    for _ in range(200):
+        tokens = [rng.randrange(len(SPECIAL), 300) for _ in range(rng.randrange(30))]
+        assert "".join(stream(tokenizer, tokens)) == tokenizer.decode(tokens)
+
+
+def test_broken_bytes_spoil_nothing_but_themselves(tokenizer: Tokenizer):
+    euro = tokenizer.encode("€")
+    assert len(euro) == 3
+    assert tokenizer.decode(euro[:2]) == "\ufffd"
+    assert tokenizer.decode([*euro, euro[0], *tokenizer.encode("a")]) == "€\ufffda"
+    assert "".join(stream(tokenizer, [*euro, *euro[:1]])) == "€\ufffd"
+
+
+def test_special_tokens_and_unknown_ids_are_no_text(tokenizer: Tokenizer):
+    turn_end = tokenizer.token_id("<turn|>")
+    assert turn_end in tokenizer.special
+    assert tokenizer.decode([*tokenizer.encode("he"), turn_end, 10**6]) == "he"
+
+
+def test_thoughts_are_kept_apart(tokenizer: Tokenizer):
+    tokens = tokenizer.encode("<|channel>thought\nwell €\n<channel|>hello")
+    decoder = StreamDecoder(tokenizer)
+    pieces = [decoder.push([token]) for token in tokens]
+    assert "".join(text for text, _ in pieces) == "hello"
+    assert "".join(thought for _, thought in pieces) == "well €\n"
+    assert tokenizer.decode(tokens) == "hello"
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 100])
+def test_stop_strings(chunk: int):
+    text, stops = "one two three two", ["two t", "three"]
+    stop = StopStrings(stops)
+    out = "".join(stop.push(text[i : i + chunk]) for i in range(0, len(text), chunk))
+    assert stop.hit and out + stop.finish() == "one "
+    never = StopStrings(["x", "twofold"])
+    out = "".join(never.push(text[i : i + chunk]) for i in range(0, len(text), chunk))
+    assert not never.hit and out + never.finish() == text
+
+
+def test_the_beginning_of_a_stop_string_is_held_back():
+    stop = StopStrings(["END"])
+    assert stop.push("the E") == "the "
+    assert stop.push("N") == ""
+    assert stop.push("T") == "ENT"
+
+
+def test_an_empty_stop_string_is_refused():
+    with pytest.raises(PromptError, match="empty"):
+        StopStrings(["a", ""])
+
+
+def test_the_template_gets_what_it_needs(tokenizer: Tokenizer):
+    turns = [{"role": "user", "content": "he"}, {"role": "assistant", "content": "ll"}]
+    expected = "<bos><|turn>user\nhe<turn|>\n<|turn>assistant\nll<turn|>\n<|turn>model\n"
+    assert tokenizer.render(turns) == expected
+    assert tokenizer.render(turns, thinking=True) == expected + "THINK"
+    assert tokenizer.render(turns, tools=[{"name": "<é>"}]).endswith('[{"name": "<é>"}]'), "no escapes"
+    tokens = tokenizer.chat(turns)
+    assert tokens.count(tokenizer.token_id("<bos>")) == 1
+    assert tokens == tokenizer.encode(expected)
+
+
+@pytest.mark.parametrize("messages, culprit", [
+    ([], "no messages"), ([{"role": "king", "content": "x"}], "king"), ([{"content": "x"}], "None"),
+    ([{"role": "user"}], "content"), ([{"role": "user", "content": 5}], "content"),
+    ([{"role": "tool", "content": "x"}], "no tools here"),
+])  # fmt: skip
+def test_malformed_messages(tokenizer: Tokenizer, messages: list[dict[str, object]], culprit: str):
+    with pytest.raises(PromptError, match=culprit):
+        tokenizer.chat(messages)
+
+
+def test_a_template_can_do_no_harm(folder: Path, tmp_path: Path):
+    (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
+    (tmp_path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    with pytest.raises(PromptError, match="unsafe"):
+        Tokenizer.from_folder(tmp_path).render([{"role": "user", "content": "x"}])
+
+
+def test_folders_without_a_usable_tokenizer(folder: Path, tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="can't be read"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
+    with pytest.raises(CheckpointError, match="no chat template"):
+        Tokenizer.from_folder(tmp_path).render([{"role": "user", "content": "x"}])
+    (tmp_path / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(CheckpointError, match="broken"):
+        Tokenizer.from_folder(tmp_path).render([{"role": "user", "content": "x"}])
+
+
+def test_templates_in_the_tokenizer_config(folder: Path, tmp_path: Path):
+    (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
+    for template in ("{{ messages[0].content }}!", [{"name": "default", "template": "{{ messages[0].content }}!"}]):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        assert Tokenizer.from_folder(tmp_path).render([{"role": "user", "content": "x"}]) == "x!"
