@@ -3,20 +3,20 @@
 Puts the parts together (checkpoint, tokeniser, decode engine) and holds what outlives a request: the models and a few
 KV buffers. The decoding itself is in decode/, text matters in text.py, conversations in chat.py.
 
-Calls may come from several threads. MLX ties unfinished work to the thread that began it, so each model does all of
-its work on one thread of its own, round by round: callers take turns.
+Calls may come from several threads; they take turns round by round. MLX ties unfinished work to the thread that began
+it, except on a stream made for this, which is what a model works on, under a lock.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
-from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
@@ -36,8 +36,6 @@ DEMO = Path(__file__).parent / "demo"
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
-
-T = TypeVar("T")
 
 _IDLE_ENGINES = 1
 """KV buffers kept between requests, for prompts that begin with what they hold."""
@@ -138,16 +136,18 @@ class MTPModel:
     def __init__(
         self, folder: Path, drafter_folder: Path | None, quantize: int | None, dtype: str | None, position: str
     ):
-        self._closed = False
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="mlx_mtp")
-        self._idle: list[Engine] = []  # touched by the worker only
         self.folder, self.drafter_folder = folder, drafter_folder
-        self.config, self._target = self._run(checkpoint.load_target, folder, dtype, quantize)
+        self._closed = False
+        self._lock = threading.RLock()
+        self._stream = mx.new_thread_unsafe_stream(mx.default_device())
+        self._idle: list[Engine] = []
         self.drafter_config, self._drafter = None, None
-        if drafter_folder is not None:
-            self.drafter_config, self._drafter = self._run(
-                checkpoint.load_drafter, drafter_folder, self.config, position, dtype, quantize
-            )
+        with self._turn():
+            self.config, self._target = checkpoint.load_target(folder, dtype, quantize)
+            if drafter_folder is not None:
+                self.drafter_config, self._drafter = checkpoint.load_drafter(
+                    drafter_folder, self.config, position, dtype, quantize
+                )
         self.defaults = checkpoint.read_generation(folder)
         self.tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
 
@@ -304,17 +304,14 @@ class MTPModel:
         Raises:
             PromptError: Empty, too long, or a token id outside the vocabulary.
         """
-
-        def work() -> mx.array:
-            parts: list[mx.array] = []
+        parts: list[mx.array] = []
+        with self._turn():
             self.new_engine().prefill(
                 tokens, lambda hidden: parts.append(self._target.logits(hidden)[0].astype(mx.float32))
             )
             logits = mx.concatenate(parts)
             mx.eval(logits)
-            return logits
-
-        return self._run(work)
+        return logits
 
     def propose(self, tokens: Sequence[int], k: int) -> list[int]:
         """What the drafter proposes after a prompt, greedily.
@@ -333,30 +330,20 @@ class MTPModel:
             raise PromptError("there is no drafter to propose with: load one with drafter=")
         if k < 1:
             raise PromptError(f"k must be at least 1, not {k}")
-        drafter = self._drafter
-
-        def work() -> list[int]:
+        with self._turn():
             kv, hidden, _ = self.new_engine().prefill(tokens)
             sampler = Sampler([SamplingOptions()], None, self.defaults.suppress_tokens, self.config.text.vocab_size)
             state = first_state(self._target, sampler, hidden, mx.array([len(tokens)], dtype=mx.int32))
-            drafts = draft(self._target, drafter, kv, sampler, state, k)
+            drafts = draft(self._target, self._drafter, kv, sampler, state, k)
             return cast("list[int]", mx.concatenate([state.tokens, drafts[0]]).tolist())
-
-        return self._run(work)
 
     def close(self) -> None:
         """Lets go of the models and their memory. Calling anything afterwards is an error; closing twice isn't."""
-        if self._closed:
-            return
-        self._closed = True
-
-        def work() -> None:
+        with self._lock:
+            self._closed = True
             self._idle.clear()
             self._target = self._drafter = None  # type: ignore[assignment]
             mx.clear_cache()
-
-        self._worker.submit(work)
-        self._worker.shutdown()
 
     def __enter__(self) -> MTPModel:
         return self
@@ -368,21 +355,25 @@ class MTPModel:
         if self._closed:
             raise MTPError("the model is closed: load it again")
 
-    def _run(self, work: Callable[..., T], *args: Any) -> T:
-        """Does something on the model's own thread."""
-        self._check_open()
-        return self._worker.submit(work, *args).result()
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """This thread's turn to work on the model."""
+        with self._lock, mx.stream(self._stream):
+            self._check_open()
+            yield
 
     def _chunks(self, request: Request, stops: StopStrings, engine: Engine | None) -> Generator[Chunk, None, None]:
         own = engine is None
         if engine is None:
-            engine = self._run(lambda: self._idle.pop() if self._idle else self.new_engine())
+            with self._turn():
+                engine = self._idle.pop() if self._idle else self.new_engine()
         stats, decoder = Stats(), StreamDecoder(self.tokenizer) if self.tokenizer else None
         rounds = engine.stream(request, stats)
         try:
             reason = None
             while reason is None:
-                tokens = self._run(next, rounds)
+                with self._turn():
+                    tokens = next(rounds)
                 if stats.generated_tokens and tokens[-1] in request.stop_tokens:
                     reason = "stop"
                 elif stats.generated_tokens >= token_limit(request, self.config.text):
@@ -397,11 +388,7 @@ class MTPModel:
                     text += stops.finish()
                 yield Chunk(text, thought, tokens, reason, stats)
         finally:
-            # Forgotten streams may be closed as late as at the interpreter's exit, when no thread works any more.
-            with contextlib.suppress(MTPError, RuntimeError):
-                self._run(self._end, rounds, engine if own else None)
-
-    def _end(self, rounds: Generator[list[int], None, None], engine: Engine | None) -> None:
-        rounds.close()
-        if engine:
-            self._idle = [*self._idle, engine][-_IDLE_ENGINES:]
+            with self._lock:
+                rounds.close()
+                if own and not self._closed:
+                    self._idle = [*self._idle, engine][-_IDLE_ENGINES:]

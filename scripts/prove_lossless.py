@@ -25,7 +25,6 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from mlx_mtp.text import Tokenizer  # noqa: E402
 from scripted_drafter import ScriptedDrafter  # noqa: E402
 from tiny_checkpoints import KINDS, make_pair  # noqa: E402
 
@@ -33,6 +32,7 @@ from mlx_mtp import checkpoint  # noqa: E402
 from mlx_mtp.api import DEMO  # noqa: E402
 from mlx_mtp.decode.engine import Engine, Request, Stats  # noqa: E402
 from mlx_mtp.decode.sampling import SamplingOptions  # noqa: E402
+from mlx_mtp.text import Tokenizer  # noqa: E402
 
 SAMPLINGS = {
     "greedy": SamplingOptions(),
@@ -104,6 +104,12 @@ def compare(
             yield Run(sampling, who, length, exactness, len(text), differs_at, stats.mean_accepted, len(set(text)))
 
 
+def demo_pair() -> tuple[Path, Path, list[int]]:
+    """The folders of the embedded pair, and a prompt."""
+    target, drafter = DEMO / "target", DEMO / "drafter"
+    return target, drafter, Tokenizer.from_folder(target).chat([{"role": "user", "content": "Tell me a short story."}])
+
+
 def main(
     tokens: Annotated[int, typer.Option(help="Tokens of every text in float32.")] = 2000,
     quantized_tokens: Annotated[int, typer.Option(help="Tokens of every text in 4 bits; 0 leaves them out.")] = 300,
@@ -119,8 +125,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         for name in pair or PAIRS:
             if name == "demo":
-                folders = (DEMO / "target", DEMO / "drafter")
-                prompt = Tokenizer.from_folder(folders[0]).chat([{"role": "user", "content": "Tell me a short story."}])
+                *folders, prompt = demo_pair()
             else:
                 folders = make_pair(name, Path(folder) / name)
                 # Longer than the window, so that prefill wraps it as well.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..blas import use_openblas
+from ..decode.draft_length import MAX_DRAFT_LENGTH
 
 if TYPE_CHECKING:
     from ..api import MTPModel
@@ -18,8 +19,8 @@ INTERRUPTED = 130
 def _draft_length(value: str) -> str | int:
     if value == "auto":
         return value
-    if not value.isdecimal():
-        raise typer.BadParameter("expected auto or a number of tokens")
+    if not value.isdecimal() or int(value) > MAX_DRAFT_LENGTH:
+        raise typer.BadParameter(f"expected auto or a number from 0 to {MAX_DRAFT_LENGTH}")
     return int(value)
 
 

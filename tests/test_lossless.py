@@ -1,0 +1,40 @@
+"""A small version of scripts/prove_lossless.py: the text is the same whatever is drafted, for every size."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_checkpoints import KINDS, WINDOW, make_pair
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+from prove_lossless import compare, demo_pair
+
+PROMPT = list(range(5, 5 + 2 * WINDOW + 3))
+
+
+@pytest.mark.parametrize("sampling", ["greedy", "sampled"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_pairs(kind: str, sampling: str, tmp_path: Path):
+    tokens = 4 * WINDOW
+    runs = list(compare(*make_pair(kind, tmp_path), PROMPT, tokens, None, (sampling,), (1, 3, 8, "auto")))
+    assert all(run.differs_at is None and run.tokens == tokens for run in runs)
+    assert min(run.distinct for run in runs) > 10
+    assert next(run.accepted for run in runs if (run.drafter, run.draft_length) == ("right", 4)) == 4
+    assert next(run.accepted for run in runs if (run.drafter, run.draft_length) == ("wrong", 4)) == 0
+
+
+@pytest.mark.parametrize("kind", ["e2b", "26b"])
+def test_quantized_pairs(kind: str, tmp_path: Path):
+    runs = list(compare(*make_pair(kind, tmp_path), PROMPT, 2 * WINDOW, 4, ("sampled",), (1, 4)))
+    assert all(run.differs_at is None for run in runs)
+
+
+@pytest.mark.parametrize("sampling", ["greedy", "sampled"])
+def test_the_embedded_pair(sampling: str):
+    *folders, prompt = demo_pair()
+    runs = list(compare(*folders, prompt, 100, None, (sampling,), (2, 5)))
+    assert all(run.differs_at is None for run in runs)
+    assert any(run.accepted > 0 for run in runs if run.drafter == "own")

@@ -1,0 +1,51 @@
+"""Sizes computed from a configuration are those of the files and of the loaded models (sizes.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from tiny_checkpoints import KINDS, make_pair
+
+from mlx_mtp import checkpoint, sizes
+from mlx_mtp.kv import KVBuffers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [None, 4])
+def test_weights_take_what_was_predicted(kind: str, bits: int | None, tmp_path: Path):
+    target_folder, drafter_folder = make_pair(kind, tmp_path)
+    rule = checkpoint.quantization(bits) if bits else None
+    config, target = checkpoint.load_target(target_folder, quantize=bits)
+    drafter_config, drafter = checkpoint.load_drafter(drafter_folder, config, "committed", quantize=bits)
+    for model, predicted in (
+        (target, sizes.target_sizes(config.text, 4, rule)),
+        (drafter, sizes.drafter_sizes(drafter_config, 4, rule)),
+    ):
+        assert predicted.weights == sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+        assert predicted.read_per_token <= predicted.weights
+        if not bits:
+            floats = sum(a.size for _, a in tree_flatten(model.parameters()) if mx.issubdtype(a.dtype, mx.floating))
+            assert predicted.parameters == floats
+
+
+def test_a_token_reads_only_the_experts_it_is_sent_to(tmp_path: Path):
+    folder, _ = make_pair("26b", tmp_path)
+    config, target = checkpoint.load_target(folder)
+    experts = sum(a.nbytes for name, a in tree_flatten(target.parameters()) if ".experts." in name)
+    unread = experts * (1 - config.text.experts_per_token / config.text.num_experts)
+    predicted = sizes.target_sizes(config.text, 4)
+    assert predicted.read_per_token == predicted.weights - round(unread)
+
+
+def test_kv_is_what_the_buffers_hold_at_least(tmp_path: Path):
+    folder, _ = make_pair("e2b", tmp_path)
+    config = checkpoint.load_target(folder)[0].text
+    for tokens in (10, 300, 2000):
+        kv = KVBuffers(config, 1, mx.float32, 8)
+        kv.reserve(tokens)
+        # Buffers are rounded up to whole steps, rings hold some slack.
+        assert sizes.kv_bytes(config, tokens, 4) <= kv.nbytes
+    assert kv.nbytes < 1.5 * sizes.kv_bytes(config, 2000, 4)
