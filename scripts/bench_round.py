@@ -97,7 +97,8 @@ def main(
 ) -> None:
     """Runs the benchmark and prints its table."""
     lm = mlx_mtp.load(dtype="float32")
-    theirs, _ = load_model(DEMO / "target")
+    # mlx-lm takes the vocabulary's size from the top level of config.json, where no Gemma 4 checkpoint has it.
+    theirs, _ = load_model(DEMO / "target", model_config={"vocab_size": lm.config.text.vocab_size})
     theirs.set_dtype(mx.float32)
     prompts = [lm.encode(text) for text in PROMPTS]
 
