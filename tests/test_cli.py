@@ -122,14 +122,18 @@ def test_control_c_stops_the_answer_and_not_the_chat():
         wait_for("> ")
         os.write(main, b"/stats\n")
         wait_for("no answer yet")
-        seen = ""
-        os.write(main, b"Tell me a long story about a fox, a bear and a bird.\n")
-        wait_for("bird.\r\n")
-        seen = ""
-        wait_for(" ")
-        chat.send_signal(signal.SIGINT)
-        wait_for("tok/s")
-        assert "[stopped]" in seen
+        for _ in range(3):  # a loaded machine may let the answer end before the signal is sent
+            seen = ""
+            os.write(main, b"Tell me a long story about a fox, a bear and a bird.\n")
+            wait_for("bird.\r\n")
+            seen = ""
+            wait_for(" ")
+            chat.send_signal(signal.SIGINT)
+            wait_for("tok/s")
+            if "[stopped]" in seen:
+                break
+        else:
+            pytest.fail(f"no answer was stopped: {seen}")
         os.write(main, b"/quit\n")
         assert chat.wait(30) == 0
     finally:

@@ -22,7 +22,8 @@ def test_random_pairs(kind: str, sampling: str, tmp_path: Path):
     runs = list(compare(*make_pair(kind, tmp_path), PROMPT, tokens, None, (sampling,), (1, 3, 8, "auto")))
     assert all(run.differs_at is None and run.tokens == tokens for run in runs)
     assert min(run.distinct for run in runs) > 10
-    assert next(run.accepted for run in runs if (run.drafter, run.draft_length) == ("right", 4)) == 4
+    # All but what lies beyond the end of the text.
+    assert next(run.accepted for run in runs if (run.drafter, run.draft_length) == ("right", 4)) > 3.5
     assert next(run.accepted for run in runs if (run.drafter, run.draft_length) == ("wrong", 4)) == 0
 
 
