@@ -96,6 +96,8 @@ def load(
         quantize: Bits (2, 3, 4, 5, 6 or 8) to quantise both models to while loading; None takes them as stored.
         dtype: "float32", "bfloat16" or "float16" for activations and unquantised weights. None is the checkpoint's
             own; on the CPU, where 16-bit arithmetic is slow, float32.
+        profile: Where measured costs of this machine come from. Nothing measures them yet: any value has the same
+            effect, and the draft length is learnt while running.
         drafter_position: Position of the drafter's queries: "committed" (the last committed token's), "bonus" (one
             further, as transformers has it) or "auto" ("committed" so far). Changes acceptance, never the text.
 

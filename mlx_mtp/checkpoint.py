@@ -179,7 +179,7 @@ def load_target(folder: Path, dtype: str | None = None, quantize: int | None = N
     config = target_config(raw)
     text = config.text
     model = Target(text)
-    weights = dict(_target_weights(folder, text))
+    weights = dict(target_tensors(folder, text))
     _fill(model, weights, folder, raw, dtype, quantize)
     if not on_gpu() and text.num_experts and model.dtype != mx.float32:
         raise CheckpointError("mixture-of-experts models run on the CPU in float32 only: load with dtype='float32'")
@@ -211,10 +211,10 @@ def load_drafter(
     return config, model
 
 
-def _target_weights(folder: Path, config: TextConfig) -> Iterator[tuple[str, mx.array]]:
+def target_tensors(folder: Path, config: TextConfig) -> Iterator[tuple[str, mx.array]]:
     """Tensors of a target under our names."""
     skipped = 0
-    for name, tensor in _tensors(folder):
+    for name, tensor in tensors(folder):
         if _TOWERS.match(name):
             skipped += 1
             continue
@@ -240,7 +240,7 @@ def _target_weights(folder: Path, config: TextConfig) -> Iterator[tuple[str, mx.
 def _drafter_weights(folder: Path, config: DrafterConfig) -> Iterator[tuple[str, mx.array]]:
     """Tensors of a drafter under our names; a clustered head's embedding in cluster order."""
     ordering, embedding = None, {}
-    for name, tensor in _tensors(folder):
+    for name, tensor in tensors(folder):
         name = name.removeprefix("model.")
         if name.startswith("lm_head."):
             continue  # the output head is embed_tokens
@@ -264,7 +264,7 @@ def _drafter_weights(folder: Path, config: DrafterConfig) -> Iterator[tuple[str,
             yield f"head.embedding.{part}", rows[ordering]
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, mx.array]]:
+def tensors(folder: Path) -> Iterator[tuple[str, mx.array]]:
     """All tensors of a folder's safetensors files, lazily."""
     index = read_json(folder / "model.safetensors.index.json", required=False)
     if index:
@@ -279,11 +279,12 @@ def _tensors(folder: Path) -> Iterator[tuple[str, mx.array]]:
     for path in files:
         check_safetensors(path)
         try:
-            tensors = mx.load(str(path))
+            held = mx.load(str(path))
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} is corrupt: {_one_line(error)}; download it again") from error
-        assert isinstance(tensors, dict)
-        yield from sorted(tensors.items())
+        assert isinstance(held, dict)
+        for name in sorted(held):
+            yield name, held.pop(name)  # once evaluated, a tensor that is held here would stay in memory
 
 
 def check_safetensors(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import typer
 
 from .. import __version__
 from ..errors import MTPError
-from . import chat, generate, info
+from . import chat, convert, generate, info
 
 app = typer.Typer(
     help="Gemma 4 with its multi-token-prediction drafters, on MLX. Without a model: the embedded demo pair.",
@@ -26,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(name="chat")(chat.chat)
+app.command(name="convert")(convert.convert)
 app.command(name="generate")(generate.generate)
 app.command(name="info")(info.info)
 
