@@ -51,13 +51,11 @@ class Format:
             raise MTPError(f"unknown quantisation mode {self.mode!r}: use one of {', '.join(MODES)}")
         fixed = MODES[self.mode]
         if fixed and (self.bits, self.group_size) != fixed:
-            raise MTPError(
-                f"{self.mode} takes {fixed[0]} bits in groups of {fixed[1]}, not {self.bits} in {self.group_size}"
-            )
+            raise MTPError(f"{self.mode} has {fixed[0]} bits in groups of {fixed[1]}, and no others")
         if self.bits not in _AFFINE_BITS or (not fixed and self.group_size not in _AFFINE_GROUPS):
             raise MTPError(
-                f"can't quantise to {self.bits} bits in groups of {self.group_size}: use {_AFFINE_BITS} bits and groups "
-                f"of {_AFFINE_GROUPS}"
+                f"can't quantise to {self.bits} bits in groups of {self.group_size}: use one of {_AFFINE_BITS} bits "
+                f"and groups of one of {_AFFINE_GROUPS}"
             )
 
 
