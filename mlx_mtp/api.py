@@ -104,6 +104,7 @@ def load(
     Raises:
         CheckpointError: A checkpoint is missing, damaged, or not a Gemma 4 model.
         PairingError: The drafter was made for another target.
+        MemoryBudgetError: The weights don't fit in this machine's memory.
     """
     if drafter_position not in (*POSITIONS, "auto"):
         raise MTPError(f"drafter_position must be auto, {' or '.join(POSITIONS)}, not {drafter_position!r}")

@@ -20,8 +20,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from . import sizes
 from .config import DrafterConfig, TargetConfig, TextConfig, check_pair, drafter_config, target_config
-from .errors import CheckpointError
+from .errors import CheckpointError, MemoryBudgetError
 from .models.drafter import Drafter
 from .models.elementwise import on_gpu
 from .models.target import Target
@@ -174,6 +175,7 @@ def load_target(folder: Path, dtype: str | None = None, quantize: int | None = N
 
     Raises:
         CheckpointError: See `errors.CheckpointError`.
+        MemoryBudgetError: The weights don't fit in this machine's memory.
     """
     raw = read_json(folder / "config.json")
     config = target_config(raw)
@@ -351,6 +353,13 @@ def _fill(
     weights.clear()
     if quantize:
         nn.quantize(model, class_predicate=quantization(quantize))
+    # Nothing has been read so far: sizes are known, weights aren't in memory.
+    needed = sum(array.nbytes for _, array in cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters())))
+    if needed > (have := sizes.memory_for_models()):
+        raise MemoryBudgetError(
+            f"{folder} needs {needed / 1e9:.1f} GB for its weights, and models can have {have / 1e9:.1f} GB here: "
+            "quantise it (quantize=4, --quantize 4) or take a smaller model"
+        )
     for part in model.modules():
         if hasattr(part, "prepare"):
             part.prepare()

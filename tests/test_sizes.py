@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 from tiny_checkpoints import KINDS, make_pair
 
 from mlx_mtp import checkpoint, sizes
+from mlx_mtp.errors import MemoryBudgetError
 from mlx_mtp.kv import KVBuffers
 
 
@@ -38,6 +39,16 @@ def test_a_token_reads_only_the_experts_it_is_sent_to(tmp_path: Path):
     unread = experts * (1 - config.text.experts_per_token / config.text.num_experts)
     predicted = sizes.target_sizes(config.text, 4)
     assert predicted.read_per_token == predicted.weights - round(unread)
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, _ = make_pair("e2b", tmp_path)
+    config = checkpoint.load_target(folder)[0].text
+    needed = sizes.target_sizes(config, 4).weights
+    monkeypatch.setattr(sizes, "memory_for_models", lambda: needed - 1)
+    with pytest.raises(MemoryBudgetError, match="--quantize 4"):
+        checkpoint.load_target(folder)
+    checkpoint.load_target(folder, quantize=4)
 
 
 def test_kv_is_what_the_buffers_hold_at_least(tmp_path: Path):
