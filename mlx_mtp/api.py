@@ -48,7 +48,7 @@ class Generation:
     Attributes:
         text: The answer, without special tokens; cut before a stop string.
         thought: What the model thought before, if it did.
-        tokens: All generated token ids, the stop token included.
+        tokens: All generated token ids, up to and including the stop token, or the end of the stop string.
         finish_reason: "stop" (a stop token or stop string) or "length" (`max_tokens`, or the context is full).
         stats: What it took.
     """
@@ -370,7 +370,7 @@ class MTPModel:
         if engine is None:
             with self._turn():
                 engine = self._idle.pop() if self._idle else self.new_engine()
-        stats, decoder = Stats(), StreamDecoder(self.tokenizer) if self.tokenizer else None
+        stats, decoder = Stats(), StreamDecoder(self.tokenizer, request.prompt) if self.tokenizer else None
         rounds = engine.stream(request, stats)
         try:
             reason = None
@@ -381,14 +381,17 @@ class MTPModel:
                     reason = "stop"
                 elif stats.generated_tokens >= token_limit(request, self.config.text):
                     reason = "length"
-                text, thought = decoder.push(tokens) if decoder else ("", "")
+                text = thought = ""
+                for i, token in enumerate(tokens):
+                    answer, idea = decoder.push([token]) if decoder else ("", "")
+                    text, thought = text + stops.push(answer), thought + idea
+                    if stops.hit:  # what the round holds after it depends on how much was drafted
+                        stats.generated_tokens -= len(tokens) - i - 1
+                        tokens = tokens[: i + 1]
+                        break
                 if decoder and reason:
-                    text += decoder.finish()
-                text, hit = stops.push(text), stops.hit
-                if hit:
-                    reason = "stop"
-                elif reason:
-                    text += stops.finish()
+                    text += stops.push(decoder.finish()) + stops.finish()
+                reason = "stop" if stops.hit else reason
                 yield Chunk(text, thought, tokens, reason, stats)
         finally:
             with self._lock:

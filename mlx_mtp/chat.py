@@ -44,6 +44,7 @@ class Chat:
         self._engine = model.new_engine()
         # The latest turn as text and as the very tokens that the buffers hold.
         self._past: tuple[str, list[int]] = ("", [])
+        self._running: Generator[Chunk, None, None] | None = None
 
     def send(self, text: str, **options: Any) -> Generator[Chunk, None, None]:
         """Says something, and streams the answer.
@@ -53,14 +54,15 @@ class Chat:
             **options: As for `MTPModel.stream`.
 
         Returns:
-            The answer's chunks. The turn becomes part of the history once they are exhausted; closing the iterator
-            ends the answer where it is.
+            The answer's chunks. The turn becomes part of the history once they are exhausted; closing the iterator,
+            or sending the next message, ends the answer where it is.
 
         Raises:
             PromptError: Empty, or too long together with the history; the history is unchanged then.
         """
         if not text.strip():
             raise PromptError("the message is empty")
+        self._end_running()
         question = {"role": "user", "content": text}
         system = [{"role": "system", "content": self.system}] if self.system else []
         rendered = self._tokenizer.render([*system, *self.messages, question], thinking=self.thinking)
@@ -69,12 +71,24 @@ class Chat:
         known = bool(past_text) and rendered.startswith(past_text)
         tokens = past_tokens + self._tokenizer.encode(rendered[len(past_text) :]) if known else None
         tokens = tokens or self._tokenizer.encode(rendered)
-        return self._answer(question, rendered, tokens, self._model.stream(tokens, engine=self._engine, **options))
+        room = self._model.config.text.max_positions
+        if self.messages and len(tokens) > room:
+            raise PromptError(f"the conversation has {len(tokens)} tokens now, the model's context only {room}: reset it")
+        chunks = self._model.stream(tokens, engine=self._engine, **options)
+        self._running = self._answer(question, rendered, tokens, chunks)
+        return self._running
 
     def reset(self) -> None:
-        """Forgets all turns; system prompt and settings stay."""
+        """Ends a running answer and forgets all turns; system prompt and settings stay."""
+        self._end_running()
         self.messages.clear()
         self._past = ("", [])
+
+    def _end_running(self) -> None:
+        """Closes an answer that was left unfinished: the next one runs on the same buffers."""
+        if self._running:
+            self._running.close()
+            self._running = None
 
     def _answer(
         self, question: dict[str, Any], rendered: str, tokens: list[int], chunks: Generator[Chunk, None, None]

@@ -65,16 +65,18 @@ class Tokenizer:
         except Exception as error:  # the library raises the bare class
             raise CheckpointError(f"{path} can't be read: {error}") from error
         config = read_json(folder / "tokenizer_config.json", required=False)
-        template = config.get("chat_template")
-        if isinstance(template, list):
-            template = next((t["template"] for t in template if t.get("name") == "default"), None)
-        if (folder / "chat_template.jinja").is_file():
-            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        return cls(folder, tokenizer, config, template)
+        return cls(folder, tokenizer, config, _read_template(folder, config))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text. No special token is added; those that are spelt out in the text are recognised."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """Token ids of a text. No special token is added; those that are spelt out in the text are recognised.
+
+        Raises:
+            PromptError: The text can't be written as UTF-8, as when it was read from a file in another encoding.
+        """
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):
+            raise PromptError("the text holds bytes that aren't UTF-8: convert it first") from None
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of token ids, thoughts and special tokens left out."""
@@ -123,8 +125,9 @@ class Tokenizer:
                 add_generation_prompt=True,
                 **self._named_tokens,
             )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise PromptError(f"the chat template of {self.folder} refuses the messages: {error}") from error
+        except Exception as error:  # a template is a program, and not ours
+            why = " ".join(str(error).split())
+            raise PromptError(f"the chat template of {self.folder} refuses the messages: {why}") from error
 
     def piece(self, token: int) -> bytes:
         """The UTF-8 bytes that a token stands for; a part of a character in the case of byte tokens."""
@@ -149,15 +152,36 @@ class Tokenizer:
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         # Jinja's own filter escapes HTML.
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        environment.filters["tojson"] = _to_json
         try:
             return environment.from_string(self._template_source)
         except TemplateError as error:
             raise CheckpointError(f"the chat template of {self.folder} is broken: {error}") from error
 
 
+def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The chat template: a file of its own, or in tokenizer_config.json, where it may be one of several."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} can't be read: {error}") from error
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = [t for t in template if isinstance(t, Mapping) and t.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if not isinstance(template, str | None):
+        raise CheckpointError(f"{folder / 'tokenizer_config.json'}: chat_template is no text")
+    return template
+
+
 def _refuse(message: str) -> None:
     raise TemplateError(message)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
 
 
 class StreamDecoder:
@@ -166,23 +190,29 @@ class StreamDecoder:
     Thoughts, between the channel tokens, are kept apart from the answer.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
+        """Begins a text.
+
+        Args:
+            tokenizer: Whose tokens they are.
+            prompt: What the tokens follow. After a tool's answer it ends with the beginning of a thought.
+        """
         self._tokenizer = tokenizer
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._begin, self._end = tokenizer.token_id(_CHANNEL), tokenizer.token_id(_CHANNEL_END)
         self._in_thought = False
         self._header: str | None = None
+        last = next((i for i in range(len(prompt) - 1, -1, -1) if prompt[i] in tokenizer.special), None)
+        if last is not None and prompt[last] == self._begin:
+            self.push(prompt[last:])
 
     def push(self, tokens: Iterable[int]) -> tuple[str, str]:
         """Takes tokens; returns the new text and the new thought."""
         text, thought = "", ""
         for token in tokens:
-            if token in (self._begin, self._end):
-                text += self._characters.decode(b"", final=True)
-                self._in_thought = token == self._begin
-                self._header = "" if self._in_thought else None
-                continue
-            piece = self._characters.decode(self._tokenizer.piece(token), final=token in self._tokenizer.special)
+            mark = token in (self._begin, self._end)
+            special = mark or token in self._tokenizer.special
+            piece = self._characters.decode(b"" if special else self._tokenizer.piece(token), final=special)
             if not self._in_thought:
                 text += piece
             elif self._header is None:
@@ -193,6 +223,9 @@ class StreamDecoder:
                 if "\n" in self._header:
                     thought += self._header.split("\n", 1)[1]
                     self._header = None
+            if mark:
+                self._in_thought = token == self._begin
+                self._header = "" if self._in_thought else None
         return text, thought
 
     def finish(self) -> str:
@@ -202,7 +235,9 @@ class StreamDecoder:
 
 
 class StopStrings:
-    """Ends a streamed text before the first of some strings.
+    """Ends a streamed text before the first of some strings to be complete.
+
+    How the text is cut into pieces makes no difference.
 
     Attributes:
         hit: Whether one of them has come; the text is complete then.
@@ -225,10 +260,11 @@ class StopStrings:
         if self.hit:
             return ""
         self._held += text
-        found = [at for at in (self._held.find(s) for s in self._strings) if at >= 0]
+        found = [(at + len(s), at) for s in self._strings if (at := self._held.find(s)) >= 0]
         if found:
             self.hit = True
-            done, self._held = self._held[: min(found)], ""
+            _, begin = min(found)
+            done, self._held = self._held[:begin], ""
             return done
         keep = max((_overlap(self._held, s) for s in self._strings), default=0)
         done, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
