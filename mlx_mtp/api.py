@@ -3,8 +3,9 @@
 Puts the parts together (checkpoint, tokeniser, decode engine) and holds what outlives a request: the models and a few
 KV buffers. The decoding itself is in decode/, text matters in text.py, conversations in chat.py.
 
-Calls may come from several threads; they take turns round by round. MLX ties unfinished work to the thread that began
-it, except on a stream made for this, which is what a model works on, under a lock.
+Calls may come from several threads; they take turns, round by round once their prompts are prefilled. MLX ties
+unfinished work to the thread that began it, except on a stream made for this, which is what a model works on, under a
+lock.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequenc
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import mlx.core as mx
 
@@ -81,10 +82,10 @@ class Chunk:
 
 def load(
     target: str | Path | None = None,
-    drafter: str | Path | bool | None = None,
+    drafter: str | Path | Literal[False] | None = None,
     quantize: int | None = None,
     dtype: str | None = None,
-    profile: str | Path | None = "auto",
+    profile: str | None = "auto",
     drafter_position: str = "auto",
 ) -> MTPModel:
     """Loads a target and its drafter.
@@ -96,8 +97,8 @@ def load(
         quantize: Bits (2, 3, 4, 5, 6 or 8) to quantise both models to while loading; None takes them as stored.
         dtype: "float32", "bfloat16" or "float16" for activations and unquantised weights. None is the checkpoint's
             own; on the CPU, where 16-bit arithmetic is slow, float32.
-        profile: Where measured costs of this machine come from. Nothing measures them yet: any value has the same
-            effect, and the draft length is learnt while running.
+        profile: Measured costs of this machine: "auto" for those that were saved, None for none. None can be saved
+            yet, so both mean that the draft length is learnt while running.
         drafter_position: Position of the drafter's queries: "committed" (the last committed token's), "bonus" (one
             further, as transformers has it) or "auto" ("committed" so far). Changes acceptance, never the text.
 
@@ -106,6 +107,8 @@ def load(
         PairingError: The drafter was made for another target.
         MemoryBudgetError: The weights don't fit in this machine's memory.
     """
+    if profile not in ("auto", None):
+        raise MTPError(f"profile must be 'auto' or None, not {profile!r}: there are no saved profiles yet")
     if drafter_position not in (*POSITIONS, "auto"):
         raise MTPError(f"drafter_position must be auto, {' or '.join(POSITIONS)}, not {drafter_position!r}")
     folder, drafter_folder = find_pair(target, drafter)
@@ -115,13 +118,13 @@ def load(
 
 
 def find_pair(
-    target: str | Path | None, drafter: str | Path | bool | None, weights: bool = True
+    target: str | Path | None, drafter: str | Path | Literal[False] | None, weights: bool = True
 ) -> tuple[Path, Path | None]:
     """The folders of a target and its drafter, as `load` takes them; without `weights` only their descriptions."""
     if target is None:
         target, drafter = DEMO / "target", DEMO / "drafter" if drafter is None else drafter
     folder = checkpoint.find(target, weights)
-    if drafter is None or drafter is True:
+    if drafter is None:
         return folder, checkpoint.find_drafter(target, weights)
     return folder, checkpoint.find(drafter, weights) if drafter else None
 
@@ -185,8 +188,8 @@ class MTPModel:
             draft_length: Tokens to draft a round, 0 for plain decoding, or "auto".
             exactness: "fast", "invariant" (one block width for the whole run, so that the draft length can't matter
                 on any backend) or "stepwise" (verifies token by token: plain decoding, bit for bit, and no faster).
-            n: Number of generations. The prompt is prefilled once; the i-th runs with `row_seed(seed, i)`, so the
-                first is what n = 1 gives.
+            n: Number of generations, one after the other. The prompt is prefilled once; the i-th runs with
+                `row_seed(seed, i)`, so the first is what n = 1 gives.
             ignore_eos: Whether to go on after a stop token.
             thinking: Whether the chat template asks the model to think first.
 
@@ -264,11 +267,18 @@ class MTPModel:
     async def astream(self, prompt: Prompt, **options: Any) -> AsyncIterator[Chunk]:
         """`stream` for asyncio: the work runs in threads, so the event loop stays free."""
         chunks = self.stream(prompt, **options)
+        step: asyncio.Future[Chunk | None] | None = None
         try:
-            while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+            while True:
+                # A thread can't be cancelled: the step goes on when the task is, and is waited for below.
+                step = asyncio.ensure_future(asyncio.to_thread(next, chunks, None))
+                if (chunk := await asyncio.shield(step)) is None:
+                    return
                 yield chunk
         finally:
-            chunks.close()
+            if step:
+                await asyncio.wait([step])
+            await asyncio.to_thread(chunks.close)
 
     def chat(self, system: str | None = None, thinking: bool = False) -> Chat:
         """Starts a conversation; see `chat.Chat`."""

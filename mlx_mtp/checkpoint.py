@@ -74,21 +74,31 @@ def find(name: str | Path, weights: bool = True) -> Path:
     Raises:
         CheckpointError: No such folder, or a repository that can't be had.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:  # "~somebody" whom this machine doesn't know
+        raise CheckpointError(f"there is no folder {name}: {error}") from None
+    if path.is_dir() and str(name):
         return path
-    if path.exists():
+    if path.exists() and str(name):
         raise CheckpointError(f"{path} is a file: give the folder it lies in")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        raise CheckpointError(f"there is no folder {name}")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
+        raise CheckpointError(f"there is no folder {str(name)!r}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         patterns = HUB_PATTERNS if weights else [p for p in HUB_PATTERNS if p != WEIGHTS]
         return Path(snapshot_download(str(name), allow_patterns=patterns))
     except RepositoryNotFoundError:
         raise CheckpointError(f"{name} is neither a folder nor a repository you can read on the hub") from None
+    except HFValidationError:
+        raise CheckpointError(f"there is no folder {str(name)!r}, and no repository can have this name") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
             f"{name} is not a folder, and the hub can't be reached to download it ({_one_line(error)})"

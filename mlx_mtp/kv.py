@@ -37,6 +37,13 @@ Snapshot = tuple[dict[int, mx.array], dict[int, mx.array]]
 """Keys and values as they were, by layer."""
 
 
+PREFILL_CHUNK = 256
+"""Most prompt tokens in one forward pass."""
+
+LONGEST_VERIFY = 16
+"""Most tokens in a verify block: the newest one and the longest draft."""
+
+
 @dataclass(frozen=True)
 class Addresses:
     """Where a block of L tokens goes in one kind of layer, and what it sees there.
@@ -48,6 +55,14 @@ class Addresses:
 
     slots: mx.array
     visible: mx.array
+
+
+def longest_block(config: TextConfig) -> int:
+    """Tokens of the longest block that is ever written: a prefill chunk, or a verify block.
+
+    A chunk is at most half a window: the rings of sliding layers carry as much slack, which every later step reads.
+    """
+    return max(min(PREFILL_CHUNK, config.sliding_window // 2), LONGEST_VERIFY)
 
 
 def ring_slots(window: int, longest_block: int) -> int:
@@ -128,10 +143,11 @@ class KVBuffers:
         grown = -(-positions // CAPACITY_STEP) * CAPACITY_STEP
         for buffers in (self.keys, self.values):
             for i, sliding in self._sliding.items():
-                if not sliding:
+                if not sliding and buffers[i].shape[2] < grown:
                     old = buffers[i]
-                    b, h, _, d = old.shape
-                    buffers[i] = mx.concatenate([old, mx.zeros((b, h, grown - self.capacity, d), old.dtype)], axis=2)
+                    b, h, slots, d = old.shape
+                    # By its own size, so that a growth that was interrupted can be taken up again.
+                    buffers[i] = mx.concatenate([old, mx.zeros((b, h, grown - slots, d), old.dtype)], axis=2)
                     del old
                     # One layer at a time, so that no more than one old buffer is alive beside its successor.
                     mx.eval(buffers[i])
@@ -144,6 +160,17 @@ class KVBuffers:
     def restore(self, snapshot: Snapshot) -> None:
         """Forgets writes made since a snapshot that haven't been evaluated yet."""
         self.keys, self.values = snapshot
+
+    def rings(self) -> Snapshot:
+        """The sliding layers' arrays as they are, for `restore_rings`; the next write to each of them copies it."""
+        keys, values = ({i: buffers[i] for i in buffers if self._sliding[i]} for buffers in (self.keys, self.values))
+        return keys, values
+
+    def restore_rings(self, rings: Snapshot, written: int) -> None:
+        """Takes sliding layers back to where `rings` was called; full layers need nothing for it."""
+        self.keys |= rings[0]
+        self.values |= rings[1]
+        self.written = written
 
     def can_rewind(self, length: int) -> bool:
         """Whether everything a row of `length` committed tokens must see is still in the buffers."""

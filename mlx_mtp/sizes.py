@@ -17,6 +17,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .config import DrafterConfig, TextConfig
+from .errors import CheckpointError
+from .kv import CAPACITY_STEP, longest_block, ring_slots
 from .models.drafter import Drafter
 from .models.target import Target
 
@@ -71,17 +73,24 @@ def drafter_sizes(config: DrafterConfig, dtype_bytes: int, rule: Rule | None = N
 
 
 def kv_bytes(config: TextConfig, tokens: int, dtype_bytes: int) -> int:
-    """Bytes of the keys and values that one row of `tokens` tokens needs."""
-    total = 0
-    for i, layer in enumerate(config.layers):
-        if layer.kv_owner == i:
-            held = min(tokens, config.sliding_window) if layer.sliding else tokens
-            total += 2 * held * layer.kv_heads * layer.head_dim * dtype_bytes
-    return total
+    """Bytes of the KV buffers of one row of `tokens` tokens."""
+    full = -(-tokens // CAPACITY_STEP) * CAPACITY_STEP
+    ring = ring_slots(config.sliding_window, longest_block(config))
+    return sum(
+        2 * (ring if layer.sliding else full) * layer.kv_heads * layer.head_dim * dtype_bytes
+        for i, layer in enumerate(config.layers)
+        if layer.kv_owner == i
+    )
 
 
-def stored_rule(quantization: Mapping[str, Any]) -> Rule:
-    """The rule that a config.json's quantization section describes."""
+def stored_rule(quantization: Any) -> Rule:
+    """The rule that a config.json's quantization section describes.
+
+    Raises:
+        CheckpointError: It is no description of one of MLX's formats.
+    """
+    if not isinstance(quantization, Mapping) or not isinstance(quantization.get("bits"), int):
+        raise CheckpointError("config.json: quantization isn't one of MLX's, which have bits and a group_size")
 
     def rule(path: str, module: nn.Module) -> bool | Mapping[str, Any]:
         # Names differ in their prefix from one converter to the next.
@@ -122,4 +131,4 @@ def _sizes(model: nn.Module, dtype_bytes: int, rule: Rule | None, share: Callabl
 def _quantized_bytes(size: int, how: Mapping[str, Any], dtype_bytes: int) -> int:
     # Affine groups have a scale and a bias of the model's type, the mx and nv formats a scale of one byte.
     per_group = 2 * dtype_bytes if how.get("mode", "affine") == "affine" else 1
-    return size * int(how["bits"]) // 8 + size // int(how["group_size"]) * per_group
+    return size * int(how["bits"]) // 8 + size // int(how.get("group_size", 64)) * per_group

@@ -68,6 +68,12 @@ def test_several_answers(lm: mlx_mtp.MTPModel):
     assert several[0].tokens == lm.generate(QUESTION, **options).tokens
     assert len({tuple(r.tokens) for r in several}) == 3
     assert several[1].stats.cached_tokens == several[1].stats.prompt_tokens - 1, "one prefill for all"
+    # Long answers overwrite the window before the prompt's end.
+    long = lm.generate([7] * 200, n=2, max_tokens=300, ignore_eos=True, seed=3)
+    assert long[1].stats.cached_tokens == 199
+    with mlx_mtp.load() as fresh:
+        options = {"max_tokens": 300, "ignore_eos": True, "seed": mlx_mtp.api.row_seed(3, 1)}
+        assert fresh.generate([7] * 200, **options).tokens == long[1].tokens
 
 
 def test_a_closed_stream_is_cancelled(lm: mlx_mtp.MTPModel):
@@ -118,6 +124,20 @@ def test_asyncio(lm: mlx_mtp.MTPModel):
     assert asyncio.run(both()) == [lm.generate(QUESTION, **GREEDY).tokens] * 2
 
 
+def test_asyncio_cancelled(lm: mlx_mtp.MTPModel):
+    async def endless() -> None:
+        async for _ in lm.astream(QUESTION, max_tokens=3000, temperature=0, ignore_eos=True):
+            pass
+
+    async def cancel() -> None:
+        for seconds in (0.0, 0.03, 0.3):
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(endless(), seconds)
+
+    asyncio.run(cancel())
+    assert lm.generate(QUESTION, **GREEDY).tokens
+
+
 def test_logits_and_proposals(lm: mlx_mtp.MTPModel):
     tokens = lm.encode(QUESTION)
     logits = lm.logits(tokens)
@@ -141,7 +161,18 @@ def test_prompts_that_cannot_be_used(lm: mlx_mtp.MTPModel):
     for tokens in ([], [vocabulary], [5] * (context + 1)):
         with pytest.raises(PromptError):
             lm.logits(tokens)
-    for options in ({"max_tokens": 0}, {"temperature": -1}, {"n": 0}, {"draft_length": 99}, {"stop": ""}):
+    for options in (
+        {"max_tokens": 0},
+        {"temperature": -1},
+        {"n": 0},
+        {"draft_length": 99},
+        {"stop": ""},
+        {"max_tokens": 3.5},
+        {"temperature": "1"},
+        {"top_k": 2.5},
+        {"seed": 1.5},
+        {"draft_length": True},
+    ):
         with pytest.raises(PromptError):
             lm.generate(QUESTION, **options)
     with pytest.raises(PromptError):

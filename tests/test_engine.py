@@ -86,6 +86,26 @@ def test_what_an_engine_did_before_does_not_matter(pair: Pair, sampling: Samplin
             assert cached <= stats.cached_tokens < len(tokens)
 
 
+@pytest.mark.parametrize("sampling", [SamplingOptions(), SAMPLED], ids=["greedy", "sampled"])
+def test_a_prompt_is_kept_through_a_long_answer_that_is_dropped(pair: Pair, sampling: SamplingOptions):
+    """As in a chat whose thoughts leave the history: the next prompt goes on where this one ended."""
+    used, tokens = Engine(*pair), prompt(70)
+    for turn in range(3):
+        answer, _ = run(used, tokens, 150, sampling=sampling, draft_length=3)
+        tokens = tokens + answer[-7:] + prompt(9, seed=turn)
+        text, stats = run(used, tokens, 150, sampling=sampling, draft_length=2)
+        assert stats.cached_tokens == len(tokens) - 16
+        assert text == run(Engine(*pair), tokens, 150, sampling=sampling, draft_length=0)[0]
+    again, stats = run(used, tokens, 150, sampling=sampling, draft_length=3)
+    assert again == text and stats.cached_tokens == len(tokens) - 1
+
+
+def test_exact_modes_reuse_nothing(pair: Pair):
+    used = Engine(*pair)
+    run(used, prompt(), 5)
+    assert run(used, prompt(), 5, exactness="stepwise")[1].cached_tokens == 0
+
+
 def test_a_long_text_does_not_keep_later_ones_from_being_reused(pair: Pair):
     used = Engine(*pair)
     run(used, prompt(200, seed=1))

@@ -21,7 +21,7 @@ from mlx_mtp.decode.engine import Engine
 
 TOLERANCE = 1e-4
 DECODED = 200
-# Around the window (16), around the drafter's (17), and far beyond; a prefill chunk has 8 tokens.
+# Around the window (16), around the drafter's (17), and far beyond; a prefill chunk has 16 tokens.
 PROMPT_LENGTHS = (1, 9, WINDOW - 1, WINDOW, WINDOW + 1, WINDOW + 2, 40, 150)
 
 

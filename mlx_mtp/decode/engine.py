@@ -1,7 +1,8 @@
 """Generates token ids for one request at a time, on KV buffers of its own.
 
-An `Engine` remembers which tokens its buffers hold. A prompt that begins with them is not prefilled again: this is
-how a chat's later turns start at once.
+An `Engine` remembers which tokens its buffers hold, and the sliding layers' rings as they were after the latest
+prefill. A prompt that begins with what they hold is not prefilled again: this is how a chat's later turns start at
+once, also when an answer was long or its thoughts are left out of the history.
 
 The host builds round n + 1 while round n runs, and hands it over before it reads the tokens of round n; it learns of
 a stop token one round late and drops the surplus. Handing over early has a price: MLX writes a buffer in place only
@@ -22,16 +23,12 @@ import mlx.core as mx
 
 from ..config import TextConfig
 from ..errors import PromptError
-from ..kv import KVBuffers, Snapshot
+from ..kv import LONGEST_VERIFY, KVBuffers, Snapshot, longest_block
 from ..models.drafter import Drafter
 from ..models.target import Target
 from .draft_length import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH, AutoLength, DraftLength, FixedLength
 from .round import decode_round, first_state
-from .sampling import Sampler, SamplingOptions
-
-PREFILL_CHUNK = 256
-"""Most prompt tokens in one forward pass; at most half a window. The rings of sliding layers carry as much slack, which
-every later step reads, so it isn't larger."""
+from .sampling import Sampler, SamplingOptions, is_int
 
 COPY_LIMIT = 32 * 2**20
 """Bytes of KV from which copying them costs more than the gap left by handing a round over late."""
@@ -39,6 +36,8 @@ COPY_LIMIT = 32 * 2**20
 EXACTNESS = ("fast", "invariant", "stepwise")
 
 INVARIANT_WIDTH = MAX_AUTO_LENGTH + 1
+
+assert MAX_DRAFT_LENGTH < LONGEST_VERIFY
 
 
 @dataclass(frozen=True)
@@ -64,13 +63,13 @@ class Request:
     suppress_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise PromptError(f"max_tokens must be at least 1, not {self.max_tokens}")
+        if not is_int(self.max_tokens) or self.max_tokens < 1:
+            raise PromptError(f"max_tokens must be a whole number from 1, not {self.max_tokens!r}")
         if self.exactness not in EXACTNESS:
             raise PromptError(f"exactness must be one of {', '.join(EXACTNESS)}, not {self.exactness!r}")
         if self.draft_length != "auto":
             most = INVARIANT_WIDTH - 1 if self.exactness == "invariant" else MAX_DRAFT_LENGTH
-            if not isinstance(self.draft_length, int) or not 0 <= self.draft_length <= most:
+            if not is_int(self.draft_length) or not 0 <= self.draft_length <= most:
                 raise PromptError(f"draft_length must be 'auto' or 0 to {most}, not {self.draft_length!r}")
 
 
@@ -89,7 +88,7 @@ class Stats:
         draft_lengths: Number of rounds by draft length.
         prompt_seconds: From the start to the first token.
         generation_seconds: From the first token to the last.
-        peak_memory_bytes: Most memory MLX held during the generation.
+        peak_memory_bytes: Most memory MLX held during the generation, for whatever this process did with it.
     """
 
     prompt_tokens: int = 0
@@ -140,9 +139,11 @@ class Engine:
 
     def __init__(self, target: Target, drafter: Drafter | None):
         self._target, self._drafter = target, drafter
-        self._chunk = max(min(PREFILL_CHUNK, target.config.sliding_window // 2), 1)
+        self._chunk = longest_block(target.config)
         self._kv: KVBuffers | None = None
         self._held: list[int] = []
+        # The latest prompt, and the rings when exactly it was committed: a long answer overwrites them.
+        self._prompt: tuple[list[int], Snapshot, int] | None = None
         # Learn from every request what rounds cost, which depends on the exactness.
         self._auto = {exactness: AutoLength() for exactness in EXACTNESS}
 
@@ -152,13 +153,14 @@ class Engine:
         return self._kv.nbytes if self._kv else 0
 
     def prefill(
-        self, prompt: Sequence[int], keep: Callable[[mx.array], None] | None = None
+        self, prompt: Sequence[int], keep: Callable[[mx.array], None] | None = None, reuse: bool = True
     ) -> tuple[KVBuffers, mx.array, int]:
         """Brings the prompt's KV into the buffers, chunk by chunk.
 
         Args:
             prompt: Token ids.
-            keep: Called with every chunk's hidden states [1, L, hidden]; nothing is taken from the cache then.
+            keep: Called with every chunk's hidden states [1, L, hidden]; nothing is reused then.
+            reuse: Whether KV that is there already may be used.
 
         Returns:
             The buffers, the hidden state [1, hidden] at the last position, and the number of cached tokens.
@@ -168,16 +170,15 @@ class Engine:
         """
         check_prompt(prompt, self._target.config)
         if self._kv is None:
-            longest = max(self._chunk, MAX_DRAFT_LENGTH + 1)
-            self._kv = KVBuffers(self._target.config, 1, self._target.dtype, longest)
+            self._kv = KVBuffers(self._target.config, 1, self._target.dtype, self._chunk)
         kv = self._kv
         # The last prompt token always runs: its hidden state is needed.
-        start = 0 if keep else min(_common_prefix(self._held, prompt), len(prompt) - 1)
+        start = min(_common_prefix(self._held, prompt), len(prompt) - 1) if reuse and not keep else 0
         if not kv.can_rewind(start):
-            start = 0
+            start = self._rewind_to_prompt(kv, prompt, start)
         if not start:
             kv.written = 0  # what is there belongs to another text and will not be asked for
-        cached, self._held = start, []
+        cached, self._held, self._prompt = start, [], None
         while start < len(prompt):
             block = list(prompt[start : start + self._chunk])
             kv.reserve(start + len(block))
@@ -187,7 +188,18 @@ class Engine:
             mx.eval(kv.arrays(), hidden)
             start += len(block)
         self._held = list(prompt)
+        self._prompt = self._held, kv.rings(), kv.written
         return kv, hidden[:, -1], cached
+
+    def _rewind_to_prompt(self, kv: KVBuffers, prompt: Sequence[int], common: int) -> int:
+        """Goes back to the end of the latest prompt, if the new one begins with it; returns where to start from."""
+        if self._prompt is None:
+            return 0
+        tokens, rings, written = self._prompt
+        if common < min(len(tokens), len(prompt) - 1):
+            return 0
+        kv.restore_rings(rings, written)
+        return min(len(tokens), len(prompt) - 1)
 
     def stream(self, request: Request, stats: Stats) -> Generator[list[int], None, None]:
         """Generates tokens, round by round.
@@ -212,7 +224,8 @@ class Engine:
 
         mx.reset_peak_memory()
         started = time.perf_counter()
-        kv, hidden, stats.cached_tokens = self.prefill(prompt)
+        # The widths of the blocks that made the KV can matter in the last bit.
+        kv, hidden, stats.cached_tokens = self.prefill(prompt, reuse=request.exactness == "fast")
         stats.prompt_tokens = len(prompt)
         state = first_state(target, sampler, hidden, mx.array([len(prompt)], dtype=mx.int32))
         report, k = mx.stack([state.tokens, mx.zeros_like(state.tokens)], axis=1), None

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import mlx.core as mx
 
@@ -42,14 +43,24 @@ class SamplingOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p"):
+            if not isinstance(value := getattr(self, name), int | float):
+                raise PromptError(f"{name} must be a number, not {value!r}")
         if not 0 <= self.temperature < float("inf"):
             raise PromptError(f"temperature must be 0 or more, not {self.temperature}")
-        if self.top_k < 0:
-            raise PromptError(f"top_k must be 0 (off) or more, not {self.top_k}")
+        if not is_int(self.top_k) or self.top_k < 0:
+            raise PromptError(f"top_k must be 0 (off) or a larger whole number, not {self.top_k!r}")
         if not 0 < self.top_p <= 1:
             raise PromptError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise PromptError(f"min_p must be between 0 and 1, not {self.min_p}")
+        if not is_int(self.seed):
+            raise PromptError(f"seed must be a whole number, not {self.seed!r}")
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    """Whether an option's value is a whole number; True and False aren't."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class Sampler:
@@ -83,7 +94,7 @@ class Sampler:
 
         self._temperature = column([r.temperature for r in rows], mx.float32)
         self._divisor = column([r.temperature or 1.0 for r in rows], mx.float32)
-        self._top_k = column([r.top_k or 2**31 - 1 for r in rows], mx.int32)
+        self._top_k = column([min(r.top_k or 2**31 - 1, 2**31 - 1) for r in rows], mx.int32)
         self._top_p = column([r.top_p for r in rows], mx.float32)
         self._min_p = column([r.min_p for r in rows], mx.float32)
         self._keys = column([_fold(r.seed) for r in rows], mx.uint32)
