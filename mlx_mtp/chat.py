@@ -8,7 +8,8 @@ Not here: reading from a terminal (cli/chat.py).
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import weakref
+from collections.abc import Callable, Generator
 from typing import Any
 
 from .api import Chunk, MTPModel
@@ -44,7 +45,8 @@ class Chat:
         self._engine = model.new_engine()
         # The latest turn as text and as the very tokens that the buffers hold.
         self._past: tuple[str, list[int]] = ("", [])
-        self._running: Generator[Chunk, None, None] | None = None
+        # Weak, so that an iterator that is dropped ends at once.
+        self._running: Callable[[], Generator[Chunk, None, None] | None] = lambda: None
 
     def send(self, text: str, **options: Any) -> Generator[Chunk, None, None]:
         """Says something, and streams the answer.
@@ -73,10 +75,13 @@ class Chat:
         tokens = tokens or self._tokenizer.encode(rendered)
         room = self._model.config.text.max_positions
         if self.messages and len(tokens) > room:
-            raise PromptError(f"the conversation has {len(tokens)} tokens now, the model's context only {room}: reset it")
+            raise PromptError(
+                f"the conversation has {len(tokens)} tokens now, the model's context only {room}: reset it"
+            )
         chunks = self._model.stream(tokens, engine=self._engine, **options)
-        self._running = self._answer(question, rendered, tokens, chunks)
-        return self._running
+        answer = self._answer(question, rendered, tokens, chunks)
+        self._running = weakref.ref(answer)
+        return answer
 
     def reset(self) -> None:
         """Ends a running answer and forgets all turns; system prompt and settings stay."""
@@ -86,9 +91,8 @@ class Chat:
 
     def _end_running(self) -> None:
         """Closes an answer that was left unfinished: the next one runs on the same buffers."""
-        if self._running:
-            self._running.close()
-            self._running = None
+        if running := self._running():
+            running.close()
 
     def _answer(
         self, question: dict[str, Any], rendered: str, tokens: list[int], chunks: Generator[Chunk, None, None]
@@ -107,5 +111,5 @@ class Chat:
                 self.messages += [question, {"role": "assistant", "content": answer}]
                 while generated and generated[-1] in self._tokenizer.special:
                     generated.pop()
-                exact = not thought and self._tokenizer.decode(generated) == answer == answer.strip()
+                exact = not thought and self._tokenizer.decode(generated) == answer
                 self._past = (rendered + answer, tokens + generated) if exact else ("", [])

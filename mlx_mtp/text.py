@@ -117,8 +117,9 @@ class Tokenizer:
                 raise PromptError(f"message {i} has the role {message.get('role')!r}: use one of {', '.join(ROLES)}")
             if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
                 raise PromptError(f"message {i} ({message['role']}) has no content: give a string")
+        template = self._template
         try:
-            return self._template.render(
+            return template.render(
                 messages=messages,
                 tools=tools,
                 enable_thinking=thinking,

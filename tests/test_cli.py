@@ -23,6 +23,8 @@ def mlx_mtp(*args: object, stdin: str = "", **environment: str) -> subprocess.Co
         input=stdin,
         capture_output=True,
         text=True,
+        encoding="utf-8",
+        errors="surrogateescape",
         timeout=120,
         env={**os.environ, **environment},
     )
@@ -51,6 +53,11 @@ def test_version():
     assert mlx_mtp("--version").stdout.startswith("mlx-mtp 0.")
 
 
+def test_nothing_at_all_shows_the_help():
+    done = mlx_mtp()
+    assert done.returncode == 2 and done.stdout == "" and "generate" in done.stderr
+
+
 def test_generate_prints_the_answer_and_nothing_else():
     done = mlx_mtp("generate", QUESTION, "--max-tokens", 30, "--temperature", 0)
     piped = mlx_mtp("generate", "--max-tokens", 30, "--temperature", 0, stdin=QUESTION)
@@ -77,10 +84,58 @@ def test_generate_json():
     assert plain["stats"]["drafted"] == 0
 
 
+def test_a_stop_string_ends_the_tokens_at_the_same_place_at_any_draft_length():
+    options = ("--stop", "fox", "--temperature", 0, "--json", "--draft-length")
+    plain, mtp = (
+        json.loads(mlx_mtp("generate", "Tell me a short story about a fox.", *options, k).stdout) for k in (0, 5)
+    )
+    assert plain["finish_reason"] == mtp["finish_reason"] == "stop"
+    assert plain["text"] == mtp["text"] and plain["text"] and "fox" not in plain["text"]
+    assert plain["tokens"] == mtp["tokens"] and mtp["stats"]["generated_tokens"] == len(mtp["tokens"])
+
+
+def test_thoughts_are_no_part_of_the_answer():
+    question = ("generate", "What is 3 + 4?", "--think", "--temperature", 0, "--max-tokens", 120)
+    shown, facts = mlx_mtp(*question), json.loads(mlx_mtp(*question, "--json").stdout)
+    assert facts["thought"].strip() and facts["text"].strip()
+    assert shown.stdout == facts["text"] + "\n" and facts["thought"] in shown.stderr
+
+
+def test_a_reader_that_goes_away():
+    command = [sys.executable, "-m", "mlx_mtp", "generate", "Tell me a short story about a fox."]
+    done = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert done.stdout and done.stderr
+    done.stdout.close()
+    assert done.stderr.read() == "" and done.wait(60) == 1
+
+
+@pytest.mark.parametrize("args, begun", [
+    (("generate", "Tell me a long story.", "--max-tokens", "4000", "--draft-length", "0"), "stdout"),
+    (("chat",), "stderr"),
+])  # fmt: skip
+def test_control_c_ends_generate_and_a_chat_that_reads_a_pipe(args: tuple[str, ...], begun: str):
+    for _ in range(3):  # a loaded machine may let the answer end before the signal is sent
+        running = subprocess.Popen(
+            [sys.executable, "-m", "mlx_mtp", *args],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert getattr(running, begun).read(1)
+        time.sleep(0.05)  # by now the chat waits for a line
+        running.send_signal(signal.SIGINT)
+        _, errors = running.communicate(timeout=60)
+        assert b"Traceback" not in errors
+        if running.returncode:
+            break
+    assert running.returncode == 130
+
+
 def test_chat_over_a_pipe(tmp_path: Path):
     saved = tmp_path / "talk.json"
     script = [
-        "/help", "/stats", "/system Answer briefly.", QUESTION, "/stats", '"""', "Who", "are you?", '"""', "/think on",
+        "/help", "/stats", "/system Answer briefly.", QUESTION, "/stats", '"""Who', "", "are you?", '"""', "/think on",
         "/think off", "/nonsense", f"/save {saved}", f"/save {tmp_path}/no/such/folder.json", "/reset", "one \\",
         "line", "/quit", "never said",
     ]  # fmt: skip
@@ -88,7 +143,7 @@ def test_chat_over_a_pipe(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     talk = json.loads(saved.read_text())
     assert [m["role"] for m in talk] == ["system", "user", "assistant", "user", "assistant"]
-    assert talk[3]["content"] == "Who\nare you?"
+    assert talk[3]["content"] == "Who\n\nare you?"
     for answer in (talk[2], talk[4]):
         assert answer["content"] in done.stdout
     assert done.stderr.count("tok/s") == 4  # three status lines, and /stats
@@ -160,6 +215,31 @@ def test_info_names_what_clashes(tmp_path: Path):
     assert done.returncode == 1 and "made for another target" in only_line(done.stderr)
 
 
+def test_a_chat_that_outgrows_the_context_goes_on_after_a_reset():
+    script = ["Who are you?", "word " * 5000, "/reset", "Who are you?"]
+    done = mlx_mtp("chat", "--max-tokens", 20, "--temperature", 0, stdin="\n".join(script))
+    assert done.returncode == 0 and "reset it" in done.stderr
+    first, second = done.stdout.strip().splitlines()
+    assert first == second
+
+
+def test_what_is_not_utf8():
+    broken = b"caf\xe9".decode("utf-8", "surrogateescape")
+    for done in (mlx_mtp("generate", broken), mlx_mtp("generate", stdin=broken)):
+        assert done.returncode == 1 and "UTF-8" in only_line(done.stderr)
+    chat = mlx_mtp("chat", "--max-tokens", 5, stdin=f"{broken}\nWho are you?\n")
+    assert chat.returncode == 0 and "UTF-8" in chat.stderr and chat.stdout.strip()
+
+
+@pytest.mark.parametrize("command", [("generate", "x", "--model"), ("chat",), ("info",)])
+def test_truncated_weights(command: tuple[str, ...], tmp_path: Path):
+    target, _ = make_pair("e2b", tmp_path)
+    weights = next(target.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    done = mlx_mtp(*command, target, "--no-draft")
+    assert done.returncode == 1 and "truncated" in only_line(done.stderr) and done.stdout == ""
+
+
 @pytest.mark.parametrize("command", [("generate", "x", "--model"), ("chat",), ("info",)])
 def test_models_that_cannot_be_had(command: tuple[str, ...], tmp_path: Path):
     nothing = mlx_mtp(*command, tmp_path / "nothing")
@@ -177,18 +257,19 @@ def test_a_traceback_only_for_those_who_ask(tmp_path: Path):
 
 @pytest.mark.parametrize("wrong", [
     ("--temperature", -1), ("--top-p", 2), ("--max-tokens", 0), ("--draft-length", "many"), ("--draft-length", 99),
-    ("--exactness", "very"), ("--quantize", 7), ("--no-such-option",),
+    ("--temperature", "nan"), ("--temperature", "inf"), ("--exactness", "very"), ("--quantize", 7), ("--stop", ""),
+    ("--draft-length", 9, "--exactness", "invariant"), ("--drafter", "x", "--no-draft"), ("--no-such-option",),
 ])  # fmt: skip
 def test_wrong_use(wrong: tuple[object, ...]):
     done = mlx_mtp("generate", "x", *wrong)
-    assert done.returncode == 2 and str(wrong[0]) in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and str(wrong[0]) in only_line(done.stderr)
     assert done.stdout == ""
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n "])
 def test_an_empty_prompt(prompt: str):
     done = mlx_mtp("generate", stdin=prompt)
-    assert done.returncode == 2 and "empty" in done.stderr
+    assert done.returncode == 2 and "empty" in only_line(done.stderr)
 
 
 def test_a_prompt_over_the_context():

@@ -116,6 +116,34 @@ def test_thoughts_are_kept_apart(tokenizer: Tokenizer):
     assert tokenizer.decode(tokens) == "hello"
 
 
+def test_a_broken_character_of_a_thought_stays_in_the_thought(tokenizer: Tokenizer):
+    half = tokenizer.encode("€")[:2]
+    tokens = [*tokenizer.encode("<|channel>thought\n"), *half, *tokenizer.encode("<channel|>he")]
+    assert StreamDecoder(tokenizer).push(tokens) == ("he", "\ufffd")
+
+
+def test_an_answer_may_begin_within_a_thought(tokenizer: Tokenizer):
+    open_prompt = tokenizer.encode("<bos><|turn>model\n<|channel>thought\n")
+    closed_prompt = tokenizer.encode("<bos><|turn>model\n<|channel>thought\n<channel|>")
+    tokens = tokenizer.encode("well\n<channel|>hello")
+    assert StreamDecoder(tokenizer, open_prompt).push(tokens) == ("hello", "well\n")
+    assert StreamDecoder(tokenizer, closed_prompt).push(tokenizer.encode("hello")) == ("hello", "")
+    assert StreamDecoder(tokenizer, tokenizer.encode("<|channel>x<|turn>")).push(tokenizer.encode("he")) == ("he", "")
+
+
+def test_a_stream_costs_the_same_at_any_length(tokenizer: Tokenizer):
+    decoder = StreamDecoder(tokenizer)
+    decoder.push(tokenizer.encode("hello€ " * 5000))
+    touched: list[int] = []
+    original = tokenizer.piece
+    tokenizer.piece = lambda token: touched.append(token) or original(token)  # type: ignore[method-assign]
+    try:
+        decoder.push(tokenizer.encode("he"))
+    finally:
+        del tokenizer.piece
+    assert touched == tokenizer.encode("he"), "earlier tokens are read again"
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 3, 100])
 def test_stop_strings(chunk: int):
     text, stops = "one two three two", ["two t", "three"]
@@ -125,6 +153,22 @@ def test_stop_strings(chunk: int):
     never = StopStrings(["x", "twofold"])
     out = "".join(never.push(text[i : i + chunk]) for i in range(0, len(text), chunk))
     assert not never.hit and out + never.finish() == text
+
+
+def test_where_a_text_stops_does_not_depend_on_its_pieces():
+    rng = random.Random(1)
+    for _ in range(500):
+        text = "".join(rng.choices("ab", k=12))
+        strings = ["".join(rng.choices("ab", k=rng.randrange(1, 6))) for _ in range(3)]
+        results = set()
+        for size in (1, 2, 3, 5, 12):
+            stop = StopStrings(strings)
+            out = "".join(stop.push(text[i : i + size]) for i in range(0, len(text), size))
+            results.add((out + stop.finish(), stop.hit))
+        assert len(results) == 1, (text, strings, results)
+        out, hit = results.pop()
+        assert hit == any(s in text for s in strings) and text.startswith(out)
+        assert not any(s in out for s in strings)
 
 
 def test_the_beginning_of_a_stop_string_is_held_back():
@@ -160,6 +204,31 @@ def test_malformed_messages(tokenizer: Tokenizer, messages: list[dict[str, objec
         tokenizer.chat(messages)
 
 
+def test_text_that_is_no_utf8(tokenizer: Tokenizer):
+    with pytest.raises(PromptError, match="UTF-8"):
+        tokenizer.encode(b"caf\xe9".decode("utf-8", "surrogateescape"))
+
+
+@pytest.mark.parametrize("template, culprit", [
+    ("{{ raise_exception('a\nb') }}", "a b"), ("{{ 1 // 0 }}", "zero"), ("{{ messages[9].content.x }}", "element 9"),
+])  # fmt: skip
+def test_whatever_a_template_raises_is_one_line(folder: Path, tmp_path: Path, template: str, culprit: str):
+    (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(PromptError, match=culprit) as raised:
+        Tokenizer.from_folder(tmp_path).render([{"role": "user", "content": "x"}])
+    assert "\n" not in str(raised.value)
+
+
+def test_templates_may_write_json_as_they_like(folder: Path, tmp_path: Path):
+    (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ tools | tojson(indent=2, sort_keys=true) }}{{ strftime_now('%Y') }}"
+    )
+    text = Tokenizer.from_folder(tmp_path).render([{"role": "user", "content": "x"}], tools=[{"b": "<&>", "a": 1}])
+    assert text[:-4] == '[\n  {\n    "a": 1,\n    "b": "<&>"\n  }\n]' and text[-4:].isdigit()
+
+
 def test_a_template_can_do_no_harm(folder: Path, tmp_path: Path):
     (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
     (tmp_path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
@@ -178,6 +247,16 @@ def test_folders_without_a_usable_tokenizer(folder: Path, tmp_path: Path):
         Tokenizer.from_folder(tmp_path).render([{"role": "user", "content": "x"}])
     (tmp_path / "chat_template.jinja").write_text("{% if %}")
     with pytest.raises(CheckpointError, match="broken"):
+        Tokenizer.from_folder(tmp_path).render([{"role": "user", "content": "x"}])
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja can't be read"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": 5}')
+    with pytest.raises(CheckpointError, match="no text"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": [{"name": "default"}, 7]}')
+    with pytest.raises(CheckpointError, match="no chat template"):
         Tokenizer.from_folder(tmp_path).render([{"role": "user", "content": "x"}])
 
 

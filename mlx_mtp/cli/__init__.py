@@ -6,20 +6,25 @@ Exit codes: 0 done, 1 the work failed, 2 wrong use, 130 interrupted.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from .. import __version__
 from ..errors import MTPError
 from . import chat, convert, generate, info
+from . import options as o
+
+# What typer raises for wrong use; it has no public name for it.
+_UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
     help="Gemma 4 with its multi-token-prediction drafters, on MLX. Without a model: the embedded demo pair.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -39,25 +44,43 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        raise typer.Exit(2)
 
 
 def main() -> None:
     """Runs the command line."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("mlx_mtp").setLevel(logging.INFO)
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments; the tokenizer refuses what isn't UTF-8
     try:
-        app()
-    except MTPError as error:
+        sys.exit(app(standalone_mode=False))
+    except (MTPError, _UsageError) as error:
         if "--debug" in sys.argv:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        print(f"error: {_message(error)}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, MTPError) else 2)
+    except typer.Abort:  # Ctrl-C outside an answer
+        sys.exit(o.INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output has gone; the interpreter must not complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _message(error: Exception) -> str:
+    """What an error says, in one line."""
+    if not isinstance(error, _UsageError):
+        return str(error)
+    command = error.ctx.command_path if error.ctx else "mlx-mtp"
+    text = error.format_message().rstrip(".")
+    return f"{text[:1].lower()}{text[1:]}; {command} --help shows what there is"

@@ -7,9 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from ..errors import PromptError
 from . import options as o
@@ -17,22 +15,22 @@ from . import options as o
 if TYPE_CHECKING:
     from ..chat import Chat
 
+QUOTES = '"""'
+
 HELP = """\
-/help              this list
+/help              show this list
 /reset             forget the conversation
 /system [TEXT]     set the system prompt, or remove it
 /think [on|off]    let the model think before it answers
 /stats             figures of the latest answer
 /save FILE         write the conversation to a JSON file
 /quit              leave (or Ctrl-D)
-A line that ends with \\ goes on in the next one; a text of several lines may stand between lines of \"\"\".
+A line that ends with \\ goes on in the next one; a text of several lines may stand between \"\"\" and \"\"\".
 Ctrl-C ends the answer that is running."""
 
 
 def chat(
-    model: Annotated[
-        str | None, typer.Argument(help="Folder or repository. Default: the demo pair.", show_default=False)
-    ] = None,
+    model: o.Model = None,
     drafter: o.Drafter = None,
     no_draft: o.NoDraft = False,
     draft_length: o.DraftLength = "auto",
@@ -49,7 +47,7 @@ def chat(
     debug: o.Debug = False,
 ) -> None:
     """Chats with a model; /help lists the commands."""
-    o.check(exactness, quantize)
+    o.check_decoding(draft_length, exactness)
     given: dict[str, Any] = {
         "draft_length": draft_length,
         "max_tokens": max_tokens,
@@ -64,7 +62,7 @@ def chat(
         name = "the embedded demo pair" if model is None else model
         print(f"{name}{'' if lm.drafter_config else ', without a drafter'}; /help lists commands", file=sys.stderr)
         conversation = lm.chat(system, think)
-        for text in _inputs(_line_reader()):
+        for text in inputs(_line_reader(), stoppable=sys.stdin.isatty()):
             try:
                 if not text.startswith("/"):
                     _answer(conversation, text, given)
@@ -78,9 +76,7 @@ def _answer(conversation: Chat, text: str, given: dict[str, Any]) -> None:
     """Streams an answer and prints the status line."""
     chunks = conversation.send(text, **given)
     try:
-        for chunk in chunks:
-            print(chunk.thought, end="", file=sys.stderr, flush=True)
-            print(chunk.text, end="", flush=True)
+        o.show(chunks)
     except KeyboardInterrupt:
         chunks.close()
         print(" [stopped]", end="", file=sys.stderr)
@@ -161,19 +157,27 @@ def _line_reader() -> Callable[[str], str]:
     return read
 
 
-def _inputs(read: Callable[[str], str]) -> Iterator[str]:
-    """What the user enters, lines that belong together as one text."""
+def inputs(read: Callable[[str], str], stoppable: bool) -> Iterator[str]:
+    """What the user enters, lines that belong together as one text.
+
+    Args:
+        read: Shows a prompt and reads a line; raises EOFError at the end.
+        stoppable: Whether Ctrl-C drops what is being entered; else it ends the program.
+    """
     while True:
         try:
             text = read("> ").strip()
-            if text == '"""':
-                lines = []
-                while (line := read(". ")).strip() != '"""':
-                    lines.append(line)
-                text = "\n".join(lines)
-            while text.endswith("\\"):
-                text = text[:-1] + "\n" + read(". ")
+            if text.startswith(QUOTES):
+                text = text.removeprefix(QUOTES)
+                while not text.rstrip().endswith(QUOTES):
+                    text += "\n" + read(". ")
+                text = text.rstrip().removesuffix(QUOTES).strip("\n")
+            else:
+                while text.endswith("\\"):
+                    text = text[:-1] + "\n" + read(". ")
         except KeyboardInterrupt:
+            if not stoppable:
+                raise
             print(file=sys.stderr)
             continue
         except EOFError:

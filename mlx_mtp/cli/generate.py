@@ -13,7 +13,9 @@ from . import options as o
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="Default: what stdin holds.", show_default=False)] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="Default: what stdin holds.", metavar="PROMPT", show_default=False)
+    ] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Folder or repository. Default: the demo pair.", metavar="MODEL")
     ] = None,
@@ -26,7 +28,9 @@ def generate(
     top_p: o.TopP = None,
     min_p: o.MinP = None,
     seed: o.Seed = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be given several times.", metavar="TEXT")
+    ] = None,
     system: o.System = None,
     think: o.Think = False,
     exactness: o.Exactness = "fast",
@@ -35,27 +39,24 @@ def generate(
     debug: o.Debug = False,
 ) -> None:
     """Answers one prompt on stdout."""
-    o.check(exactness, quantize)
+    o.check_decoding(draft_length, exactness)
+    if stop and not all(stop):
+        raise typer.BadParameter("an empty text would stop everything", param_hint="--stop")
     if prompt is None:
         if sys.stdin.isatty():
             raise typer.BadParameter("give a prompt, or pipe one to stdin", param_hint="PROMPT")
         prompt = sys.stdin.read()
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
     if not prompt.strip():
         raise typer.BadParameter("the prompt is empty", param_hint="PROMPT")
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
 
     with o.load(model, drafter, no_draft, quantize) as lm:
-        chunks = []
+        stream = lm.stream(
+            messages, max_tokens, temperature, top_k, top_p, min_p, seed, stop, draft_length, exactness, thinking=think
+        )
         try:
-            for chunk in lm.stream(
-                messages, max_tokens, temperature, top_k, top_p, min_p, seed, stop, draft_length, exactness,
-                thinking=think,
-            ):  # fmt: skip
-                chunks.append(chunk)
-                if not as_json:
-                    print(chunk.thought, end="", file=sys.stderr, flush=True)
-                    print(chunk.text, end="", flush=True)
+            chunks = list(stream) if as_json else o.show(stream)
         except KeyboardInterrupt:
             print(file=sys.stderr)
             raise typer.Exit(o.INTERRUPTED) from None

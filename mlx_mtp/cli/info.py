@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any, Literal
 
 from . import options as o
 
 
 def info(
-    model: Annotated[
-        str | None, typer.Argument(help="Folder or repository. Default: the demo pair.", show_default=False)
-    ] = None,
+    model: o.Model = None,
     drafter: o.Drafter = None,
     no_draft: o.NoDraft = False,
     quantize: o.Quantize = None,
@@ -22,16 +18,16 @@ def info(
     debug: o.Debug = False,
 ) -> None:
     """Shows sizes, memory, pairing, and whether it fits."""
-    o.check("fast", quantize)
+    o.check_loading(drafter, no_draft, quantize)
     facts = describe(model, False if no_draft else drafter, quantize)
     print(json.dumps(facts) if as_json else _table(facts))
 
 
-def describe(model: str | None, drafter: str | bool | None, quantize: int | None) -> dict[str, Any]:
+def describe(model: str | None, drafter: str | Literal[False] | None, quantize: int | None) -> dict[str, Any]:
     """Facts about a pair, as `mlx-mtp info --json` prints them.
 
     Raises:
-        CheckpointError: A config.json is missing or isn't Gemma 4's.
+        CheckpointError: A config.json is missing or isn't Gemma 4's, or a weight file is damaged.
     """
     from .. import checkpoint, sizes
     from ..api import find_pair
@@ -120,8 +116,13 @@ def _stored_as(raw: dict[str, Any], quantize: int | None) -> str:
 
 
 def _on_disk(folder: Path) -> int | None:
-    """Bytes of the weight files; None where they aren't there."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) or None
+    """Bytes of the weight files, after a look at their headers; None where they aren't there."""
+    from ..checkpoint import WEIGHTS, check_safetensors
+
+    files = sorted(folder.glob(WEIGHTS))
+    for path in files:
+        check_safetensors(path)
+    return sum(path.stat().st_size for path in files) or None
 
 
 def _size(count: int | None) -> str:

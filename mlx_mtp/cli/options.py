@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..blas import use_openblas
-from ..decode.draft_length import MAX_DRAFT_LENGTH
+from ..decode.draft_length import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH
 
 if TYPE_CHECKING:
-    from ..api import MTPModel
+    from ..api import Chunk, MTPModel
     from ..decode.engine import Stats
 
 INTERRUPTED = 130
@@ -33,15 +35,20 @@ DraftLength = Annotated[
     Any, typer.Option(help="Tokens to draft a round; 0 for plain decoding.", metavar="auto|N", parser=_draft_length)
 ]
 Temperature = Annotated[
-    float | None, typer.Option(help="0 is greedy. Default of this and the next three: the model's.", min=0)
+    float | None,
+    typer.Option(help="0 is greedy. Default of this and the next three: the model's.", min=0, max=1000, metavar="T"),
 ]
-TopK = Annotated[int | None, typer.Option(help="Only the K best tokens; 0 for all.", min=0)]
-TopP = Annotated[float | None, typer.Option(help="Only the best tokens that reach this probability.", min=0.001, max=1)]
+TopK = Annotated[int | None, typer.Option(help="Only the K best tokens; 0 for all.", min=0, metavar="K")]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Only the best tokens that together reach this probability.", min=0.001, max=1, metavar="P"),
+]
 MinP = Annotated[
-    float | None, typer.Option(help="Only tokens with this share of the best one's probability.", min=0, max=1)
+    float | None,
+    typer.Option(help="Only tokens with at least this share of the best one's probability.", min=0, max=1, metavar="P"),
 ]
-Seed = Annotated[int | None, typer.Option(help="Same seed, same text. Default: a new one each time.")]
-MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.", min=1)]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same text. Default: a new one each time.", metavar="N")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.", min=1, metavar="N")]
 Exactness = Annotated[
     str,
     typer.Option(
@@ -53,13 +60,17 @@ Exactness = Annotated[
 Quantize = Annotated[
     int | None, typer.Option(help="Bits to quantise both models to while loading: 2, 3, 4, 5, 6 or 8.", metavar="BITS")
 ]
-System = Annotated[str | None, typer.Option(help="System prompt.")]
+System = Annotated[str | None, typer.Option(help="System prompt.", metavar="TEXT")]
 Think = Annotated[bool, typer.Option("--think", help="Ask the model to think first.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
+Model = Annotated[
+    str | None,
+    typer.Argument(help="Folder or repository. Default: the demo pair.", metavar="MODEL", show_default=False),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")]
 
 
-def check(exactness: str, quantize: int | None) -> None:
+def check_decoding(draft_length: str | int, exactness: str) -> None:
     """Checks options whose values typer can't check.
 
     Raises:
@@ -67,16 +78,41 @@ def check(exactness: str, quantize: int | None) -> None:
     """
     if exactness not in ("fast", "invariant", "stepwise"):
         raise typer.BadParameter("expected fast, invariant or stepwise", param_hint="--exactness")
+    if exactness == "invariant" and isinstance(draft_length, int) and draft_length > MAX_AUTO_LENGTH:
+        raise typer.BadParameter(f"with --exactness invariant at most {MAX_AUTO_LENGTH}", param_hint="--draft-length")
+
+
+def check_loading(drafter: str | None, no_draft: bool, quantize: int | None) -> None:
+    """The same for what is loaded."""
+    if drafter and no_draft:
+        raise typer.BadParameter("either a drafter or --no-draft, not both", param_hint="--drafter")
     if quantize not in (None, 2, 3, 4, 5, 6, 8):
         raise typer.BadParameter("expected 2, 3, 4, 5, 6 or 8", param_hint="--quantize")
 
 
 def load(model: str | None, drafter: str | None, no_draft: bool, quantize: int | None) -> MTPModel:
-    """Loads the pair that the options name."""
+    """Loads the pair that the options name, with a fast BLAS."""
+    check_loading(drafter, no_draft, quantize)
     use_openblas()
     from .. import api
 
     return api.load(model, drafter=False if no_draft else drafter, quantize=quantize)
+
+
+def show(chunks: Iterable[Chunk]) -> list[Chunk]:
+    """Prints an answer while it comes, thoughts on stderr; returns its chunks."""
+    seen, thought = [], ""
+    for chunk in chunks:
+        seen.append(chunk)
+        if chunk.thought:
+            thought = chunk.thought
+            print(thought, end="", file=sys.stderr, flush=True)
+        if chunk.text:
+            if thought:
+                print("---" if thought.endswith("\n") else "\n---", file=sys.stderr, flush=True)
+                thought = ""
+            print(chunk.text, end="", flush=True)
+    return seen
 
 
 def status(stats: Stats) -> str:
