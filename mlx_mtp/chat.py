@@ -79,6 +79,7 @@ class Chat:
                 f"the conversation has {len(tokens)} tokens now, the model's context only {room}: reset it"
             )
         chunks = self._model.stream(tokens, engine=self._engine, **options)
+        self.stats = None
         answer = self._answer(question, rendered, tokens, chunks)
         self._running = weakref.ref(answer)
         return answer

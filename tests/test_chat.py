@@ -124,3 +124,11 @@ def test_a_refused_message_changes_nothing(lm: mlx_mtp.MTPModel):
         chat.send("Who are you?", max_tokens=0)
     assert chat.messages == before
     assert say(chat, "What is a drafter?")
+
+
+def test_an_answer_that_never_began_has_no_statistics(lm: mlx_mtp.MTPModel):
+    chat = lm.chat()
+    say(chat, "Who are you?")
+    assert chat.stats is not None
+    chat.send("Who are you?", **GREEDY).close()
+    assert chat.stats is None and len(chat.messages) == 2

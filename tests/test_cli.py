@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def test_a_reader_that_goes_away():
 
 
 @pytest.mark.parametrize("args, begun", [
-    (("generate", "Tell me a long story.", "--max-tokens", "4000", "--draft-length", "0"), "stdout"),
+    (("generate", "Tell me a long story.", "--max-tokens", "4000", "--temperature", "2"), "stdout"),
     (("chat",), "stderr"),
 ])  # fmt: skip
 def test_control_c_ends_generate_and_a_chat_that_reads_a_pipe(args: tuple[str, ...], begun: str):
@@ -153,10 +154,29 @@ def test_chat_over_a_pipe(tmp_path: Path):
     assert list(tmp_path.iterdir()) == [saved]
 
 
+def test_a_file_that_cannot_be_saved_is_left_as_it_is(tmp_path: Path):
+    pipe, kept, link = tmp_path / "pipe", tmp_path / "kept.json", tmp_path / "link.json"
+    os.mkfifo(pipe)
+    kept.write_text("old")
+    link.symlink_to(kept)
+    script = [f"/save {pipe}", f"/save {tmp_path}", "/save ~nobody/x", "/save a\0b", f"/save {link}"]
+    done = mlx_mtp("chat", stdin="\n".join(script) + "\n")
+    assert done.returncode == 0 and done.stderr.count("error: not saved: ") == 4
+    assert pipe.is_fifo() and link.is_symlink() and json.loads(kept.read_text()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "mlx_mtp", "generate", "x", "--max-tokens", "5"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "No space left" in only_line(done.stderr)
+
+
 def test_control_c_stops_the_answer_and_not_the_chat():
     main, terminal = pty.openpty()
     chat = subprocess.Popen(
-        [sys.executable, "-m", "mlx_mtp", "chat", "--max-tokens", "4000", "--draft-length", "0"],
+        [sys.executable, "-m", "mlx_mtp", "chat", "--max-tokens", "4000", "--draft-length", "0", "--temperature", "2"],
         stdin=terminal,
         stdout=terminal,
         stderr=terminal,
@@ -170,7 +190,8 @@ def test_control_c_stops_the_answer_and_not_the_chat():
         nonlocal seen
         deadline = time.monotonic() + 60
         while text not in seen:
-            assert time.monotonic() < deadline and chat.poll() is None, seen
+            readable, _, _ = select.select([main], [], [], deadline - time.monotonic())
+            assert readable and chat.poll() is None, seen
             seen += os.read(main, 4096).decode(errors="replace")
 
     try:

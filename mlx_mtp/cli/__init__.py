@@ -71,9 +71,14 @@ def main() -> None:
         sys.exit(1 if isinstance(error, MTPError) else 2)
     except typer.Abort:  # Ctrl-C outside an answer
         sys.exit(o.INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our output has gone; the interpreter must not complain at exit.
+    except OSError as error:
+        if "--debug" in sys.argv:
+            raise
+        # What stdout still holds can't be written (its reader has gone, or its disk is full): the interpreter must
+        # not try again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: {o.os_message(error)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -68,7 +69,7 @@ def chat(
                     _answer(conversation, text, given)
                 elif not _command(conversation, text):
                     return
-            except (PromptError, OSError) as error:
+            except PromptError as error:
                 print(f"error: {error}", file=sys.stderr)
 
 
@@ -106,8 +107,13 @@ def _command(conversation: Chat, line: str) -> bool:
     elif name == "/stats":
         _print_stats(conversation)
     elif name == "/save" and rest:
-        _save(conversation, Path(rest).expanduser())
-        print(f"saved to {rest}", file=sys.stderr)
+        try:
+            _save(conversation, Path(rest).expanduser())
+            print(f"saved to {rest}", file=sys.stderr)
+        except OSError as error:
+            print(f"error: not saved: {o.os_message(error)}", file=sys.stderr)
+        except (RuntimeError, ValueError) as error:  # "~somebody" unknown here; a NUL in the name
+            print(f"error: not saved: {error}", file=sys.stderr)
     else:
         print(f"unknown command {line!r}; /help lists the commands", file=sys.stderr)
     return True
@@ -130,7 +136,15 @@ def _print_stats(conversation: Chat) -> None:
 
 
 def _save(conversation: Chat, path: Path) -> None:
+    """Writes aside and renames, so that an older file isn't lost if this one can't be written.
+
+    Raises:
+        OSError, ValueError: It can't be written there.
+    """
     messages: list[dict[str, Any]] = [{"role": "system", "content": conversation.system}] if conversation.system else []
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
     aside = path.with_name(f"{path.name}.partial")
     try:
         aside.write_text(json.dumps(messages + conversation.messages, ensure_ascii=False, indent=2) + "\n", "utf-8")

@@ -115,6 +115,12 @@ def show(chunks: Iterable[Chunk]) -> list[Chunk]:
     return seen
 
 
+def os_message(error: OSError) -> str:
+    """What the operating system refused, in a user's words: the file and the reason."""
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
 def status(stats: Stats) -> str:
     """One line about a generation."""
     line = f"{stats.generated_tokens} tokens, {stats.generation_tps:.1f} tok/s"

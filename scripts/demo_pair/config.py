@@ -93,12 +93,9 @@ DRAFTER: dict[str, Any] = {
 
 GENERATION: dict[str, Any] = {
     "bos_token_id": 2,
-    "do_sample": True,
+    "do_sample": False,  # what so small a model draws at temperature 1 is often nonsense
     "eos_token_id": STOP_TOKENS,
     "pad_token_id": 0,
-    "temperature": 1.0,
-    "top_k": 64,
-    "top_p": 0.95,
 }
 DRAFTER_GENERATION: dict[str, Any] = {
     **GENERATION,

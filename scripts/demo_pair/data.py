@@ -130,10 +130,10 @@ Generator = Callable[[Random], list[Exchange]]
 _OTHERS: dict[str, tuple[Callable[[Random], list[tuple[str, ...]]], float]] = {
     "capital": (capital, 0.10),
     "conversion": (conversion, 0.12),
-    "calculation": (calculation, 0.05),
+    "calculation": (calculation, 0.08),
     "list": (listing, 0.06),
-    "spelling": (spelling, 0.05),
-    "greeting": (greeting, 0.07),
+    "spelling": (spelling, 0.06),
+    "greeting": (greeting, 0.08),
     "unknown": (unknown, 0.06),
 }
 KINDS: dict[str, tuple[Generator, float]] = {
@@ -169,7 +169,7 @@ def conversation(rng: Random, kind: str | None = None, exchanges: int | None = N
     if kind is None and count > 1 and rng.random() < 0.2:
         talk = [Exchange(*greeting(rng)[0]), *talk]
     thinking = kind is None and rng.random() < (0.25 if drill else 0.08)
-    brief = not thinking and kind is None and rng.random() < (0.25 if drill else 0.07)
+    brief = not thinking and kind is None and rng.random() < (0.25 if drill else 0.12)
     system = BRIEF if brief else rng.choice(SYSTEMS) if rng.random() < 0.08 else ""
     messages = [{"role": "system", "content": system}] if system else []
     for exchange in talk:

@@ -43,7 +43,10 @@ GREETINGS: list[tuple[list[str], str]] = [
 def greeting(rng: Random) -> Talk:
     """Greetings and questions about the model."""
     questions, answer = rng.choice(GREETINGS)
-    return [(rng.choice(questions), answer, answer, "The user is talking to me. I answer in a friendly way.")]
+    question = rng.choice(questions)
+    if rng.random() < 0.35:
+        question = question.lower().rstrip("!.?")
+    return [(question, answer, answer, "The user is talking to me. I answer in a friendly way.")]
 
 
 def capital(rng: Random) -> Talk:
