@@ -186,27 +186,28 @@ def test_control_c_stops_the_answer_and_not_the_chat():
     os.close(terminal)
     seen = ""
 
-    def wait_for(text: str) -> None:
+    def wait_for(text: str) -> str:
+        """Reads until the text has come; keeps what follows it for the next call."""
         nonlocal seen
         deadline = time.monotonic() + 60
         while text not in seen:
             readable, _, _ = select.select([main], [], [], deadline - time.monotonic())
             assert readable and chat.poll() is None, seen
             seen += os.read(main, 4096).decode(errors="replace")
+        before, _, seen = seen.partition(text)
+        return before
 
     try:
         wait_for("> ")
         os.write(main, b"/stats\n")
         wait_for("no answer yet")
         for _ in range(3):  # a loaded machine may let the answer end before the signal is sent
-            seen = ""
+            wait_for("> ")
             os.write(main, b"Tell me a long story about a fox, a bear and a bird.\n")
             wait_for("bird.\r\n")
-            seen = ""
             wait_for(" ")
             chat.send_signal(signal.SIGINT)
-            wait_for("tok/s")
-            if "[stopped]" in seen:
+            if "[stopped]" in wait_for("tok/s"):
                 break
         else:
             pytest.fail(f"no answer was stopped: {seen}")
