@@ -20,13 +20,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
-from . import checkpoint
-from .decode.engine import Engine, Request, Stats, check_prompt, token_limit
+from . import checkpoint, sizes
+from .decode.prefill import prefill
+from .decode.request import Request, Row, Stats, check_prompt
 from .decode.round import draft, first_state
-from .decode.sampling import Sampler, SamplingOptions, row_seed
+from .decode.sampling import Sampler, SamplingOptions, is_int, row_seed
+from .decode.scheduler import Scheduler
 from .errors import MTPError, PromptError
-from .models.drafter import POSITIONS
+from .models.drafter import POSITIONS, Drafter
+from .models.target import Target
 from .text import StopStrings, StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
@@ -35,11 +39,13 @@ if TYPE_CHECKING:
 DEMO = Path(__file__).parent / "demo"
 """The embedded demo pair: folders `target` and `drafter`."""
 
+_OPTIONS = {
+    "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "draft_length", "exactness", "ignore_eos",
+    "thinking",
+}  # fmt: skip
+
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
-
-_IDLE_ENGINES = 1
-"""KV buffers kept between requests, for prompts that begin with what they hold."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,6 @@ class MTPModel:
         self._closed = False
         self._lock = threading.RLock()
         self._stream = mx.new_thread_unsafe_stream(mx.default_device())
-        self._idle: list[Engine] = []
         self.drafter_config, self._drafter = None, None
         with self._turn():
             self.config, self._target = checkpoint.load_target(folder, dtype, quantize)
@@ -155,6 +160,12 @@ class MTPModel:
                     drafter_folder, self.config, position, dtype, quantize
                 )
         self.defaults = checkpoint.read_generation(folder)
+        self._scheduler = Scheduler(
+            self._target,
+            self._drafter,
+            self.defaults.suppress_tokens,
+            kv_budget=_kv_budget(self._target, self._drafter),
+        )
         self.tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
 
     def generate(
@@ -188,7 +199,7 @@ class MTPModel:
             draft_length: Tokens to draft a round, 0 for plain decoding, or "auto".
             exactness: "fast", "invariant" (one block width for the whole run, so that the draft length can't matter
                 on any backend) or "stepwise" (verifies token by token: plain decoding, bit for bit, and no faster).
-            n: Number of generations, one after the other. The prompt is prefilled once; the i-th runs with
+            n: Number of generations, side by side. The prompt is prefilled once; the i-th runs with
                 `row_seed(seed, i)`, so the first is what n = 1 gives.
             ignore_eos: Whether to go on after a stop token.
             thinking: Whether the chat template asks the model to think first.
@@ -203,18 +214,52 @@ class MTPModel:
             raise PromptError(f"n must be at least 1, not {n}")
         seed = secrets.randbits(32) if seed is None else seed
         tokens = self.encode(prompt, thinking)
-        results = []
-        for i in range(n):
-            chunks = list(
-                self.stream(
-                    tokens, max_tokens, temperature, top_k, top_p, min_p, row_seed(seed, i), stop, draft_length,
-                    exactness, ignore_eos,
-                )
-            )  # fmt: skip
-            text, thought = "".join(chunk.text for chunk in chunks), "".join(chunk.thought for chunk in chunks)
-            ids = [t for chunk in chunks for t in chunk.tokens]
-            results.append(Generation(text, thought, ids, chunks[-1].finish_reason or "length", chunks[-1].stats))
+        answers = [
+            self._answer(
+                tokens, max_tokens, temperature, top_k, top_p, min_p, row_seed(seed, i), stop, draft_length,
+                exactness, ignore_eos,
+            )
+            for i in range(n)
+        ]  # fmt: skip
+        results = list(self._finish(answers, n))
         return results if n > 1 else results[0]
+
+    def generate_batch(
+        self, prompts: Sequence[Prompt | Mapping[str, Any]], batch_size: int | Literal["auto"] = "auto", **options: Any
+    ) -> list[Generation]:
+        """Generates texts for several prompts together; each is the text that the prompt gets alone.
+
+        Args:
+            prompts: Prompts as for `generate`, or dicts with "prompt" and options that are its own.
+            batch_size: Prompts that decode at a time; "auto" for as many as suit the machine.
+            **options: Those of `generate`, except `n`, for all prompts. `seed` is spread over them: the i-th one gets
+                `row_seed(seed, i)`, and the first one the seed itself.
+
+        Returns:
+            The generations, in the order of the prompts.
+
+        Raises:
+            PromptError: A prompt or an option can't be used. Nothing is generated then.
+            MemoryBudgetError: The KV of a prompt doesn't fit even alone.
+        """
+        seed = options.pop("seed", None)
+        seed = secrets.randbits(32) if seed is None else seed
+        answers = []
+        for i, prompt in enumerate(prompts):
+            own = {"seed": row_seed(seed, i), **options}
+            if isinstance(prompt, Mapping):
+                own |= prompt
+                if "prompt" not in own:
+                    raise PromptError(f'prompt {i} is a dict without a "prompt"')
+                prompt = own.pop("prompt")
+            if unknown := own.keys() - _OPTIONS:
+                raise PromptError(f"prompt {i} has unknown options: {', '.join(sorted(unknown))}")
+            answers.append(self._answer(self.encode(prompt, own.pop("thinking", False)), **own))
+        if batch_size == "auto":
+            batch_size = self._scheduler.max_rows
+        if not is_int(batch_size) or batch_size < 1:
+            raise PromptError(f"batch_size must be 'auto' or at least 1, not {batch_size!r}")
+        return list(self._finish(answers, batch_size))
 
     def stream(
         self,
@@ -230,16 +275,33 @@ class MTPModel:
         exactness: str = "fast",
         ignore_eos: bool = False,
         thinking: bool = False,
-        engine: Engine | None = None,
     ) -> Generator[Chunk, None, None]:
         """Generates text piece by piece; closing the iterator cancels the rest.
 
-        Args:
-            engine: KV buffers to run on, from `new_engine`; None takes some of the model's own.
-
-        The other arguments, and the errors, are those of `generate`; errors are raised at once, not at the first
-        chunk.
+        The arguments, and the errors, are those of `generate`; errors are raised at once, not at the first chunk.
         """
+        return self._chunks(
+            self._answer(
+                self.encode(prompt, thinking), max_tokens, temperature, top_k, top_p, min_p, seed, stop, draft_length,
+                exactness, ignore_eos,
+            )
+        )  # fmt: skip
+
+    def _answer(
+        self,
+        tokens: list[int],
+        max_tokens: int = 256,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        draft_length: int | str = "auto",
+        exactness: str = "fast",
+        ignore_eos: bool = False,
+    ) -> _Answer:
+        """Checks options, which are those of `generate`, and prepares an answer."""
         self._check_open()
         defaults = self.defaults
         sampling = SamplingOptions(
@@ -250,19 +312,18 @@ class MTPModel:
             seed=secrets.randbits(32) if seed is None else seed,
         )
         request = Request(
-            prompt=self.encode(prompt, thinking),
+            prompt=tokens,
             max_tokens=max_tokens,
             sampling=sampling,
             draft_length=draft_length,
             exactness=exactness,
             stop_tokens=frozenset() if ignore_eos else frozenset(defaults.stop_tokens),
-            suppress_tokens=defaults.suppress_tokens,
         )
         check_prompt(request.prompt, self.config.text)
         stops = [stop] if isinstance(stop, str) else list(stop or ())
         if stops and self.tokenizer is None:
             raise PromptError(f"stop strings need a tokenizer, and {self.folder} has none")
-        return self._chunks(request, StopStrings(stops), engine)
+        return _Answer(request, StopStrings(stops), self.tokenizer)
 
     async def astream(self, prompt: Prompt, **options: Any) -> AsyncIterator[Chunk]:
         """`stream` for asyncio: the work runs in threads, so the event loop stays free."""
@@ -284,12 +345,8 @@ class MTPModel:
         """Starts a conversation; see `chat.Chat`."""
         from .chat import Chat
 
-        return Chat(self, system=system, thinking=thinking)
-
-    def new_engine(self) -> Engine:
-        """KV buffers of their own for a series of related prompts, to be passed to `stream`."""
         self._check_open()
-        return Engine(self._target, self._drafter)
+        return Chat(self, system=system, thinking=thinking)
 
     def encode(self, prompt: Prompt, thinking: bool = False) -> list[int]:
         """Token ids of a prompt, as `generate` takes it.
@@ -319,8 +376,8 @@ class MTPModel:
         """
         parts: list[mx.array] = []
         with self._turn():
-            self.new_engine().prefill(
-                tokens, lambda hidden: parts.append(self._target.logits(hidden)[0].astype(mx.float32))
+            prefill(
+                self._target, tokens, lambda hidden: parts.append(self._target.logits(hidden)[0].astype(mx.float32))
             )
             logits = mx.concatenate(parts)
             mx.eval(logits)
@@ -344,7 +401,7 @@ class MTPModel:
         if k < 1:
             raise PromptError(f"k must be at least 1, not {k}")
         with self._turn():
-            kv, hidden, _ = self.new_engine().prefill(tokens)
+            kv, hidden = prefill(self._target, tokens)
             sampler = Sampler([SamplingOptions()], None, self.defaults.suppress_tokens, self.config.text.vocab_size)
             state = first_state(self._target, sampler, hidden, mx.array([len(tokens)], dtype=mx.int32))
             drafts = draft(self._target, self._drafter, kv, sampler, state, k)
@@ -354,7 +411,7 @@ class MTPModel:
         """Lets go of the models and their memory. Calling anything afterwards is an error; closing twice isn't."""
         with self._lock:
             self._closed = True
-            self._idle.clear()
+            self._scheduler.close()
             self._target = self._drafter = None  # type: ignore[assignment]
             mx.clear_cache()
 
@@ -375,36 +432,107 @@ class MTPModel:
             self._check_open()
             yield
 
-    def _chunks(self, request: Request, stops: StopStrings, engine: Engine | None) -> Generator[Chunk, None, None]:
-        own = engine is None
-        if engine is None:
-            with self._turn():
-                engine = self._idle.pop() if self._idle else self.new_engine()
-        stats, decoder = Stats(), StreamDecoder(self.tokenizer, request.prompt) if self.tokenizer else None
-        rounds = engine.stream(request, stats)
+    def _chunks(self, answer: _Answer) -> Generator[Chunk, None, None]:
+        with self._turn():
+            row = answer.row = self._scheduler.submit(answer.request)
         try:
-            reason = None
-            while reason is None:
+            while answer.reason is None:
                 with self._turn():
-                    tokens = next(rounds)
-                if stats.generated_tokens and tokens[-1] in request.stop_tokens:
-                    reason = "stop"
-                elif stats.generated_tokens >= token_limit(request, self.config.text):
-                    reason = "length"
-                text = thought = ""
-                for i, token in enumerate(tokens):
-                    answer, idea = decoder.push([token]) if decoder else ("", "")
-                    text, thought = text + stops.push(answer), thought + idea
-                    if stops.hit:  # what the round holds after it depends on how much was drafted
-                        stats.generated_tokens -= len(tokens) - i - 1
-                        tokens = tokens[: i + 1]
-                        break
-                if decoder and reason:
-                    text += stops.push(decoder.finish()) + stops.finish()
-                reason = "stop" if stops.hit else reason
-                yield Chunk(text, thought, tokens, reason, stats)
+                    while not (tokens := row.take()):
+                        self._run(row)
+                yield answer.push(tokens)
         finally:
             with self._lock:
-                rounds.close()
-                if own and not self._closed:
-                    self._idle = [*self._idle, engine][-_IDLE_ENGINES:]
+                self._scheduler.cancel(row)
+
+    def _finish(self, answers: list[_Answer], batch_size: int) -> Iterator[Generation]:
+        """Runs answers, `batch_size` at a time, and yields them in their order."""
+        self._scheduler.max_rows = max(self._scheduler.max_rows, batch_size)
+        begun: list[_Answer] = []
+        try:
+            for i, answer in enumerate(answers):
+                while answer.reason is None:
+                    running = [it for it in begun if it.reason is None]
+                    with self._turn():
+                        for it in answers[len(begun) : len(begun) + batch_size - len(running)]:
+                            it.row = self._scheduler.submit(it.request)
+                            begun.append(it)
+                            running.append(it)
+                        if not any(it.row.fresh for it in running):
+                            self._run(answer.row)
+                        for it in running:
+                            if tokens := it.row.take():
+                                it.push(tokens)
+                                if it.reason:
+                                    self._scheduler.cancel(it.row)
+                yield answers[i].generation()
+        finally:
+            with self._lock:
+                for it in begun:
+                    self._scheduler.cancel(it.row)
+
+    def _run(self, row: Row) -> None:
+        """A step of all that is under way, for a row that waits for tokens."""
+        if row.error:
+            raise MTPError(f"this generation ended with another one: {row.error!r}") from row.error
+        self._scheduler.step()
+
+
+class _Answer:
+    """Turns a row's tokens into text.
+
+    Attributes:
+        request: What was asked for.
+        row: Its row, once submitted.
+        reason: Why it has ended; None while it hasn't.
+    """
+
+    row: Row
+    reason: str | None
+
+    def __init__(self, request: Request, stops: StopStrings, tokenizer: Tokenizer | None):
+        self.request = request
+        self.reason = None
+        self._stops = stops
+        self._decoder = StreamDecoder(tokenizer, request.prompt) if tokenizer else None
+        self._chunks: list[Chunk] = []
+
+    def push(self, tokens: list[int]) -> Chunk:
+        """Takes new tokens of the row."""
+        row, stops, decoder = self.row, self._stops, self._decoder
+        reason = None
+        if row.done:
+            reason = "stop" if tokens[-1] in self.request.stop_tokens else "length"
+        text = thought = ""
+        for i, token in enumerate(tokens):
+            answer, idea = decoder.push([token]) if decoder else ("", "")
+            text, thought = text + stops.push(answer), thought + idea
+            if stops.hit:  # what the round holds after it depends on how much was drafted
+                tokens = tokens[: i + 1]
+                break
+        if decoder and reason:
+            text += stops.push(decoder.finish()) + stops.finish()
+        self.reason = "stop" if stops.hit else reason
+        chunk = Chunk(text, thought, tokens, self.reason, row.stats)
+        self._chunks.append(chunk)
+        if stops.hit:
+            row.stats.generated_tokens = sum(len(it.tokens) for it in self._chunks)
+        return chunk
+
+    def generation(self) -> Generation:
+        """The finished answer."""
+        chunks = self._chunks
+        return Generation(
+            text="".join(chunk.text for chunk in chunks),
+            thought="".join(chunk.thought for chunk in chunks),
+            tokens=[token for chunk in chunks for token in chunk.tokens],
+            finish_reason=self.reason or "length",
+            stats=self.row.stats,
+        )
+
+
+def _kv_budget(target: Target, drafter: Drafter | None) -> int:
+    """Bytes that are left for KV on this machine beside the models; an eighth of it for what rounds compute."""
+    parameters = [model.parameters() for model in (target, drafter) if model is not None]
+    held = sum(array.nbytes for _, array in cast("list[tuple[str, mx.array]]", tree_flatten(parameters)))
+    return (sizes.memory_for_models() - held) * 7 // 8

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from .api import Chunk, MTPModel
-from .decode.engine import Stats
+from .decode.request import Stats
 from .errors import PromptError
 
 
@@ -42,7 +42,6 @@ class Chat:
         self.messages: list[dict[str, Any]] = []
         self.stats: Stats | None = None
         self._model, self._tokenizer = model, model.tokenizer
-        self._engine = model.new_engine()
         # The latest turn as text and as the very tokens that the buffers hold.
         self._past: tuple[str, list[int]] = ("", [])
         # Weak, so that an iterator that is dropped ends at once.
@@ -78,7 +77,7 @@ class Chat:
             raise PromptError(
                 f"the conversation has {len(tokens)} tokens now, the model's context only {room}: reset it"
             )
-        chunks = self._model.stream(tokens, engine=self._engine, **options)
+        chunks = self._model.stream(tokens, **options)
         self.stats = None
         answer = self._answer(question, rendered, tokens, chunks)
         self._running = weakref.ref(answer)

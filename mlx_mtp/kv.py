@@ -23,6 +23,8 @@ Knows nothing of tokens, models or drafting.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -35,6 +37,26 @@ CAPACITY_STEP = 256
 
 Snapshot = tuple[dict[int, mx.array], dict[int, mx.array]]
 """Keys and values as they were, by layer."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A row's sliding layers when exactly `length` tokens were committed; full layers need nothing to go back.
+
+    Attributes:
+        length: Committed tokens.
+        rings: The sliding layers' keys and values.
+        written: `KVBuffers.written` then.
+    """
+
+    length: int
+    rings: Snapshot
+    written: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the arrays, in bytes."""
+        return sum(a.nbytes for arrays in self.rings for a in arrays.values())
 
 
 PREFILL_CHUNK = 256
@@ -127,6 +149,11 @@ class KVBuffers:
         self.values = {i: mx.zeros(shape, dtype) for i, shape in shapes.items()}
 
     @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return next(iter(self.keys.values())).shape[0]
+
+    @property
     def nbytes(self) -> int:
         """Size of all buffers, in bytes."""
         return sum(a.nbytes for a in self.arrays())
@@ -140,15 +167,11 @@ class KVBuffers:
         self.written = max(self.written, positions)
         if positions <= self.capacity:
             return
-        grown = -(-positions // CAPACITY_STEP) * CAPACITY_STEP
+        grown = _capacity(positions)
         for buffers in (self.keys, self.values):
             for i, sliding in self._sliding.items():
-                if not sliding and buffers[i].shape[2] < grown:
-                    old = buffers[i]
-                    b, h, slots, d = old.shape
-                    # By its own size, so that a growth that was interrupted can be taken up again.
-                    buffers[i] = mx.concatenate([old, mx.zeros((b, h, grown - slots, d), old.dtype)], axis=2)
-                    del old
+                if not sliding:
+                    buffers[i] = _with_slots(buffers[i], grown)
                     # One layer at a time, so that no more than one old buffer is alive beside its successor.
                     mx.eval(buffers[i])
         self.capacity = grown
@@ -161,16 +184,60 @@ class KVBuffers:
         """Forgets writes made since a snapshot that haven't been evaluated yet."""
         self.keys, self.values = snapshot
 
-    def rings(self) -> Snapshot:
-        """The sliding layers' arrays as they are, for `restore_rings`; the next write to each of them copies it."""
+    def checkpoint(self, length: int) -> Checkpoint:
+        """Remembers the sliding layers at `length` committed tokens; the next write to each of them copies it."""
         keys, values = ({i: buffers[i] for i in buffers if self._sliding[i]} for buffers in (self.keys, self.values))
-        return keys, values
+        return Checkpoint(length, (keys, values), self.written)
 
-    def restore_rings(self, rings: Snapshot, written: int) -> None:
-        """Takes sliding layers back to where `rings` was called; full layers need nothing for it."""
-        self.keys |= rings[0]
-        self.values |= rings[1]
-        self.written = written
+    def rewind(self, checkpoint: Checkpoint) -> None:
+        """Takes the sliding layers back to a checkpoint of the same text."""
+        self.keys |= checkpoint.rings[0]
+        self.values |= checkpoint.rings[1]
+        self.written = checkpoint.written
+
+    def row(self, index: int, positions: int) -> KVBuffers:
+        """One row as buffers of their own: a copy, or the very arrays if there is only this row.
+
+        Args:
+            index: Of the row.
+            positions: Upper bound of the positions that were written in it; room for more isn't kept.
+        """
+        single = copy.copy(self)
+        single.capacity, single.written = min(_capacity(positions), self.capacity), positions
+        for name in ("keys", "values"):
+            arrays = {}
+            for i, a in getattr(self, name).items():
+                slots = self.ring if self._sliding[i] else single.capacity
+                whole = a.shape[0] == 1 and a.shape[2] == slots
+                arrays[i] = a if whole else mx.contiguous(a[index : index + 1, :, :slots])
+            setattr(single, name, arrays)
+        mx.eval(single.arrays())
+        return single
+
+    def regroup(self, rows: Sequence[int], joining: Sequence[KVBuffers], positions: int) -> None:
+        """Keeps some rows, in the order given, and puts the rows of other buffers after them.
+
+        Every array is replaced in one go, one after the other, so that no more than one of them is held twice. The
+        buffers that join are left as they are.
+
+        Args:
+            rows: Indices of the rows to keep.
+            joining: Buffers of the same kind.
+            positions: Positions a row that there must be room for; full layers shrink or grow to it.
+        """
+        capacity = _capacity(positions)
+        for name in ("keys", "values"):
+            buffers = getattr(self, name)
+            for i, sliding in self._sliding.items():
+                slots = self.ring if sliding else capacity
+                parts = [buffers[i][mx.array(list(rows), dtype=mx.int32)]] if rows else []
+                parts += [getattr(other, name)[i] for other in joining]
+                joined = mx.concatenate([_with_slots(part, slots) for part in parts])
+                del parts
+                mx.eval(joined)
+                buffers[i] = joined
+        self.capacity = capacity
+        self.written = max([self.written if rows else 0, *(other.written for other in joining)])
 
     def can_rewind(self, length: int) -> bool:
         """Whether everything a row of `length` committed tokens must see is still in the buffers."""
@@ -217,3 +284,15 @@ class KVBuffers:
 
     def _slots(self, sliding: bool) -> int:
         return self.ring if sliding else self.capacity
+
+
+def _capacity(positions: int) -> int:
+    return max(1, -(-positions // CAPACITY_STEP)) * CAPACITY_STEP
+
+
+def _with_slots(array: mx.array, slots: int) -> mx.array:
+    """[B, kv_heads, slots, head_dim] with more slots, or fewer."""
+    b, h, have, d = array.shape
+    if have >= slots:
+        return array[:, :, :slots]
+    return mx.concatenate([array, mx.zeros((b, h, slots - have, d), array.dtype)], axis=2)

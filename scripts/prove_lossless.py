@@ -30,8 +30,9 @@ from tiny_checkpoints import KINDS, make_pair  # noqa: E402
 
 from mlx_mtp import checkpoint  # noqa: E402
 from mlx_mtp.api import DEMO  # noqa: E402
-from mlx_mtp.decode.engine import Engine, Request, Stats  # noqa: E402
+from mlx_mtp.decode.request import Request, Stats  # noqa: E402
 from mlx_mtp.decode.sampling import SamplingOptions  # noqa: E402
+from mlx_mtp.decode.scheduler import Scheduler  # noqa: E402
 from mlx_mtp.text import Tokenizer  # noqa: E402
 
 SAMPLINGS = {
@@ -73,7 +74,7 @@ def generate(
     """One text, stop tokens ignored."""
     stats = Stats()
     request = Request(prompt, tokens, SAMPLINGS[sampling], length, exactness)
-    return [t for new in Engine(target, drafter).stream(request, stats) for t in new], stats  # type: ignore[arg-type]
+    return [t for new in Scheduler(target, drafter).stream(request, stats) for t in new], stats  # type: ignore[arg-type]
 
 
 def compare(

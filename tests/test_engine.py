@@ -13,9 +13,11 @@ from tiny_checkpoints import VOCAB, make_pair
 
 from mlx_mtp import checkpoint
 from mlx_mtp.decode import engine as engine_module
-from mlx_mtp.decode.engine import Engine, Request, Stats
+from mlx_mtp.decode.prefill import prefill
+from mlx_mtp.decode.request import Request, Stats
 from mlx_mtp.decode.round import accept, decode_round, first_state
 from mlx_mtp.decode.sampling import Sampler, SamplingOptions
+from mlx_mtp.decode.scheduler import Scheduler
 from mlx_mtp.errors import PromptError
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
@@ -35,10 +37,10 @@ def prompt(length: int = 40, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, VOCAB, length).tolist()
 
 
-def run(engine: Engine, tokens: Sequence[int], count: int = 60, **options: object) -> tuple[list[int], Stats]:
+def run(scheduler: Scheduler, tokens: Sequence[int], count: int = 60, **options: object) -> tuple[list[int], Stats]:
     stats = Stats()
     request = Request(tokens, count, **options)  # type: ignore[arg-type]
-    return [t for new in engine.stream(request, stats) for t in new], stats
+    return [t for new in scheduler.stream(request, stats) for t in new], stats
 
 
 def test_drafts_are_kept_up_to_the_first_wrong_one():
@@ -51,7 +53,7 @@ def test_a_round_never_reads_back(pair: Pair):
     """Tracing fails on any evaluation: draft, verify and accept must be one graph, also with sampling."""
     target, drafter = pair
     sampler = Sampler([SAMPLED], target.config.logit_softcap)
-    kv, hidden, _ = Engine(target, drafter).prefill(prompt())
+    kv, hidden = prefill(target, prompt())
     state = first_state(target, sampler, hidden, mx.array([40]))
     kv.reserve(60)
     reports = []
@@ -73,13 +75,13 @@ def test_a_round_never_reads_back(pair: Pair):
 @pytest.mark.parametrize("sampling", [SamplingOptions(), SAMPLED], ids=["greedy", "sampled"])
 def test_what_an_engine_did_before_does_not_matter(pair: Pair, sampling: SamplingOptions):
     """Prompts that share a beginning with what the buffers hold: the text is that of a fresh engine."""
-    used = Engine(*pair)
+    used = Scheduler(*pair)
     first, _ = run(used, prompt(), sampling=sampling, draft_length=3)
     follow_up = prompt() + first + prompt(5, seed=2)
     elsewhere = prompt()[:20] + prompt(20, seed=3)
     for tokens, cached in ((follow_up, 98), (follow_up, None), (elsewhere, None), (prompt(3, seed=4), None)):
         text, stats = run(used, tokens, sampling=sampling, draft_length=3)
-        fresh, fresh_stats = run(Engine(*pair), tokens, sampling=sampling, draft_length=0)
+        fresh, fresh_stats = run(Scheduler(*pair), tokens, sampling=sampling, draft_length=0)
         assert text == fresh
         assert fresh_stats.cached_tokens == 0
         if cached:
@@ -89,25 +91,25 @@ def test_what_an_engine_did_before_does_not_matter(pair: Pair, sampling: Samplin
 @pytest.mark.parametrize("sampling", [SamplingOptions(), SAMPLED], ids=["greedy", "sampled"])
 def test_a_prompt_is_kept_through_a_long_answer_that_is_dropped(pair: Pair, sampling: SamplingOptions):
     """As in a chat whose thoughts leave the history: the next prompt goes on where this one ended."""
-    used, tokens = Engine(*pair), prompt(70)
+    used, tokens = Scheduler(*pair), prompt(70)
     for turn in range(3):
         answer, _ = run(used, tokens, 150, sampling=sampling, draft_length=3)
         tokens = tokens + answer[-7:] + prompt(9, seed=turn)
         text, stats = run(used, tokens, 150, sampling=sampling, draft_length=2)
         assert stats.cached_tokens == len(tokens) - 16
-        assert text == run(Engine(*pair), tokens, 150, sampling=sampling, draft_length=0)[0]
+        assert text == run(Scheduler(*pair), tokens, 150, sampling=sampling, draft_length=0)[0]
     again, stats = run(used, tokens, 150, sampling=sampling, draft_length=3)
     assert again == text and stats.cached_tokens == len(tokens) - 1
 
 
 def test_exact_modes_reuse_nothing(pair: Pair):
-    used = Engine(*pair)
+    used = Scheduler(*pair)
     run(used, prompt(), 5)
     assert run(used, prompt(), 5, exactness="stepwise")[1].cached_tokens == 0
 
 
 def test_a_long_text_does_not_keep_later_ones_from_being_reused(pair: Pair):
-    used = Engine(*pair)
+    used = Scheduler(*pair)
     run(used, prompt(200, seed=1))
     run(used, prompt(), 3)
     _, stats = run(used, prompt(), 3)
@@ -115,43 +117,43 @@ def test_a_long_text_does_not_keep_later_ones_from_being_reused(pair: Pair):
 
 
 def test_a_cancelled_request_leaves_the_engine_usable(pair: Pair):
-    used = Engine(*pair)
+    used = Scheduler(*pair)
     rounds = used.stream(Request(prompt(), 100, draft_length=4), Stats())
     begun = next(rounds) + next(rounds)
     rounds.close()
     follow_up = prompt() + begun + prompt(5, seed=2)
     text, stats = run(used, follow_up)
-    assert text == run(Engine(*pair), follow_up, draft_length=0)[0]
+    assert text == run(Scheduler(*pair), follow_up, draft_length=0)[0]
     assert stats.cached_tokens >= len(prompt())
 
 
 def test_large_buffers_are_written_in_place_and_give_the_same_text(pair: Pair, monkeypatch: pytest.MonkeyPatch):
-    early, _ = run(Engine(*pair), prompt(), draft_length=3)
+    early, _ = run(Scheduler(*pair), prompt(), draft_length=3)
     monkeypatch.setattr(engine_module, "COPY_LIMIT", 0)
-    late, _ = run(Engine(*pair), prompt(), draft_length=3)
+    late, _ = run(Scheduler(*pair), prompt(), draft_length=3)
     assert late == early
     # A text that ends leaves a round behind that was built and must be forgotten.
-    used = Engine(*pair)
+    used = Scheduler(*pair)
     follow_up = prompt() + run(used, prompt(), stop_tokens=frozenset(early[20:21]), draft_length=3)[0]
-    assert run(used, follow_up)[0] == run(Engine(*pair), follow_up)[0]
+    assert run(used, follow_up)[0] == run(Scheduler(*pair), follow_up)[0]
 
 
 def test_stop_tokens_and_limits(pair: Pair):
-    text, _ = run(Engine(*pair), prompt(), draft_length=0)
+    text, _ = run(Scheduler(*pair), prompt(), draft_length=0)
     stop = text[10]
     for draft_length in (0, 5, "auto"):
-        stopped, _ = run(Engine(*pair), prompt(), stop_tokens=frozenset({stop}), draft_length=draft_length)
+        stopped, _ = run(Scheduler(*pair), prompt(), stop_tokens=frozenset({stop}), draft_length=draft_length)
         assert stopped == text[: text.index(stop) + 1]
         for count in (1, 2, 7):
-            assert run(Engine(*pair), prompt(), count, draft_length=draft_length)[0] == text[:count]
+            assert run(Scheduler(*pair), prompt(), count, draft_length=draft_length)[0] == text[:count]
 
 
 def test_suppressed_tokens_are_neither_chosen_nor_missed(pair: Pair):
-    text, _ = run(Engine(*pair), prompt(), draft_length=0)
+    text, _ = run(Scheduler(*pair), prompt(), draft_length=0)
     banned = (text[5],)
-    plain, _ = run(Engine(*pair), prompt(), suppress_tokens=banned, draft_length=0)
+    plain, _ = run(Scheduler(*pair, banned), prompt(), draft_length=0)
     assert plain[:5] == text[:5] and banned[0] not in plain
-    assert run(Engine(*pair), prompt(), suppress_tokens=banned, draft_length=4)[0] == plain
+    assert run(Scheduler(*pair, banned), prompt(), draft_length=4)[0] == plain
 
 
 def test_the_context_is_filled_to_its_end_and_not_further(tmp_path: Path):
@@ -159,23 +161,23 @@ def test_the_context_is_filled_to_its_end_and_not_further(tmp_path: Path):
     config, target = checkpoint.load_target(folder)
     room = 5
     tokens = prompt(config.text.max_positions - room, seed=1)
-    text, _ = run(Engine(target, None), tokens, 100)
+    text, _ = run(Scheduler(target, None), tokens, 100)
     assert len(text) == room + 1, "the last token needs no place"
     with pytest.raises(PromptError, match="context"):
-        run(Engine(target, None), tokens * 2)
+        run(Scheduler(target, None), tokens * 2)
 
 
 def test_statistics_add_up(pair: Pair):
     target, _ = pair
-    text, _ = run(Engine(target, None), prompt(), 81)
+    text, _ = run(Scheduler(target, None), prompt(), 81)
     script = prompt() + text
-    _, right = run(Engine(target, ScriptedDrafter(script)), prompt(), 81, draft_length=4)  # type: ignore[arg-type]
+    _, right = run(Scheduler(target, ScriptedDrafter(script)), prompt(), 81, draft_length=4)  # type: ignore[arg-type]
     # One token from the prefill, then 5 a round.
     assert (right.rounds, right.drafted, right.draft_lengths) == (16, 64, {4: 16})
     assert right.accepted == right.drafted and right.accepted_by_position == [16, 16, 16, 16]
     assert right.prompt_tokens == 40 and right.generated_tokens == 81
     wrong_script = [(t + 1) % VOCAB for t in script]
-    _, wrong = run(Engine(target, ScriptedDrafter(wrong_script)), prompt(), 81, draft_length=4)  # type: ignore[arg-type]
+    _, wrong = run(Scheduler(target, ScriptedDrafter(wrong_script)), prompt(), 81, draft_length=4)  # type: ignore[arg-type]
     assert (wrong.rounds, wrong.accepted, wrong.mean_accepted) == (80, 0, 0.0)
     assert right.peak_memory_bytes > 0 and right.prompt_tps > 0 and right.generation_tps > 0
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import mlx_mtp
 from mlx_mtp import checkpoint
-from mlx_mtp.decode.engine import Engine
+from mlx_mtp.decode.prefill import prefill
 
 TOLERANCE = 1e-4
 DECODED = 200
@@ -82,7 +82,7 @@ def test_logits_of_a_prompt(both: Both) -> None:
 def test_logits_while_decoding(both: Both) -> None:
     """Token by token, each with the KV that decoding has left behind."""
     config, target = checkpoint.load_target(both.folder, "float32")
-    kv, hidden, _ = Engine(target, None).prefill(both.prompt)
+    kv, hidden = prefill(target, both.prompt)
     decoded = [target.logits(hidden)]
     for position, token in enumerate(both.text[:-1], start=len(both.prompt)):
         kv.reserve(position + 1)

@@ -13,7 +13,7 @@ from ..decode.draft_length import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH
 
 if TYPE_CHECKING:
     from ..api import Chunk, MTPModel
-    from ..decode.engine import Stats
+    from ..decode.request import Stats
 
 INTERRUPTED = 130
 

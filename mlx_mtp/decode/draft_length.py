@@ -1,49 +1,24 @@
 """How many tokens to draft in the next round.
 
-`FixedLength` is what the user asked for. `AutoLength` weighs, from what it sees while running, the tokens a round is
-expected to yield against the time it is expected to take, and chooses the length with the best ratio, 0 (plain
-decoding) included. Both only change speed, never the text.
+`AutoLength` weighs, from what it sees while running, the tokens a round is expected to yield a row against the time
+it is expected to take, and chooses the length with the best ratio, 0 (plain decoding) included. It only changes
+speed, never the text.
 
 Knows nothing of models; it is told of finished rounds and asked for the next length.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import deepcopy
 from itertools import accumulate
 from operator import mul
-from typing import Protocol
 
 MAX_DRAFT_LENGTH = 15
 """Longest draft that can be asked for."""
 
 MAX_AUTO_LENGTH = 7
 """Longest draft chosen here: with the newest token, the 8 rows that the fused attention kernels on Metal take."""
-
-
-class DraftLength(Protocol):
-    """Chooses draft lengths."""
-
-    def next(self) -> int:
-        """Tokens to draft in the next round."""
-        ...
-
-    def observe(self, drafted: int, kept: int, seconds: float | None) -> None:
-        """Learns of a finished round: drafts made, drafts kept, time taken (None if it couldn't be measured)."""
-        ...
-
-
-class FixedLength:
-    """Always the same length."""
-
-    def __init__(self, length: int):
-        self._length = length
-
-    def next(self) -> int:
-        """See `DraftLength`."""
-        return self._length
-
-    def observe(self, drafted: int, kept: int, seconds: float | None) -> None:
-        """See `DraftLength`."""
 
 
 class AutoLength:
@@ -72,16 +47,24 @@ class AutoLength:
         self._spent = self._elapsed = 0.0
         self._best = self._choose()
 
-    def begin(self) -> None:
-        """Another text begins on the same models: costs stay, acceptance counts for less."""
-        self._acceptance.fade()
+    def begin(self, other: AutoLength | None = None) -> None:
+        """Another text begins on the same models: costs stay, acceptance counts for less.
+
+        Args:
+            other: Set if instead the same texts go on that another one has chosen for so far, in a batch of another
+                size: then its acceptance is taken over.
+        """
+        if other:
+            self._acceptance = deepcopy(other._acceptance)
+        else:
+            self._acceptance.fade()
         self._asked, self._rounds, self._luck = 0, 0, 1.0
         self._trials.clear()
         self._costs.begin()
         self._best = self._choose()
 
     def next(self) -> int:
-        """See `DraftLength`."""
+        """Tokens to draft in the next round."""
         best, self._asked = self._best, self._asked + 1
         trial = self._trial(best)
         if trial is None:
@@ -90,29 +73,36 @@ class AutoLength:
         self._trials.add(self._asked)
         return trial
 
-    def observe(self, drafted: int, kept: int, seconds: float | None) -> None:
-        """See `DraftLength`."""
+    def observe(self, drafted: int, kept: Sequence[int], seconds: float | None) -> None:
+        """Learns of a finished round.
+
+        Args:
+            drafted: Drafts made a row.
+            kept: Drafts kept, by row.
+            seconds: Time taken; None if it couldn't be measured.
+        """
         self._rounds += 1
         off = self._best == 0
-        if seconds is not None:
+        if seconds is not None and kept:
             if self._rounds in self._trials or drafted != self._best:
-                self._spent += max(0.0, seconds - (kept + 1) / self._rate(self._best))
+                self._spent += max(0.0, seconds - (sum(kept) / len(kept) + 1) / self._rate(self._best))
             self._elapsed += seconds
             self._costs.observe(drafted, seconds, self._rounds)
         self._trials.discard(self._rounds)
-        if off and drafted and kept == drafted:
+        if off and drafted and kept and min(kept) == drafted:
             # The text may have become predictable: what was seen before no longer counts.
             self._acceptance = _Acceptance()
-        if kept:
+        if any(kept):
             self._luck = 1.0
         elif drafted:
-            self._luck *= 1 - self._acceptance.first()
+            self._luck *= (1 - self._acceptance.first()) ** len(kept)
             if self._luck < self._UNLIKELY:
                 # The same the other way round; with a few such rounds, so that the prior doesn't say the contrary.
                 self._luck, self._acceptance = 1.0, _Acceptance()
                 for _ in range(4):
                     self._acceptance.observe(drafted, 0)
-        self._acceptance.observe(drafted, kept)
+        for count in kept:
+            self._acceptance.observe(drafted, count)
         self._best = self._choose()
 
     def _rate(self, length: int) -> float:

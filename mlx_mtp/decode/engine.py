@@ -1,340 +1,251 @@
-"""Generates token ids for one request at a time, on KV buffers of its own.
+"""The running batch: rows of KV buffers that go through rounds together, each at its own pace.
 
-An `Engine` remembers which tokens its buffers hold, and the sliding layers' rings as they were after the latest
-prefill. A prompt that begins with what they hold is not prefilled again: this is how a chat's later turns start at
-once, also when an answer was long or its thoughts are left out of the history.
+A row keeps what it earns: lengths, acceptance, sampling options, limits and stop tokens are its own, and its text is
+the one it would get alone. Rows join with a prefilled prompt and leave when they are done; both regroup the buffers.
 
-The host builds round n + 1 while round n runs, and hands it over before it reads the tokens of round n; it learns of
-a stop token one round late and drops the surplus. Handing over early has a price: MLX writes a buffer in place only
-while nothing in flight reads it, and copies it otherwise. So when the buffers are large, round n + 1 is built early
-but handed over only once round n is done.
+The host builds round n + 1 while round n runs, and hands it over before it reads the tokens of round n, in one read
+for all rows; it learns of a stop token one round late and drops the surplus. Handing over early has a price: MLX
+writes a buffer in place only while nothing in flight reads it, and copies it otherwise. So when the buffers are
+large, round n + 1 is built early but handed over only once round n is done.
 
-Not here: text (api.py), several rows at once.
+Not here: who joins and when, prefill (scheduler.py), text (api.py).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import mlx.core as mx
 
-from ..config import TextConfig
-from ..errors import PromptError
-from ..kv import LONGEST_VERIFY, KVBuffers, Snapshot, longest_block
+from ..kv import LONGEST_VERIFY, KVBuffers, Snapshot
 from ..models.drafter import Drafter
 from ..models.target import Target
-from .draft_length import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH, AutoLength, DraftLength, FixedLength
-from .round import decode_round, first_state
-from .sampling import Sampler, SamplingOptions, is_int
+from .draft_length import MAX_DRAFT_LENGTH, AutoLength
+from .request import INVARIANT_WIDTH, Row
+from .round import RoundState, decode_round, first_state, regroup
+from .sampling import Sampler
 
 COPY_LIMIT = 32 * 2**20
 """Bytes of KV from which copying them costs more than the gap left by handing a round over late."""
-
-EXACTNESS = ("fast", "invariant", "stepwise")
-
-INVARIANT_WIDTH = MAX_AUTO_LENGTH + 1
 
 assert MAX_DRAFT_LENGTH < LONGEST_VERIFY
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to generate.
+class Prefilled:
+    """A prompt that is ready to decode.
 
     Attributes:
-        prompt: Token ids.
-        max_tokens: Most tokens to generate, at least 1.
-        sampling: How tokens are chosen.
-        draft_length: Tokens to draft a round, or "auto".
-        exactness: "fast", "invariant" (one block width for the whole run) or "stepwise" (verifies token by token).
-        stop_tokens: Generation ends after one of these.
-        suppress_tokens: Tokens that are never chosen.
+        kv: One row of buffers that hold it.
+        hidden: [1, hidden], the target's hidden state at its last position.
+        rows: Who asked for it; several rows share the prompt, and part from here on.
     """
 
-    prompt: Sequence[int]
-    max_tokens: int
-    sampling: SamplingOptions = SamplingOptions()
-    draft_length: int | str = "auto"
-    exactness: str = "fast"
-    stop_tokens: frozenset[int] = frozenset()
-    suppress_tokens: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not is_int(self.max_tokens) or self.max_tokens < 1:
-            raise PromptError(f"max_tokens must be a whole number from 1, not {self.max_tokens!r}")
-        if self.exactness not in EXACTNESS:
-            raise PromptError(f"exactness must be one of {', '.join(EXACTNESS)}, not {self.exactness!r}")
-        if self.draft_length != "auto":
-            most = INVARIANT_WIDTH - 1 if self.exactness == "invariant" else MAX_DRAFT_LENGTH
-            if not is_int(self.draft_length) or not 0 <= self.draft_length <= most:
-                raise PromptError(f"draft_length must be 'auto' or 0 to {most}, not {self.draft_length!r}")
+    kv: KVBuffers
+    hidden: mx.array
+    rows: list[Row]
 
 
-@dataclass
-class Stats:
-    """What one generation took.
+@dataclass(frozen=True)
+class _Flight:
+    """A round whose tokens the host hasn't read.
 
     Attributes:
-        prompt_tokens: Tokens of the prompt.
-        cached_tokens: How many of them were in the KV buffers already.
-        generated_tokens: Tokens kept.
-        rounds: Verify passes that yielded kept tokens.
-        drafted: Tokens drafted in them.
-        accepted: Drafts kept.
-        accepted_by_position: At index j, how often the j-th draft of a round was kept.
-        draft_lengths: Number of rounds by draft length.
-        prompt_seconds: From the start to the first token.
-        generation_seconds: From the first token to the last.
-        peak_memory_bytes: Most memory MLX held during the generation, for whatever this process did with it.
+        report: int32 [B, width + 1], see `round.decode_round`.
+        rows: The batch's rows when it was built.
+        k: Tokens drafted; None for the first tokens after a prefill.
+        policy: What chose k, if any row left that open.
     """
 
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    rounds: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    accepted_by_position: list[int] = field(default_factory=list)
-    draft_lengths: dict[int, int] = field(default_factory=dict)
-    prompt_seconds: float = 0.0
-    generation_seconds: float = 0.0
-    peak_memory_bytes: int = 0
-
-    @property
-    def mean_accepted(self) -> float:
-        """Drafts kept per round that drafted."""
-        drafting = self.rounds - self.draft_lengths.get(0, 0)
-        return self.accepted / drafting if drafting else 0.0
-
-    @property
-    def prompt_tps(self) -> float:
-        """Prompt tokens processed per second, cached ones not counted."""
-        return (self.prompt_tokens - self.cached_tokens) / self.prompt_seconds if self.prompt_seconds else 0.0
-
-    @property
-    def generation_tps(self) -> float:
-        """Tokens per second after the first."""
-        return (self.generated_tokens - 1) / self.generation_seconds if self.generation_seconds else 0.0
-
-    def rates(self) -> dict[str, float]:
-        """What follows from the other figures, by name."""
-        return {name: getattr(self, name) for name in ("mean_accepted", "prompt_tps", "generation_tps")}
-
-    def count(self, drafted: int, kept: int) -> None:
-        """Records a round."""
-        self.rounds += 1
-        self.drafted += drafted
-        self.accepted += kept
-        self.draft_lengths[drafted] = self.draft_lengths.get(drafted, 0) + 1
-        self.accepted_by_position.extend([0] * (kept - len(self.accepted_by_position)))
-        for j in range(kept):
-            self.accepted_by_position[j] += 1
+    report: mx.array
+    rows: list[Row]
+    k: int | None
+    policy: AutoLength | None
 
 
 class Engine:
-    """One row of KV buffers, and the requests that run on it one after the other."""
+    """Rows that decode together.
 
-    def __init__(self, target: Target, drafter: Drafter | None):
-        self._target, self._drafter = target, drafter
-        self._chunk = longest_block(target.config)
-        self._kv: KVBuffers | None = None
-        self._held: list[int] = []
-        # The latest prompt, and the rings when exactly it was committed: a long answer overwrites them.
-        self._prompt: tuple[list[int], Snapshot, int] | None = None
-        # Learn from every request what rounds cost, which depends on the exactness.
-        self._auto = {exactness: AutoLength() for exactness in EXACTNESS}
+    Attributes:
+        rows: Who is in the batch, in the order of the buffers' rows.
+        kv: Their buffers; None while nobody is in it.
+    """
 
-    @property
-    def kv_bytes(self) -> int:
-        """Size of the KV buffers, in bytes."""
-        return self._kv.nbytes if self._kv else 0
+    def __init__(self, target: Target, drafter: Drafter | None, suppress_tokens: Sequence[int] = ()):
+        self.rows: list[Row] = []
+        self.kv: KVBuffers | None = None
+        self._target, self._drafter, self._suppressed = target, drafter, tuple(suppress_tokens)
+        self._state: RoundState | None = None
+        self._sampler: Sampler
+        self._flights: list[_Flight] = []
+        self._clock = _Clock()
+        # What rounds cost depends on the number of rows and on the exactness; it is learnt once for all requests.
+        self._auto: dict[tuple[int, str], AutoLength] = {}
+        self._used: AutoLength | None = None
 
-    def prefill(
-        self, prompt: Sequence[int], keep: Callable[[mx.array], None] | None = None, reuse: bool = True
-    ) -> tuple[KVBuffers, mx.array, int]:
-        """Brings the prompt's KV into the buffers, chunk by chunk.
+    def regroup(self, joining: Sequence[Prefilled] = ()) -> None:
+        """Lets go of rows that are done, and takes in others."""
+        stay = [i for i, row in enumerate(self.rows) if not row.done]
+        if len(stay) == len(self.rows) and not joining:
+            return
+        self._clock.disturb()
+        new = [row for prompt in joining for row in prompt.rows]
+        rows = [self.rows[i] for i in stay] + new
+        if not rows:
+            self.clear()
+            return
+        buffers = [prompt.kv for prompt in joining for _ in prompt.rows]
+        if stay:
+            assert self.kv is not None
+            self.kv.regroup(stay, buffers, max(map(self._reach, rows)))
+        elif len(buffers) == 1:
+            self.kv = buffers[0]
+        else:
+            self.kv = buffers[0].row(0, buffers[0].written)
+            self.kv.regroup((), buffers, max(map(self._reach, rows)))
+        self._state = regroup(self._state, stay, [self._first(prompt) for prompt in joining])
+        self.rows, self._sampler = rows, self._make_sampler(rows)
+        if new:
+            tokens = self._state.tokens[len(stay) :, None]
+            report = mx.concatenate([tokens, mx.zeros_like(tokens)], axis=1)
+            mx.async_eval(report)
+            self._flights.append(_Flight(report, new, None, None))
+            if self._drafter:
+                self._policy().begin()
 
-        Args:
-            prompt: Token ids.
-            keep: Called with every chunk's hidden states [1, L, hidden]; nothing is reused then.
-            reuse: Whether KV that is there already may be used.
+    def clear(self) -> None:
+        """Forgets all rows."""
+        self.rows, self.kv, self._state, self._flights = [], None, None, []
 
-        Returns:
-            The buffers, the hidden state [1, hidden] at the last position, and the number of cached tokens.
+    def row_kv(self, index: int) -> KVBuffers:
+        """The buffers of a row, see `KVBuffers.row`."""
+        assert self.kv is not None
+        # A round that was handed over, but interrupted before it could be noted, may have written more.
+        return self.kv.row(index, self._reach(self.rows[index]) + LONGEST_VERIFY)
 
-        Raises:
-            PromptError: See `check_prompt`.
-        """
-        check_prompt(prompt, self._target.config)
-        if self._kv is None:
-            self._kv = KVBuffers(self._target.config, 1, self._target.dtype, self._chunk)
-        kv = self._kv
-        # The last prompt token always runs: its hidden state is needed.
-        start = min(_common_prefix(self._held, prompt), len(prompt) - 1) if reuse and not keep else 0
-        if not kv.can_rewind(start):
-            start = self._rewind_to_prompt(kv, prompt, start)
-        if not start:
-            kv.written = 0  # what is there belongs to another text and will not be asked for
-        cached, self._held, self._prompt = start, [], None
-        while start < len(prompt):
-            block = list(prompt[start : start + self._chunk])
-            kv.reserve(start + len(block))
-            hidden = self._target(mx.array([block], dtype=mx.int32), mx.array([start], dtype=mx.int32), kv)
-            if keep:
-                keep(hidden)
-            mx.eval(kv.arrays(), hidden)
-            start += len(block)
-        self._held = list(prompt)
-        self._prompt = self._held, kv.rings(), kv.written
-        return kv, hidden[:, -1], cached
+    def round(self) -> None:
+        """Builds the next round and reads the tokens of the one before; there must be rows that aren't done."""
+        assert self.kv is not None and self._state is not None
+        self._clock.resume()
+        kv, exactness = self.kv, self.rows[0].request.exactness
+        k, policy = self._next_length()
+        width = INVARIANT_WIDTH if exactness == "invariant" else None
+        kv.reserve(max(map(self._reach, self.rows)) + (width or k + 1))
+        before: Snapshot | None = kv.snapshot()
+        state, report = decode_round(
+            self._target, self._drafter, kv, self._sampler, self._state, k, width, exactness == "stepwise",
+            self._most(k),
+        )  # fmt: skip
+        late = kv.nbytes > COPY_LIMIT
+        if not late:
+            before = None
+            mx.async_eval(report, state.lengths, state.hidden)
+        self._read()
+        if before and all(row.done for row in self.rows):
+            kv.restore(before)  # the round built ahead was never handed over: forget it
+            return
+        if late:
+            before = None  # lets go of the buffers, so that they are written in place
+            mx.async_eval(report, state.lengths, state.hidden)
+        self._state = state
+        self._flights.append(_Flight(report, self.rows, k, policy))
 
-    def _rewind_to_prompt(self, kv: KVBuffers, prompt: Sequence[int], common: int) -> int:
-        """Goes back to the end of the latest prompt, if the new one begins with it; returns where to start from."""
-        if self._prompt is None:
-            return 0
-        tokens, rings, written = self._prompt
-        if common < min(len(tokens), len(prompt) - 1):
-            return 0
-        kv.restore_rings(rings, written)
-        return min(len(tokens), len(prompt) - 1)
+    def disturb(self) -> None:
+        """Something else than a round took the device's time."""
+        self._clock.disturb()
 
-    def stream(self, request: Request, stats: Stats) -> Generator[list[int], None, None]:
-        """Generates tokens, round by round.
+    def _read(self) -> None:
+        """Gives every row its tokens from the rounds handed over before the latest."""
+        self._clock.wait()
+        reports = [_host(flight.report) for flight in self._flights]
+        seconds = self._clock.lap()
+        flights, self._flights = self._flights, []
+        for flight, report in zip(flights, reports, strict=True):
+            kept: list[int] = []
+            for row, (*choices, count) in zip(flight.rows, report, strict=True):
+                if not row.done:
+                    row.receive(choices, count, None if flight.k is None else row.drafts(flight.k))
+                    if row.request.draft_length == "auto":
+                        kept.append(count)
+            if flight.policy and flight.k is not None:
+                # The time counts only if all of it was this round's.
+                flight.policy.observe(flight.k, kept, seconds if len(flights) == 1 else None)
 
-        Args:
-            request: What to generate.
-            stats: Filled in while running.
-
-        Yields:
-            The new tokens of each round, at least one, the stop token included.
-
-        Raises:
-            PromptError: See `check_prompt`.
-        """
-        prompt, target = list(request.prompt), self._target
-        limit = token_limit(request, target.config)
-        sampler = Sampler(
-            [request.sampling], target.config.logit_softcap, request.suppress_tokens, target.config.vocab_size
-        )
-        policy = self._policy(request)
-        width = INVARIANT_WIDTH if request.exactness == "invariant" else None
-
-        mx.reset_peak_memory()
-        started = time.perf_counter()
-        # The widths of the blocks that made the KV can matter in the last bit.
-        kv, hidden, stats.cached_tokens = self.prefill(prompt, reuse=request.exactness == "fast")
-        stats.prompt_tokens = len(prompt)
-        state = first_state(target, sampler, hidden, mx.array([len(prompt)], dtype=mx.int32))
-        report, k = mx.stack([state.tokens, mx.zeros_like(state.tokens)], axis=1), None
-        mx.async_eval(report)
-
-        generated: list[int] = []
-        clock = _Clock(started)
-        # Upper bound of the row's committed tokens once everything handed over so far has run.
-        reach = len(prompt)
-        try:
-            while True:
-                next_k = min(policy.next(), max(limit - len(generated) - 1, 0))
-                block = width or next_k + 1
-                kv.reserve(reach + block)
-                before: Snapshot | None = kv.snapshot()
-                next_state, next_report = decode_round(
-                    target, self._drafter, kv, sampler, state, next_k, width, request.exactness == "stepwise"
-                )
-                late = kv.nbytes > COPY_LIMIT
-                if not late:
-                    before = None
-                    mx.async_eval(next_report, next_state.lengths, next_state.hidden)
-                clock.wait()
-                *choices, kept = cast("list[int]", report[0].tolist())
-                seconds = clock.lap()
-                tokens = _until_stop(choices[: kept + 1], request.stop_tokens, limit - len(generated))
-                generated += tokens
-                if k is None:
-                    stats.prompt_seconds = clock.last - started
-                    clock.first = clock.last
-                else:
-                    stats.count(k, min(kept, len(tokens)))
-                    policy.observe(k, kept, seconds)
-                stats.generated_tokens = len(generated)
-                stats.generation_seconds = clock.last - clock.first
-                stats.peak_memory_bytes = mx.get_peak_memory()
-                done = len(generated) >= limit or generated[-1] in request.stop_tokens
-                if done and before:
-                    kv.restore(before)  # the round built ahead was never handed over: forget it
-                elif late:
-                    before = None  # lets go of the buffers, so that they are written in place
-                    mx.async_eval(next_report, next_state.lengths, next_state.hidden)
-                self._held = (prompt + generated)[:-1]
-                yield tokens
-                clock.resume()
-                if done:
-                    return
-                reach = len(self._held) + block
-                state, report, k = next_state, next_report, next_k
-        finally:
-            # A closed iterator leaves a round in flight; its writes lie above what is held.
-            self._held = (prompt + generated)[:-1] if generated else prompt
-
-    def _policy(self, request: Request) -> DraftLength:
+    def _next_length(self) -> tuple[int, AutoLength | None]:
+        """Tokens to draft in the next round, and the policy that was asked."""
         if self._drafter is None:
-            return FixedLength(0)
-        if request.draft_length != "auto":
-            return FixedLength(int(request.draft_length))
-        policy = self._auto[request.exactness]
-        policy.begin()
+            return 0, None
+        running = [row for row in self.rows if not row.done]
+        lengths = [int(row.request.draft_length) for row in running if row.request.draft_length != "auto"]
+        policy = self._policy() if len(lengths) < len(running) else None
+        if policy:
+            lengths.append(policy.next())
+        # The round in flight may yield no more than one token a row.
+        return max(0, min(max(lengths), max(row.remaining for row in running) - 1)), policy
+
+    def _most(self, k: int) -> mx.array | None:
+        """How many of k drafts each row may keep; None if all may keep all."""
+        most = [row.drafts(k) for row in self.rows]
+        return mx.array(most, dtype=mx.int32) if min(most) < k else None
+
+    def _reach(self, row: Row) -> int:
+        """Positions the row may have written once everything handed over so far has run."""
+        return row.committed + sum(
+            flight.report.shape[1] - 1 for flight in self._flights if flight.k is not None and row in flight.rows
+        )
+
+    def _policy(self) -> AutoLength:
+        """The policy for as many rows as there are now."""
+        key = len(self.rows), self.rows[0].request.exactness
+        policy = self._auto.setdefault(key, AutoLength())
+        if policy is not self._used:
+            policy.begin(self._used)
+            self._used = policy
         return policy
+
+    def _first(self, prompt: Prefilled) -> RoundState:
+        count = len(prompt.rows)
+        lengths = mx.full((count,), len(prompt.rows[0].request.prompt), dtype=mx.int32)
+        hidden = mx.repeat(prompt.hidden, count, axis=0)
+        return first_state(self._target, self._make_sampler(prompt.rows), hidden, lengths)
+
+    def _make_sampler(self, rows: Sequence[Row]) -> Sampler:
+        config = self._target.config
+        return Sampler(
+            [row.request.sampling for row in rows], config.logit_softcap, self._suppressed, config.vocab_size
+        )
+
+
+def _host(report: mx.array) -> list[list[int]]:
+    """Waits for a report: the only place where the host reads from the device while rows are decoded."""
+    return cast("list[list[int]]", report.tolist())
 
 
 class _Clock:
     """Times rounds as the host sees them finish."""
 
-    def __init__(self, started: float):
-        self.first = self.last = self._resumed = self._waited_from = started
+    def __init__(self) -> None:
+        self._last = self._resumed = self._waited_from = time.perf_counter()
+        self._disturbed = True
 
     def resume(self) -> None:
         """The consumer of the tokens has come back."""
         self._resumed = time.perf_counter()
+
+    def disturb(self) -> None:
+        """The time until the next lap isn't that of a round."""
+        self._disturbed = True
 
     def wait(self) -> None:
         """The host has nothing left to do but to wait for the round."""
         self._waited_from = time.perf_counter()
 
     def lap(self) -> float | None:
-        """The round is there: seconds since the one before, or None if the consumer, not the round, took them."""
+        """The round is there: seconds since the one before, or None if not the round, but somebody else took them."""
         now = time.perf_counter()
-        lap, waited, paused = now - self.last, now - self._waited_from, self._resumed - self.last
-        self.last = now
-        return None if paused > 0.1 * lap and waited < 0.05 * lap else lap
-
-
-def check_prompt(prompt: Sequence[int], config: TextConfig) -> None:
-    """Checks that a prompt can be run.
-
-    Raises:
-        PromptError: Empty, longer than the context, or a token id outside the vocabulary.
-    """
-    if not prompt:
-        raise PromptError("the prompt is empty: give it at least one token")
-    if len(prompt) > config.max_positions:
-        raise PromptError(f"the prompt has {len(prompt)} tokens, the model's context only {config.max_positions}")
-    if (bad := next((t for t in prompt if not 0 <= t < config.vocab_size), None)) is not None:
-        raise PromptError(f"token id {bad} is outside the vocabulary of {config.vocab_size}")
-
-
-def token_limit(request: Request, config: TextConfig) -> int:
-    """Most tokens the request can generate: its own limit, or what the context has room for."""
-    # The last token generated needs no room: it is never read.
-    return min(request.max_tokens, config.max_positions - len(request.prompt) + 1)
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _until_stop(tokens: list[int], stop: frozenset[int], limit: int) -> list[int]:
-    tokens = tokens[:limit]
-    return next((tokens[: i + 1] for i, t in enumerate(tokens) if t in stop), tokens)
+        lap, waited, paused = now - self._last, now - self._waited_from, self._resumed - self._last
+        disturbed, self._last, self._disturbed = self._disturbed, now, False
+        return None if disturbed or (paused > 0.1 * lap and waited < 0.05 * lap) else lap

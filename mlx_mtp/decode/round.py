@@ -10,6 +10,7 @@ and whatever; `lengths` advances by what was kept, and nothing else marks a draf
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -33,6 +34,19 @@ class RoundState:
     lengths: mx.array
     tokens: mx.array
     hidden: mx.array
+
+
+def regroup(state: RoundState | None, rows: Sequence[int], joining: Sequence[RoundState]) -> RoundState:
+    """Some rows of a state, and those of other states after them."""
+    states = [*joining]
+    if state is not None and rows:
+        index = mx.array(list(rows), dtype=mx.int32)
+        states.insert(0, RoundState(state.lengths[index], state.tokens[index], state.hidden[index]))
+    return RoundState(
+        lengths=mx.concatenate([it.lengths for it in states]),
+        tokens=mx.concatenate([it.tokens for it in states]),
+        hidden=mx.concatenate([it.hidden for it in states]),
+    )
 
 
 def first_state(target: Target, sampler: Sampler, hidden: mx.array, lengths: mx.array) -> RoundState:
@@ -80,10 +94,20 @@ def verify(
     return sampler.target(logits, lengths[:, None] + mx.arange(1, width + 1, dtype=mx.int32)), hidden
 
 
-def accept(drafts: mx.array, choices: mx.array) -> mx.array:
-    """How many drafts each row keeps: int32 [B], from drafts [B, k] and the target's choices [B, >= k]."""
+def accept(drafts: mx.array, choices: mx.array, most: mx.array | None = None) -> mx.array:
+    """How many drafts each row keeps.
+
+    Args:
+        drafts: int32 [B, k].
+        choices: int32 [B, >= k], the target's.
+        most: int32 [B], drafts that each row may keep; None for all.
+
+    Returns:
+        int32 [B].
+    """
     agreed = (drafts == choices[:, : drafts.shape[1]]).astype(mx.int32)
-    return mx.cumprod(agreed, axis=1).sum(axis=1).astype(mx.int32)
+    kept = mx.cumprod(agreed, axis=1).sum(axis=1).astype(mx.int32)
+    return kept if most is None else mx.minimum(kept, most)
 
 
 def decode_round(
@@ -95,6 +119,7 @@ def decode_round(
     k: int,
     width: int | None = None,
     stepwise: bool = False,
+    most: mx.array | None = None,
 ) -> tuple[RoundState, mx.array]:
     """One round for all rows; with k = 0 a plain decoding step.
 
@@ -103,6 +128,7 @@ def decode_round(
         width: Width of the verify block where it must not depend on k; at least k + 1. The rest is filled up with
             tokens that are never kept.
         stepwise: See `verify`.
+        most: See `accept`.
 
     Returns:
         The state after the round, and the report int32 [B, width + 1]: the target's choices, then the number n of
@@ -116,7 +142,7 @@ def decode_round(
     if width is not None and width > k + 1:
         block = mx.pad(block, [(0, 0), (0, width - k - 1)])
     choices, hidden = verify(target, kv, sampler, state.lengths, block, stepwise)
-    kept = accept(drafts, choices) if k else mx.zeros_like(state.lengths)
+    kept = accept(drafts, choices, most) if k else mx.zeros_like(state.lengths)
     last = kept[:, None]
     new = RoundState(
         lengths=state.lengths + kept + 1,

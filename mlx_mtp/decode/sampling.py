@@ -9,7 +9,7 @@ drafter-invariant speculative decoding" (2024).
 Filters apply in transformers' order: suppressed tokens, temperature, top-k, top-p, min-p. All of them keep the best
 token, so temperature 0 is greedy whatever the others say.
 
-Rows are independent: options are arrays with one entry a row.
+Rows are independent: each is chosen for as if it were alone.
 """
 
 from __future__ import annotations
@@ -64,7 +64,11 @@ def is_int(value: object) -> TypeGuard[int]:
 
 
 class Sampler:
-    """Chooses tokens for a batch of rows."""
+    """Chooses tokens for a batch of rows, for each exactly as if it were alone.
+
+    Rows whose options call for the same steps are chosen together. What another row asks for can't change the
+    candidates of a row, nor the order in which equal logits are met.
+    """
 
     def __init__(
         self,
@@ -82,22 +86,14 @@ class Sampler:
             suppress_tokens: Token ids that the target never chooses (generation_config's `suppress_tokens`).
             vocab_size: Needed with `suppress_tokens`.
         """
-        self._greedy = all(r.temperature == 0 for r in rows)
         self._softcap = logit_softcap
-        warm = [r for r in rows if r.temperature > 0]
-        # Without a top-k in every row, the candidates of all rows are the whole vocabulary.
-        self._candidates = max((r.top_k for r in warm), default=0) if all(r.top_k for r in warm) else 0
-        self._truncates = any(r.top_k or r.top_p < 1 or r.min_p > 0 for r in warm)
-
-        def column(values: list[float], dtype: mx.Dtype) -> mx.array:
-            return mx.array(values, dtype=dtype)[:, None, None]
-
-        self._temperature = column([r.temperature for r in rows], mx.float32)
-        self._divisor = column([r.temperature or 1.0 for r in rows], mx.float32)
-        self._top_k = column([min(r.top_k or 2**31 - 1, 2**31 - 1) for r in rows], mx.int32)
-        self._top_p = column([r.top_p for r in rows], mx.float32)
-        self._min_p = column([r.min_p for r in rows], mx.float32)
-        self._keys = column([_fold(r.seed) for r in rows], mx.uint32)
+        kinds: dict[tuple[bool, int, bool], list[int]] = {}
+        for i, row in enumerate(rows):
+            kinds.setdefault(_kind(row), []).append(i)
+        self._groups = [_Group([rows[i] for i in members]) for members in kinds.values()]
+        # For several groups: the rows of each, and where each row then lies when the groups stand in line.
+        self._members = [mx.array(members, dtype=mx.int32) for members in kinds.values()]
+        self._place = mx.argsort(mx.concatenate(self._members)) if len(self._members) > 1 else None
         self._suppressed = None
         if suppress_tokens:
             banned = mx.array(list(suppress_tokens), dtype=mx.int32)
@@ -134,7 +130,39 @@ class Sampler:
         return self._choose(logits[:, None].astype(mx.float32), ids, positions[:, None], None).squeeze(1)
 
     def _choose(self, logits: mx.array, ids: mx.array | None, positions: mx.array, cap: float | None) -> mx.array:
-        if self._greedy:
+        if self._place is None:
+            return self._groups[0].choose(logits, ids, positions, cap)
+        chosen = [
+            group.choose(logits[rows], None if ids is None else ids[rows], positions[rows], cap)
+            for group, rows in zip(self._groups, self._members, strict=True)
+        ]
+        return mx.concatenate(chosen)[self._place]
+
+
+def _kind(row: SamplingOptions) -> tuple[bool, int, bool]:
+    """What a row's choice takes: whether it is drawn, from how many candidates (0: all), and whether with filters."""
+    if row.temperature == 0:
+        return False, 0, False
+    return True, row.top_k, row.top_p < 1 or row.min_p > 0
+
+
+class _Group:
+    """Rows of one kind."""
+
+    def __init__(self, rows: Sequence[SamplingOptions]):
+        self._drawn, self._candidates, self._truncates = _kind(rows[0])
+
+        def column(values: list[float], dtype: mx.Dtype) -> mx.array:
+            return mx.array(values, dtype=dtype)[:, None, None]
+
+        self._temperature = column([r.temperature for r in rows], mx.float32)
+        self._top_p = column([r.top_p for r in rows], mx.float32)
+        self._min_p = column([r.min_p for r in rows], mx.float32)
+        self._keys = column([_fold(r.seed) for r in rows], mx.uint32)
+
+    def choose(self, logits: mx.array, ids: mx.array | None, positions: mx.array, cap: float | None) -> mx.array:
+        """Chooses from logits [B, L, n]; see `Sampler.target` and `Sampler.draft`."""
+        if not self._drawn:
             return _take_ids(ids, mx.argmax(logits, axis=-1, keepdims=True)).squeeze(-1)
         if 0 < self._candidates < logits.shape[-1]:
             best = best_few(logits, self._candidates)
@@ -142,24 +170,20 @@ class Sampler:
             ids = _take_ids(ids, best)
         if cap is not None:
             logits = softcap(logits, cap)
-        kept = logits
         if self._truncates:
             order = mx.argsort(-logits, axis=-1)
-            kept = mx.take_along_axis(logits, order, axis=-1)
-            kept = self._truncate(kept)
+            logits = self._truncate(mx.take_along_axis(logits, order, axis=-1))
             ids = _take_ids(ids, order)
         token_ids = mx.arange(logits.shape[-1], dtype=mx.int32) if ids is None else ids
         noise = gumbel(self._keys, positions[:, :, None], token_ids)
-        # argmax(l / t + g) = argmax(l + t g): exact for greedy rows, where t is 0.
-        return _take_ids(ids, mx.argmax(kept + self._temperature * noise, axis=-1, keepdims=True)).squeeze(-1)
+        # argmax(l / t + g) = argmax(l + t g).
+        return _take_ids(ids, mx.argmax(logits + self._temperature * noise, axis=-1, keepdims=True)).squeeze(-1)
 
     def _truncate(self, logits: mx.array) -> mx.array:
-        """Sets filtered tokens of descending logits [B, L, n] to -inf."""
-        rank = mx.arange(logits.shape[-1], dtype=mx.int32)
-        kept = mx.where(rank < self._top_k, logits, -mx.inf)
-        probabilities = mx.softmax(kept / self._divisor, axis=-1)
+        """Sets filtered tokens of descending logits [B, L, n] to -inf; all but top-k, which chose the candidates."""
+        probabilities = mx.softmax(logits / self._temperature, axis=-1)
         before = mx.cumsum(probabilities, axis=-1, inclusive=False)
-        kept = mx.where((before < self._top_p) | (rank == 0), kept, -mx.inf)
+        kept = mx.where((before < self._top_p) | (mx.arange(logits.shape[-1]) == 0), logits, -mx.inf)
         # Renormalising after top-p changes no ratio, so min-p may look at the probabilities from before.
         return mx.where(probabilities >= self._min_p * probabilities[..., :1], kept, -mx.inf)
 

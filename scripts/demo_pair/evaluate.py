@@ -18,8 +18,10 @@ import mlx.core as mx
 from tokenizers import Tokenizer
 
 from mlx_mtp.checkpoint import load_drafter, load_target
-from mlx_mtp.decode.engine import Engine, Request, Stats
+from mlx_mtp.decode.prefill import prefill
+from mlx_mtp.decode.request import Request, Stats
 from mlx_mtp.decode.sampling import SamplingOptions
+from mlx_mtp.decode.scheduler import Scheduler
 
 from .config import STOP_TOKENS
 from .data import KINDS, Document, conversation, prose
@@ -62,7 +64,7 @@ class Pair:
     def __init__(self, folder: Path):
         text, self._target = load_target(folder / "target", "float32")
         _, drafter = load_drafter(folder / "drafter", text, "committed", "float32")
-        self._engine = Engine(self._target, drafter)
+        self._scheduler = Scheduler(self._target, drafter)
         self.tokenizer = Tokenizer.from_file(str(folder / "target" / "tokenizer.json"))
 
     def answer(self, prompt: list[int], temperature: float = 0.0, seed: int = 0) -> tuple[list[int], Stats]:
@@ -70,13 +72,13 @@ class Pair:
         stats = Stats()
         sampling = SamplingOptions(temperature=temperature, seed=seed)
         request = Request(prompt, LONGEST, sampling=sampling, draft_length=DRAFTS, stop_tokens=frozenset(STOP_TOKENS))
-        tokens = [token for part in self._engine.stream(request, stats) for token in part]
+        tokens = [token for part in self._scheduler.stream(request, stats) for token in part]
         return (tokens[:-1] if tokens[-1] in STOP_TOKENS else tokens), stats
 
     def loss(self, prompt: list[int], answer: list[int]) -> float:
         """Sum of the negative log probabilities of an answer's tokens."""
         hidden: list[mx.array] = []
-        self._engine.prefill(prompt + answer, keep=hidden.append)
+        prefill(self._target, prompt + answer, keep=hidden.append)
         logits = self._target.logits(mx.concatenate(hidden, axis=1)[0, len(prompt) - 1 : -1])
         chosen = mx.take_along_axis(logits, mx.array(answer)[:, None], axis=1)[:, 0]
         return float((mx.logsumexp(logits, axis=1) - chosen).sum().item())

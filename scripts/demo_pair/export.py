@@ -90,7 +90,7 @@ def check(out: Path, target: Target, drafter: Drafter, tokens: list[int], steps:
     import mlx.core as mx
 
     from mlx_mtp.checkpoint import load_drafter, load_target
-    from mlx_mtp.decode.engine import Engine
+    from mlx_mtp.decode.prefill import prefill
 
     rounded(target)
     rounded(drafter)
@@ -105,7 +105,7 @@ def check(out: Path, target: Target, drafter: Drafter, tokens: list[int], steps:
     text, model = load_target(out / "target", "float32")
     _, assistant = load_drafter(out / "drafter", text, "committed", "float32")
     hidden: list[mx.array] = []
-    kv, last, _ = Engine(model, assistant).prefill(tokens[:count], keep=hidden.append)
+    kv, last = prefill(model, tokens[:count], keep=hidden.append)
     found = model.logits(mx.concatenate(hidden, axis=1))[0]
     target_gap = float((torch.tensor(found.tolist()) - expected).abs().max())
     lent = assistant.borrow(kv, mx.array([count], dtype=mx.int32))

@@ -1,0 +1,126 @@
+"""KV of texts that were run before, for prompts that begin like them.
+
+An entry is the buffers that a row left behind. Their full layers serve every beginning of the row's text; the rings of
+sliding layers only remember the newest positions, so an entry can be taken up near its end, and at checkpoints. Rows
+leave one at the end of their prompt; and where a new prompt parts from what is here, the scheduler makes one while
+prefilling it, so that what several prompts begin with is found from the third one on.
+
+The least recently used entries go when all together are larger than the limit. A hit changes nothing but the time to
+the first token: the KV is what a prefill would write, from the same blocks or, on a CPU, from any.
+
+Arrays are shared, not copied: whoever writes to a shared one gets a copy then (see kv.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..kv import Checkpoint, KVBuffers
+
+MIN_REUSE = 8
+"""Fewer tokens than this are prefilled again: most prompts share their first few."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a row left behind.
+
+    Attributes:
+        tokens: Whose KV the buffers hold.
+        kv: The buffers, of one row.
+        checkpoints: Lengths to which its sliding layers can be taken back.
+        prompt: How many of the tokens were the prompt.
+    """
+
+    tokens: list[int]
+    kv: KVBuffers
+    checkpoints: tuple[Checkpoint, ...]
+    prompt: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all arrays, in bytes."""
+        return self.kv.nbytes + sum(checkpoint.nbytes for checkpoint in self.checkpoints)
+
+    def start(self, shared: int) -> tuple[int, Checkpoint | None]:
+        """How much of the first `shared` tokens can be used, and the checkpoint to go back to for it."""
+        if self.kv.can_rewind(shared):
+            return shared, None
+        usable = [checkpoint for checkpoint in self.checkpoints if checkpoint.length <= shared + 1]
+        best = max(usable, key=lambda it: it.length, default=None)
+        return (min(best.length, shared), best) if best else (0, None)
+
+
+@dataclass(frozen=True)
+class Hit:
+    """Where a prompt can start.
+
+    Attributes:
+        kv: Buffers to go on with, of one row.
+        start: Tokens of the prompt that they hold.
+        checkpoints: Those within these tokens.
+    """
+
+    kv: KVBuffers
+    start: int
+    checkpoints: tuple[Checkpoint, ...]
+
+
+class PromptCache:
+    """Entries in the order of their use.
+
+    Attributes:
+        limit: Most bytes that all entries together may take.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._entries: list[Entry] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes taken."""
+        return sum(entry.nbytes for entry in self._entries)
+
+    def put(self, entry: Entry) -> None:
+        """Adds an entry, in place of those that it continues; lets go of others if it must."""
+        self._entries = [e for e in self._entries if entry.tokens[: len(e.tokens)] != e.tokens]
+        if entry.nbytes > self.limit:
+            return
+        self._entries.append(entry)
+        while self.nbytes > self.limit:
+            del self._entries[0]
+
+    def find(self, prompt: Sequence[int]) -> Hit | None:
+        """The best start for a prompt; its last token is never part of it, since its hidden state is needed.
+
+        An entry whose whole prompt is reused leaves the cache: what comes back for it in the end holds as much.
+        """
+        best, found, where = MIN_REUSE - 1, None, None
+        for entry in self._entries:
+            start, checkpoint = entry.start(min(common_prefix(entry.tokens, prompt), len(prompt) - 1))
+            if start > best or (start and start == len(prompt) - 1 and not found):
+                best, found, where = start, entry, checkpoint
+        if not found:
+            return None
+        self._entries.remove(found)
+        if best < found.prompt - 1:
+            self._entries.append(found)
+        kv = found.kv.row(0, found.kv.written)
+        if where:
+            kv.rewind(where)
+        return Hit(kv, best, tuple(c for c in found.checkpoints if c.length <= best))
+
+    def parting(self, prompt: Sequence[int]) -> int:
+        """Length of the longest beginning that the prompt has in common with an entry."""
+        return max((common_prefix(entry.tokens, prompt) for entry in self._entries), default=0)
+
+    def clear(self) -> None:
+        """Forgets all entries."""
+        self._entries.clear()
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of what two texts begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,0 +1,212 @@
+"""What is asked of the decoder, and what it keeps count of: requests, their rows in a batch, statistics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from ..config import TextConfig
+from ..errors import PromptError
+from ..kv import Checkpoint
+from .draft_length import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH
+from .sampling import SamplingOptions, is_int
+
+EXACTNESS = ("fast", "invariant", "stepwise")
+
+INVARIANT_WIDTH = MAX_AUTO_LENGTH + 1
+"""Width of every verify block under exactness "invariant"."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate.
+
+    Attributes:
+        prompt: Token ids.
+        max_tokens: Most tokens to generate, at least 1.
+        sampling: How tokens are chosen.
+        draft_length: Tokens to draft a round, or "auto".
+        exactness: "fast", "invariant" (one block width for the whole run) or "stepwise" (verifies token by token).
+        stop_tokens: Generation ends after one of these.
+    """
+
+    prompt: Sequence[int]
+    max_tokens: int
+    sampling: SamplingOptions = SamplingOptions()
+    draft_length: int | str = "auto"
+    exactness: str = "fast"
+    stop_tokens: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not is_int(self.max_tokens) or self.max_tokens < 1:
+            raise PromptError(f"max_tokens must be a whole number from 1, not {self.max_tokens!r}")
+        if self.exactness not in EXACTNESS:
+            raise PromptError(f"exactness must be one of {', '.join(EXACTNESS)}, not {self.exactness!r}")
+        if self.draft_length != "auto":
+            most = INVARIANT_WIDTH - 1 if self.exactness == "invariant" else MAX_DRAFT_LENGTH
+            if not is_int(self.draft_length) or not 0 <= self.draft_length <= most:
+                raise PromptError(f"draft_length must be 'auto' or 0 to {most}, not {self.draft_length!r}")
+
+
+@dataclass
+class Stats:
+    """What one generation took.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompt.
+        cached_tokens: How many of them were in the KV buffers already.
+        generated_tokens: Tokens kept.
+        rounds: Verify passes that yielded kept tokens.
+        drafted: Tokens drafted in them.
+        accepted: Drafts kept.
+        accepted_by_position: At index j, how often the j-th draft of a round was kept.
+        draft_lengths: Number of rounds by draft length.
+        prompt_seconds: From the start to the first token.
+        generation_seconds: From the first token to the last.
+        peak_memory_bytes: Most memory MLX held during the generation, for whatever this process did with it.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    accepted_by_position: list[int] = field(default_factory=list)
+    draft_lengths: dict[int, int] = field(default_factory=dict)
+    prompt_seconds: float = 0.0
+    generation_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+    @property
+    def mean_accepted(self) -> float:
+        """Drafts kept per round that drafted."""
+        drafting = self.rounds - self.draft_lengths.get(0, 0)
+        return self.accepted / drafting if drafting else 0.0
+
+    @property
+    def prompt_tps(self) -> float:
+        """Prompt tokens processed per second, cached ones not counted."""
+        return (self.prompt_tokens - self.cached_tokens) / self.prompt_seconds if self.prompt_seconds else 0.0
+
+    @property
+    def generation_tps(self) -> float:
+        """Tokens per second after the first."""
+        return (self.generated_tokens - 1) / self.generation_seconds if self.generation_seconds else 0.0
+
+    def rates(self) -> dict[str, float]:
+        """What follows from the other figures, by name."""
+        return {name: getattr(self, name) for name in ("mean_accepted", "prompt_tps", "generation_tps")}
+
+    def count(self, drafted: int, kept: int) -> None:
+        """Records a round."""
+        self.rounds += 1
+        self.drafted += drafted
+        self.accepted += kept
+        self.draft_lengths[drafted] = self.draft_lengths.get(drafted, 0) + 1
+        self.accepted_by_position.extend([0] * (kept - len(self.accepted_by_position)))
+        for j in range(kept):
+            self.accepted_by_position[j] += 1
+
+
+class Row:
+    """A request on its way: waiting, being prefilled, or a row of the batch.
+
+    Attributes:
+        request: What was asked for.
+        stats: What it has taken so far.
+        limit: Most tokens it can generate, see `token_limit`.
+        tokens: Generated so far, the stop token included.
+        fresh: Those of them that nobody has taken yet.
+        done: Whether there will be no more: finished, or cancelled.
+        error: What ended it, if that was none of its own doing.
+        checkpoints: Where its KV can be taken up again later, see `prompt_cache.Entry`.
+    """
+
+    def __init__(self, request: Request, stats: Stats, config: TextConfig):
+        """Takes a request.
+
+        Raises:
+            PromptError: See `check_prompt`.
+        """
+        check_prompt(request.prompt, config)
+        self.request, self.stats = request, stats
+        self.limit = token_limit(request, config)
+        self.tokens: list[int] = []
+        self.fresh: list[int] = []
+        self.done = False
+        self.error: BaseException | None = None
+        self.checkpoints: list[Checkpoint] = []
+        stats.prompt_tokens = len(request.prompt)
+        self._submitted = self._first = time.perf_counter()
+
+    @property
+    def committed(self) -> int:
+        """Tokens whose KV is committed; the newest token's isn't yet."""
+        return len(self.request.prompt) + max(len(self.tokens) - 1, 0)
+
+    @property
+    def held(self) -> list[int]:
+        """Those tokens."""
+        return [*self.request.prompt, *self.tokens[:-1]]
+
+    @property
+    def remaining(self) -> int:
+        """Tokens it may still generate."""
+        return self.limit - len(self.tokens)
+
+    def drafts(self, k: int) -> int:
+        """How many of a round's k drafts this row asked for."""
+        return k if self.request.draft_length == "auto" else min(k, int(self.request.draft_length))
+
+    def receive(self, choices: Sequence[int], kept: int, k: int | None) -> None:
+        """Takes a round's outcome.
+
+        Args:
+            choices: The target's choices.
+            kept: Drafts kept.
+            k: Drafts made for this row; None after the prefill, whose only choice is the first token.
+        """
+        tokens = list(choices[: min(kept + 1, self.remaining)])
+        stop = next((i for i, token in enumerate(tokens) if token in self.request.stop_tokens), None)
+        tokens = tokens if stop is None else tokens[: stop + 1]
+        self.tokens += tokens
+        self.fresh += tokens
+        self.done = stop is not None or not self.remaining
+        now, stats = time.perf_counter(), self.stats
+        if k is None:
+            self._first = now
+            stats.prompt_seconds = now - self._submitted
+        else:
+            stats.count(k, min(kept, len(tokens)))
+        stats.generated_tokens = len(self.tokens)
+        stats.generation_seconds = now - self._first
+        stats.peak_memory_bytes = mx.get_peak_memory()
+
+    def take(self) -> list[int]:
+        """The tokens that came since the last call."""
+        fresh, self.fresh = self.fresh, []
+        return fresh
+
+
+def check_prompt(prompt: Sequence[int], config: TextConfig) -> None:
+    """Checks that a prompt can be run.
+
+    Raises:
+        PromptError: Empty, longer than the context, or a token id outside the vocabulary.
+    """
+    if not prompt:
+        raise PromptError("the prompt is empty: give it at least one token")
+    if len(prompt) > config.max_positions:
+        raise PromptError(f"the prompt has {len(prompt)} tokens, the model's context only {config.max_positions}")
+    if (bad := next((t for t in prompt if not 0 <= t < config.vocab_size), None)) is not None:
+        raise PromptError(f"token id {bad} is outside the vocabulary of {config.vocab_size}")
+
+
+def token_limit(request: Request, config: TextConfig) -> int:
+    """Most tokens the request can generate: its own limit, or what the context has room for."""
+    # The last token generated needs no room: it is never read.
+    return min(request.max_tokens, config.max_positions - len(request.prompt) + 1)

@@ -1,0 +1,256 @@
+"""Who decodes when: requests wait, are prefilled, join the running batch, and leave it.
+
+One `step` is at most one chunk of prefill and one round of the batch, so that running rows never wait for more than a
+chunk. Requests are admitted in their order, as long as there is a free row and the KV of all rows at their full length
+fits the budget. Short prompts that wait together are prefilled in one block, padded: what a shorter row computes past
+its end lies above its length and is never seen. Equal prompts that wait together are prefilled once.
+
+Nothing runs by itself: whoever wants tokens calls `step`. Not thread-safe.
+
+Only "fast" requests share a batch. The other exactness levels promise bits that could depend on the batch's shape, so
+they run alone and reuse no KV.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..errors import MemoryBudgetError
+from ..kv import LONGEST_VERIFY, Checkpoint, KVBuffers, longest_block
+from ..models.drafter import Drafter
+from ..models.target import Target
+from ..sizes import kv_bytes
+from .engine import Engine, Prefilled
+from .prefill import prefill_block
+from .prompt_cache import Entry, PromptCache
+from .request import Request, Row, Stats
+
+MAX_ROWS = 8
+"""Most rows of a batch unless told otherwise."""
+
+CACHE_BYTES = 2**30
+"""Most bytes of KV that are kept for later prompts unless told otherwise."""
+
+
+@dataclass
+class _Prefill:
+    """Prompts on their way into buffers of their own.
+
+    Attributes:
+        kv: The buffers, a row for each prompt.
+        rows: For each prompt, who asked for it.
+        start: Tokens that are in the buffers already.
+        parting: A length below the prompt's at which a checkpoint is wanted; 0 for none.
+        checkpoints: Made, or found, so far.
+    """
+
+    kv: KVBuffers
+    rows: list[list[Row]]
+    start: int = 0
+    parting: int = 0
+    checkpoints: tuple[Checkpoint, ...] = ()
+
+    @property
+    def prompts(self) -> list[Sequence[int]]:
+        return [rows[0].request.prompt for rows in self.rows]
+
+
+class Scheduler:
+    """Runs requests on a target and its drafter.
+
+    Attributes:
+        max_rows: Most rows of the batch.
+        cache: KV of earlier prompts.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None,
+        suppress_tokens: Sequence[int] = (),
+        max_rows: int = MAX_ROWS,
+        kv_budget: int | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ):
+        """Makes a scheduler with nothing to do.
+
+        Args:
+            target: The target.
+            drafter: Its drafter, or None.
+            suppress_tokens: Token ids that are never chosen.
+            max_rows: Most rows of the batch.
+            kv_budget: Most bytes for the KV of all rows; None for no limit.
+            cache_bytes: Most bytes of KV kept for later prompts.
+        """
+        self.max_rows, self.cache = max_rows, PromptCache(cache_bytes)
+        self._target, self._budget = target, kv_budget
+        self._engine = Engine(target, drafter, suppress_tokens)
+        self._chunk = longest_block(target.config)
+        self._waiting: deque[Row] = deque()
+        self._prefill: _Prefill | None = None
+
+    def submit(self, request: Request, stats: Stats | None = None) -> Row:
+        """Takes a request into the queue.
+
+        Raises:
+            PromptError: See `request.check_prompt`.
+            MemoryBudgetError: Its KV wouldn't fit even alone.
+        """
+        row = Row(request, stats or Stats(), self._target.config)
+        if self._budget is not None and (needed := self._kv_bytes([row])) > self._budget:
+            raise MemoryBudgetError(
+                f"a prompt of {len(request.prompt)} tokens and up to {row.limit} more need {needed / 1e9:.2f} GB of KV "
+                f"and there are {self._budget / 1e9:.2f} GB for it: ask for fewer tokens or shorten the prompt"
+            )
+        self._waiting.append(row)
+        return row
+
+    def cancel(self, row: Row) -> None:
+        """Ends a request, wherever it is."""
+        row.done = True
+        if row in self._waiting:
+            self._waiting.remove(row)
+
+    def step(self) -> None:
+        """A chunk of prefill, if somebody waits for it, and a round for the rows that run.
+
+        Raises:
+            BaseException: Whatever went wrong, a KeyboardInterrupt included. All requests under way end with it
+                (`Row.error`); those that wait stay in the queue.
+        """
+        try:
+            self._leave()
+            if self._prefill and all(row.done for rows in self._prefill.rows for row in rows):
+                self._prefill = None
+            self._prefill = self._prefill or self._next_prefill()
+            ready = self._run_chunk(self._prefill) if self._prefill else []
+            self._engine.regroup(ready)
+            if self._engine.rows:
+                self._engine.round()
+        except BaseException as error:
+            self._abandon(error)
+            raise
+
+    def close(self) -> None:
+        """Ends all requests and lets go of all KV."""
+        for row in (*self._waiting, *self._under_way()):
+            row.done = True
+        self._waiting.clear()
+        self._prefill = None
+        self._engine.clear()
+        self.cache.clear()
+
+    def stream(self, request: Request, stats: Stats | None = None) -> Generator[list[int], None, None]:
+        """Runs a request and yields its new tokens, round by round, the stop token included."""
+        row = self.submit(request, stats)
+        try:
+            while not row.done:
+                self.step()
+                if tokens := row.take():
+                    yield tokens
+        finally:
+            self.cancel(row)
+
+    def _leave(self) -> None:
+        """Keeps the KV of rows that are done."""
+        if self._engine.kv and self._engine.kv.nbytes > self.cache.limit * len(self._engine.rows):
+            return  # they would be copied in vain
+        for i, row in enumerate(self._engine.rows):
+            if row.done:
+                self._keep(row, self._engine.row_kv(i), row.held, row.checkpoints)
+
+    def _keep(self, row: Row, kv: KVBuffers, held: list[int], checkpoints: Sequence[Checkpoint]) -> None:
+        if row.request.exactness == "fast":
+            self.cache.put(Entry(held, kv, tuple(checkpoints), min(len(row.request.prompt), len(held))))
+
+    def _abandon(self, error: BaseException) -> None:
+        """Ends all requests under way; after an interruption, what they have committed is as good as ever."""
+        for row in self._under_way():
+            row.error, row.done = error, True
+        prefill, self._prefill = self._prefill, None
+        if isinstance(error, KeyboardInterrupt):
+            if prefill and len(prefill.rows) == 1 and prefill.start:
+                row = prefill.rows[0][0]
+                kv = prefill.kv.row(0, prefill.kv.written)
+                self._keep(row, kv, list(row.request.prompt[: prefill.start]), prefill.checkpoints)
+            self._leave()
+        self._engine.clear()
+
+    def _under_way(self) -> list[Row]:
+        return [*self._engine.rows, *(row for rows in (self._prefill.rows if self._prefill else ()) for row in rows)]
+
+    def _next_prefill(self) -> _Prefill | None:
+        """Takes the next requests from the queue, as many as can be prefilled together."""
+        rows = [row for row in self._engine.rows if not row.done]
+        if not self._waiting or not self._may_join(self._waiting[0], rows):
+            return None
+        first = self._waiting[0]
+        prompt, reuse = first.request.prompt, first.request.exactness == "fast"
+        hit = self.cache.find(prompt) if reuse else None
+        groups: list[list[Row]] = []
+        while self._waiting and self._may_join(row := self._waiting[0], rows):
+            same = next((group for group in groups if list(group[0].request.prompt) == list(row.request.prompt)), None)
+            if same:
+                same.append(row)
+                row.stats.cached_tokens = len(row.request.prompt)
+            elif not groups or (not hit and self._fits_block([*groups, [row]])):
+                groups.append([row])
+            else:
+                break
+            rows.append(self._waiting.popleft())
+        if not self._engine.rows:
+            mx.reset_peak_memory()
+        if hit:
+            first.stats.cached_tokens = hit.start
+            return _Prefill(hit.kv, groups, hit.start, self._parting(prompt, hit.start), hit.checkpoints)
+        kv = KVBuffers(self._target.config, len(groups), self._target.dtype, self._chunk)
+        return _Prefill(kv, groups, parting=self._parting(prompt, 0) if reuse and len(groups) == 1 else 0)
+
+    def _may_join(self, row: Row, rows: list[Row]) -> bool:
+        if rows and {it.request.exactness for it in (row, *rows)} != {"fast"}:
+            return False
+        return len(rows) < self.max_rows and (self._budget is None or self._kv_bytes([*rows, row]) <= self._budget)
+
+    def _fits_block(self, groups: list[list[Row]]) -> bool:
+        lengths = [len(group[0].request.prompt) for group in groups]
+        return max(lengths) * len(lengths) <= self._chunk
+
+    def _parting(self, prompt: Sequence[int], start: int) -> int:
+        """Where the prompt parts from an entry that couldn't be taken up there."""
+        parting = min(self.cache.parting(prompt), len(prompt) - 1)
+        return parting if parting > start + self._chunk else 0
+
+    def _run_chunk(self, job: _Prefill) -> list[Prefilled]:
+        """Runs the next chunk of a prefill; returns the prompts that are ready to decode."""
+        prompts, start = job.prompts, job.start
+        end = min(start + self._chunk, max(map(len, prompts)))
+        if start < job.parting < end:
+            end = job.parting
+        block = [[*prompt[start:end], *[0] * (end - max(len(prompt), start))] for prompt in prompts]
+        hidden = prefill_block(self._target, job.kv, block, start)
+        self._engine.disturb()
+        job.start = end
+        if end == job.parting:
+            job.checkpoints += (job.kv.checkpoint(end),)
+        if end < max(map(len, prompts)):
+            return []
+        self._prefill = None
+        ready = []
+        for i, (prompt, rows) in enumerate(zip(prompts, job.rows, strict=True)):
+            rows = [row for row in rows if not row.done]
+            kv = job.kv.row(i, len(prompt) if len(prompts) > 1 else job.kv.written)
+            checkpoint = kv.checkpoint(len(prompt))
+            for row in rows:
+                row.checkpoints = [*job.checkpoints, checkpoint] if checkpoint.nbytes * 4 <= self.cache.limit else []
+            if rows:
+                ready.append(Prefilled(kv, hidden[i : i + 1, len(prompt) - start - 1], rows))
+        return ready
+
+    def _kv_bytes(self, rows: Sequence[Row]) -> int:
+        """Bytes of the KV of some rows when all of them have reached their full length."""
+        longest = max(len(row.request.prompt) + row.limit for row in rows) + LONGEST_VERIFY
+        return len(rows) * kv_bytes(self._target.config, longest, self._target.dtype.size)

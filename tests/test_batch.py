@@ -1,0 +1,297 @@
+"""Rows of a batch get the text they would get alone, whoever shares the batch (decode/scheduler.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from scripted_drafter import ScriptedDrafter
+from tiny_checkpoints import KINDS, VOCAB, WINDOW, make_pair
+
+from mlx_mtp import checkpoint
+from mlx_mtp.decode import engine as engine_module
+from mlx_mtp.decode.request import Request, Row
+from mlx_mtp.decode.sampling import SamplingOptions
+from mlx_mtp.decode.scheduler import Scheduler
+from mlx_mtp.errors import MemoryBudgetError
+from mlx_mtp.models.drafter import Drafter
+from mlx_mtp.models.target import Target
+from mlx_mtp.sizes import kv_bytes
+
+Pair = tuple[Target, Drafter]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return load(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def e2b(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return load("e2b", tmp_path_factory.mktemp("e2b"))
+
+
+def load(kind: str, folder: Path) -> Pair:
+    target_folder, drafter_folder = make_pair(kind, folder)
+    config, target = checkpoint.load_target(target_folder, "float32")
+    return target, checkpoint.load_drafter(drafter_folder, config, "committed", "float32")[1]
+
+
+def make_request(rng: Random, **given: Any) -> Request:
+    """A request with everything drawn at random: one token of prompt to several windows, greedy or sampled."""
+    length = rng.choice([1, 2, rng.randint(3, WINDOW), rng.randint(WINDOW, 5 * WINDOW)])
+    sampling = rng.choice([
+        SamplingOptions(),
+        SamplingOptions(temperature=rng.uniform(0.3, 2), seed=rng.getrandbits(40)),
+        SamplingOptions(temperature=1.0, top_k=rng.randint(1, 90), top_p=rng.uniform(0.5, 1), seed=rng.getrandbits(20)),
+        SamplingOptions(temperature=0.8, min_p=rng.uniform(0, 0.1), seed=rng.getrandbits(20)),
+    ])  # fmt: skip
+    options: dict[str, Any] = {
+        "prompt": [rng.randrange(VOCAB) for _ in range(length)],
+        "max_tokens": rng.randint(1, 4 * WINDOW),
+        "sampling": sampling,
+        "draft_length": rng.choice([0, 1, 3, 7, "auto"]),
+        "stop_tokens": frozenset(rng.sample(range(VOCAB), 3)),
+    }
+    return Request(**{**options, **given})
+
+
+def alone(pair: Pair, request: Request) -> list[int]:
+    """The text by plain decoding, without anything that was there before."""
+    plain = Request(request.prompt, request.max_tokens, request.sampling, 0, "fast", request.stop_tokens)
+    return [token for new in Scheduler(pair[0], None).stream(plain) for token in new]
+
+
+def run(scheduler: Scheduler, rows: list[Row]) -> None:
+    while not all(row.done for row in rows):
+        scheduler.step()
+
+
+def test_rows_are_what_they_are_alone(pair: Pair):
+    """More requests than rows, so that rows leave and others join while the rest is running."""
+    rng = Random(1)
+    requests = [make_request(rng) for _ in range(14)]
+    scheduler = Scheduler(*pair, max_rows=5)
+    rows = [scheduler.submit(request) for request in requests]
+    run(scheduler, rows)
+    for row, request in zip(rows, requests, strict=True):
+        assert row.tokens == alone(pair, request), request
+        assert len(row.tokens) == row.limit or row.tokens[-1] in request.stop_tokens
+    assert any(row.stats.drafted for row in rows)
+
+
+@pytest.mark.parametrize("size", range(1, 9))
+def test_every_batch_size(e2b: Pair, size: int):
+    rng = Random(size)
+    requests = [make_request(rng, max_tokens=30) for _ in range(size)]
+    scheduler = Scheduler(*e2b)
+    rows = [scheduler.submit(request) for request in requests]
+    run(scheduler, rows)
+    assert [row.tokens for row in rows] == [alone(e2b, request) for request in requests]
+
+
+def test_rows_join_and_are_cancelled_at_any_moment(e2b: Pair):
+    rng = Random(2)
+    scheduler, rows, cancelled = Scheduler(*e2b, max_rows=4), [], set()
+    for step in range(120):
+        if step < 60 and rng.random() < 0.3:
+            rows.append(scheduler.submit(make_request(rng)))
+        if rng.random() < 0.05 and rows:
+            victim = rng.choice(rows)
+            if not victim.done:
+                scheduler.cancel(victim)
+                cancelled.add(id(victim))
+        scheduler.step()
+    run(scheduler, rows)
+    assert len(cancelled) > 1 and len(rows) > 10
+    for row in rows:
+        expected = alone(e2b, row.request)
+        assert row.tokens == (expected[: len(row.tokens)] if id(row) in cancelled else expected)
+
+
+def test_large_buffers_are_handed_over_late(e2b: Pair, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine_module, "COPY_LIMIT", 0)
+    rng = Random(3)
+    requests = [make_request(rng) for _ in range(10)]
+    scheduler = Scheduler(*e2b, max_rows=4)
+    rows = [scheduler.submit(request) for request in requests]
+    run(scheduler, rows)
+    assert [row.tokens for row in rows] == [alone(e2b, request) for request in requests]
+
+
+def test_each_row_keeps_what_it_earns(e2b: Pair):
+    """The drafter is always right for one row and mostly wrong for the others: no row waits for another."""
+    target, _ = e2b
+    prompts = [[7 + i] * 20 for i in range(4)]
+    texts = [alone(e2b, Request(prompt, 41)) for prompt in prompts]
+    scheduler = Scheduler(target, ScriptedDrafter(prompts[0] + texts[0]))  # type: ignore[arg-type]
+    rows = [scheduler.submit(Request(prompt, 41, draft_length=4)) for prompt in prompts]
+    run(scheduler, rows)
+    assert [row.tokens for row in rows] == texts
+    assert rows[0].stats.mean_accepted == 4 and rows[0].stats.rounds == 8
+    assert all(row.stats.mean_accepted < 1 and row.stats.rounds > 30 for row in rows[1:])
+
+
+def test_rows_with_and_without_drafts(e2b: Pair):
+    target, _ = e2b
+    prompt = [5] * 20
+    text = alone(e2b, Request(prompt, 40))
+    scheduler = Scheduler(target, ScriptedDrafter(prompt + text))  # type: ignore[arg-type]
+    rows = [scheduler.submit(Request(prompt, 40, draft_length=k)) for k in (0, 2, 7)]
+    run(scheduler, rows)
+    assert all(row.tokens == text for row in rows)
+    assert [row.stats.mean_accepted for row in rows[:2]] == [0, 2]
+    assert [sorted(row.stats.draft_lengths) for row in rows[:2]] == [[0], [2]]
+    assert rows[2].stats.rounds < rows[1].stats.rounds < rows[0].stats.rounds
+
+
+def test_running_rows_wait_for_one_chunk_at_most(e2b: Pair):
+    scheduler = Scheduler(*e2b)
+    first = scheduler.submit(Request([3] * 4, 200, draft_length=0))
+    scheduler.step()
+    scheduler.submit(Request([4] * (20 * WINDOW), 10))
+    while scheduler._prefill or scheduler._waiting:
+        before = len(first.tokens)
+        scheduler.step()
+        assert len(first.tokens) == before + 1
+
+
+def test_the_order_of_requests_is_kept(e2b: Pair):
+    scheduler = Scheduler(*e2b, max_rows=2)
+    rows = [scheduler.submit(Request([i] * (3 if i % 2 else 5 * WINDOW), 10)) for i in range(8)]
+    begun: list[int] = []
+    while not all(row.done for row in rows):
+        scheduler.step()
+        begun += [i for i, row in enumerate(rows) if row.tokens and i not in begun]
+    assert begun == sorted(begun)
+
+
+def test_equal_prompts_are_prefilled_once(e2b: Pair, monkeypatch: pytest.MonkeyPatch):
+    target, drafter = e2b
+    blocks = []
+    call = Target.__call__
+    monkeypatch.setattr(Target, "__call__", lambda *args: blocks.append(args[1].shape) or call(*args))
+    scheduler = Scheduler(target, drafter)
+    prompt = [9] * (WINDOW // 2)
+    options = [SamplingOptions(temperature=1.0, seed=seed) for seed in range(4)]
+    rows = [scheduler.submit(Request(prompt, 20, sampling, 2)) for sampling in options]
+    run(scheduler, rows)
+    assert sum(b * width for b, width in blocks if width > 3) == len(prompt)
+    assert [row.tokens for row in rows] == [alone(e2b, row.request) for row in rows]
+    assert len({tuple(row.tokens) for row in rows}) == 4
+
+
+@pytest.mark.parametrize("exactness", ["invariant", "stepwise"])
+def test_exact_requests_run_alone(e2b: Pair, exactness: str):
+    scheduler = Scheduler(*e2b)
+    rows = [scheduler.submit(Request([i] * 6, 20, exactness=e, draft_length=3))
+            for i, e in enumerate(("fast", exactness, "fast", exactness))]  # fmt: skip
+    sizes: dict[str, set[int]] = {"fast": set(), exactness: set()}
+    while not all(row.done for row in rows):
+        scheduler.step()
+        running = scheduler._engine.rows
+        sizes[running[0].request.exactness].add(len(running))
+    assert sizes[exactness] == {1}
+    assert [row.tokens for row in rows] == [alone(e2b, row.request) for row in rows]
+
+
+def test_the_budget_admits_what_fits(e2b: Pair):
+    target, drafter = e2b
+    one = kv_bytes(target.config, 100, 4)
+    scheduler = Scheduler(target, drafter, kv_budget=2 * one)
+    rows = [scheduler.submit(Request([i] * 10, 50)) for i in range(5)]
+    most = 0
+    while not all(row.done for row in rows):
+        scheduler.step()
+        most = max(most, len(scheduler._engine.rows))
+    assert most == 2
+    assert [row.tokens for row in rows] == [alone(e2b, row.request) for row in rows]
+    with pytest.raises(MemoryBudgetError, match="GB"):
+        Scheduler(target, drafter, kv_budget=one - 1).submit(Request([1], 50))
+
+
+def test_growing_holds_no_second_copy(e2b: Pair):
+    """While a batch regroups, no more than one of its arrays exists twice."""
+    target, _ = e2b
+    scheduler = Scheduler(target, None, cache_bytes=0)
+    rows = [scheduler.submit(Request([i] * 4, 2000)) for i in range(4)]
+    for _ in range(2):
+        scheduler.step()
+    engine = scheduler._engine
+    kv = engine.kv
+    assert kv is not None
+    for grow in (lambda: kv.reserve(40_000), lambda: kv.regroup([0, 1, 2], [], 40_000)):
+        mx.eval(kv.arrays())
+        mx.synchronize()
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        grow()
+        largest = max(a.nbytes for a in kv.arrays())
+        assert mx.get_peak_memory() - max(before, mx.get_active_memory()) < 1.5 * largest
+        assert kv.nbytes > 10 * largest / 4
+    for row in rows:
+        scheduler.cancel(row)
+
+
+def test_one_host_read_a_round(e2b: Pair, monkeypatch: pytest.MonkeyPatch):
+    """Counted at the two ways in which the package gets values from the device."""
+    scheduler = Scheduler(*e2b)
+    rows = [scheduler.submit(Request([i] * 6, 60, draft_length=3, sampling=SamplingOptions(1.0))) for i in range(4)]
+    scheduler.step()
+    scheduler.step()
+    events: list[str] = []
+
+    def count(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **options: events.append(name) or call(*args, **options)
+
+    monkeypatch.setattr(engine_module, "_host", count("read", engine_module._host))
+    monkeypatch.setattr(mx, "eval", count("eval", mx.eval))
+    monkeypatch.setattr(mx, "async_eval", count("hand over", mx.async_eval))
+    for _ in range(10):
+        scheduler.step()
+    assert events == ["hand over", "read"] * 10
+    for row in rows:
+        scheduler.cancel(row)
+
+
+def test_an_error_ends_what_runs_and_nothing_else(e2b: Pair, monkeypatch: pytest.MonkeyPatch):
+    scheduler = Scheduler(*e2b, max_rows=2)
+    rows = [scheduler.submit(Request([i] * 6, 40)) for i in range(3)]
+    scheduler.step()
+    scheduler.step()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module.Engine, "round", fail)
+        with pytest.raises(RuntimeError):
+            scheduler.step()
+    assert [bool(row.error) for row in rows] == [True, True, False]
+    run(scheduler, rows)
+    assert rows[2].tokens == alone(e2b, rows[2].request)
+
+
+def test_an_interrupted_row_leaves_its_kv(e2b: Pair, monkeypatch: pytest.MonkeyPatch):
+    scheduler = Scheduler(*e2b)
+    row = scheduler.submit(Request([3] * 50, 40))
+    for _ in range(12):
+        scheduler.step()
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "_host", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            scheduler.step()
+    assert row.done and 0 < len(row.tokens) < 40
+    again = scheduler.submit(Request([*row.request.prompt, *row.tokens, 5], 30))
+    run(scheduler, [again])
+    assert again.stats.cached_tokens >= 50
+    assert again.tokens == alone(e2b, again.request)
