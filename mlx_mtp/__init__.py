@@ -12,14 +12,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import Chunk, Generation, MTPModel, load
+    from .answer import Chunk, Generation
+    from .api import MTPModel, load
     from .chat import Chat
     from .errors import CheckpointError, MemoryBudgetError, MTPError, PairingError, PromptError
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    **dict.fromkeys(("load", "MTPModel", "Generation", "Chunk"), "api"),
+    **dict.fromkeys(("load", "MTPModel"), "api"),
+    **dict.fromkeys(("Generation", "Chunk"), "answer"),
     "Chat": "chat",
     **dict.fromkeys(("MTPError", "CheckpointError", "PairingError", "PromptError", "MemoryBudgetError"), "errors"),
 }

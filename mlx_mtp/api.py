@@ -13,9 +13,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import threading
-from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -23,15 +22,16 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from . import checkpoint, sizes
+from .answer import Answer, Chunk, Generation
 from .decode.prefill import prefill
-from .decode.request import Request, Row, Stats, check_prompt
+from .decode.request import Request, Row
 from .decode.round import draft, first_state
 from .decode.sampling import Sampler, SamplingOptions, is_int, row_seed
 from .decode.scheduler import Scheduler
 from .errors import MTPError, PromptError
 from .models.drafter import POSITIONS, Drafter
 from .models.target import Target
-from .text import StopStrings, StreamDecoder, Tokenizer
+from .text import StopStrings, Tokenizer
 
 if TYPE_CHECKING:
     from .chat import Chat
@@ -46,44 +46,6 @@ _OPTIONS = {
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One finished generation.
-
-    Attributes:
-        text: The answer, without special tokens; cut before a stop string.
-        thought: What the model thought before, if it did.
-        tokens: All generated token ids, up to and including the stop token, or the end of the stop string.
-        finish_reason: "stop" (a stop token or stop string) or "length" (`max_tokens`, or the context is full).
-        stats: What it took.
-    """
-
-    text: str
-    thought: str
-    tokens: list[int]
-    finish_reason: str
-    stats: Stats
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of a streamed generation; the texts of all chunks, joined, are `Generation.text`.
-
-    Attributes:
-        text: New text; may be empty while a character or a possible stop string is incomplete.
-        thought: New text of the model's thoughts.
-        tokens: New token ids.
-        finish_reason: Set in the last chunk, see `Generation`.
-        stats: The running statistics, one object for all chunks of a generation.
-    """
-
-    text: str
-    thought: str
-    tokens: list[int]
-    finish_reason: str | None
-    stats: Stats
 
 
 def load(
@@ -221,7 +183,10 @@ class MTPModel:
             )
             for i in range(n)
         ]  # fmt: skip
-        results = list(self._finish(answers, n))
+        with closing(self._together(iter(answers), n)) as finished:
+            for _ in finished:
+                pass
+        results = [answer.generation() for answer in answers]
         return results if n > 1 else results[0]
 
     def generate_batch(
@@ -242,24 +207,46 @@ class MTPModel:
             PromptError: A prompt or an option can't be used. Nothing is generated then.
             MemoryBudgetError: The KV of a prompt doesn't fit even alone.
         """
-        seed = options.pop("seed", None)
-        seed = secrets.randbits(32) if seed is None else seed
-        answers = []
-        for i, prompt in enumerate(prompts):
-            own = {"seed": row_seed(seed, i), **options}
-            if isinstance(prompt, Mapping):
-                own |= prompt
-                if "prompt" not in own:
-                    raise PromptError(f'prompt {i} is a dict without a "prompt"')
-                prompt = own.pop("prompt")
-            if unknown := own.keys() - _OPTIONS:
-                raise PromptError(f"prompt {i} has unknown options: {', '.join(sorted(unknown))}")
-            answers.append(self._answer(self.encode(prompt, own.pop("thinking", False)), **own))
-        if batch_size == "auto":
-            batch_size = self._scheduler.max_rows
-        if not is_int(batch_size) or batch_size < 1:
-            raise PromptError(f"batch_size must be 'auto' or at least 1, not {batch_size!r}")
-        return list(self._finish(answers, batch_size))
+        options["seed"] = secrets.randbits(32) if options.get("seed") is None else options["seed"]
+        answers = [self._one_of_many(i, prompt, options) for i, prompt in enumerate(prompts)]
+        with closing(self._together(iter(answers), self._batch_size(batch_size))) as finished:
+            for _ in finished:
+                pass
+        return [answer.generation() for answer in answers]
+
+    def generate_each(
+        self, prompts: Iterable[Prompt | Mapping[str, Any]], batch_size: int | Literal["auto"] = "auto", **options: Any
+    ) -> Generator[tuple[int, Generation | MTPError], None, None]:
+        """As `generate_batch`, but yields what is finished at once, and takes prompts only when there is room.
+
+        Args:
+            prompts: As for `generate_batch`, any number.
+            batch_size: As for `generate_batch`.
+            **options: As for `generate_batch`.
+
+        Yields:
+            The index of a prompt, and its generation, or why there is none.
+        """
+        options["seed"] = secrets.randbits(32) if options.get("seed") is None else options["seed"]
+        index: dict[int, int] = {}
+        failed: list[tuple[int, MTPError]] = []
+
+        def answers() -> Iterator[Answer]:
+            for i, prompt in enumerate(prompts):
+                try:
+                    answer = self._one_of_many(i, prompt, options)
+                except MTPError as error:
+                    failed.append((i, error))
+                else:
+                    index[id(answer)] = i
+                    yield answer
+
+        with closing(self._together(answers(), self._batch_size(batch_size))) as finished:
+            for answer in finished:
+                while failed:
+                    yield failed.pop(0)
+                yield index.pop(id(answer)), answer.generation()
+        yield from failed
 
     def stream(
         self,
@@ -300,7 +287,7 @@ class MTPModel:
         draft_length: int | str = "auto",
         exactness: str = "fast",
         ignore_eos: bool = False,
-    ) -> _Answer:
+    ) -> Answer:
         """Checks options, which are those of `generate`, and prepares an answer."""
         self._check_open()
         defaults = self.defaults
@@ -319,11 +306,11 @@ class MTPModel:
             exactness=exactness,
             stop_tokens=frozenset() if ignore_eos else frozenset(defaults.stop_tokens),
         )
-        check_prompt(request.prompt, self.config.text)
+        self._scheduler.check(request)
         stops = [stop] if isinstance(stop, str) else list(stop or ())
         if stops and self.tokenizer is None:
             raise PromptError(f"stop strings need a tokenizer, and {self.folder} has none")
-        return _Answer(request, StopStrings(stops), self.tokenizer)
+        return Answer(request, StopStrings(stops), self.tokenizer)
 
     async def astream(self, prompt: Prompt, **options: Any) -> AsyncIterator[Chunk]:
         """`stream` for asyncio: the work runs in threads, so the event loop stays free."""
@@ -432,7 +419,7 @@ class MTPModel:
             self._check_open()
             yield
 
-    def _chunks(self, answer: _Answer) -> Generator[Chunk, None, None]:
+    def _chunks(self, answer: Answer) -> Generator[Chunk, None, None]:
         with self._turn():
             row = answer.row = self._scheduler.submit(answer.request)
         try:
@@ -445,90 +432,58 @@ class MTPModel:
             with self._lock:
                 self._scheduler.cancel(row)
 
-    def _finish(self, answers: list[_Answer], batch_size: int) -> Iterator[Generation]:
-        """Runs answers, `batch_size` at a time, and yields them in their order."""
+    def _together(self, answers: Iterator[Answer], batch_size: int) -> Generator[Answer, None, None]:
+        """Runs answers, `batch_size` at a time, and yields each when it is finished."""
         self._scheduler.max_rows = max(self._scheduler.max_rows, batch_size)
-        begun: list[_Answer] = []
+        running: list[Answer] = []
         try:
-            for i, answer in enumerate(answers):
-                while answer.reason is None:
-                    running = [it for it in begun if it.reason is None]
-                    with self._turn():
-                        for it in answers[len(begun) : len(begun) + batch_size - len(running)]:
-                            it.row = self._scheduler.submit(it.request)
-                            begun.append(it)
-                            running.append(it)
-                        if not any(it.row.fresh for it in running):
-                            self._run(answer.row)
-                        for it in running:
-                            if tokens := it.row.take():
-                                it.push(tokens)
-                                if it.reason:
-                                    self._scheduler.cancel(it.row)
-                yield answers[i].generation()
+            while True:
+                with self._turn():
+                    while len(running) < batch_size and (answer := next(answers, None)):
+                        answer.row = self._scheduler.submit(answer.request)
+                        running.append(answer)
+                    if not running:
+                        return
+                    if not any(answer.row.fresh for answer in running):
+                        self._run(*(answer.row for answer in running))
+                    for answer in running:
+                        if tokens := answer.row.take():
+                            answer.push(tokens)
+                    finished = [answer for answer in running if answer.reason]
+                    running = [answer for answer in running if not answer.reason]
+                    for answer in finished:
+                        self._scheduler.cancel(answer.row)
+                yield from finished
         finally:
             with self._lock:
-                for it in begun:
-                    self._scheduler.cancel(it.row)
+                for answer in running:
+                    self._scheduler.cancel(answer.row)
 
-    def _run(self, row: Row) -> None:
-        """A step of all that is under way, for a row that waits for tokens."""
-        if row.error:
-            raise MTPError(f"this generation ended with another one: {row.error!r}") from row.error
+    def _run(self, *rows: Row) -> None:
+        """A step of all that is under way, for rows that wait for tokens."""
+        for row in rows:
+            if row.error:
+                raise MTPError(f"this generation ended with another one: {row.error!r}") from row.error
         self._scheduler.step()
 
+    def _one_of_many(self, i: int, prompt: Prompt | Mapping[str, Any], options: Mapping[str, Any]) -> Answer:
+        """Prepares the i-th answer of a batch, see `generate_batch`."""
+        own = {**options, "seed": row_seed(options["seed"], i)}
+        if isinstance(prompt, Mapping):
+            own |= prompt
+            if "prompt" not in own:
+                raise PromptError('a prompt with options is a dict with "prompt"')
+            prompt = cast(Prompt, own.pop("prompt"))
+        if unknown := own.keys() - _OPTIONS:
+            raise PromptError(f"unknown options: {', '.join(sorted(unknown))}")
+        return self._answer(self.encode(prompt, own.pop("thinking", False)), **own)
 
-class _Answer:
-    """Turns a row's tokens into text.
-
-    Attributes:
-        request: What was asked for.
-        row: Its row, once submitted.
-        reason: Why it has ended; None while it hasn't.
-    """
-
-    row: Row
-    reason: str | None
-
-    def __init__(self, request: Request, stops: StopStrings, tokenizer: Tokenizer | None):
-        self.request = request
-        self.reason = None
-        self._stops = stops
-        self._decoder = StreamDecoder(tokenizer, request.prompt) if tokenizer else None
-        self._chunks: list[Chunk] = []
-
-    def push(self, tokens: list[int]) -> Chunk:
-        """Takes new tokens of the row."""
-        row, stops, decoder = self.row, self._stops, self._decoder
-        reason = None
-        if row.done:
-            reason = "stop" if tokens[-1] in self.request.stop_tokens else "length"
-        text = thought = ""
-        for i, token in enumerate(tokens):
-            answer, idea = decoder.push([token]) if decoder else ("", "")
-            text, thought = text + stops.push(answer), thought + idea
-            if stops.hit:  # what the round holds after it depends on how much was drafted
-                tokens = tokens[: i + 1]
-                break
-        if decoder and reason:
-            text += stops.push(decoder.finish()) + stops.finish()
-        self.reason = "stop" if stops.hit else reason
-        chunk = Chunk(text, thought, tokens, self.reason, row.stats)
-        self._chunks.append(chunk)
-        if stops.hit:
-            row.stats.generated_tokens = sum(len(it.tokens) for it in self._chunks)
-        return chunk
-
-    def generation(self) -> Generation:
-        """The finished answer."""
-        chunks = self._chunks
-        return Generation(
-            text="".join(chunk.text for chunk in chunks),
-            thought="".join(chunk.thought for chunk in chunks),
-            tokens=[token for chunk in chunks for token in chunk.tokens],
-            finish_reason=self.reason or "length",
-            stats=self.row.stats,
-        )
+    def _batch_size(self, batch_size: int | str) -> int:
+        if batch_size == "auto":
+            return self._scheduler.max_rows
+        if not is_int(batch_size) or batch_size < 1:
+            raise PromptError(f"batch_size must be 'auto' or at least 1, not {batch_size!r}")
+        return batch_size
 
 
 def _kv_budget(target: Target, drafter: Drafter | None) -> int:

@@ -99,8 +99,52 @@ def test_streams_may_be_interleaved(lm: mlx_mtp.MTPModel):
     assert together == alone
 
 
+def test_a_batch_is_what_its_prompts_give_alone(lm: mlx_mtp.MTPModel):
+    prompts = [
+        QUESTION,
+        [{"role": "user", "content": "Who are you?"}],
+        lm.encode("Tell me a short story about a fox."),
+        {"prompt": "What is the capital of France?", "temperature": 1.0, "top_k": 20},
+        {"prompt": "How many minutes are 2 hours?", "max_tokens": 5, "draft_length": 0},
+        {"prompt": QUESTION, "stop": "the", "seed": 99},
+    ]
+    alone = []
+    for i, prompt in enumerate(prompts):
+        own = dict(prompt) if isinstance(prompt, dict) else {"prompt": prompt}
+        alone.append(lm.generate(**{**GREEDY, "seed": mlx_mtp.api.row_seed(3, i), **own}))
+    for size in (1, 3, "auto"):
+        together = lm.generate_batch(prompts, batch_size=size, seed=3, **GREEDY)
+        assert [r.tokens for r in together] == [r.tokens for r in alone]
+        assert [(r.text, r.finish_reason) for r in together] == [(r.text, r.finish_reason) for r in alone]
+    each = dict(lm.generate_each(iter(prompts), seed=3, **GREEDY))
+    assert [each[i].text for i in range(len(prompts))] == [r.text for r in alone]
+
+
+def test_bad_prompts_in_a_batch(lm: mlx_mtp.MTPModel):
+    bad = ["Who are you?", "", {"max_tokens": 3}, {"prompt": "x", "temprature": 1}, {"prompt": [10**9]}, "Hello!"]
+    with pytest.raises(PromptError):
+        lm.generate_batch(bad, **GREEDY)
+    each = dict(lm.generate_each(bad, **GREEDY))
+    assert sorted(each) == list(range(6))
+    assert [isinstance(each[i], PromptError) for i in range(6)] == [False, True, True, True, True, False]
+    assert "temprature" in str(each[3])
+    assert lm.generate_batch([]) == []
+    for size in (0, -1, "many", 1.5):
+        with pytest.raises(PromptError, match="batch_size"):
+            lm.generate_batch(["x"], batch_size=size)
+
+
+def test_a_batch_that_is_given_up_leaves_nothing_running(lm: mlx_mtp.MTPModel):
+    each = lm.generate_each([QUESTION, "Tell me a short story about a fox.", "Hello!"], **GREEDY)
+    next(each)
+    each.close()
+    assert lm.generate(QUESTION, **GREEDY).stats.generated_tokens == 40
+    assert all(row.done for row in lm._scheduler._engine.rows)
+
+
 def test_threads(lm: mlx_mtp.MTPModel):
     prompts = [QUESTION, "Who are you?", "What is the capital of France?", "How many minutes are 2 hours?"]
+    prompts += [QUESTION, "Tell me a short story about a fox.", "Who are you?", "Hello!"]
     alone = [lm.generate(p, **GREEDY).tokens for p in prompts]
     found: dict[int, list[int]] = {}
     threads = [

@@ -16,7 +16,7 @@ import typer
 
 from .. import __version__
 from ..errors import MTPError
-from . import chat, convert, generate, info
+from . import batch, chat, convert, generate, info
 from . import options as o
 
 # What typer raises for wrong use; it has no public name for it.
@@ -30,6 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command(name="batch")(batch.batch)
 app.command(name="chat")(chat.chat)
 app.command(name="convert")(convert.convert)
 app.command(name="generate")(generate.generate)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -52,24 +51,19 @@ def generate(
     messages.append({"role": "user", "content": prompt})
 
     with o.load(model, drafter, no_draft, quantize) as lm:
-        stream = lm.stream(
-            messages, max_tokens, temperature, top_k, top_p, min_p, seed, stop, draft_length, exactness, thinking=think
-        )
+        given: dict[str, Any] = {
+            "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+            "seed": seed, "stop": stop, "draft_length": draft_length, "exactness": exactness, "thinking": think,
+        }  # fmt: skip
         try:
-            chunks = list(stream) if as_json else o.show(stream)
+            if as_json:
+                answer = lm.generate(messages, **given)
+                assert not isinstance(answer, list)
+                print(json.dumps(answer.as_dict(), ensure_ascii=False))
+                return
+            chunks = o.show(lm.stream(messages, **given))
         except KeyboardInterrupt:
             print(file=sys.stderr)
             raise typer.Exit(o.INTERRUPTED) from None
-        last = chunks[-1]
-        if as_json:
-            answer = {
-                "text": "".join(c.text for c in chunks),
-                "thought": "".join(c.thought for c in chunks),
-                "tokens": [t for c in chunks for t in c.tokens],
-                "finish_reason": last.finish_reason,
-                "stats": dataclasses.asdict(last.stats) | last.stats.rates(),
-            }
-            print(json.dumps(answer, ensure_ascii=False))
-        else:
-            print(flush=True)
-            print(o.status(last.stats), file=sys.stderr)
+        print(flush=True)
+        print(o.status(chunks[-1].stats), file=sys.stderr)

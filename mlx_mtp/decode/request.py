@@ -126,15 +126,8 @@ class Row:
         checkpoints: Where its KV can be taken up again later, see `prompt_cache.Entry`.
     """
 
-    def __init__(self, request: Request, stats: Stats, config: TextConfig):
-        """Takes a request.
-
-        Raises:
-            PromptError: See `check_prompt`.
-        """
-        check_prompt(request.prompt, config)
-        self.request, self.stats = request, stats
-        self.limit = token_limit(request, config)
+    def __init__(self, request: Request, stats: Stats, limit: int):
+        self.request, self.stats, self.limit = request, stats, limit
         self.tokens: list[int] = []
         self.fresh: list[int] = []
         self.done = False

@@ -27,7 +27,7 @@ from ..sizes import kv_bytes
 from .engine import Engine, Prefilled
 from .prefill import prefill_block
 from .prompt_cache import Entry, PromptCache
-from .request import Request, Row, Stats
+from .request import Request, Row, Stats, check_prompt, token_limit
 
 MAX_ROWS = 8
 """Most rows of a batch unless told otherwise."""
@@ -93,19 +93,26 @@ class Scheduler:
         self._waiting: deque[Row] = deque()
         self._prefill: _Prefill | None = None
 
-    def submit(self, request: Request, stats: Stats | None = None) -> Row:
-        """Takes a request into the queue.
+    def check(self, request: Request) -> None:
+        """Checks that a request can be run here.
 
         Raises:
             PromptError: See `request.check_prompt`.
             MemoryBudgetError: Its KV wouldn't fit even alone.
         """
-        row = Row(request, stats or Stats(), self._target.config)
-        if self._budget is not None and (needed := self._kv_bytes([row])) > self._budget:
+        check_prompt(request.prompt, self._target.config)
+        needed = self._kv_bytes([request])
+        if self._budget is not None and needed > self._budget:
             raise MemoryBudgetError(
-                f"a prompt of {len(request.prompt)} tokens and up to {row.limit} more need {needed / 1e9:.2f} GB of KV "
-                f"and there are {self._budget / 1e9:.2f} GB for it: ask for fewer tokens or shorten the prompt"
+                f"a prompt of {len(request.prompt)} tokens and up to {self._limit(request)} more need "
+                f"{needed / 1e9:.2f} GB of KV, and there are {max(0, self._budget) / 1e9:.2f} GB for it: ask for fewer "
+                "tokens or shorten the prompt"
             )
+
+    def submit(self, request: Request, stats: Stats | None = None) -> Row:
+        """Takes a request into the queue; errors as in `check`."""
+        self.check(request)
+        row = Row(request, stats or Stats(), self._limit(request))
         self._waiting.append(row)
         return row
 
@@ -213,7 +220,9 @@ class Scheduler:
     def _may_join(self, row: Row, rows: list[Row]) -> bool:
         if rows and {it.request.exactness for it in (row, *rows)} != {"fast"}:
             return False
-        return len(rows) < self.max_rows and (self._budget is None or self._kv_bytes([*rows, row]) <= self._budget)
+        if len(rows) >= self.max_rows:
+            return False
+        return self._budget is None or self._kv_bytes([it.request for it in (*rows, row)]) <= self._budget
 
     def _fits_block(self, groups: list[list[Row]]) -> bool:
         lengths = [len(group[0].request.prompt) for group in groups]
@@ -250,7 +259,10 @@ class Scheduler:
                 ready.append(Prefilled(kv, hidden[i : i + 1, len(prompt) - start - 1], rows))
         return ready
 
-    def _kv_bytes(self, rows: Sequence[Row]) -> int:
+    def _kv_bytes(self, requests: Sequence[Request]) -> int:
         """Bytes of the KV of some rows when all of them have reached their full length."""
-        longest = max(len(row.request.prompt) + row.limit for row in rows) + LONGEST_VERIFY
-        return len(rows) * kv_bytes(self._target.config, longest, self._target.dtype.size)
+        longest = max(len(request.prompt) + self._limit(request) for request in requests) + LONGEST_VERIFY
+        return len(requests) * kv_bytes(self._target.config, longest, self._target.dtype.size)
+
+    def _limit(self, request: Request) -> int:
+        return token_limit(request, self._target.config)

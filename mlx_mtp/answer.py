@@ -1,0 +1,104 @@
+"""From a row's tokens to an answer: text, thoughts, and why it ended."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .decode.request import Request, Row, Stats
+from .text import StopStrings, StreamDecoder, Tokenizer
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One finished generation.
+
+    Attributes:
+        text: The answer, without special tokens; cut before a stop string.
+        thought: What the model thought before, if it did.
+        tokens: All generated token ids, up to and including the stop token, or the end of the stop string.
+        finish_reason: "stop" (a stop token or stop string) or "length" (`max_tokens`, or the context is full).
+        stats: What it took.
+    """
+
+    text: str
+    thought: str
+    tokens: list[int]
+    finish_reason: str
+    stats: Stats
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON has it; the statistics with the rates that follow from them."""
+        return asdict(self) | {"stats": asdict(self.stats) | self.stats.rates()}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a streamed generation; the texts of all chunks, joined, are `Generation.text`.
+
+    Attributes:
+        text: New text; may be empty while a character or a possible stop string is incomplete.
+        thought: New text of the model's thoughts.
+        tokens: New token ids.
+        finish_reason: Set in the last chunk, see `Generation`.
+        stats: The running statistics, one object for all chunks of a generation.
+    """
+
+    text: str
+    thought: str
+    tokens: list[int]
+    finish_reason: str | None
+    stats: Stats
+
+
+class Answer:
+    """Turns a row's tokens into text.
+
+    Attributes:
+        request: What was asked for.
+        row: Its row, once submitted.
+        reason: Why it has ended; None while it hasn't.
+    """
+
+    row: Row
+    reason: str | None
+
+    def __init__(self, request: Request, stops: StopStrings, tokenizer: Tokenizer | None):
+        self.request = request
+        self.reason = None
+        self._stops = stops
+        self._decoder = StreamDecoder(tokenizer, request.prompt) if tokenizer else None
+        self._chunks: list[Chunk] = []
+
+    def push(self, tokens: list[int]) -> Chunk:
+        """Takes new tokens of the row."""
+        row, stops, decoder = self.row, self._stops, self._decoder
+        reason = None
+        if row.done:
+            reason = "stop" if tokens[-1] in self.request.stop_tokens else "length"
+        text = thought = ""
+        for i, token in enumerate(tokens):
+            answer, idea = decoder.push([token]) if decoder else ("", "")
+            text, thought = text + stops.push(answer), thought + idea
+            if stops.hit:  # what the round holds after it depends on how much was drafted
+                tokens = tokens[: i + 1]
+                break
+        if decoder and reason:
+            text += stops.push(decoder.finish()) + stops.finish()
+        self.reason = "stop" if stops.hit else reason
+        chunk = Chunk(text, thought, tokens, self.reason, row.stats)
+        self._chunks.append(chunk)
+        if stops.hit:
+            row.stats.generated_tokens = sum(len(it.tokens) for it in self._chunks)
+        return chunk
+
+    def generation(self) -> Generation:
+        """The finished answer."""
+        chunks = self._chunks
+        return Generation(
+            text="".join(chunk.text for chunk in chunks),
+            thought="".join(chunk.thought for chunk in chunks),
+            tokens=[token for chunk in chunks for token in chunk.tokens],
+            finish_reason=self.reason or "length",
+            stats=self.row.stats,
+        )

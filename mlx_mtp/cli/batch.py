@@ -1,0 +1,168 @@
+"""`mlx-mtp batch`: answers the prompts of a JSONL file.
+
+Every answer is written when it is there, so a run that was killed goes on where it stopped: lines whose answer is in
+the output already are left out. When all are there, the output is put into the order of the input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import MTPError, PromptError
+from . import options as o
+
+
+def batch(
+    source: Annotated[
+        Path, typer.Argument(metavar="IN.jsonl", help='Lines such as {"prompt": "...", "max_tokens": 100}.')
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.jsonl", help="File for the answers.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Folder or repository. Default: the demo pair.", metavar="MODEL")
+    ] = None,
+    batch_size: Annotated[str, typer.Option(help="Prompts that decode at a time.", metavar="auto|N")] = "auto",
+    drafter: o.Drafter = None,
+    no_draft: o.NoDraft = False,
+    draft_length: o.DraftLength = "auto",
+    max_tokens: o.MaxTokens = 256,
+    temperature: o.Temperature = None,
+    top_k: o.TopK = None,
+    top_p: o.TopP = None,
+    min_p: o.MinP = None,
+    seed: o.Seed = None,
+    quantize: o.Quantize = None,
+    debug: o.Debug = False,
+) -> None:
+    """Answers the prompts of a file, several at a time; can be stopped and run again.
+
+    A line of IN.jsonl has "prompt" (text, messages or token ids), and may have "id" and options of its own, named as
+    those of this command with _ for -. A line of OUT.jsonl has its "index" and "id", and text, tokens, finish_reason
+    and stats, or "error".
+    """
+    size = _size(batch_size)
+    try:
+        lines = source.read_text("utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise PromptError(f"{source} isn't UTF-8") from None
+    done = _finished(output, lines)
+    todo = [i for i, line in enumerate(lines) if line.strip() and i not in done]
+    given = {
+        "draft_length": draft_length, "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k,
+        "top_p": top_p, "min_p": min_p,
+    }  # fmt: skip
+    try:
+        with output.open("a", encoding="utf-8") as file, o.load(model, drafter, no_draft, quantize) as lm:
+            answers = _answers(lm, lines, todo, size, seed, given)
+            with typer.progressbar(answers, len(todo), file=sys.stderr, label="prompts") as bar:
+                for answer in bar:
+                    done[answer["index"]] = answer
+                    file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+                    file.flush()
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command goes on: {len(done)} answers are in {output}", file=sys.stderr)
+        raise typer.Exit(o.INTERRUPTED) from None
+    aside = output.with_name(f"{output.name}.partial")
+    aside.write_text("".join(json.dumps(done[i], ensure_ascii=False) + "\n" for i in sorted(done)), "utf-8")
+    os.replace(aside, output)
+    if failed := sum("error" in answer for answer in done.values()):
+        raise MTPError(f'{failed} of {len(done)} lines couldn\'t be answered: see their "error" in {output}')
+
+
+def _answers(
+    lm: Any, lines: list[str], todo: list[int], size: int | str, seed: int | None, given: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """The answers to some lines, as they are finished."""
+    from ..decode.sampling import row_seed
+
+    bad: list[dict[str, Any]] = []
+    sent: list[int] = []
+
+    def prompts() -> Iterator[dict[str, Any]]:
+        for i in todo:
+            try:
+                item = _parse(lines[i])
+            except PromptError as error:
+                bad.append(_head(i, lines[i]) | {"error": str(error)})
+                continue
+            sent.append(i)
+            # A line's seed depends on its place in the file, not on what was answered in an earlier run.
+            yield ({} if seed is None else {"seed": row_seed(seed, i)}) | item
+
+    for place, result in lm.generate_each(prompts(), size, **given):
+        while bad:
+            yield bad.pop(0)
+        i = sent[place]
+        head = _head(i, lines[i])
+        if isinstance(result, MTPError):
+            yield head | {"error": str(result)}
+        else:
+            yield head | result.as_dict()
+    yield from bad
+
+
+def _parse(line: str) -> dict[str, Any]:
+    """A line's prompt and options.
+
+    Raises:
+        PromptError: It is no JSON object with a prompt.
+    """
+    try:
+        item = json.loads(line)
+    except ValueError as error:
+        raise PromptError(f"not JSON: {error}") from None
+    if not isinstance(item, dict) or "prompt" not in item:
+        raise PromptError('not an object with "prompt"')
+    item.pop("id", None)
+    return item
+
+
+def _head(index: int, line: str) -> dict[str, Any]:
+    """What identifies an answer: its line's number from 0, the line's own id, and a hash of the line."""
+    try:
+        name = json.loads(line).get("id")
+    except (ValueError, AttributeError):
+        name = None
+    return {"index": index, "id": name, "line_sha256": hashlib.sha256(line.encode()).hexdigest()}
+
+
+def _finished(output: Path, lines: list[str]) -> dict[int, dict[str, Any]]:
+    """Answers of an earlier run to lines that are the same now; leaves only them in the file.
+
+    Raises:
+        PromptError: The file holds something else.
+    """
+    if not output.exists():
+        return {}
+    done = {}
+    text = output.read_text("utf-8", errors="replace")
+    whole, _, rest = text.rpartition("\n")  # a killed run may have left half a line
+    for line in whole.splitlines():
+        try:
+            answer = json.loads(line)
+            index, digest = answer["index"], answer["line_sha256"]
+        except (ValueError, KeyError, TypeError):
+            raise PromptError(f"{output} exists and isn't the output of this command: choose another name") from None
+        if index < len(lines) and digest == _head(index, lines[index])["line_sha256"]:
+            done[index] = answer
+    if rest and not whole and not rest.startswith('{"index"'):
+        raise PromptError(f"{output} exists and isn't the output of this command: choose another name")
+    aside = output.with_name(f"{output.name}.partial")
+    aside.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in done.values()), "utf-8")
+    os.replace(aside, output)
+    return done
+
+
+def _size(text: str) -> int | str:
+    if text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter("expected auto or a whole number from 1", param_hint="--batch-size")
+    return int(text)

@@ -1,0 +1,134 @@
+"""`mlx-mtp batch`: order, errors a line, killed and continued runs (cli/batch.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mlx_mtp
+
+LINES: list[Any] = [
+    {"prompt": "Who are you?", "id": "first"},
+    {"prompt": "Tell me a short story about a fox.", "temperature": 1.0},
+    {"prompt": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 3},
+    {"prompt": "Tell me a story about an owl."},
+]
+
+
+def command(source: Path, output: Path, *options: object) -> list[str]:
+    return [sys.executable, "-m", "mlx_mtp", "batch", str(source), "-o", str(output), *map(str, options)]
+
+
+def batch(source: Path, output: Path, *options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(source, output, "--max-tokens", 40, "--seed", 5, *options),
+                          capture_output=True, text=True)  # fmt: skip
+
+
+def write(path: Path, lines: list[Any]) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def essence(answers: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [(a["index"], a["id"], a.get("text"), a.get("error")) for a in answers]
+
+
+def test_answers_come_in_the_order_of_the_lines(tmp_path: Path):
+    source = write(tmp_path / "in.jsonl", LINES)
+    done = batch(source, tmp_path / "out.jsonl")
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    answers = read(tmp_path / "out.jsonl")
+    assert [a["index"] for a in answers] == [0, 1, 2, 3] and answers[0]["id"] == "first"
+    with mlx_mtp.load() as lm:
+        for i, line in enumerate(LINES):
+            given = {"max_tokens": 40, "seed": mlx_mtp.api.row_seed(5, i), **line}
+            given.pop("id", None)
+            assert lm.generate(**given).text == answers[i]["text"]
+    assert answers[2]["stats"]["generated_tokens"] == 3 and answers[2]["finish_reason"] == "length"
+    assert list(tmp_path.iterdir()) and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_bad_line_is_recorded_and_the_rest_goes_on(tmp_path: Path):
+    lines = ["{not json", *LINES[:1], "[1, 2]", {"prompt": ""}, {"prompt": "x", "max_tokens": 0}, "", *LINES[2:3]]
+    done = batch(write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl")
+    assert done.returncode == 1 and "4 of 6 lines" in done.stderr.splitlines()[-1]
+    answers = read(tmp_path / "out.jsonl")
+    assert [a["index"] for a in answers] == [0, 1, 2, 3, 4, 6]
+    assert [a["index"] for a in answers if "error" in a] == [0, 2, 3, 4]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_was_stopped_goes_on(tmp_path: Path, how: signal.Signals):
+    lines = [{"prompt": f"How many minutes are {i} hours?"} for i in range(1, 40)]
+    source, output = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    running = subprocess.Popen(command(source, output, "--max-tokens", 40, "--seed", 5, "--batch-size", 2),
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (output.exists() and output.read_text().count("\n") >= 3):
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    running.send_signal(how)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == (130 if how == signal.SIGINT else -how)
+    assert "Traceback" not in errors
+    kept = read_whole(output)
+    assert 3 <= len(kept) < len(lines)
+    with output.open("a") as file:
+        file.write('{"index": 38, "te')  # as a kill in the middle of a line would leave it
+    done = batch(source, output)
+    assert done.returncode == 0, done.stderr
+    answers = read(output)
+    assert [a["index"] for a in answers] == list(range(39))
+    by_index = {a["index"]: a for a in answers}
+    assert all(by_index[a["index"]] == a for a in kept), "a finished line was answered again"
+    assert essence(answers) == essence(read(run_fresh(source, tmp_path / "fresh.jsonl")))
+
+
+def run_fresh(source: Path, output: Path) -> Path:
+    assert batch(source, output).returncode == 0
+    return output
+
+
+def read_whole(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().rpartition("\n")[0].splitlines()]
+
+
+def test_lines_that_changed_are_answered_again(tmp_path: Path):
+    source, output = write(tmp_path / "in.jsonl", LINES[:1]), tmp_path / "out.jsonl"
+    assert batch(source, output).returncode == 0
+    write(source, [{"prompt": "What is the capital of Spain?"}, *LINES[:1]])
+    assert batch(source, output).returncode == 0
+    assert "Madrid" in read(output)[0]["text"] and read(output)[1]["id"] == "first"
+
+
+@pytest.mark.parametrize("text", ["something else\n", '{"a": 1}\n', "no newline"])
+def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path, text: str):
+    source, output = write(tmp_path / "in.jsonl", LINES[:1]), tmp_path / "out.jsonl"
+    output.write_text(text)
+    done = batch(source, output)
+    assert done.returncode == 1 and "choose another name" in done.stderr and output.read_text() == text
+
+
+def test_wrong_use(tmp_path: Path):
+    source = write(tmp_path / "in.jsonl", LINES[:1])
+    missing = batch(tmp_path / "nothing.jsonl", tmp_path / "out.jsonl")
+    assert missing.returncode == 1 and "No such file" in missing.stderr
+    nowhere = batch(source, tmp_path / "no" / "out.jsonl")
+    assert nowhere.returncode == 1 and "No such file" in nowhere.stderr
+    assert batch(source, tmp_path / "out.jsonl", "--batch-size", 0).returncode == 2
+    assert subprocess.run(command(source, tmp_path / "out.jsonl")[:-2], capture_output=True).returncode == 2
+    source.write_bytes(b"\xff\xfe")
+    assert batch(source, tmp_path / "out.jsonl").returncode == 1
+    assert os.listdir(tmp_path) == ["in.jsonl"]
