@@ -28,6 +28,7 @@ from .decode.request import Request, Row
 from .decode.round import draft, first_state
 from .decode.sampling import Sampler, SamplingOptions, is_int, row_seed
 from .decode.scheduler import Scheduler
+from .decode.trace import Trace
 from .errors import MTPError, PromptError
 from .models.drafter import POSITIONS, Drafter
 from .models.target import Target
@@ -334,6 +335,23 @@ class MTPModel:
 
         self._check_open()
         return Chat(self, system=system, thinking=thinking)
+
+    @contextmanager
+    def trace(self, path: str | Path) -> Iterator[None]:
+        """Records what host and device do meanwhile, as a Chrome trace; see `decode.trace`.
+
+        Raises:
+            OSError: The file can't be written.
+        """
+        trace = Trace(path)
+        with self._lock:
+            self._scheduler.trace = trace
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._scheduler.trace = None
+            trace.close()
 
     def encode(self, prompt: Prompt, thinking: bool = False) -> list[int]:
         """Token ids of a prompt, as `generate` takes it.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -156,6 +159,25 @@ def test_threads(lm: mlx_mtp.MTPModel):
     for thread in threads:
         thread.join()
     assert [found[i] for i in range(len(prompts))] == alone
+
+
+@pytest.mark.parametrize("prompts", [[QUESTION], [QUESTION, "Who are you?", "Hello!"]])
+def test_a_trace_shows_host_and_device(lm: mlx_mtp.MTPModel, tmp_path: Path, prompts: list[str]):
+    expected = [r.tokens for r in lm.generate_batch(prompts, draft_length=3, **GREEDY)]
+    file = tmp_path / "trace.json"
+    with lm.trace(file):
+        traced = lm.generate_batch(prompts, draft_length=3, **GREEDY)
+    assert [r.tokens for r in traced] == expected
+    events = [e for e in json.loads(file.read_text())["traceEvents"] if e["ph"] == "X"]
+    names = Counter(e["name"] for e in events)
+    assert names["build"] == names["wait and read"] == names["verify"] >= max(r.stats.rounds for r in traced)
+    assert 0 < names["draft"] <= names["verify"] and names["prefill"] >= 1
+    for row in {e["tid"] for e in events}:
+        bars = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["tid"] == row)
+        assert all(end <= begin + 1 for (_, end), (begin, _) in zip(bars, bars[1:], strict=False))
+    assert list(tmp_path.iterdir()) == [file]
+    with pytest.raises(OSError), lm.trace(tmp_path / "no" / "trace.json"):
+        pass
 
 
 def test_asyncio(lm: mlx_mtp.MTPModel):

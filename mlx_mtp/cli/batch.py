@@ -39,6 +39,7 @@ def batch(
     min_p: o.MinP = None,
     seed: o.Seed = None,
     quantize: o.Quantize = None,
+    trace: o.TraceFile = None,
     debug: o.Debug = False,
 ) -> None:
     """Answers the prompts of a file, several at a time; can be stopped and run again.
@@ -59,7 +60,11 @@ def batch(
         "top_p": top_p, "min_p": min_p,
     }  # fmt: skip
     try:
-        with output.open("a", encoding="utf-8") as file, o.load(model, drafter, no_draft, quantize) as lm:
+        with (
+            output.open("a", encoding="utf-8") as file,
+            o.load(model, drafter, no_draft, quantize) as lm,
+            o.tracing(lm, trace),
+        ):
             answers = _answers(lm, lines, todo, size, seed, given)
             with typer.progressbar(answers, len(todo), file=sys.stderr, label="prompts") as bar:
                 for answer in bar:

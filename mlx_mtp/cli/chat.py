@@ -45,6 +45,7 @@ def chat(
     think: o.Think = False,
     exactness: o.Exactness = "fast",
     quantize: o.Quantize = None,
+    trace: o.TraceFile = None,
     debug: o.Debug = False,
 ) -> None:
     """Chats with a model; /help lists the commands."""
@@ -59,7 +60,7 @@ def chat(
         "seed": seed,
         "exactness": exactness,
     }
-    with o.load(model, drafter, no_draft, quantize) as lm:
+    with o.load(model, drafter, no_draft, quantize) as lm, o.tracing(lm, trace):
         name = "the embedded demo pair" if model is None else model
         print(f"{name}{'' if lm.drafter_config else ', without a drafter'}; /help lists commands", file=sys.stderr)
         conversation = lm.chat(system, think)

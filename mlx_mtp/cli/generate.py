@@ -35,6 +35,7 @@ def generate(
     exactness: o.Exactness = "fast",
     quantize: o.Quantize = None,
     as_json: o.Json = False,
+    trace: o.TraceFile = None,
     debug: o.Debug = False,
 ) -> None:
     """Answers one prompt on stdout."""
@@ -50,7 +51,7 @@ def generate(
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
 
-    with o.load(model, drafter, no_draft, quantize) as lm:
+    with o.load(model, drafter, no_draft, quantize) as lm, o.tracing(lm, trace):
         given: dict[str, Any] = {
             "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
             "seed": seed, "stop": stop, "draft_length": draft_length, "exactness": exactness, "thinking": think,

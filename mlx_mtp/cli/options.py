@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -67,6 +69,9 @@ Model = Annotated[
     str | None,
     typer.Argument(help="Folder or repository. Default: the demo pair.", metavar="MODEL", show_default=False),
 ]
+TraceFile = Annotated[
+    Path | None, typer.Option("--trace", help="Write a Chrome trace of draft, verify and host here.", metavar="FILE")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")]
 
 
@@ -97,6 +102,11 @@ def load(model: str | None, drafter: str | None, no_draft: bool, quantize: int |
     from .. import api
 
     return api.load(model, drafter=False if no_draft else drafter, quantize=quantize)
+
+
+def tracing(lm: MTPModel, file: Path | None) -> AbstractContextManager[None]:
+    """Records a trace, if a file for it is given."""
+    return lm.trace(file) if file else nullcontext()
 
 
 def show(chunks: Iterable[Chunk]) -> list[Chunk]:

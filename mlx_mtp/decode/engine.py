@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -27,6 +28,7 @@ from .draft_length import MAX_DRAFT_LENGTH, AutoLength
 from .request import INVARIANT_WIDTH, Row
 from .round import RoundState, decode_round, first_state, regroup
 from .sampling import Sampler
+from .trace import Trace
 
 COPY_LIMIT = 32 * 2**20
 """Bytes of KV from which copying them costs more than the gap left by handing a round over late."""
@@ -72,11 +74,13 @@ class Engine:
     Attributes:
         rows: Who is in the batch, in the order of the buffers' rows.
         kv: Their buffers; None while nobody is in it.
+        trace: Where to record what happens when, or None.
     """
 
     def __init__(self, target: Target, drafter: Drafter | None, suppress_tokens: Sequence[int] = ()):
         self.rows: list[Row] = []
         self.kv: KVBuffers | None = None
+        self.trace: Trace | None = None
         self._target, self._drafter, self._suppressed = target, drafter, tuple(suppress_tokens)
         self._state: RoundState | None = None
         self._sampler: Sampler
@@ -135,21 +139,27 @@ class Engine:
         width = INVARIANT_WIDTH if exactness == "invariant" else None
         kv.reserve(max(map(self._reach, self.rows)) + (width or k + 1))
         before: Snapshot | None = kv.snapshot()
-        state, report = decode_round(
-            self._target, self._drafter, kv, self._sampler, self._state, k, width, exactness == "stepwise",
-            self._most(k),
-        )  # fmt: skip
+        with self._span("build", rows=len(self.rows), drafts=k):
+            state, report, drafts = decode_round(
+                self._target, self._drafter, kv, self._sampler, self._state, k, width, exactness == "stepwise",
+                self._most(k),
+            )  # fmt: skip
         late = kv.nbytes > COPY_LIMIT
         if not late:
             before = None
-            mx.async_eval(report, state.lengths, state.hidden)
-        self._read()
+            if self.trace and k:
+                self._hand_over("draft", drafts)
+            self._hand_over("verify", report, state.lengths, state.hidden)
+        with self._span("wait and read"):
+            reports = self._read()
+        with self._span("deliver"):
+            self._deliver(*reports)
         if before and all(row.done for row in self.rows):
             kv.restore(before)  # the round built ahead was never handed over: forget it
             return
         if late:
             before = None  # lets go of the buffers, so that they are written in place
-            mx.async_eval(report, state.lengths, state.hidden)
+            self._hand_over("draft and verify" if k else "verify", report, state.lengths, state.hidden)
         self._state = state
         self._flights.append(_Flight(report, self.rows, k, policy))
 
@@ -157,11 +167,18 @@ class Engine:
         """Something else than a round took the device's time."""
         self._clock.disturb()
 
-    def _read(self) -> None:
-        """Gives every row its tokens from the rounds handed over before the latest."""
+    def _hand_over(self, name: str, *results: mx.array) -> None:
+        with self.trace.device(name, results[0], rows=len(self.rows)) if self.trace else nullcontext():
+            mx.async_eval(*results)
+
+    def _read(self) -> tuple[list[list[list[int]]], float | None]:
+        """Waits for the rounds handed over before the latest; their reports, and the seconds they took."""
         self._clock.wait()
         reports = [_host(flight.report) for flight in self._flights]
-        seconds = self._clock.lap()
+        return reports, self._clock.lap()
+
+    def _deliver(self, reports: list[list[list[int]]], seconds: float | None) -> None:
+        """Gives every row its tokens."""
         flights, self._flights = self._flights, []
         for flight, report in zip(flights, reports, strict=True):
             kept: list[int] = []
@@ -211,6 +228,9 @@ class Engine:
         lengths = mx.full((count,), len(prompt.rows[0].request.prompt), dtype=mx.int32)
         hidden = mx.repeat(prompt.hidden, count, axis=0)
         return first_state(self._target, self._make_sampler(prompt.rows), hidden, lengths)
+
+    def _span(self, name: str, **facts: int) -> AbstractContextManager[None]:
+        return self.trace.host(name, **facts) if self.trace else nullcontext()
 
     def _make_sampler(self, rows: Sequence[Row]) -> Sampler:
         config = self._target.config

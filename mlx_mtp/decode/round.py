@@ -120,7 +120,7 @@ def decode_round(
     width: int | None = None,
     stepwise: bool = False,
     most: mx.array | None = None,
-) -> tuple[RoundState, mx.array]:
+) -> tuple[RoundState, mx.array, mx.array]:
     """One round for all rows; with k = 0 a plain decoding step.
 
     Args:
@@ -132,7 +132,7 @@ def decode_round(
 
     Returns:
         The state after the round, and the report int32 [B, width + 1]: the target's choices, then the number n of
-        drafts kept. The row's new tokens are its first n + 1 choices.
+        drafts kept. The row's new tokens are its first n + 1 choices. Last, the drafts int32 [B, k].
     """
     block = state.tokens[:, None]
     if k:
@@ -149,4 +149,4 @@ def decode_round(
         tokens=mx.take_along_axis(choices, last, axis=1)[:, 0],
         hidden=mx.take_along_axis(hidden, last[:, :, None], axis=1)[:, 0],
     )
-    return new, mx.concatenate([choices, last], axis=1)
+    return new, mx.concatenate([choices, last], axis=1), drafts

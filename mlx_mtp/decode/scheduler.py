@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -28,6 +29,7 @@ from .engine import Engine, Prefilled
 from .prefill import prefill_block
 from .prompt_cache import Entry, PromptCache
 from .request import Request, Row, Stats, check_prompt, token_limit
+from .trace import Trace
 
 MAX_ROWS = 8
 """Most rows of a batch unless told otherwise."""
@@ -92,6 +94,15 @@ class Scheduler:
         self._chunk = longest_block(target.config)
         self._waiting: deque[Row] = deque()
         self._prefill: _Prefill | None = None
+
+    @property
+    def trace(self) -> Trace | None:
+        """Where to record what happens when."""
+        return self._engine.trace
+
+    @trace.setter
+    def trace(self, trace: Trace | None) -> None:
+        self._engine.trace = trace
 
     def check(self, request: Request) -> None:
         """Checks that a request can be run here.
@@ -240,7 +251,8 @@ class Scheduler:
         if start < job.parting < end:
             end = job.parting
         block = [[*prompt[start:end], *[0] * (end - max(len(prompt), start))] for prompt in prompts]
-        hidden = prefill_block(self._target, job.kv, block, start)
+        with self.trace.host("prefill", tokens=len(block) * len(block[0])) if self.trace else nullcontext():
+            hidden = prefill_block(self._target, job.kv, block, start)
         self._engine.disturb()
         job.start = end
         if end == job.parting:
