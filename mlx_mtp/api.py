@@ -56,6 +56,7 @@ def load(
     dtype: str | None = None,
     profile: str | None = "auto",
     drafter_position: str = "auto",
+    cache_bytes: int | None = None,
 ) -> MTPModel:
     """Loads a target and its drafter.
 
@@ -70,6 +71,8 @@ def load(
             yet, so both mean that the draft length is learnt while running.
         drafter_position: Position of the drafter's queries: "committed" (the last committed token's), "bonus" (one
             further, as transformers has it) or "auto" ("committed" so far). Changes acceptance, never the text.
+        cache_bytes: Most bytes of KV that are kept when a text is finished, for prompts that begin like it. None for a
+            quarter of the memory that is left beside the models.
 
     Raises:
         CheckpointError: A checkpoint is missing, damaged, or not a Gemma 4 model.
@@ -83,7 +86,9 @@ def load(
     folder, drafter_folder = find_pair(target, drafter)
     if drafter_position == "auto":
         drafter_position = "committed"
-    return MTPModel(folder, drafter_folder, quantize, dtype, drafter_position)
+    if cache_bytes is not None and (not is_int(cache_bytes) or cache_bytes < 0):
+        raise MTPError(f"cache_bytes must be a whole number of bytes or None, not {cache_bytes!r}")
+    return MTPModel(folder, drafter_folder, quantize, dtype, drafter_position, cache_bytes)
 
 
 def find_pair(
@@ -109,7 +114,13 @@ class MTPModel:
     """
 
     def __init__(
-        self, folder: Path, drafter_folder: Path | None, quantize: int | None, dtype: str | None, position: str
+        self,
+        folder: Path,
+        drafter_folder: Path | None,
+        quantize: int | None,
+        dtype: str | None,
+        position: str,
+        cache_bytes: int | None,
     ):
         self.folder, self.drafter_folder = folder, drafter_folder
         self._closed = False
@@ -123,11 +134,14 @@ class MTPModel:
                     drafter_folder, self.config, position, dtype, quantize
                 )
         self.defaults = checkpoint.read_generation(folder)
+        spare = _spare_bytes(self._target, self._drafter)
+        cache_bytes = spare // 4 if cache_bytes is None else cache_bytes
         self._scheduler = Scheduler(
             self._target,
             self._drafter,
             self.defaults.suppress_tokens,
-            kv_budget=_kv_budget(self._target, self._drafter),
+            kv_budget=spare - cache_bytes,
+            cache_bytes=cache_bytes,
         )
         self.tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
 
@@ -336,6 +350,35 @@ class MTPModel:
         self._check_open()
         return Chat(self, system=system, thinking=thinking)
 
+    def save_prompt(self, prompt: Prompt, path: str | Path) -> None:
+        """Prefills a prompt and keeps its KV in a file, for `load_prompt` in another process.
+
+        Args:
+            prompt: As for `generate`. Prompts that begin with the same tokens are served too: give messages with a
+                system prompt, and later the same ones with more after them.
+            path: A .safetensors file.
+
+        Raises:
+            PromptError: The prompt can't be used.
+            OSError: The file can't be written.
+        """
+        tokens = self.encode(prompt)
+        with self._turn():
+            self._scheduler.save_prompt(tokens, Path(path).expanduser())
+
+    def load_prompt(self, path: str | Path) -> int:
+        """Takes a saved prompt into memory; prompts that begin like it start where it ends.
+
+        Returns:
+            Its number of tokens.
+
+        Raises:
+            CheckpointError: The file is missing, damaged, or was saved by another model.
+            MemoryBudgetError: It is larger than all that is kept for prompts (`cache_bytes`).
+        """
+        with self._turn():
+            return self._scheduler.load_prompt(Path(path).expanduser())
+
     @contextmanager
     def trace(self, path: str | Path) -> Iterator[None]:
         """Records what host and device do meanwhile, as a Chrome trace; see `decode.trace`.
@@ -504,8 +547,8 @@ class MTPModel:
         return batch_size
 
 
-def _kv_budget(target: Target, drafter: Drafter | None) -> int:
-    """Bytes that are left for KV on this machine beside the models; an eighth of it for what rounds compute."""
+def _spare_bytes(target: Target, drafter: Drafter | None) -> int:
+    """Bytes that are left for KV beside the models on this machine, less an eighth for what rounds compute."""
     parameters = [model.parameters() for model in (target, drafter) if model is not None]
     held = sum(array.nbytes for _, array in cast("list[tuple[str, mx.array]]", tree_flatten(parameters)))
-    return (sizes.memory_for_models() - held) * 7 // 8
+    return max(0, (sizes.memory_for_models() - held) * 7 // 8)

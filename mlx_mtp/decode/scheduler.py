@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -26,7 +27,8 @@ from ..models.drafter import Drafter
 from ..models.target import Target
 from ..sizes import kv_bytes
 from .engine import Engine, Prefilled
-from .prefill import prefill_block
+from .kv_file import load_entry, save_entry
+from .prefill import prefill, prefill_block
 from .prompt_cache import Entry, PromptCache
 from .request import Request, Row, Stats, check_prompt, token_limit
 from .trace import Trace
@@ -161,6 +163,23 @@ class Scheduler:
         self._prefill = None
         self._engine.clear()
         self.cache.clear()
+
+    def save_prompt(self, prompt: Sequence[int], path: Path) -> None:
+        """Prefills a prompt and writes its KV to a file, see `kv_file`."""
+        check_prompt(prompt, self._target.config)
+        kv, _ = prefill(self._target, prompt)
+        save_entry(path, Entry(list(prompt), kv.row(0, kv.written), (), len(prompt)), self._target)
+
+    def load_prompt(self, path: Path) -> int:
+        """Takes a saved prompt into the cache; returns its number of tokens."""
+        entry = load_entry(path, self._target)
+        if entry.nbytes > self.cache.limit:
+            raise MemoryBudgetError(
+                f"{path} has {entry.nbytes / 1e9:.2f} GB of KV, and {self.cache.limit / 1e9:.2f} GB are kept for "
+                "prompts: raise cache_bytes"
+            )
+        self.cache.put(entry)
+        return len(entry.tokens)
 
     def stream(self, request: Request, stats: Stats | None = None) -> Generator[list[int], None, None]:
         """Runs a request and yields its new tokens, round by round, the stop token included."""

@@ -1,0 +1,122 @@
+"""KV of earlier prompts: a hit gives the same text as a miss, and memory is bounded (decode/prompt_cache.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import pytest
+from random_requests import alone
+from tiny_checkpoints import VOCAB, make_pair
+
+import mlx_mtp
+from mlx_mtp import checkpoint
+from mlx_mtp.decode.request import Request, Row
+from mlx_mtp.decode.sampling import SamplingOptions
+from mlx_mtp.decode.scheduler import Scheduler
+from mlx_mtp.errors import CheckpointError, MemoryBudgetError
+from mlx_mtp.models.drafter import Drafter
+from mlx_mtp.models.target import Target
+
+Pair = tuple[Target, Drafter]
+SAMPLED = SamplingOptions(temperature=1.0, top_k=40, seed=4)
+
+
+@pytest.fixture(scope="module", params=["e2b", "31b"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    target_folder, drafter_folder = make_pair(request.param, tmp_path_factory.mktemp(request.param))
+    config, target = checkpoint.load_target(target_folder, "float32")
+    return target, checkpoint.load_drafter(drafter_folder, config, "committed", "float32")[1]
+
+
+def words(count: int, seed: int) -> list[int]:
+    rng = Random(seed)
+    return [rng.randrange(VOCAB) for _ in range(count)]
+
+
+def run(scheduler: Scheduler, *prompts: list[int], tokens: int = 20) -> list[Row]:
+    rows = [scheduler.submit(Request(prompt, tokens, SAMPLED, 3)) for prompt in prompts]
+    while not all(row.done for row in rows):
+        scheduler.step()
+    return rows
+
+
+def test_hits_at_random_give_the_text_of_a_miss(pair: Pair):
+    """Prompts that repeat, continue, and part from earlier ones, some of them side by side."""
+    rng, scheduler = Random(5), Scheduler(*pair, max_rows=3)
+    known, hits = [words(30, 0)], 0
+    for turn in range(25):
+        prompts = []
+        for _ in range(rng.randint(1, 3)):
+            text = rng.choice(known)
+            prompts.append(text[: rng.randint(1, len(text))] + words(rng.choice([0, 1, 5, 60]), turn))
+        for row in run(scheduler, *prompts, tokens=rng.randint(1, 40)):
+            assert row.tokens == alone(pair[0], row.request)
+            hits += 0 < row.stats.cached_tokens < len(row.request.prompt)
+            known.append([*row.request.prompt, *row.tokens])
+    assert hits > 5
+
+
+def test_what_several_prompts_begin_with_is_found_from_the_third_on(pair: Pair):
+    """The window has moved past the common beginning long before the prompts end."""
+    scheduler, common = Scheduler(*pair), words(150, 1)
+    cached = [run(scheduler, common + words(200, 10 + i))[0].stats.cached_tokens for i in range(4)]
+    assert cached == [0, 0, 150, 150]
+
+
+def test_side_by_side_as_well(pair: Pair):
+    scheduler, common = Scheduler(*pair), words(100, 2)
+    run(scheduler, common)
+    rows = run(scheduler, *(common + words(3, i) for i in range(4)))
+    assert [row.tokens for row in rows] == [alone(pair[0], row.request) for row in rows]
+    assert rows[0].stats.cached_tokens >= 99
+
+
+def test_memory_is_bounded_and_the_oldest_goes_first(pair: Pair):
+    scheduler = Scheduler(*pair)
+    run(scheduler, words(100, 0))
+    run(scheduler, words(3, 99))  # rows leave the batch when the next one comes
+    one = scheduler.cache.nbytes
+    scheduler = Scheduler(*pair, cache_bytes=int(3.5 * one))
+    for i in range(6):
+        run(scheduler, words(100, i))
+        assert scheduler.cache.nbytes <= scheduler.cache.limit
+    assert run(scheduler, words(100, 5))[0].stats.cached_tokens == 99
+    assert run(scheduler, words(100, 0))[0].stats.cached_tokens == 0
+    nothing = Scheduler(*pair, cache_bytes=0)
+    assert [run(nothing, words(100, 0))[0].stats.cached_tokens for _ in range(2)] == [0, 0]
+    assert nothing.cache.nbytes == 0
+
+
+def test_a_saved_prompt_outlives_the_process(pair: Pair, tmp_path: Path):
+    file, prompt = tmp_path / "prompt.safetensors", words(300, 3)
+    Scheduler(*pair).save_prompt(prompt, file)
+    assert [path.name for path in tmp_path.iterdir()] == ["prompt.safetensors"]
+    scheduler = Scheduler(*pair)
+    assert scheduler.load_prompt(file) == 300
+    (row,) = run(scheduler, [*prompt, 7, 8])
+    assert row.stats.cached_tokens == 300 and row.tokens == alone(pair[0], row.request)
+    with pytest.raises(MemoryBudgetError, match="cache_bytes"):
+        Scheduler(*pair, cache_bytes=1000).load_prompt(file)
+
+
+def test_files_that_cannot_be_used(tmp_path: Path):
+    file = tmp_path / "prompt.safetensors"
+    with mlx_mtp.load() as lm:
+        lm.save_prompt([{"role": "user", "content": "Who are you?"}], file)
+        lm.load_prompt(file)
+        assert lm.generate("Who are you?", temperature=0, max_tokens=5).stats.cached_tokens > 0
+        with pytest.raises(CheckpointError, match="missing"):
+            lm.load_prompt(tmp_path / "nothing.safetensors")
+        with pytest.raises(CheckpointError, match="no prompt"):
+            lm.load_prompt(mlx_mtp.api.DEMO / "target" / "model.safetensors")
+        with pytest.raises(OSError):
+            lm.save_prompt("x", tmp_path / "no" / "file.safetensors")
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-10])
+        with pytest.raises(CheckpointError, match="truncated"):
+            lm.load_prompt(file)
+        file.write_bytes(whole)
+    target_folder, _ = make_pair("e2b", tmp_path / "other")
+    with mlx_mtp.load(target_folder, drafter=False) as other, pytest.raises(CheckpointError, match="another model"):
+        other.load_prompt(file)
