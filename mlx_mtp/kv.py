@@ -8,9 +8,10 @@ and the rule below hides it until the next block overwrites it.
     a slot holds, for a row whose newest position is n, position n - ((n - slot) mod slots)
     that position is visible to a query at q iff it is >= 0, <= q and, in sliding layers, > q - window
 
-Full layers have one slot per position (`capacity`, grown in steps). Sliding layers have a ring of window + slack
-slots; the slack is at least the longest block ever written, so what a block overwrites, drafts included, has already
-left the window of every query that is still to come.
+Full layers have one slot per position (`capacity`, grown in steps). So have sliding layers at first; at window + slack
+slots they stop growing and are rings from then on, which moves nothing: until then p mod slots is p. The slack is at
+least the longest block ever written, so what a block overwrites, drafts included, has already left the window of every
+query that is still to come.
 
 Buffers are [B, kv_heads, slots, head_dim], row-contiguous: the layout that attention kernels read without a copy.
 
@@ -31,8 +32,8 @@ import mlx.core as mx
 
 from .config import TextConfig
 
-CAPACITY_STEP = 256
-"""Full layers grow by multiples of this many slots."""
+CAPACITY_STEP = 128
+"""Buffers grow by multiples of this many slots."""
 
 
 Snapshot = tuple[dict[int, mx.array], dict[int, mx.array]]
@@ -120,8 +121,8 @@ class KVBuffers:
 
     Attributes:
         keys, values: By owning layer's index, [B, kv_heads, slots, head_dim].
-        capacity: Slots of the full layers.
-        ring: Slots of the sliding layers.
+        capacity: Slots of the full layers, and of the sliding ones while they are no rings yet.
+        ring: Most slots of the sliding layers.
         window: Positions that a sliding layer sees.
         written: Upper bound of the positions ever written, plus one; see `can_rewind`.
     """
@@ -167,14 +168,16 @@ class KVBuffers:
         self.written = max(self.written, positions)
         if positions <= self.capacity:
             return
-        grown = _capacity(positions)
+        capacity = _capacity(positions)
         for buffers in (self.keys, self.values):
             for i, sliding in self._sliding.items():
-                if not sliding:
-                    buffers[i] = _with_slots(buffers[i], grown)
+                slots = self._slots(sliding, capacity)
+                # By its own size, so that a growth that was interrupted can be taken up again.
+                if buffers[i].shape[2] < slots:
+                    buffers[i] = _with_slots(buffers[i], slots)
                     # One layer at a time, so that no more than one old buffer is alive beside its successor.
                     mx.eval(buffers[i])
-        self.capacity = grown
+        self.capacity = capacity
 
     def snapshot(self) -> Snapshot:
         """The buffers as they are, for `restore`; while a snapshot is alive, writes copy."""
@@ -191,8 +194,8 @@ class KVBuffers:
 
     def rewind(self, checkpoint: Checkpoint) -> None:
         """Takes the sliding layers back to a checkpoint of the same text."""
-        self.keys |= checkpoint.rings[0]
-        self.values |= checkpoint.rings[1]
+        for buffers, rings in zip((self.keys, self.values), checkpoint.rings, strict=True):
+            buffers |= {i: _with_slots(ring, self._slots(True)) for i, ring in rings.items()}
         self.written = checkpoint.written
 
     def row(self, index: int, positions: int) -> KVBuffers:
@@ -207,7 +210,7 @@ class KVBuffers:
         for name in ("keys", "values"):
             arrays = {}
             for i, a in getattr(self, name).items():
-                slots = self.ring if self._sliding[i] else single.capacity
+                slots = single._slots(self._sliding[i])
                 whole = a.shape[0] == 1 and a.shape[2] == slots
                 arrays[i] = a if whole else mx.contiguous(a[index : index + 1, :, :slots])
             setattr(single, name, arrays)
@@ -225,23 +228,23 @@ class KVBuffers:
             joining: Buffers of the same kind.
             positions: Positions a row that there must be room for; full layers shrink or grow to it.
         """
-        capacity = _capacity(positions)
+        self.capacity = _capacity(positions)
         for name in ("keys", "values"):
             buffers = getattr(self, name)
             for i, sliding in self._sliding.items():
-                slots = self.ring if sliding else capacity
+                slots = self._slots(sliding)
                 parts = [buffers[i][mx.array(list(rows), dtype=mx.int32)]] if rows else []
                 parts += [getattr(other, name)[i] for other in joining]
                 joined = mx.concatenate([_with_slots(part, slots) for part in parts])
                 del parts
                 mx.eval(joined)
                 buffers[i] = joined
-        self.capacity = capacity
         self.written = max([self.written if rows else 0, *(other.written for other in joining)])
 
     def can_rewind(self, length: int) -> bool:
         """Whether everything a row of `length` committed tokens must see is still in the buffers."""
-        return length == 0 or length - self.window - 1 + self.ring >= self.written
+        # The oldest position that is still there is written - ring.
+        return length == 0 or max(0, length - self.window - 1) + self.ring >= self.written
 
     def addresses(self, lengths: mx.array, width: int) -> dict[bool, Addresses]:
         """Where a block of `width` tokens after the committed ones goes, by kind of layer (sliding or not).
@@ -282,8 +285,9 @@ class KVBuffers:
             for sliding in self.lenders
         }
 
-    def _slots(self, sliding: bool) -> int:
-        return self.ring if sliding else self.capacity
+    def _slots(self, sliding: bool, capacity: int | None = None) -> int:
+        capacity = capacity or self.capacity
+        return min(self.ring, capacity) if sliding else capacity
 
 
 def _capacity(positions: int) -> int:

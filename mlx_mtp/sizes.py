@@ -77,7 +77,7 @@ def kv_bytes(config: TextConfig, tokens: int, dtype_bytes: int) -> int:
     full = -(-tokens // CAPACITY_STEP) * CAPACITY_STEP
     ring = ring_slots(config.sliding_window, longest_block(config))
     return sum(
-        2 * (ring if layer.sliding else full) * layer.kv_heads * layer.head_dim * dtype_bytes
+        2 * (min(ring, full) if layer.sliding else full) * layer.kv_heads * layer.head_dim * dtype_bytes
         for i, layer in enumerate(config.layers)
         if layer.kv_owner == i
     )

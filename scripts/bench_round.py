@@ -31,6 +31,7 @@ from mlx_lm.utils import load_model  # noqa: E402
 
 import mlx_mtp  # noqa: E402
 from mlx_mtp.api import DEMO  # noqa: E402
+from mlx_mtp.decode.prefill import prefill  # noqa: E402
 from mlx_mtp.decode.round import draft, first_state, verify  # noqa: E402
 from mlx_mtp.decode.sampling import Sampler, SamplingOptions  # noqa: E402
 
@@ -72,7 +73,7 @@ def timed_parts(lm: mlx_mtp.MTPModel, prompt: list[int], k: int, repeats: int) -
     """Median seconds of a plain step, of a verify pass over k + 1 tokens, and of k draft steps, each on its own."""
     target, drafter = lm._target, lm._drafter
     sampler = Sampler([SamplingOptions()])
-    kv, hidden, _ = lm.new_engine().prefill(prompt)
+    kv, hidden = prefill(target, prompt)
     lengths = mx.array([len(prompt)], dtype=mx.int32)
     state = first_state(target, sampler, hidden, lengths)
     mx.eval(state.tokens, state.hidden)

@@ -95,7 +95,7 @@ def test_growth_keeps_what_was_written(config: TextConfig):
         visible = write(kv, [start], np.arange(start, start + 4)[None])
     assert kv.capacity == 2 * CAPACITY_STEP
     assert seen(kv, visible[False], 1, 0, 3) == list(range(2 * CAPACITY_STEP))
-    assert kv.keys[0].shape[2] == ring_slots(WINDOW, LONGEST), "sliding layers don't grow"
+    assert kv.keys[0].shape[2] == ring_slots(WINDOW, LONGEST), "sliding layers stop growing"
 
 
 def test_a_write_is_in_place(config: TextConfig):

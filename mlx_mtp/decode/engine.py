@@ -102,16 +102,15 @@ class Engine:
             self.clear()
             return
         buffers = [prompt.kv for prompt in joining for _ in prompt.rows]
-        if stay:
-            assert self.kv is not None
-            self.kv.regroup(stay, buffers, max(map(self._reach, rows)))
-        elif len(buffers) == 1:
-            self.kv = buffers[0]
-        else:
-            self.kv = buffers[0].row(0, buffers[0].written)
-            self.kv.regroup((), buffers, max(map(self._reach, rows)))
+        # Out of sight meanwhile: buffers that are half regrouped are of no use to anybody (see Scheduler.step).
+        kv, self.kv = self.kv, None
+        if not stay:
+            kv = buffers[0] if len(buffers) == 1 else buffers[0].row(0, buffers[0].written)
+        assert kv is not None
+        if stay or len(buffers) > 1:
+            kv.regroup(stay, buffers, max(map(self._reach, rows)))
         self._state = regroup(self._state, stay, [self._first(prompt) for prompt in joining])
-        self.rows, self._sampler = rows, self._make_sampler(rows)
+        self.rows, self._sampler, self.kv = rows, self._make_sampler(rows), kv
         if new:
             tokens = self._state.tokens[len(stay) :, None]
             report = mx.concatenate([tokens, mx.zeros_like(tokens)], axis=1)
@@ -264,8 +263,10 @@ class _Clock:
         self._waited_from = time.perf_counter()
 
     def lap(self) -> float | None:
-        """The round is there: seconds since the one before, or None if not the round, but somebody else took them."""
+        """The round is there: seconds since the one before, or None if something else took most of them."""
         now = time.perf_counter()
         lap, waited, paused = now - self._last, now - self._waited_from, self._resumed - self._last
         disturbed, self._last, self._disturbed = self._disturbed, now, False
-        return None if disturbed or (paused > 0.1 * lap and waited < 0.05 * lap) else lap
+        if waited < 0.05 * lap:
+            lap -= paused  # the consumer's time wasn't hidden behind the round's
+        return None if disturbed or paused > lap else lap

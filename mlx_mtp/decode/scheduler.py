@@ -194,8 +194,9 @@ class Scheduler:
 
     def _leave(self) -> None:
         """Keeps the KV of rows that are done."""
-        if self._engine.kv and self._engine.kv.nbytes > self.cache.limit * len(self._engine.rows):
-            return  # they would be copied in vain
+        kv = self._engine.kv
+        if kv is None or kv.nbytes > self.cache.limit * len(self._engine.rows):
+            return  # there is nothing to keep, or it would be copied in vain
         for i, row in enumerate(self._engine.rows):
             if row.done:
                 self._keep(row, self._engine.row_kv(i), row.held, row.checkpoints)
@@ -225,7 +226,7 @@ class Scheduler:
         rows = [row for row in self._engine.rows if not row.done]
         if not self._waiting or not self._may_join(self._waiting[0], rows):
             return None
-        first = self._waiting[0]
+        first, idle = self._waiting[0], not rows
         prompt, reuse = first.request.prompt, first.request.exactness == "fast"
         hit = self.cache.find(prompt) if reuse else None
         groups: list[list[Row]] = []
@@ -234,12 +235,12 @@ class Scheduler:
             if same:
                 same.append(row)
                 row.stats.cached_tokens = len(row.request.prompt)
-            elif not groups or (not hit and self._fits_block([*groups, [row]])):
+            elif not groups or (not hit and self._fits_block([*groups, [row]], idle)):
                 groups.append([row])
             else:
                 break
             rows.append(self._waiting.popleft())
-        if not self._engine.rows:
+        if idle:
             mx.reset_peak_memory()
         if hit:
             first.stats.cached_tokens = hit.start
@@ -254,9 +255,10 @@ class Scheduler:
             return False
         return self._budget is None or self._kv_bytes([it.request for it in (*rows, row)]) <= self._budget
 
-    def _fits_block(self, groups: list[list[Row]]) -> bool:
+    def _fits_block(self, groups: list[list[Row]], idle: bool) -> bool:
+        """Whether prompts can be prefilled in one block: of a chunk's tokens, or a chunk each if nobody has to wait."""
         lengths = [len(group[0].request.prompt) for group in groups]
-        return max(lengths) * len(lengths) <= self._chunk
+        return max(lengths) * (1 if idle else len(lengths)) <= self._chunk
 
     def _parting(self, prompt: Sequence[int], start: int) -> int:
         """Where the prompt parts from an entry that couldn't be taken up there."""
