@@ -1,0 +1,110 @@
+"""What it gains to build a round while the one before it runs, as a ratio measured in one run.
+
+    serial       build a round, run it, read its tokens, build the next
+    pipelined    build a round while the one before it runs, hand it over, then read the one before
+
+The target is tiny but has 35 layers, so that building the graph takes about as long as running it: on a fast GPU with a
+real model it is the same, for the other reason. Needs two cores; takes turns, and gives the median.
+
+    python scripts/bench_pipeline.py [--repeats 7] [--draft-length 3] [--json]
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+from mlx_mtp.blas import use_openblas
+
+BLAS = use_openblas()  # before MLX is imported
+
+import mlx.core as mx  # noqa: E402
+import typer  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from tiny_checkpoints import make_pair  # noqa: E402
+
+from mlx_mtp.checkpoint import load_drafter  # noqa: E402
+from mlx_mtp.config import target_config  # noqa: E402
+from mlx_mtp.decode.prefill import prefill  # noqa: E402
+from mlx_mtp.decode.round import decode_round, first_state  # noqa: E402
+from mlx_mtp.decode.sampling import Sampler, SamplingOptions  # noqa: E402
+from mlx_mtp.models.drafter import Drafter  # noqa: E402
+from mlx_mtp.models.target import Target  # noqa: E402
+
+LAYERS, ROUNDS = 35, 60
+
+
+def make_models(folder: Path) -> tuple[Target, Drafter]:
+    """A random target of E2B's kind with 35 layers, 20 of which share KV as in E2B, and a drafter for it."""
+    source, drafter_folder = make_pair("e2b", folder)
+    raw = json.loads((source / "config.json").read_text())
+    kinds = ["full_attention" if i % 5 == 4 else "sliding_attention" for i in range(LAYERS)]
+    raw["text_config"] |= {"num_hidden_layers": LAYERS, "layer_types": kinds, "num_kv_shared_layers": 20}
+    config = target_config(raw)
+    target = Target(config.text)
+    for part in target.modules():
+        if hasattr(part, "prepare"):
+            part.prepare()
+    mx.eval(target.parameters())
+    return target, load_drafter(drafter_folder, config, "committed", "float32")[1]
+
+
+def seconds(target: Target, drafter: Drafter, k: int, pipelined: bool) -> float:
+    """Wall-clock seconds of ROUNDS rounds."""
+    kv, hidden = prefill(target, list(range(5, 45)))
+    sampler = Sampler([SamplingOptions()], target.config.logit_softcap)
+    state = first_state(target, sampler, hidden, mx.array([40], dtype=mx.int32))
+    mx.eval(state.lengths, state.tokens, state.hidden)
+    kv.reserve(40 + (ROUNDS + 2) * (k + 1))
+    before: mx.array | None = None
+    started = time.perf_counter()
+    for _ in range(ROUNDS):
+        state, report, _ = decode_round(target, drafter, kv, sampler, state, k)
+        mx.async_eval(report, state.lengths, state.hidden)
+        if not pipelined:
+            report.tolist()
+        elif before is not None:
+            before.tolist()
+        before = report
+    assert before is not None
+    before.tolist()
+    return time.perf_counter() - started
+
+
+def main(
+    repeats: Annotated[int, typer.Option(help="Repetitions of both variants.")] = 7,
+    draft_length: Annotated[int, typer.Option(help="Tokens to draft a round; 0 for plain decoding.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Runs the benchmark and prints its figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        target, drafter = make_models(Path(folder))
+    took = []
+    ratios = []
+    for repeat in range(repeats + 1):
+        serial = seconds(target, drafter, draft_length, pipelined=False)
+        early = seconds(target, drafter, draft_length, pipelined=True)
+        if repeat:  # the first time warms up
+            ratios.append(serial / early)
+            took.append(1e3 * serial / ROUNDS)
+    if as_json:
+        print(json.dumps({"serial / pipelined": statistics.median(ratios), "blas": BLAS}))
+        return
+    print(
+        f"{platform.machine()} {platform.system()}, mlx {mx.__version__} on {mx.default_device()}, BLAS {BLAS}, float32"
+    )
+    print(f"{LAYERS} layers, {draft_length} drafts a round, {repeats} repetitions; median (lowest to highest)")
+    print(f"  speed-up by pipelining   {statistics.median(ratios):5.2f}   ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"  a serial round takes     {statistics.median(took):5.1f} ms")
+
+
+if __name__ == "__main__":
+    typer.run(main)
