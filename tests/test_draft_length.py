@@ -51,7 +51,8 @@ def speed(policy: Policy, cost: Callable[[int], float], chance: Callable[[int, i
         kept = next((j for j in range(length) if rng.random() >= chance(position, j)), length)
         taken = cost(length) * (1 + 0.05 * rng.gauss(0, 1)) * (5 if rng.random() < 0.01 else 1)
         seconds, position = seconds + taken, position + kept + 1
-        policy.observe(length, [kept], taken)
+        # As in the engine as well: next to a round of another length the time isn't known.
+        policy.observe(length, [kept], taken if length == next_length else None)
     return position / seconds
 
 

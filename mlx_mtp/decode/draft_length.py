@@ -37,12 +37,13 @@ class AutoLength:
     _STALE = 64
     _PROBE = 2
     # Chance of rounds in a row that keep no draft, under which the past is forgotten.
-    _UNLIKELY = 0.004
+    _UNLIKELY = 0.002
 
     def __init__(self) -> None:
         self._costs, self._acceptance = _Costs(), _Acceptance()
         self._rounds = 0
         self._trials: set[int] = set()
+        self._again: int | None = None
         self._asked, self._luck = 0, 1.0
         self._spent = self._elapsed = 0.0
         self._best = self._choose()
@@ -58,7 +59,7 @@ class AutoLength:
             self._acceptance = deepcopy(other._acceptance)
         else:
             self._acceptance.fade()
-        self._asked, self._rounds, self._luck = 0, 0, 1.0
+        self._asked, self._rounds, self._luck, self._again = 0, 0, 1.0, None
         self._trials.clear()
         self._costs.begin()
         self._best = self._choose()
@@ -66,9 +67,11 @@ class AutoLength:
     def next(self) -> int:
         """Tokens to draft in the next round."""
         best, self._asked = self._best, self._asked + 1
-        trial = self._trial(best)
+        trial = self._again if self._again is not None else self._trial(best)
         if trial is None:
             return best
+        # Twice where it is about costs: the time of a round next to one of another length may be unknown.
+        self._again = trial if best and self._again is None else None
         # Rounds are observed in the order in which they were asked for, one round late.
         self._trials.add(self._asked)
         return trial
@@ -83,10 +86,12 @@ class AutoLength:
         """
         self._rounds += 1
         off = self._best == 0
-        if seconds is not None and kept:
+        if kept and self._elapsed + (seconds or 0.0):
+            took = self._costs.seconds(drafted) if seconds is None else seconds
             if self._rounds in self._trials or drafted != self._best:
-                self._spent += max(0.0, seconds - (sum(kept) / len(kept) + 1) / self._rate(self._best))
-            self._elapsed += seconds
+                self._spent += max(0.0, took - (sum(kept) / len(kept) + 1) / self._rate(self._best))
+            self._elapsed += took
+        if kept and seconds is not None:
             self._costs.observe(drafted, seconds, self._rounds)
         self._trials.discard(self._rounds)
         if off and drafted and kept and min(kept) == drafted:
@@ -101,6 +106,8 @@ class AutoLength:
                 self._luck, self._acceptance = 1.0, _Acceptance()
                 for _ in range(4):
                     self._acceptance.observe(drafted, 0)
+                # It may have been bad luck after all: two probes soon will tell.
+                self._spent = max(0.0, self._spent - 2 * self._costs.seconds(self._PROBE))
         for count in kept:
             self._acceptance.observe(drafted, count)
         self._best = self._choose()
@@ -121,7 +128,7 @@ class AutoLength:
         if not due or self._trials or not self._elapsed:
             return None
         trial = max(due, key=lambda k: self._costs.age(k, self._rounds))
-        loss = self._costs.seconds(trial) - self._acceptance.tokens(trial) / self._rate(best)
+        loss = (2 if best else 1) * (self._costs.seconds(trial) - self._acceptance.tokens(trial) / self._rate(best))
         allowed = self._BUDGET * self._elapsed + self._ALLOWANCE * self._costs.seconds(best)
         return trial if self._spent + loss <= allowed else None
 

@@ -152,7 +152,7 @@ class Engine:
         with self._span("wait and read"):
             reports = self._read()
         with self._span("deliver"):
-            self._deliver(*reports)
+            self._deliver(*reports, k)
         if before and all(row.done for row in self.rows):
             kv.restore(before)  # the round built ahead was never handed over: forget it
             return
@@ -176,8 +176,14 @@ class Engine:
         reports = [_host(flight.report) for flight in self._flights]
         return reports, self._clock.lap()
 
-    def _deliver(self, reports: list[list[list[int]]], seconds: float | None) -> None:
-        """Gives every row its tokens."""
+    def _deliver(self, reports: list[list[list[int]]], seconds: float | None, next_length: int) -> None:
+        """Gives every row its tokens, and the policy what it can learn from a round.
+
+        Args:
+            reports: See `_read`.
+            seconds: See `_read`.
+            next_length: Tokens drafted in the round that was handed over meanwhile.
+        """
         flights, self._flights = self._flights, []
         for flight, report in zip(flights, reports, strict=True):
             kept: list[int] = []
@@ -187,8 +193,10 @@ class Engine:
                     if row.request.draft_length == "auto":
                         kept.append(count)
             if flight.policy and flight.k is not None:
-                # The time counts only if all of it was this round's.
-                flight.policy.observe(flight.k, kept, seconds if len(flights) == 1 else None)
+                # The time counts only if all of it was this round's. On a CPU much of it is the next round's: work is
+                # done while it is handed over.
+                own = len(flights) == 1 and flight.k == next_length
+                flight.policy.observe(flight.k, kept, seconds if own else None)
 
     def _next_length(self) -> tuple[int, AutoLength | None]:
         """Tokens to draft in the next round, and the policy that was asked."""
