@@ -2,13 +2,14 @@
 
     plain    our plain decoding / mlx-lm's BatchGenerator on the same target
     MTP      our decoding with the drafter / our plain decoding, at the same batch size (embedded pair)
+    mlx-vlm  our decoding with the drafter / mlx-vlm's, same pair and draft length (with --mlx-vlm, see peer_mlx_vlm.py)
     rounds   tokens a row gets out of a round; it should not depend on the batch size
 
 Pairs: the embedded one on chat prompts, and two random targets of medium size, dense and mixture of experts, on random
 prompts (their drafters would never be right, so they are measured without). Every ratio is the median over repetitions
 in which all variants take turns. Needs the `bench` extra (mlx-lm).
 
-    python scripts/bench_batch.py [--repeats 5] [--draft-length 4] [--json]
+    python scripts/bench_batch.py [--repeats 5] [--draft-length 4] [--mlx-vlm PYTHON] [--json]
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -55,6 +57,31 @@ PROMPTS = (
     "Give me a JSON record for a book.",
     "List the months of the year.",
 )
+
+
+class MlxVlm:
+    """mlx-vlm in a process of its own, which runs a batch when asked and waits otherwise."""
+
+    def __init__(self, python: Path, prompts: list[list[int]]):
+        script = Path(__file__).with_name("peer_mlx_vlm.py")
+        self._process = subprocess.Popen([python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        job = {"target": str(DEMO / "target"), "drafter": str(DEMO / "drafter"), "prompts": prompts, "tokens": TOKENS}
+        self._send(job)
+
+    def run(self, rows: int, draft_length: int) -> tuple[float, list[list[int]]]:
+        """Tokens per second, and the texts."""
+        self._send({"rows": rows, "draft_length": draft_length})
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            raise typer.BadParameter("mlx-vlm has failed, see above", param_hint="--mlx-vlm")
+        result = json.loads(line)
+        return result["tps"], result["tokens"]
+
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
 
 
 def ours(lm: mlx_mtp.MTPModel, prompts: Sequence[list[int]], draft_length: int | str) -> tuple[float, float]:
@@ -104,7 +131,9 @@ def medium(kind: str, folder: Path) -> Path:
     return source
 
 
-def measure(name: str, folder: Path, prompts: list[list[int]], k: int, repeats: int) -> dict[str, list[float]]:
+def measure(
+    name: str, folder: Path, prompts: list[list[int]], k: int, repeats: int, peer: MlxVlm | None = None
+) -> dict[str, list[float]]:
     """Ratios for one pair, by batch size."""
     drafter = None if name == "embedded" else False
     rows: dict[str, list[float]] = {}
@@ -122,6 +151,9 @@ def measure(name: str, folder: Path, prompts: list[list[int]], k: int, repeats: 
                     auto, _ = ours(lm, batch, "auto")
                     figures |= {f"MTP ({k}) / plain": mtp / plain, "MTP (auto) / plain": auto / plain,
                                 "tokens a round": tokens}  # fmt: skip
+                    if peer:
+                        vlm, _ = peer.run(size, k)
+                        figures |= {f"MTP ({k}) / mlx-vlm's MTP ({k})": mtp / vlm}
                 if repeat:  # the first time warms up
                     for label, value in figures.items():
                         rows.setdefault(f"{name}, {size} rows: {label}", []).append(value)
@@ -131,6 +163,7 @@ def measure(name: str, folder: Path, prompts: list[list[int]], k: int, repeats: 
 def main(
     repeats: Annotated[int, typer.Option(help="Repetitions of every variant.")] = 5,
     draft_length: Annotated[int, typer.Option(help="Tokens to draft a round.")] = 4,
+    mlx_vlm: Annotated[Path | None, typer.Option(help="Python of an environment with mlx-vlm.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Runs the benchmark and prints its table."""
@@ -139,7 +172,8 @@ def main(
         chat = [lm.encode(text) for text in PROMPTS]
     random = [mx.random.randint(3, 8000, (10 + 7 * i,), key=mx.random.key(i)).tolist() for i in range(8)]
     with tempfile.TemporaryDirectory() as folder:
-        rows |= measure("embedded", DEMO / "target", chat, draft_length, repeats)
+        peer = MlxVlm(mlx_vlm, chat) if mlx_vlm else None
+        rows |= measure("embedded", DEMO / "target", chat, draft_length, repeats, peer)
         for name, kind in (("dense", "31b"), ("MoE", "26b")):
             rows |= measure(name, medium(kind, Path(folder) / kind), random, draft_length, repeats)
     if as_json:
@@ -150,7 +184,7 @@ def main(
     )
     print(f"{TOKENS} tokens a row, greedy, {repeats} repetitions; median (lowest to highest)")
     for name, values in rows.items():
-        print(f"  {name:40} {statistics.median(values):5.2f}   ({min(values):.2f} to {max(values):.2f})")
+        print(f"  {name:44} {statistics.median(values):5.2f}   ({min(values):.2f} to {max(values):.2f})")
 
 
 if __name__ == "__main__":
