@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from . import checkpoint, sizes
+from . import checkpoint, hub, sizes
 from .answer import Answer, Chunk, Generation
 from .decode.prefill import prefill
 from .decode.request import Request, Row
@@ -97,10 +97,10 @@ def find_pair(
     """The folders of a target and its drafter, as `load` takes them; without `weights` only their descriptions."""
     if target is None:
         target, drafter = DEMO / "target", DEMO / "drafter" if drafter is None else drafter
-    folder = checkpoint.find(target, weights)
+    folder = hub.find(target, weights)
     if drafter is None:
-        return folder, checkpoint.find_drafter(target, weights)
-    return folder, checkpoint.find(drafter, weights) if drafter else None
+        return folder, hub.find_drafter(target, weights)
+    return folder, hub.find(drafter, weights) if drafter else None
 
 
 class MTPModel:

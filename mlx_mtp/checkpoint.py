@@ -1,8 +1,8 @@
-"""Finds, checks and loads checkpoints: a folder or a hub repository becomes a `Target` or a `Drafter`.
+"""Checks and loads checkpoints: a folder becomes a `Target` or a `Drafter`.
 
 Loads Hugging Face folders as they are published (config.json, model.safetensors or shards with an index) and MLX
 conversions of them. Weights are mapped by name, checked against the model's own parameters before any is used, and
-read lazily. Only safetensors are read and nothing from a checkpoint is run.
+read lazily. Only safetensors are read and nothing from a checkpoint is run. Not here: which folder that is (hub.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 
 from . import sizes
 from .config import DrafterConfig, TargetConfig, TextConfig, check_pair, drafter_config, target_config
-from .errors import CheckpointError, MemoryBudgetError
+from .errors import CheckpointError, MemoryBudgetError, one_line
 from .models.drafter import Drafter
 from .models.elementwise import on_gpu
 from .models.target import Target
@@ -30,11 +30,6 @@ from .models.target import Target
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-
-WEIGHTS = "*.safetensors"
-
-HUB_PATTERNS = [WEIGHTS, "*.json", "*.jinja"]
-"""Files of a hub repository that are used."""
 
 _TOWERS = re.compile(
     r"^(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio|vision_embedder|multi_modal_projector)\."
@@ -62,66 +57,6 @@ class GenerationDefaults:
     top_k: int
     top_p: float
     min_p: float
-
-
-def find(name: str | Path, weights: bool = True) -> Path:
-    """The folder of a checkpoint: `name` itself, or the local copy of the hub repository of that name.
-
-    Args:
-        name: Folder or repository.
-        weights: Whether a repository's weights are wanted, or only what describes them.
-
-    Raises:
-        CheckpointError: No such folder, or a repository that can't be had.
-    """
-    try:
-        path = Path(name).expanduser()
-    except RuntimeError as error:  # "~somebody" whom this machine doesn't know
-        raise CheckpointError(f"there is no folder {name}: {error}") from None
-    if path.is_dir() and str(name):
-        return path
-    if path.exists() and str(name):
-        raise CheckpointError(f"{path} is a file: give the folder it lies in")
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
-        raise CheckpointError(f"there is no folder {str(name)!r}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        patterns = HUB_PATTERNS if weights else [p for p in HUB_PATTERNS if p != WEIGHTS]
-        return Path(snapshot_download(str(name), allow_patterns=patterns))
-    except RepositoryNotFoundError:
-        raise CheckpointError(f"{name} is neither a folder nor a repository you can read on the hub") from None
-    except HFValidationError:
-        raise CheckpointError(f"there is no folder {str(name)!r}, and no repository can have this name") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise CheckpointError(
-            f"{name} is not a folder, and the hub can't be reached to download it ({_one_line(error)})"
-        ) from None
-
-
-def _one_line(error: Exception) -> str:
-    """Kind and beginning of another library's error, for a message of ours."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
-
-
-def find_drafter(target: str | Path, weights: bool = True) -> Path | None:
-    """The drafter that belongs to a target: its sibling with "-assistant" after the name; None if there is none."""
-    path = Path(target).expanduser()
-    if path.is_dir():
-        path = path.resolve()
-        sibling = path.with_name(path.name + "-assistant")
-        return sibling if sibling.is_dir() else None
-    try:
-        return find(f"{target}-assistant", weights)
-    except CheckpointError as error:
-        log.warning("no drafter: %s", error)
-        return None
 
 
 def read_json(path: Path, required: bool = True) -> dict[str, Any]:
@@ -293,7 +228,7 @@ def tensors(folder: Path) -> Iterator[tuple[str, mx.array]]:
         try:
             held = mx.load(str(path))
         except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{path} is corrupt: {_one_line(error)}; download it again") from error
+            raise CheckpointError(f"{path} is corrupt: {one_line(error)}; download it again") from error
         assert isinstance(held, dict)
         for name in sorted(held):
             yield name, held.pop(name)  # once evaluated, a tensor that is held here would stay in memory
@@ -346,7 +281,7 @@ def _fill(
             nn.quantize(model, class_predicate=_stored_bits(weights, stored))
         except (AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{folder}: the quantization in config.json can't be used: {_one_line(error)}"
+                f"{folder}: the quantization in config.json can't be used: {one_line(error)}"
             ) from error
     parameters = cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))
     expected = {name: value.shape for name, value in parameters}

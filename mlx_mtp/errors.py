@@ -25,3 +25,8 @@ class PromptError(MTPError):
 
 class MemoryBudgetError(MTPError):
     """The work doesn't fit in memory; the message says what is needed, what there is, and what to change."""
+
+
+def one_line(error: Exception) -> str:
+    """Kind and beginning of another library's error, for a message of ours."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]

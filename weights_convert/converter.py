@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp import checkpoint
+from mlx_mtp import checkpoint, hub
 from mlx_mtp.config import DRAFTER_TYPES, drafter_config, target_config
 from mlx_mtp.errors import CheckpointError, MTPError
 
@@ -83,7 +83,7 @@ def convert(
     """
     if dtype is not None and dtype not in checkpoint.DTYPES:
         raise CheckpointError(f"dtype {dtype!r} isn't supported: expected one of {', '.join(checkpoint.DTYPES)}")
-    folder, destination = checkpoint.find(source), Path(destination).expanduser()
+    folder, destination = hub.find(source), Path(destination).expanduser()
     raw = checkpoint.read_json(folder / "config.json")
     if raw.get("quantization") or raw.get("quantization_config"):
         raise CheckpointError(f"{folder} is quantised already: convert the original")

@@ -117,7 +117,8 @@ def _stored_as(raw: dict[str, Any], quantize: int | None) -> str:
 
 def _on_disk(folder: Path) -> int | None:
     """Bytes of the weight files, after a look at their headers; None where they aren't there."""
-    from ..checkpoint import WEIGHTS, check_safetensors
+    from ..checkpoint import check_safetensors
+    from ..hub import WEIGHTS
 
     files = sorted(folder.glob(WEIGHTS))
     for path in files:
