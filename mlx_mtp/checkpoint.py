@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,22 +19,21 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from . import sizes
-from .config import DrafterConfig, TargetConfig, TextConfig, check_pair, drafter_config, target_config
+from . import quantization, sizes
+from .config import DrafterConfig, TargetConfig, check_pair, drafter_config, target_config
 from .errors import CheckpointError, MemoryBudgetError, one_line
 from .models.drafter import Drafter
 from .models.elementwise import on_gpu
 from .models.target import Target
+from .names import VISION_AND_AUDIO, Source, Table, drafter_table, target_table
+from .quantization import Format, Scheme
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
-_TOWERS = re.compile(
-    r"^(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio|vision_embedder|multi_modal_projector)\."
-)
-_PREFIX = re.compile(r"^(model\.language_model\.|language_model\.model\.|language_model\.|model\.)")
-_SHARED_KV = re.compile(r"^layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm)\.")
+CLUSTER_ORDER = "cluster_order"
+"""Key of config.json's section "mlx_mtp": a clustered head's embedding is stored cluster by cluster already."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,8 @@ def load_target(folder: Path, dtype: str | None = None, quantize: int | None = N
         folder: Its folder.
         dtype: "float32", "bfloat16" or "float16" for activations and unquantised weights. None for the checkpoint's
             own type; on the CPU, where 16-bit matmuls are slower than 32-bit ones, float32.
-        quantize: Bits to quantise to while loading; None to take the weights as they are.
+        quantize: Bits to quantise to while loading, by the rule of `quantization.Scheme`; None to take the weights as
+            they are.
 
     Raises:
         CheckpointError: See `errors.CheckpointError`.
@@ -124,12 +123,11 @@ def load_target(folder: Path, dtype: str | None = None, quantize: int | None = N
     """
     raw = read_json(folder / "config.json")
     config = target_config(raw)
-    text = config.text
-    model = Target(text)
-    weights = dict(target_tensors(folder, text))
-    _fill(model, weights, folder, raw, dtype, quantize)
-    if not on_gpu() and text.num_experts and model.dtype != mx.float32:
+    model = Target(config.text)
+    assign(model, dict(tensors(folder)), target_table(config.text), folder, raw, dtype, quantize)
+    if not on_gpu() and config.text.num_experts and model.dtype != mx.float32:
         raise CheckpointError("mixture-of-experts models run on the CPU in float32 only: load with dtype='float32'")
+    _read(model, folder)
     return config, model
 
 
@@ -148,71 +146,59 @@ def load_drafter(
     Raises:
         CheckpointError: See `errors.CheckpointError`.
         PairingError: The drafter was made for another target.
+        MemoryBudgetError: The weights don't fit in this machine's memory.
     """
     raw = read_json(folder / "config.json")
     config = drafter_config(raw)
     check_pair(target, config)
     model = Drafter(config, position)
-    weights = dict(_drafter_weights(folder, config))
-    _fill(model, weights, folder, raw, dtype, quantize)
+    stored = dict(tensors(folder))
+    if config.num_clusters:
+        _sort_by_cluster(stored, config, folder, already=in_cluster_order(raw))
+    assign(model, stored, drafter_table(config), folder, raw, dtype, quantize)
+    _read(model, folder)
     return config, model
 
 
-def target_tensors(folder: Path, config: TextConfig) -> Iterator[tuple[str, mx.array]]:
-    """Tensors of a target under our names."""
-    skipped = 0
-    for name, tensor in tensors(folder):
-        if _TOWERS.match(name):
-            skipped += 1
-            continue
-        name = _PREFIX.sub("", name)
-        if name.startswith("lm_head.") and config.tied_head:
-            continue
-        shared = _SHARED_KV.match(name)
-        if shared and config.layers[min(int(shared[1]), len(config.layers) - 1)].kv_owner != int(shared[1]):
-            continue  # published, but never used: this layer reads another one's KV
-        name = name.replace(".experts.switch_glu.", ".experts.")
-        if name.endswith(".experts.gate_up_proj"):
-            gate, up = mx.split(tensor, 2, axis=-2)
-            yield name.replace("gate_up_proj", "gate_proj.weight"), mx.contiguous(gate)
-            yield name.replace("gate_up_proj", "up_proj.weight"), mx.contiguous(up)
-        elif name.endswith(".experts.down_proj"):
-            yield name + ".weight", tensor
-        else:
-            yield name, tensor
-    if skipped:
-        log.info("%s: %d vision and audio tensors left out, this is a text decoder", folder.name, skipped)
+def in_cluster_order(config: dict[str, Any]) -> bool:
+    """Whether the embedding of a drafter with this config.json is stored in cluster order."""
+    ours = config.get("mlx_mtp")
+    return isinstance(ours, dict) and ours.get(CLUSTER_ORDER) is True
 
 
-def _drafter_weights(folder: Path, config: DrafterConfig) -> Iterator[tuple[str, mx.array]]:
-    """Tensors of a drafter under our names; a clustered head's embedding in cluster order."""
-    ordering, embedding = None, {}
-    for name, tensor in tensors(folder):
-        name = name.removeprefix("model.")
-        if name.startswith("lm_head."):
-            continue  # the output head is embed_tokens
-        if not config.num_clusters:
-            if not name.startswith("masked_embedding."):
-                yield name, tensor
-        elif name == "masked_embedding.token_ordering":
-            ordering = tensor.astype(mx.int32)
-        elif name.startswith("embed_tokens."):
-            embedding[name.removeprefix("embed_tokens.")] = tensor
-        else:
-            yield name.replace("masked_embedding.", "head."), tensor
-    if config.num_clusters and ordering is not None:
-        vocab = config.text.vocab_size
-        if ordering.shape != (vocab,) or not mx.array_equal(mx.sort(ordering), mx.arange(vocab, dtype=mx.int32)).item():
-            raise CheckpointError(f"{folder}: masked_embedding.token_ordering is no permutation of {vocab} token ids")
-        yield "head.token_ordering", ordering
-        for part, rows in embedding.items():
-            if rows.shape[0] != vocab:
-                raise CheckpointError(f"{folder}: embed_tokens.{part} has {rows.shape[0]} rows for {vocab} tokens")
-            yield f"head.embedding.{part}", rows[ordering]
+def check_ordering(ordering: mx.array, vocab: int, folder: Path) -> None:
+    """Checks that a clustered head's token_ordering has every token once.
+
+    Raises:
+        CheckpointError: It doesn't.
+    """
+    everything = mx.arange(vocab, dtype=mx.int32)
+    if ordering.shape != (vocab,) or not mx.array_equal(mx.sort(ordering.astype(mx.int32)), everything).item():
+        raise CheckpointError(f"{folder}: masked_embedding.token_ordering is no permutation of {vocab} token ids")
 
 
-def tensors(folder: Path) -> Iterator[tuple[str, mx.array]]:
-    """All tensors of a folder's safetensors files, lazily."""
+def _sort_by_cluster(stored: dict[str, mx.array], config: DrafterConfig, folder: Path, already: bool) -> None:
+    """Checks a clustered head's ordering, and brings the rows of its embedding into this order if they aren't yet."""
+    vocab, sources = config.text.vocab_size, drafter_table(config).layout(stored).sources
+    if "head.token_ordering" not in sources:
+        return  # `assign` will say that it is missing
+    name = sources["head.token_ordering"].names[0]
+    check_ordering(stored[name], vocab, folder)
+    stored[name] = ordering = stored[name].astype(mx.int32)
+    for ours, source in sources.items():
+        if ours.startswith("head.embedding.") and not already:
+            name = source.names[0]
+            if stored[name].shape[0] != vocab:
+                raise CheckpointError(f"{folder}: {name} has {stored[name].shape[0]} rows for {vocab} tokens")
+            stored[name] = stored[name][ordering]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: those that its index names, or else all.
+
+    Raises:
+        CheckpointError: There are none, or the index can't be used.
+    """
     index = read_json(folder / "model.safetensors.index.json", required=False)
     if index:
         weight_map = index.get("weight_map")
@@ -223,7 +209,12 @@ def tensors(folder: Path) -> Iterator[tuple[str, mx.array]]:
         files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} has no safetensors files")
-    for path in files:
+    return files
+
+
+def tensors(folder: Path) -> Iterator[tuple[str, mx.array]]:
+    """All tensors of a folder's safetensors files, lazily."""
+    for path in weight_files(folder):
         check_safetensors(path)
         try:
             held = mx.load(str(path))
@@ -264,42 +255,62 @@ def check_safetensors(path: Path) -> dict[str, Any]:
     return header
 
 
-def _fill(
+def assign(
     model: nn.Module,
-    weights: dict[str, mx.array],
+    stored: dict[str, mx.array],
+    table: Table,
     folder: Path,
     config: dict[str, Any],
     dtype: str | None,
     quantize: int | None,
 ) -> None:
-    """Puts weights into a model, after checking that names and shapes are exactly the model's."""
-    stored = config.get("quantization") or config.get("quantization_config")
-    if stored:
-        if quantize:
-            raise CheckpointError(f"{folder} is quantised already: load it without quantize")
-        try:
-            nn.quantize(model, class_predicate=_stored_bits(weights, stored))
-        except (AttributeError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{folder}: the quantization in config.json can't be used: {one_line(error)}"
-            ) from error
-    parameters = cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))
-    expected = {name: value.shape for name, value in parameters}
-    _compare(folder, expected, {name: value.shape for name, value in weights.items()})
+    """Gives a model its weights, after checking that names and shapes are exactly the model's. Evaluates nothing.
 
+    Args:
+        model: The model, not quantised.
+        stored: The tensors under their stored names; emptied.
+        table: What these names mean.
+        folder: Where they come from, for messages.
+        config: The folder's config.json.
+        dtype, quantize: As for `load_target`.
+
+    Raises:
+        CheckpointError: See `errors.CheckpointError`.
+    """
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} isn't supported: expected one of {', '.join(DTYPES)}")
-    own = next(value.dtype for name, value in weights.items() if name == "norm.weight")
-    wanted = DTYPES[dtype] if dtype else activation_dtype(own)
-    for name, weight in weights.items():
-        weights[name] = weight.astype(wanted) if mx.issubdtype(weight.dtype, mx.floating) else weight
+    try:
+        layout = table.layout(stored)
+        shapes = {name: tensor.shape for name, tensor in stored.items()}
+        found = {ours: source.shape(shapes) for ours, source in layout.sources.items()}
+        section = quantization.stored(config, table)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    if layout.skipped:
+        loss = VISION_AND_AUDIO in layout.skipped.values()
+        log.log(logging.INFO if loss else logging.DEBUG, "%s: left out: %s", folder.name, layout.left_out())
+    weights = {ours: _gather(source, stored) for ours, source in layout.sources.items()}
+    stored.clear()
+    if section:
+        if quantize:
+            raise CheckpointError(f"{folder} is quantised already: load it without quantize")
+        nn.quantize(model, class_predicate=section.rule(weights))
+    check_complete(model, found, folder)
+
+    own = weights["norm.weight"].dtype
     model.load_weights(list(weights.items()))
     # The model alone holds the weights now, so that what is replaced below is let go at once.
     weights.clear()
     if quantize:
-        nn.quantize(model, class_predicate=quantization(quantize))
+        scheme = Scheme(Format(quantize))
+        nn.quantize(model, class_predicate=scheme.rule())  # in the stored type, as a conversion does it
+    model.set_dtype(DTYPES[dtype] if dtype else activation_dtype(own))
+
+
+def _read(model: nn.Module, folder: Path) -> None:
+    """Reads the weights that a model was assigned, and brings them into the form they run in."""
     # Nothing has been read so far: sizes are known, weights aren't in memory.
-    needed = sum(array.nbytes for _, array in cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters())))
+    needed = sum(array.nbytes for _, array in _parameters(model))
     if needed > (have := sizes.memory_for_models()):
         raise MemoryBudgetError(
             f"{folder} needs {needed / 1e9:.1f} GB for its weights, and models can have {have / 1e9:.1f} GB here: "
@@ -312,39 +323,29 @@ def _fill(
     mx.eval(model.parameters())
 
 
+def _gather(source: Source, stored: dict[str, mx.array]) -> mx.array:
+    parts = [stored[name] for name in source.names]
+    if source.half is not None:
+        parts = [mx.contiguous(mx.split(part, 2, axis=-2)[source.half]) for part in parts]
+    return mx.stack(parts) if source.stacked else parts[0]
+
+
+def _parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
+    return cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))
+
+
 def activation_dtype(stored: mx.Dtype) -> mx.Dtype:
     """The type in which a checkpoint of some type runs here, unless told otherwise."""
     return stored if on_gpu() else mx.float32
 
 
-def quantization(bits: int) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
-    """Quantisation while loading: everything big, the router at 8 bits since it decides which weights are read."""
-    if bits not in (2, 3, 4, 5, 6, 8):
-        raise CheckpointError(f"can't quantise to {bits!r} bits: use 2, 3, 4, 5, 6 or 8")
+def check_complete(model: nn.Module, found: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """Checks that tensors of these names and shapes are exactly a model's.
 
-    def rule(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if not hasattr(module, "to_quantized"):
-            return False
-        group = next((g for g in (64, 32) if module.weight.shape[-1] % g == 0), None)
-        return {"group_size": group, "bits": 8 if path.endswith("router.proj") else bits} if group else False
-
-    return rule
-
-
-def _stored_bits(weights: dict[str, mx.array], stored: dict[str, Any]) -> Callable[[str, nn.Module], Any]:
-    """Which modules a checkpoint holds quantised, and how: those with scales, as config.json says."""
-    common = {k: stored[k] for k in ("group_size", "bits", "mode") if k in stored}
-    special = {_PREFIX.sub("", k).replace(".switch_glu.", "."): v for k, v in stored.items() if isinstance(v, dict)}
-
-    def rule(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if not hasattr(module, "to_quantized") or f"{path}.scales" not in weights:
-            return False
-        return {**common, **special.get(path, {})}
-
-    return rule
-
-
-def _compare(folder: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    Raises:
+        CheckpointError: With the first that are missing, unknown, or of the wrong shape.
+    """
+    expected = {name: value.shape for name, value in _parameters(model)}
     problems = []
     for label, names in (
         ("missing", sorted(expected.keys() - found.keys())),

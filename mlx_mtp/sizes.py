@@ -6,7 +6,6 @@ Counts the parameters of the very modules that would be loaded; nothing is alloc
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,13 +16,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .config import DrafterConfig, TextConfig
-from .errors import CheckpointError
 from .kv import CAPACITY_STEP, longest_block, ring_slots
 from .models.drafter import Drafter
 from .models.target import Target
-
-Rule = Callable[[str, nn.Module], "bool | Mapping[str, Any]"]
-"""How a module is quantised, as `mlx.nn.quantize` takes it: not at all, or with bits, group_size and mode."""
+from .quantization import Rule
 
 
 @dataclass(frozen=True)
@@ -81,25 +77,6 @@ def kv_bytes(config: TextConfig, tokens: int, dtype_bytes: int) -> int:
         for i, layer in enumerate(config.layers)
         if layer.kv_owner == i
     )
-
-
-def stored_rule(quantization: Any) -> Rule:
-    """The rule that a config.json's quantization section describes.
-
-    Raises:
-        CheckpointError: It is no description of one of MLX's formats.
-    """
-    if not isinstance(quantization, Mapping) or not isinstance(quantization.get("bits"), int):
-        raise CheckpointError("config.json: quantization isn't one of MLX's, which have bits and a group_size")
-
-    def rule(path: str, module: nn.Module) -> bool | Mapping[str, Any]:
-        # Names differ in their prefix from one converter to the next.
-        for name, value in quantization.items():
-            if re.sub(r"\.switch_glu\.", ".", name).endswith(path):
-                return value if isinstance(value, Mapping) else bool(value)
-        return quantization
-
-    return rule
 
 
 def memory_for_models() -> int:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx_lm.utils
@@ -13,12 +14,16 @@ import pytest
 from tiny_checkpoints import KINDS, VOCAB, make_pair
 
 import mlx_mtp
-import weights_convert.converter as module
+import weights_convert.plan
 from mlx_mtp.errors import CheckpointError, MTPError
-from weights_convert import Format, convert
+from weights_convert import Format, Scheme, convert, verify_sums
 
 TOKENS = list(range(7, 47))
 FORMATS = [None, Format(4), Format(8, 32), Format(4, 32, "mxfp4"), Format(8, 32, "mxfp8"), Format(4, 16, "nvfp4")]
+
+
+def scheme(bits: int, *overrides: tuple[str, int | None]) -> Scheme:
+    return Scheme(Format(bits), overrides)
 
 
 def theirs(folder: Path) -> mx.array:
@@ -26,12 +31,31 @@ def theirs(folder: Path) -> mx.array:
     return model(mx.array([TOKENS]))[0]
 
 
+def logits(folder: Path, **options: Any) -> mx.array:
+    return mlx_mtp.load(folder, drafter=False, **options).logits(TOKENS)
+
+
+def stored(folder: Path) -> dict[str, mx.array]:
+    tensors: dict[str, mx.array] = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= mx.load(str(path))
+    return tensors
+
+
+def in_bfloat16(folder: Path) -> None:
+    """Makes a float32 checkpoint one like the published ones."""
+    path = folder / "model.safetensors"
+    tensors = {name: t.astype(mx.bfloat16) if t.dtype == mx.float32 else t for name, t in stored(folder).items()}
+    mx.eval(tensors)
+    mx.save_safetensors(str(path), tensors)
+
+
 @pytest.mark.parametrize("how", FORMATS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_target_loads_here_and_in_mlx_lm(kind: str, how: Format | None, tmp_path: Path):
     source, _ = make_pair(kind, tmp_path)
-    folder = convert(source, tmp_path / "new", how)
-    ours = mlx_mtp.load(folder, drafter=False, dtype="float32").logits(TOKENS)
+    folder = convert(source, tmp_path / "new", Scheme(how) if how else None)
+    ours = logits(folder, dtype="float32")
     difference = mx.abs(ours - theirs(folder))
     if how is None or how.mode == "affine":
         assert difference.max() <= 1e-3
@@ -39,69 +63,150 @@ def test_a_target_loads_here_and_in_mlx_lm(kind: str, how: Format | None, tmp_pa
         # Embeddings in these modes come out of MLX in bfloat16, in which mlx-lm then goes on; that can
         # send tokens to other experts.
         assert difference.mean() <= 0.3
-    original = mlx_mtp.load(source, drafter=False).logits(TOKENS)
+    original = logits(source)
     error = mx.linalg.norm(ours - original) / mx.linalg.norm(original)
     if how is None:
         assert error == 0
     else:
         # 1.4 would be another model's logits; random weights forgive less than trained ones.
         assert error < (0.15 if how == Format(8, 32) else 1.1)
-        stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        assert stored < sum(path.stat().st_size for path in source.glob("*.safetensors")) * (how.bits + 3) / 32
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        assert size < sum(path.stat().st_size for path in source.glob("*.safetensors")) * (how.bits + 3) / 32
 
 
-@pytest.mark.parametrize("kind", ["e2b", "31b"])
-def test_a_drafter(kind: str, tmp_path: Path):
+@pytest.mark.parametrize("bits", [2, 3, 5, 6])
+def test_other_bits(bits: int, tmp_path: Path):
+    source, _ = make_pair("12b", tmp_path)
+    folder = convert(source, tmp_path / "new", scheme(bits))
+    assert mx.abs(logits(folder, dtype="float32") - theirs(folder)).max() <= 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", [Format(4), Format(8, 32), Format(4, 32, "mxfp4")], ids=str)
+def test_a_drafter(kind: str, how: Format, tmp_path: Path):
+    """Clustered heads are stored in cluster order, which changes nothing; quantised, it is as if while loading."""
     target, drafter = make_pair(kind, tmp_path)
     same = convert(drafter, tmp_path / "same")
-    small = convert(drafter, tmp_path / "small", Format(8))
-    proposals = [mlx_mtp.load(target, drafter=folder).propose(TOKENS, 4) for folder in (drafter, same, small)]
+    small = convert(drafter, tmp_path / "small", Scheme(how))
+    again = convert(same, tmp_path / "again", Scheme(how))
+    proposals = [mlx_mtp.load(target, drafter=folder).propose(TOKENS, 6) for folder in (drafter, same, small, again)]
     assert proposals[0] == proposals[1]
-    assert proposals[2][0] == proposals[0][0]
+    assert proposals[2] == proposals[3] and proposals[2][0] == proposals[0][0]
+    if how == Format(4):
+        lm = mlx_mtp.load(convert(target, tmp_path / "target4", scheme(4)), drafter=small)
+        assert proposals[2][1:] != [] and lm.propose(TOKENS, 6) == mlx_mtp.load(target, drafter, quantize=4).propose(
+            TOKENS, 6
+        )
+    ordered = json.loads((same / "config.json").read_text())["mlx_mtp"].get("cluster_order", False)
+    assert ordered == (kind in ("e2b", "e4b"))
+    if ordered:
+        before, after = stored(drafter), stored(same)
+        ordering, name = before["masked_embedding.token_ordering"], "model.embed_tokens.weight"
+        assert mx.array_equal(after[name], before[name][ordering]) and not mx.array_equal(after[name], before[name])
 
 
-def test_quantised_on_disk_or_while_loading_is_the_same(tmp_path: Path):
-    source, _ = make_pair("26b", tmp_path)
-    folder = convert(source, tmp_path / "new", Format(4))
+@pytest.mark.parametrize("kind", ["26b", "e2b"])
+def test_quantised_on_disk_or_while_loading_is_the_same(kind: str, tmp_path: Path):
+    source, _ = make_pair(kind, tmp_path)
+    in_bfloat16(source)
+    folder = convert(source, tmp_path / "new", scheme(4))
     assert json.loads((folder / "config.json").read_text())["quantization"]["bits"] == 4
-    on_disk = mlx_mtp.load(folder, drafter=False).logits(TOKENS)
-    assert mx.array_equal(on_disk, mlx_mtp.load(source, drafter=False, quantize=4).logits(TOKENS))
+    assert mx.array_equal(logits(folder, dtype="float32"), logits(source, dtype="float32", quantize=4))
 
 
-def test_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_router_and_overrides(tmp_path: Path):
+    """The router has 8 bits unless it is named; the last pattern that matches counts; mlx-lm reads all of it."""
+    source, _ = make_pair("26b", tmp_path)
+    overrides = (("*.mlp.down_proj", 8), ("layers.[01].mlp.down_proj", 6), ("*.o_proj", None), ("embed_tokens*", 8))
+    folder = convert(source, tmp_path / "new", scheme(4, *overrides))
+    tensors, layer = stored(folder), "language_model.model.layers"
+
+    def bits(module: str, width: int) -> float:
+        return tensors[f"{module}.weight"].shape[-1] * 32 / width
+
+    assert bits(f"{layer}.2.router.proj", 128) == 8
+    assert [bits(f"{layer}.{i}.mlp.down_proj", 128) for i in range(3)] == [6, 6, 8]
+    assert bits(f"{layer}.0.experts.switch_glu.down_proj", 64) == 4
+    assert bits("language_model.model.embed_tokens", 128) == 8
+    assert f"{layer}.0.self_attn.o_proj.scales" not in tensors
+    assert mx.abs(logits(folder, dtype="float32") - theirs(folder)).max() <= 1e-3
+    folder = convert(source, tmp_path / "no router", scheme(4, ("*.router.proj", None)))
+    assert f"{layer}.0.router.proj.scales" not in stored(folder)
+
+
+def test_the_type_of_what_is_not_quantised(tmp_path: Path):
     source, _ = make_pair("e2b", tmp_path)
-    monkeypatch.setattr(module, "FILE_BYTES", 200_000)
-    names: list[str] = []
-    folder = convert(source, tmp_path / "new", Format(8), progress=lambda name, written: names.append(name))
+    folder = convert(source, tmp_path / "new", scheme(4), dtype="bfloat16")
+    assert {t.dtype for t in stored(folder).values()} == {mx.bfloat16, mx.uint32}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == config["text_config"]["dtype"] == "bfloat16"
+    in_bfloat16(source)
+    expected, found = stored(convert(source, tmp_path / "expected", scheme(4))), stored(folder)
+    assert all(mx.array_equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_several_files(shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The same tensors, however many files they come from or go to, and however few rows are read at a time."""
+    source, _ = make_pair("26b", tmp_path, shards=shards)
+    one = convert(source, tmp_path / "one", scheme(8))
+    monkeypatch.setattr(weights_convert.plan, "FILE_BYTES", 200_000)
+    monkeypatch.setattr(weights_convert.plan, "CHUNK_BYTES", 3_000)
+    steps: list[tuple[str, int, int]] = []
+    folder = convert(source, tmp_path / "new", scheme(8), progress=lambda *step: steps.append(step))
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     index = json.loads((folder / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"].values()) == set(files) and len(names) > len(files)
-    expected = mlx_mtp.load(source, drafter=False, quantize=8).logits(TOKENS)
-    assert mx.array_equal(mlx_mtp.load(folder, drafter=False).logits(TOKENS), expected)
+    expected, found = stored(one), stored(folder)
+    assert set(index["weight_map"]) == set(found) == set(expected)
+    assert all(mx.array_equal(found[name], expected[name]) for name in expected)
+    assert all(name in mx.load(str(folder / file)) for name, file in index["weight_map"].items())
+    total = sum(tensor.nbytes for tensor in found.values())
+    assert index["metadata"]["total_size"] == total == steps[-1][1] == steps[-1][2]
+    assert [written for _, written, _ in steps] == sorted(written for _, written, _ in steps)
 
 
-def test_nothing_is_left_of_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_checksums(tmp_path: Path):
+    """`sha256sum` understands them, and every file has one."""
     source, _ = make_pair("e2b", tmp_path)
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(module.mx, "save_safetensors", full)
-    with pytest.raises(CheckpointError, match="No space left"):
-        convert(source, tmp_path / "new")
-    assert not (tmp_path / "new").exists() and not list(tmp_path.glob("*.partial"))
+    folder = convert(source, tmp_path / "new", scheme(4))
+    assert verify_sums(folder) == len(list(folder.iterdir())) - 1
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and "model.safetensors: OK" in done.stdout
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="model.safetensors is damaged"):
+        verify_sums(folder)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="model.safetensors is missing"):
+        verify_sums(folder)
+    with pytest.raises(CheckpointError, match="no SHA256SUMS"):
+        verify_sums(source)
 
 
 def test_what_cannot_be_converted(tmp_path: Path):
     source, _ = make_pair("e2b", tmp_path)
-    converted = convert(source, tmp_path / "new", Format(4))
+    converted = convert(source, tmp_path / "new", scheme(4))
+    unusual, _ = make_pair("e2b", tmp_path / "unusual")
+    tensors = stored(unusual)
+    mx.save_safetensors(str(unusual / "model.safetensors"), {n: t.astype(mx.complex64) for n, t in tensors.items()})
+    (tmp_path / "file").touch()
     for wrong, culprit in (
-        (lambda: convert(converted, tmp_path / "again", Format(4)), "quantised already"),
+        (lambda: convert(converted, tmp_path / "again", scheme(4)), "quantised already"),
         (lambda: convert(source, tmp_path / "new"), "exists already"),
+        (lambda: convert(source, tmp_path / "new", scheme(8)), "exists already"),
+        (lambda: convert(source, tmp_path / "file"), "exists already"),
+        (lambda: convert(source, source), "exists already"),
+        (lambda: convert(source, source / "inside"), "lies in the folder"),
+        (lambda: convert(source, tmp_path / "file" / "x"), "can't be written"),
+        (lambda: convert(source, "/proc/nowhere/x"), "can't be written"),
         (lambda: convert(tmp_path / "nothing", tmp_path / "x"), "no folder"),
         (lambda: convert(source, tmp_path / "x", dtype="int3"), "int3"),
-        (lambda: Format(7), "7 bits"),
+        (lambda: convert(unusual, tmp_path / "x"), "of type C64"),
+        (lambda: scheme(7), "7 bits"),
+        (lambda: scheme(4, ("*", 7)), "7 bits"),
         (lambda: Format(4, 48), "48"),
         (lambda: Format(4, 32, "q4_k"), "q4_k"),
         (lambda: Format(8, 32, "mxfp4"), "mxfp4"),
@@ -109,15 +214,83 @@ def test_what_cannot_be_converted(tmp_path: Path):
         with pytest.raises(MTPError, match=culprit) as caught:
             wrong()
         assert "\n" not in str(caught.value)
+    assert not (tmp_path / "x").exists() and not list(tmp_path.glob("**/*.partial"))
+
+
+@pytest.mark.parametrize("damage", ["shorter", "a tensor is missing", "shape"])
+def test_a_damaged_source(damage: str, tmp_path: Path):
+    source, _ = make_pair("e2b", tmp_path)
+    path = source / "model.safetensors"
+    if damage == "shorter":
+        path.write_bytes(path.read_bytes()[:-8])
+    else:
+        tensors, name = stored(source), "model.language_model.layers.3.self_attn.q_proj.weight"
+        mx.eval(tensors)
+        tensors[name] = tensors[name][:-1]
+        if damage == "a tensor is missing":
+            del tensors[name]
+        mx.save_safetensors(str(path), tensors)
+    with pytest.raises(CheckpointError, match=r"damaged|layers\.3\.self_attn\.q_proj") as caught:
+        convert(source, tmp_path / "new")
+    assert "\n" not in str(caught.value) and not list(tmp_path.glob("new*"))
+
+
+def mlx_mtp_command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mlx_mtp", *map(str, arguments)], capture_output=True, text=True, timeout=120
+    )
 
 
 def test_the_command(tmp_path: Path):
     source, _ = make_pair("e4b", tmp_path)
     for i, program in enumerate((["mlx_mtp", "convert"], ["weights_convert"])):
         done = subprocess.run(
-            [sys.executable, "-m", *program, str(source), str(tmp_path / f"new{i}"), "--bits", "4"],
+            [sys.executable, "-m", *program, str(source), str(tmp_path / f"new{i}"), "--bits", "6"],
             capture_output=True,
             text=True,
         )
-        assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / f"new{i}"), done.stderr
-    assert mlx_mtp.load(tmp_path / "new0", drafter=False).logits(TOKENS).shape == (len(TOKENS), VOCAB)
+        made = f"{tmp_path / f'new{i}'}\n{tmp_path / f'new{i}'}-assistant\n"
+        assert done.returncode == 0 and done.stdout == made and done.stderr == "", done.stderr
+    lm = mlx_mtp.load(tmp_path / "new0")  # finds its drafter
+    assert lm.logits(TOKENS).shape == (len(TOKENS), VOCAB) and len(lm.propose(TOKENS, 2)) == 3
+    assert json.loads((tmp_path / "new0-assistant" / "config.json").read_text())["quantization"]["bits"] == 4
+
+
+def test_the_command_checks(tmp_path: Path):
+    """On the embedded pair; what exists is checked and not made again, and damage to it is found."""
+    pair = Path(mlx_mtp.__file__).parent / "demo"
+    command = ["convert", pair / "target", tmp_path / "new", "--bits", "8", "--embeddings-bits", "6"]
+    command += ["--drafter", pair / "drafter", "--check"]
+    done = mlx_mtp_command(*command)
+    assert done.returncode == 0, done.stderr
+    target, drafter = done.stdout.splitlines()[2:]
+    assert "6 files as they were written; KL divergence 0.0" in target and "top-1 agreement 9" in target
+    assert "3 files as they were written" in drafter and "of 4 drafts accepted a round" in drafter
+    weights = tmp_path / "new" / "model.safetensors"
+    times = weights.stat().st_mtime_ns
+    again = mlx_mtp_command(*command)
+    assert again.stdout == done.stdout and weights.stat().st_mtime_ns == times
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 255
+    weights.write_bytes(content)
+    broken = mlx_mtp_command(*command)
+    assert broken.returncode == 1 and broken.stderr.splitlines()[-1].startswith("error: ")
+    assert "checksum is wrong" in broken.stderr and "Traceback" not in broken.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "culprit"),
+    [
+        (["--mode", "q4_k"], 1, "q4_k"),
+        (["--bits", "7"], 1, "7 bits"),
+        (["--group-size", "32"], 2, "need --bits"),
+        (["--bits", "4", "--override", "router"], 2, "PATTERN=BITS"),
+        (["--bits", "4", "--override", "*=9"], 1, "9 bits"),
+        (["--bits", "8", "--mode", "mxfp4"], 1, "mxfp4 has 4 bits"),
+        (["--check"], 1, "no tokenizer.json"),
+    ],
+)
+def test_wrong_options(options: list[str], code: int, culprit: str, tmp_path: Path):
+    source, _ = make_pair("31b", tmp_path)
+    done = mlx_mtp_command("convert", source, tmp_path / "new", "--no-draft", *options)
+    assert done.returncode == code and culprit in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -12,13 +12,14 @@ from tiny_checkpoints import KINDS, make_pair
 from mlx_mtp import checkpoint, sizes
 from mlx_mtp.errors import MemoryBudgetError
 from mlx_mtp.kv import KVBuffers, longest_block
+from mlx_mtp.quantization import Format, Scheme
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [None, 4])
 def test_weights_take_what_was_predicted(kind: str, bits: int | None, tmp_path: Path):
     target_folder, drafter_folder = make_pair(kind, tmp_path)
-    rule = checkpoint.quantization(bits) if bits else None
+    rule = Scheme(Format(bits)).rule() if bits else None
     config, target = checkpoint.load_target(target_folder, quantize=bits)
     drafter_config, drafter = checkpoint.load_drafter(drafter_folder, config, "committed", quantize=bits)
     for model, predicted in (

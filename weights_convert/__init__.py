@@ -1,5 +1,9 @@
 """Converts Gemma 4 checkpoints to MLX folders: `python -m weights_convert SRC DST`, or `mlx-mtp convert`."""
 
-from .converter import Format, convert
+from mlx_mtp.quantization import Format, Scheme
 
-__all__ = ["Format", "convert"]
+from .check import Agreement, compare
+from .converter import convert
+from .files import verify_sums
+
+__all__ = ["Agreement", "Format", "Scheme", "compare", "convert", "verify_sums"]

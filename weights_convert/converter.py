@@ -1,79 +1,53 @@
 """A Hugging Face folder becomes an MLX folder, quantised or not, that mlx_mtp and (a target) mlx-lm load.
 
-Tensors are read, converted and let go one by one and written in files of limited size, so that memory holds one output
-file and one tensor, however large the model. The result is written aside and renamed when it is complete: a folder of
-the wanted name is never half a model.
-
-Not here: going on with an interrupted conversion (it starts again), and comparing the result with its source.
+Weights are read, converted and written some rows at a time, so memory doesn't grow with the model. The result is made
+in `DST.partial` and renamed when it is complete: a folder of the wanted name is never half a model. What an
+interrupted conversion has finished stays there, and the same conversion goes on with it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import mlx.core as mx
+from mlx_mtp import hub
+from mlx_mtp.checkpoint import read_json
+from mlx_mtp.errors import CheckpointError
+from mlx_mtp.quantization import Scheme
 
-from mlx_mtp import checkpoint, hub
-from mlx_mtp.config import DRAFTER_TYPES, drafter_config, target_config
-from mlx_mtp.errors import CheckpointError, MTPError
+from . import files
+from .plan import FINGERPRINT, Plan, file_bytes, make_plan
 
-FILE_BYTES = 2**30
-"""Tensors are gathered into files of about this size."""
+log = logging.getLogger("mlx_mtp.convert")
 
-MODES = {"affine": None, "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
-"""Quantisation modes of MLX; for all but affine, bits and group size are given."""
+Progress = Callable[[str, int, int], None]
+"""Told a parameter's name, the bytes written so far, and the bytes that there will be."""
 
-_AFFINE_BITS, _AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+_JOURNAL = "conversion.json"
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-
-
-@dataclass(frozen=True)
-class Format:
-    """How large matrices are stored.
-
-    Attributes:
-        bits: Bits of a weight.
-        group_size: Weights that share a scale.
-        mode: One of MODES.
-    """
-
-    bits: int = 4
-    group_size: int = 64
-    mode: str = "affine"
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise MTPError(f"unknown quantisation mode {self.mode!r}: use one of {', '.join(MODES)}")
-        fixed = MODES[self.mode]
-        if fixed and (self.bits, self.group_size) != fixed:
-            raise MTPError(f"{self.mode} has {fixed[0]} bits in groups of {fixed[1]}, and no others")
-        if self.bits not in _AFFINE_BITS or (not fixed and self.group_size not in _AFFINE_GROUPS):
-            raise MTPError(
-                f"can't quantise to {self.bits} bits in groups of {self.group_size}: use one of {_AFFINE_BITS} bits "
-                f"and groups of one of {_AFFINE_GROUPS}"
-            )
 
 
 def convert(
     source: str | Path,
     destination: str | Path,
-    how: Format | None = None,
+    scheme: Scheme | None = None,
     dtype: str | None = None,
-    progress: Callable[[str, int], None] = lambda name, written: None,
+    progress: Progress = lambda name, written, total: None,
 ) -> Path:
-    """Converts a target or a drafter.
+    """Converts a target or a drafter; goes on where an interrupted conversion of the same source stopped.
 
     Args:
         source: Folder or hub repository.
-        destination: Folder to make; it must not exist yet, or be empty.
-        how: How matrices are quantised, the router of a mixture-of-experts model to 8 bits; None leaves all as it is.
+        destination: Folder to make; it must not exist yet, be empty, or be what this very conversion made.
+        scheme: How matrices are quantised; None leaves all as it is.
         dtype: Type of what isn't quantised, "float32", "bfloat16" or "float16"; None keeps the stored one.
-        progress: Called after each tensor with its name and the bytes written so far.
+        progress: Called while weights are written.
 
     Returns:
         The new folder.
@@ -81,119 +55,139 @@ def convert(
     Raises:
         CheckpointError: The source can't be used, or the destination can't be written.
     """
-    if dtype is not None and dtype not in checkpoint.DTYPES:
-        raise CheckpointError(f"dtype {dtype!r} isn't supported: expected one of {', '.join(checkpoint.DTYPES)}")
     folder, destination = hub.find(source), Path(destination).expanduser()
-    raw = checkpoint.read_json(folder / "config.json")
-    if raw.get("quantization") or raw.get("quantization_config"):
-        raise CheckpointError(f"{folder} is quantised already: convert the original")
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise CheckpointError(f"{destination} exists already: choose another name")
-    tensors, prefix = _tensors(folder, raw)
-
-    aside = destination.with_name(f"{destination.name}.partial")
+    plan = make_plan(folder, scheme, dtype)
+    if _is_result(destination, plan):
+        log.info("%s is there already", destination)
+        return destination
+    _check_destination(folder, destination)
+    aside = partial(destination)
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        writer, overrides = _Writer(aside), {}
-        for name, tensor in tensors:
-            if dtype and mx.issubdtype(tensor.dtype, mx.floating):
-                tensor = tensor.astype(checkpoint.DTYPES[dtype])
-            chosen = _format(name, tensor, how)
-            if chosen is None:
-                writer.add({prefix + name: tensor})
-            else:
-                module = prefix + name.removesuffix(".weight")
-                parts = mx.quantize(tensor, **asdict(chosen))
-                writer.add(
-                    {f"{module}.{part}": a for part, a in zip(("weight", "scales", "biases"), parts, strict=False)}
-                )
-                if chosen != how:
-                    overrides[module] = asdict(chosen)
-            del tensor
-            progress(name, writer.written)
-        writer.finish()
-        if how:
-            raw["quantization"] = asdict(how) | overrides
-        (aside / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        for name in _COPIED:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, aside / name)
-        if destination.exists():
-            destination.rmdir()
-        aside.rename(destination)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{destination} can't be written: {' '.join(str(error).split())}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        with _locked(aside):
+            done = _finished_files(aside, plan)
+            try:
+                _check_space(aside, plan, done)
+                _write_weights(aside, plan, done, progress)
+                _write_rest(aside, plan, folder, done)
+            finally:
+                if not done:
+                    shutil.rmtree(aside, ignore_errors=True)  # nothing in it is worth going on with
+            if destination.exists():
+                destination.rmdir()
+            aside.rename(destination)
+            (destination / _JOURNAL).unlink()
+    except OSError as error:
+        kept = ": the same command goes on where this one stopped" if aside.exists() else ""
+        raise CheckpointError(f"{destination} can't be written ({error.strerror or error}){kept}") from error
     return destination
 
 
-def _tensors(folder: Path, raw: dict[str, Any]) -> tuple[Iterator[tuple[str, mx.array]], str]:
-    """A checkpoint's tensors, one by one and lazily, and what their names begin with in the new folder."""
-    if raw.get("model_type") in DRAFTER_TYPES:
-        drafter_config(raw)
-        return checkpoint.tensors(folder), ""
-    text = target_config(raw).text
-    names = ((_mlx_lm_name(name), tensor) for name, tensor in checkpoint.target_tensors(folder, text))
-    return names, "language_model.model." if "text_config" in raw else "model."
+def partial(destination: Path) -> Path:
+    """Where a conversion is made before it is renamed."""
+    return destination.with_name(f"{destination.name}.partial")
 
 
-def _mlx_lm_name(name: str) -> str:
-    return name.replace(".experts.", ".experts.switch_glu.")
+def _is_result(destination: Path, plan: Plan) -> bool:
+    """Whether a folder is what this plan makes."""
+    if not (destination / files.SUMS).is_file():
+        return False
+    ours = read_json(destination / "config.json").get("mlx_mtp")
+    return isinstance(ours, dict) and ours.get(FINGERPRINT) == plan.fingerprint
 
 
-def _format(name: str, tensor: mx.array, how: Format | None) -> Format | None:
-    """How a tensor is quantised: matrices only, as the loader does it on the fly."""
-    if how is None or tensor.ndim < 2 or not name.endswith(".weight"):
-        return None
-    if name.endswith("router.proj.weight"):
-        how = Format(8, 64)  # it decides which weights are read at all
-    if tensor.shape[-1] % how.group_size:
-        return Format(how.bits, 32) if how.mode == "affine" and tensor.shape[-1] % 32 == 0 else None
-    return how
+def _check_destination(folder: Path, destination: Path) -> None:
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise CheckpointError(f"{destination} exists already, from something else: choose another name")
+    if destination.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(f"{destination} lies in the folder that is to be converted: choose another place")
 
 
-class _Writer:
-    """Gathers tensors into files, and writes the index."""
+@contextmanager
+def _locked(aside: Path) -> Iterator[None]:
+    """Makes the folder, and keeps other conversions out of it."""
+    aside.mkdir(parents=True, exist_ok=True)
+    handle = os.open(aside, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{aside} is in use: another conversion to this place is running") from None
+        yield
+    finally:
+        os.close(handle)
 
-    def __init__(self, folder: Path):
-        self.written = 0
-        self._folder = folder
-        self._pending: dict[str, mx.array] = {}
-        self._pending_bytes = 0
-        self._files: list[list[str]] = []
 
-    def add(self, tensors: dict[str, mx.array]) -> None:
-        """Takes a tensor, or the parts of a quantised one, and evaluates it."""
-        mx.eval(tensors)
-        size = sum(a.nbytes for a in tensors.values())
-        if self._pending and self._pending_bytes + size > FILE_BYTES:
-            self._flush()
-        self._pending |= tensors
-        self._pending_bytes += size
-        self.written += size
+def _finished_files(aside: Path, plan: Plan) -> dict[str, str]:
+    """Files that an interrupted conversion has finished, with their checksums. All others are deleted."""
+    if any(aside.iterdir()) and not (aside / _JOURNAL).is_file():
+        raise CheckpointError(f"{aside} is in the way, and holds no interrupted conversion: move it")
+    journal = read_json(aside / _JOURNAL, required=False)
+    done: dict[str, str] = {}
+    if journal.get("fingerprint") == plan.fingerprint:
+        for name, digest in journal["files"].items():
+            if (aside / name).is_file() and files.sha256(aside / name) == digest:
+                done[name] = digest
+        log.info("going on with %s: %d of %d files are there", aside, len(done), len(plan.files))
+    elif journal:
+        log.warning("%s is of another source, or of other options: starting again", aside)
+    _write_journal(aside, plan, done)
+    for path in aside.iterdir():
+        if path.name != _JOURNAL and path.name not in done:
+            path.unlink()
+    return done
 
-    def finish(self) -> None:
-        """Writes what is left; gives the files their final names, and an index if there are several."""
-        self._flush()
-        count = len(self._files)
-        if count == 1:
-            self._path(0).rename(self._folder / "model.safetensors")
-            return
-        weight_map: dict[str, str] = {}
-        for i, names in enumerate(self._files):
-            final = f"model-{i + 1:05}-of-{count:05}.safetensors"
-            self._path(i).rename(self._folder / final)
-            weight_map |= dict.fromkeys(names, final)
-        index = {"metadata": {"total_size": self.written}, "weight_map": dict(sorted(weight_map.items()))}
-        (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
-    def _flush(self) -> None:
-        mx.save_safetensors(str(self._path(len(self._files))), self._pending, metadata={"format": "mlx"})
-        self._files.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
-        mx.clear_cache()
+def _write_journal(aside: Path, plan: Plan, done: dict[str, str]) -> None:
+    unfinished = aside / f"{_JOURNAL}.unfinished"
+    _write_json(unfinished, {"fingerprint": plan.fingerprint, "files": done})
+    unfinished.rename(aside / _JOURNAL)
 
-    def _path(self, number: int) -> Path:
-        return self._folder / f"part-{number:05}.safetensors"
+
+def _check_space(aside: Path, plan: Plan, done: dict[str, str]) -> None:
+    needed = sum(file_bytes(parameters) for name, parameters in plan.files.items() if name not in done)
+    if needed > (free := shutil.disk_usage(aside).free):
+        raise CheckpointError(
+            f"{needed / 1e9:.1f} GB are to be written, and {aside.parent} has {free / 1e9:.1f} GB free"
+        )
+
+
+def _write_weights(aside: Path, plan: Plan, done: dict[str, str], progress: Progress) -> None:
+    """Writes all files that aren't there, and enters each in `done` and in the journal when it is complete."""
+    written = 0
+
+    def step(name: str, added: int) -> None:
+        nonlocal written
+        written += added
+        progress(name, written, plan.total)
+
+    for name, parameters in plan.files.items():
+        if name in done:
+            step(name, file_bytes(parameters))
+            continue
+        digest = files.write_safetensors(aside / f"{name}.unfinished", parameters, step)
+        (aside / f"{name}.unfinished").rename(aside / name)
+        done[name] = digest
+        _write_journal(aside, plan, done)
+
+
+def _write_rest(aside: Path, plan: Plan, folder: Path, done: dict[str, str]) -> None:
+    """Writes all files but the weights, then the checksums of all."""
+    _write_json(aside / "config.json", plan.config)
+    if len(plan.files) > 1:
+        weight_map = {
+            entry.name: name
+            for name, group in plan.files.items()
+            for parameter in group
+            for entry in parameter.entries()
+        }
+        index = {"metadata": {"total_size": plan.total}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(aside / "model.safetensors.index.json", index)
+    for name in _COPIED:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, aside / name)
+    sums = {path.name: done.get(path.name) or files.sha256(path) for path in aside.iterdir() if path.name != _JOURNAL}
+    files.write_sums(aside, sums)
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,42 +1,166 @@
-"""`mlx-mtp convert`: a checkpoint becomes an MLX folder."""
+"""`mlx-mtp convert`: a checkpoint and its drafter become MLX folders."""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from . import options as o
 
+if TYPE_CHECKING:
+    from ..quantization import Scheme
+
+EMBEDDINGS = ("embed_tokens*", "lm_head", "head.embedding")
+"""Modules whose rows belong to tokens."""
+
+
+def _override(value: str) -> tuple[str, int | None]:
+    pattern, _, bits = value.rpartition("=")
+    if not pattern or not (bits.isdecimal() or bits == "none"):
+        raise typer.BadParameter(f"{value!r} isn't PATTERN=BITS, as in '*.mlp.down_proj=6' or 'embed_tokens=none'")
+    return pattern, None if bits == "none" else int(bits)
+
 
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder or repository of a target or a drafter.")],
-    destination: Annotated[str, typer.Argument(metavar="DST", help="Folder to make.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
     bits: Annotated[
         int | None, typer.Option(help="Bits of quantised weights: 2, 3, 4, 5, 6 or 8. Default: don't quantise.")
     ] = None,
-    group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale: 32, 64 or 128. Default: 64.", show_default=False)
+    ] = None,
     mode: Annotated[
         str, typer.Option(help="affine, mxfp4, mxfp8 or nvfp4; all but affine fix bits and groups.")
     ] = "affine",
+    embeddings_bits: Annotated[int | None, typer.Option(help="Bits of embeddings and output head.")] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=BITS",
+            help="Bits, or none, of matrices with matching names, as in '*.mlp.down_proj=6'. May be repeated; the last "
+            "that matches counts. The router of a mixture of experts has 8 bits unless it is named here.",
+        ),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16 for the rest. Default: as stored.")
     ] = None,
+    drafter: o.Drafter = None,
+    no_draft: Annotated[bool, typer.Option("--no-draft", help="Convert the target alone.")] = False,
+    drafter_bits: Annotated[
+        int | None, typer.Option(help="Bits of the drafter. Default: 4 if the target is quantised.", show_default=False)
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Compare the result with its source on sample text, and verify its checksums. An earlier result of "
+            "the same command isn't made again.",
+        ),
+    ] = False,
     debug: o.Debug = False,
 ) -> None:
-    """Converts a checkpoint, quantised or not."""
-    from weights_convert.converter import MODES, Format
+    """Converts a checkpoint to DST, and its drafter to DST-assistant. Goes on after an interruption.
+
+    A target also loads in mlx-lm.
+    """
+    o.check_loading(drafter, no_draft, None)
+    o.use_openblas()  # --check runs the models
+    common = _scheme(mode, bits, group_size, embeddings_bits, override or [])
+    jobs = _jobs(source, destination, common, False if no_draft else drafter, drafter_bits)
+    for folder, made, scheme in jobs:
+        _run(folder, made, scheme, dtype)
+        print(made)
+    if check:
+        for folder, made, _ in jobs:
+            print(_compared(folder, made, jobs[0][0]))
+
+
+def _scheme(
+    mode: str, bits: int | None, group_size: int | None, embeddings_bits: int | None, overrides: list[str]
+) -> Scheme | None:
+    from ..quantization import Format, Scheme
+
+    special: list[tuple[str, int | None]] = [
+        (pattern, embeddings_bits) for pattern in EMBEDDINGS if embeddings_bits is not None
+    ]
+    special += [_override(text) for text in overrides]
+    if bits is None and mode == "affine":
+        if special or group_size is not None:
+            raise typer.BadParameter("--group-size, --embeddings-bits and --override need --bits or --mode")
+        return None
+    return Scheme(Format.make(mode, bits, group_size), tuple(special))
+
+
+def _jobs(
+    source: str,
+    destination: Path,
+    scheme: Scheme | None,
+    drafter: str | Literal[False] | None,
+    drafter_bits: int | None,
+) -> list[tuple[Path, Path, Scheme | None]]:
+    """What is to be converted: source, destination and scheme of the model itself, then of its drafter."""
+    from ..api import find_pair
+    from ..checkpoint import read_json
+    from ..config import DRAFTER_TYPES
+    from ..hub import find
+    from ..quantization import Format, Scheme
+
+    folder = find(source)
+    destination = destination.expanduser()
+    jobs = [(folder, destination, scheme)]
+    if read_json(folder / "config.json").get("model_type") not in DRAFTER_TYPES:
+        _, other = find_pair(source, drafter)
+        bits = drafter_bits or (4 if scheme else None)
+        if other is not None:
+            sibling = destination.with_name(f"{destination.name}-assistant")
+            jobs.append((other, sibling, Scheme(Format(bits)) if bits else None))
+    return jobs
+
+
+def _run(folder: Path, destination: Path, scheme: Scheme | None, dtype: str | None) -> None:
+    """One conversion, with a progress bar."""
+    from tqdm import tqdm
+
     from weights_convert.converter import convert as run
+    from weights_convert.converter import partial
 
-    fixed = MODES.get(mode)
-    how = Format(*fixed, mode) if fixed else Format(bits or 4, group_size, mode) if bits or mode != "affine" else None
+    with tqdm(unit="B", unit_scale=True, desc=destination.name, disable=None, file=sys.stderr) as bar:
 
-    def progress(name: str, written: int) -> None:
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{written / 1e9:6.2f} GB  {name}", end="", file=sys.stderr, flush=True)
+        def progress(name: str, written: int, total: int) -> None:
+            bar.total = total
+            bar.update(written - bar.n)
 
-    folder = run(source, destination, how, dtype, progress)
-    if sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr)
-    print(folder)
+        try:
+            run(folder, destination, scheme, dtype, progress)
+        except KeyboardInterrupt:
+            bar.close()
+            kept = partial(destination).exists()
+            more = "the same command goes on where this one stopped" if kept else "nothing was finished"
+            print(f"interrupted: {more}", file=sys.stderr)
+            raise typer.Exit(o.INTERRUPTED) from None
+
+
+def _compared(folder: Path, destination: Path, target: Path) -> str:
+    """What comparing a result with its source says, in one line."""
+    from weights_convert.check import DRAFTS, acceptance, compare
+    from weights_convert.files import verify_sums
+
+    from ..checkpoint import read_json
+    from ..config import DRAFTER_TYPES
+
+    count = verify_sums(destination)
+    if read_json(destination / "config.json")["model_type"] not in DRAFTER_TYPES:
+        found = compare(folder, destination)
+        result = (
+            f"KL divergence {found.kl:.4f} nats a token, top-1 agreement {found.top1:.1%}, over {found.tokens} tokens"
+        )
+    elif target != folder:
+        before, after = acceptance(target, folder), acceptance(target, destination)
+        result = f"{after:.2f} of {DRAFTS} drafts accepted a round, {before:.2f} before"
+    else:
+        result = "convert it with its target to see how many drafts are accepted"
+    return f"{destination}: {count} files as they were written; {result}"

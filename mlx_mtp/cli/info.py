@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import options as o
+
+if TYPE_CHECKING:
+    from ..names import Table
+    from ..quantization import Rule
 
 
 def info(
@@ -33,12 +37,13 @@ def describe(model: str | None, drafter: str | Literal[False] | None, quantize: 
     from ..api import find_pair
     from ..config import check_pair, drafter_config, target_config
     from ..errors import PairingError
+    from ..names import drafter_table, target_table
 
     target_folder, drafter_folder = find_pair(model, drafter, weights=False)
     raw = checkpoint.read_json(target_folder / "config.json")
     config = target_config(raw)
     text = config.text
-    dtype_bytes, rule = _storage(raw, quantize)
+    dtype_bytes, rule = _storage(raw, quantize, target_table(text))
     target = sizes.target_sizes(text, dtype_bytes, rule)
     owners = [layer for i, layer in enumerate(text.layers) if layer.kv_owner == i]
     facts: dict[str, Any] = {
@@ -68,7 +73,7 @@ def describe(model: str | None, drafter: str | Literal[False] | None, quantize: 
     if drafter_folder is not None:
         raw = checkpoint.read_json(drafter_folder / "config.json")
         config_d = drafter_config(raw)
-        own = sizes.drafter_sizes(config_d, *_storage(raw, quantize))
+        own = sizes.drafter_sizes(config_d, *_storage(raw, quantize, drafter_table(config_d)))
         try:
             check_pair(config, config_d)
             pairing = "fits the target"
@@ -97,12 +102,12 @@ def describe(model: str | None, drafter: str | Literal[False] | None, quantize: 
     return facts
 
 
-def _storage(raw: dict[str, Any], quantize: int | None) -> tuple[int, Any]:
+def _storage(raw: dict[str, Any], quantize: int | None, table: Table) -> tuple[int, Rule | None]:
     """Bytes of an unquantised parameter once loaded here, and how the others are quantised."""
-    from .. import checkpoint, sizes
+    from .. import checkpoint, quantization
 
-    stored = raw.get("quantization") or raw.get("quantization_config")
-    rule = sizes.stored_rule(stored) if stored else checkpoint.quantization(quantize) if quantize else None
+    stored = quantization.stored(raw, table)
+    rule = stored.rule() if stored else quantization.Scheme(quantization.Format(quantize)).rule() if quantize else None
     dtype = raw.get("dtype") or raw.get("torch_dtype") or raw.get("text_config", {}).get("dtype")
     return checkpoint.activation_dtype(checkpoint.DTYPES.get(dtype or "", checkpoint.DTYPES["bfloat16"])).size, rule
 

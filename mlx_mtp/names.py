@@ -1,0 +1,220 @@
+"""Which stored tensors make up which of our parameters: the names of Gemma 4 checkpoints that are in circulation.
+
+One table for targets and one for drafters. They cover Google's files, conversions by mlx-lm and by mlx-vlm, and
+experts that are stacked, stacked in pairs, or one by one. Our own names are Google's without prefix, with experts
+stacked under `experts.{gate,up,down}_proj`.
+
+Knows names only: not shapes, files or values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from .config import DrafterConfig, TextConfig
+from .errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table. The first row whose pattern matches a whole name decides what becomes of the tensor.
+
+    Attributes:
+        pattern: Regular expression for names without prefix.
+        ours: Our name, with the pattern's groups as in `re.sub`. Two names: its first and second half of rows. None:
+            the tensor isn't used. If the pattern has a group `expert`, the tensor is that expert's part of ours.
+        reason: Why it isn't used.
+    """
+
+    pattern: str
+    ours: str | tuple[str, str] | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one of our parameters comes from.
+
+    Attributes:
+        names: Stored tensors: one, or one for each expert, which are to be stacked.
+        half: 0 or 1 if it is the first or second half of the stored tensor's rows (axis -2), else None.
+        stacked: Whether there is a tensor for each expert.
+    """
+
+    names: tuple[str, ...]
+    half: int | None = None
+    stacked: bool = False
+
+    def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """Our parameter's shape, given those of the stored tensors.
+
+        Raises:
+            CheckpointError: Tensors to be stacked differ in shape, or there are no two halves.
+        """
+        shape = shapes[self.names[0]]
+        for name in self.names:
+            if shapes[name] != shape:
+                raise CheckpointError(f"{name} is {list(shapes[name])}, but {self.names[0]} is {list(shape)}")
+        if self.half is not None:
+            if len(shape) < 2 or shape[-2] % 2:
+                raise CheckpointError(f"{self.names[0]} is {list(shape)}: it can't be cut into gate and up")
+            shape = (*shape[:-2], shape[-2] // 2, shape[-1])
+        return (len(self.names), *shape) if self.stacked else shape
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What becomes of the tensors of a checkpoint.
+
+    Attributes:
+        sources: By our name, in the order of the stored ones.
+        skipped: Stored names that aren't used, with the reason.
+    """
+
+    sources: dict[str, Source]
+    skipped: dict[str, str]
+
+    def left_out(self) -> str:
+        """How many tensors aren't used and why, in one line; empty if all are."""
+        return "; ".join(f"{count} tensors {reason}" for reason, count in Counter(self.skipped.values()).items())
+
+
+class Table:
+    """Rows, ready to be asked.
+
+    Attributes:
+        rows: The rows.
+    """
+
+    def __init__(self, prefix: str, rows: Iterable[Row]):
+        self.rows = tuple(rows)
+        self._prefix = re.compile(prefix)
+        self._patterns = [re.compile(row.pattern) for row in self.rows]
+
+    def layout(self, stored: Iterable[str]) -> Layout:
+        """Sorts the names of a checkpoint. Names that nothing is known of are taken to be ours.
+
+        Raises:
+            CheckpointError: Two tensors are the same parameter, or an expert is missing.
+        """
+        sources: dict[str, Source] = {}
+        experts: dict[str, dict[int, tuple[str, int | None]]] = {}
+        skipped: dict[str, str] = {}
+        for name in stored:
+            row, match = self._find(name)
+            if row.ours is None:
+                skipped[name] = row.reason
+                continue
+            expert = match.groupdict().get("expert")
+            for ours, half in _halves(row, match):
+                if expert is not None:
+                    experts.setdefault(ours, {})[int(expert)] = (name, half)
+                elif ours in sources:
+                    raise CheckpointError(f"{name} and {sources[ours].names[0]} are the same tensor: one must go")
+                else:
+                    sources[ours] = Source((name,), half)
+        for ours, parts in experts.items():
+            if ours in sources:
+                raise CheckpointError(f"{sources[ours].names[0]} holds all experts, but some are stored one by one too")
+            if missing := set(range(max(parts) + 1)) - parts.keys():
+                raise CheckpointError(f"{ours}: expert {min(missing)} is missing: the download is incomplete")
+            names = tuple(parts[i][0] for i in range(len(parts)))
+            sources[ours] = Source(names, parts[0][1], stacked=True)
+        return Layout(sources, skipped)
+
+    def modules(self, stored: str) -> tuple[str, ...]:
+        """Our names of a module, whose stored name may be anything that its weight could be stored under."""
+        row, match = self._find(f"{stored}.weight")
+        return tuple(ours.removesuffix(".weight") for ours, _ in _halves(row, match)) if row.ours else ()
+
+    def _find(self, stored: str) -> tuple[Row, re.Match[str]]:
+        name = self._prefix.sub("", stored, count=1)
+        for row, pattern in zip(self.rows, self._patterns, strict=True):
+            if match := pattern.fullmatch(name):
+                return row, match
+        raise AssertionError("the last row matches everything")
+
+
+def _halves(row: Row, match: re.Match[str]) -> list[tuple[str, int | None]]:
+    if isinstance(row.ours, tuple):
+        return [(match.expand(name), half) for half, name in enumerate(row.ours)]
+    assert row.ours is not None
+    return [(match.expand(row.ours), None)]
+
+
+VISION_AND_AUDIO = "belong to vision and audio, which a text decoder does without"
+
+_PART = r"\.(weight|scales|biases)"
+_UNKNOWN = Row(r".*", r"\g<0>")
+_COMPUTED = Row(r".*rotary_emb\..*", None, "are computed from config.json")
+_BOUNDS = Row(r".*\.(?:input|output)_(?:min|max)", None, "bound activations, which no text layer does")
+
+
+def target_table(config: TextConfig) -> Table:
+    """The table for a target."""
+    rows = [
+        Row(
+            r"(?:vision_tower|vision_embedder|embed_vision|audio_tower|embed_audio|multi_modal_projector)\..*",
+            None,
+            VISION_AND_AUDIO,
+        ),
+        _COMPUTED,
+        _BOUNDS,
+    ]
+    if config.tied_head:
+        rows.append(Row(r"lm_head\..*", None, "repeat the embedding table, which is the output head"))
+    if shared := [str(i) for i, layer in enumerate(config.layers) if layer.kv_owner != i]:
+        layers = "|".join(shared)
+        rows.append(
+            Row(
+                rf"layers\.(?:{layers})\.self_attn\.(?:k_proj|v_proj|k_norm)\..*",
+                None,
+                "are keys and values of layers that read those of a lower one",
+            )
+        )
+    bank = r"(layers\.\d+\.experts)\.(?:switch_glu\.)?"
+    rows += [
+        Row(bank + r"gate_up_proj", (r"\1.gate_proj.weight", r"\1.up_proj.weight")),
+        Row(bank + r"gate_up_proj" + _PART, (r"\1.gate_proj.\2", r"\1.up_proj.\2")),
+        Row(bank + r"(down|gate|up)_proj", r"\1.\2_proj.weight"),
+        Row(bank + r"(down|gate|up)_proj" + _PART, r"\1.\2_proj.\3"),
+        Row(bank + r"(?P<expert>\d+)\.(down|gate|up)_proj" + _PART, r"\1.\3_proj.\4"),
+        _UNKNOWN,
+    ]
+    return Table(r"^(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)", rows)
+
+
+def drafter_table(config: DrafterConfig) -> Table:
+    """The table for a drafter."""
+    rows = [
+        _COMPUTED,
+        Row(r"lm_head\..*", None, "repeat the embedding table, which is the output head"),
+        Row(
+            r"layers\.\d+\.self_attn\.(?:k_proj|v_proj|k_norm)\..*",
+            None,
+            "are keys and values of a drafter, which reads the target's",
+        ),
+    ]
+    if config.num_clusters:
+        rows += [
+            Row(r"masked_embedding\.(token_ordering|centroids\..*)", r"head.\1"),
+            Row(r"embed_tokens\.(.*)", r"head.embedding.\1"),
+        ]
+    else:
+        rows.append(Row(r"masked_embedding\..*", None, "are clusters of a head that config.json says is dense"))
+    return Table(r"^model\.", [*rows, _UNKNOWN])
+
+
+def mlx_lm_name(name: str, multimodal: bool) -> str:
+    """Under which name mlx-lm expects a parameter (or module) of a target.
+
+    Args:
+        name: Our name.
+        multimodal: Whether the config.json has the text model's fields in a `text_config`.
+    """
+    name = re.sub(r"^(layers\.\d+\.experts)\.", r"\1.switch_glu.", name)
+    inner = name if name.startswith("lm_head") else f"model.{name}"
+    return f"language_model.{inner}" if multimodal else inner

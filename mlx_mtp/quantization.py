@@ -1,0 +1,203 @@
+"""Which weights are quantised, and how: the one rule for loading, converting, and estimating sizes.
+
+A `Scheme` says how weights are to be quantised; `Stored` says how a checkpoint's config.json states that they are.
+Both answer for a module's path (our name, without ".weight") and the width of its weight's last axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .errors import CheckpointError
+from .names import Table
+
+MODES: Mapping[str, tuple[int, int] | None] = {"affine": None, "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+"""Quantisation modes of MLX; for all but affine, bits and group size are given."""
+
+BITS, GROUPS = (2, 3, 4, 5, 6, 8), (128, 64, 32)
+"""What the affine mode has."""
+
+Rule = Callable[[str, nn.Module], "bool | dict[str, Any]"]
+"""For `mlx.nn.quantize`: False, or bits, group_size and mode of a module."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a matrix is stored.
+
+    Attributes:
+        bits: Bits of a weight.
+        group_size: Neighbouring weights that share a scale.
+        mode: One of MODES.
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    mode: str = "affine"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.mode, str) or self.mode not in MODES:
+            raise CheckpointError(f"unknown quantisation mode {self.mode!r}: use one of {', '.join(MODES)}")
+        fixed = MODES[self.mode]
+        if fixed and (self.bits, self.group_size) != fixed:
+            raise CheckpointError(f"{self.mode} has {fixed[0]} bits in groups of {fixed[1]}, and no others")
+        if not fixed and (self.bits not in BITS or self.group_size not in GROUPS):
+            raise CheckpointError(
+                f"can't quantise to {self.bits!r} bits in groups of {self.group_size!r}: use 2, 3, 4, 5, 6 or 8 bits "
+                "and groups of 32, 64 or 128"
+            )
+
+    @classmethod
+    def make(cls, mode: str = "affine", bits: int | None = None, group_size: int | None = None) -> Format:
+        """A format with what isn't given at the mode's default: for affine 4 bits in groups of 64.
+
+        Raises:
+            CheckpointError: There is no such format.
+        """
+        default = MODES.get(mode) or (4, 64)
+        return cls(default[0] if bits is None else bits, default[1] if group_size is None else group_size, mode)
+
+    def fitting(self, width: int) -> Format | None:
+        """This format for rows of `width` weights, in smaller groups if these fit only; None if none fits."""
+        if width % self.group_size == 0:
+            return self
+        smaller = (g for g in GROUPS if g < self.group_size and width % g == 0)
+        group = next(smaller, None) if self.mode == "affine" else None
+        return Format(self.bits, group) if group else None
+
+
+ROUTER = ("*.router.proj", 8)
+"""The router of a mixture of experts decides which weights are read at all, and is small."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How weights are to be quantised: every matrix alike, but for the router and what `overrides` say.
+
+    Attributes:
+        common: Format of all others.
+        overrides: Patterns of module paths (as in file names: `*` for anything) with their bits, affine, or None for
+            "not at all". The last one that matches counts.
+    """
+
+    common: Format = field(default_factory=Format)
+    overrides: tuple[tuple[str, int | None], ...] = ()
+
+    def __post_init__(self) -> None:
+        for pattern, bits in self.overrides:
+            if bits is not None and bits not in BITS:
+                raise CheckpointError(f"can't quantise {pattern} to {bits!r} bits: use 2, 3, 4, 5, 6, 8 or none")
+
+    def format(self, path: str, width: int) -> Format | None:
+        """The format of a module's weight, whose last axis has `width` weights; None to leave it as it is."""
+        chosen: Format | None = self.common
+        for pattern, bits in (ROUTER, *self.overrides):
+            if fnmatchcase(path, pattern):
+                group = self.common.group_size if self.common.mode == "affine" else 64
+                chosen = None if bits is None else Format(bits, group)
+        return chosen.fitting(width) if chosen else None
+
+    def rule(self) -> Rule:
+        """The scheme for `mlx.nn.quantize`."""
+        return _rule(self.format)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How the weights of a checkpoint are quantised, as its config.json says.
+
+    Attributes:
+        common: Format of all that isn't named.
+        special: By module path, the format of those that are; None for "not quantised".
+    """
+
+    common: Format
+    special: Mapping[str, Format | None]
+
+    def format(self, path: str, width: int) -> Format | None:
+        """See `Scheme.format`."""
+        return self.special.get(path, self.common if width % self.common.group_size == 0 else None)
+
+    def rule(self, tensors: Mapping[str, mx.array] | None = None) -> Rule:
+        """What is quantised, for `mlx.nn.quantize`.
+
+        Args:
+            tensors: The stored tensors under our names, if they are at hand: modules without scales aren't
+                quantised, and for those that config.json doesn't name, shapes say more than its common format.
+        """
+        if tensors is None:
+            return _rule(self.format)
+
+        def look(path: str, width: int) -> Format | None:
+            scales = tensors.get(f"{path}.scales")
+            if scales is None:
+                return None
+            return self.special.get(path) or _format_of(width, tensors[f"{path}.weight"], scales) or self.common
+
+        return _rule(look)
+
+
+def stored(config: Mapping[str, Any], table: Table) -> Stored | None:
+    """Reads a config.json's section on quantisation; None if there is none.
+
+    Args:
+        config: The parsed file.
+        table: The names of this kind of model; sections name modules as the tensors are named.
+
+    Raises:
+        CheckpointError: The section describes none of MLX's formats.
+    """
+    text = config.get("text_config")
+    places = [config, text] if isinstance(text, Mapping) else [config]
+    section = next((p[key] for p in places for key in ("quantization", "quantization_config") if p.get(key)), None)
+    if section is None:
+        return None
+    if isinstance(section, Mapping) and "bits" not in section and "quant_method" in section:
+        raise CheckpointError(
+            f"the weights are quantised by {section['quant_method']}, which MLX can't run: take the original, or an "
+            "MLX conversion"
+        )
+    try:
+        common = _parse(section)
+        special = {
+            module: common if value is True else _parse(value) if value else None
+            for name, value in section.items()
+            if isinstance(value, (dict, bool))
+            for module in table.modules(name)
+        }
+    except (AttributeError, KeyError, TypeError, CheckpointError) as error:
+        raise CheckpointError(f"the quantization in config.json can't be used: {error}") from error
+    return Stored(common, special)
+
+
+def _parse(entry: Mapping[str, Any]) -> Format:
+    """One entry. As in MLX, an entry that names no mode is affine, whatever the common one."""
+    if not isinstance(entry["bits"], int):
+        raise TypeError(f"bits is {entry['bits']!r}")
+    return Format.make(entry.get("mode") or "affine", entry["bits"], entry.get("group_size"))
+
+
+def _format_of(width: int, weight: mx.array, scales: mx.array) -> Format | None:
+    """The format that a quantised weight must have, by its shapes; None if they are no format's."""
+    bits, group = weight.shape[-1] * 32 // width, width // max(scales.shape[-1], 1)
+    modes = (
+        [mode for mode, fixed in MODES.items() if fixed == (bits, group)] if scales.dtype == mx.uint8 else ["affine"]
+    )
+    try:
+        return Format(bits, group, modes[0])
+    except (IndexError, CheckpointError):
+        return None
+
+
+def _rule(choose: Callable[[str, int], Format | None]) -> Rule:
+    def rule(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        chosen = choose(path, module.weight.shape[-1]) if hasattr(module, "to_quantized") else None
+        return asdict(chosen) if chosen else False
+
+    return rule

@@ -1,0 +1,104 @@
+"""Compares a converted model with its source, on sample text: how much has quantisation changed?
+
+A target's logits are compared; of a drafter it matters how many of its drafts the target accepts.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+import mlx_mtp
+from mlx_mtp.errors import CheckpointError
+
+SAMPLES = (
+    "A river that has carried snow down from the mountains all summer is lowest in the first weeks of autumn. Then the "
+    "gravel banks lie open, herons stand in the shallows, and children walk across without getting their knees wet.",
+    "def median(values):\n    ordered = sorted(values)\n    middle = len(ordered) // 2\n    if len(ordered) % 2:\n"
+    "        return ordered[middle]\n    return (ordered[middle - 1] + ordered[middle]) / 2\n",
+    "Question: a train leaves at 9:40 and arrives at 13:05. How long does the journey take?\nAnswer: from 9:40 to "
+    "13:00 are 3 hours and 20 minutes, and 5 minutes more make 3 hours and 25 minutes.",
+    "Die Bibliothek ist montags geschlossen. La bibliothèque est ouverte jusqu'à dix-huit heures. "
+    "La biblioteca tiene tres salas de lectura. 図書館は駅の近くにあります。",
+)
+"""Prose, code, arithmetic, and other languages."""
+
+QUESTIONS = (
+    "What is the capital of France?",
+    "How many metres are 3 kilometres?",
+    "Tell me a short story about a fox.",
+    "Write a Python function that adds two numbers.",
+    "What does a drafter do in speculative decoding?",
+    "How many minutes are 2 hours?",
+)
+"""What drafters are tried on."""
+
+DRAFTS = 4
+"""Drafts a round when drafters are compared."""
+
+_LONGEST_ANSWER = 64
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How closely a converted target follows its source.
+
+    Attributes:
+        tokens: Positions compared.
+        kl: Mean Kullback-Leibler divergence of the next token's distribution from the source's, in nats a token.
+        top1: Share of positions at which both have the same most likely token.
+    """
+
+    tokens: int
+    kl: float
+    top1: float
+
+
+def compare(source: Path, result: Path, samples: tuple[str, ...] = SAMPLES) -> Agreement:
+    """Compares two targets, one after the other in memory.
+
+    Args:
+        source: Folder of the original; it needs a tokenizer.
+        result: Folder of the converted one.
+        samples: Texts.
+
+    Raises:
+        CheckpointError: There is no tokenizer, or a model can't be loaded.
+        MemoryBudgetError: The original doesn't fit in memory.
+    """
+    with closing(mlx_mtp.load(source, drafter=False)) as original:
+        if original.tokenizer is None:
+            raise CheckpointError(f"{source} has no tokenizer.json: there is no text to compare models on")
+        texts = [original.tokenizer.encode(text) for text in samples]
+        expected = [_log_probabilities(original, tokens) for tokens in texts]
+    divergence, agreed = 0.0, 0
+    with closing(mlx_mtp.load(result, drafter=False)) as converted:
+        for tokens, p in zip(texts, expected, strict=True):
+            q = _log_probabilities(converted, tokens)
+            divergence += float((mx.exp(p) * (p - q)).sum())
+            agreed += int((p.argmax(axis=-1) == q.argmax(axis=-1)).sum())
+    count = sum(map(len, texts))
+    return Agreement(count, divergence / count, agreed / count)
+
+
+def acceptance(target: Path, drafter: Path, questions: tuple[str, ...] = QUESTIONS) -> float:
+    """Drafts of DRAFTS that a target accepts a round, on its greedy answers to some questions.
+
+    Raises:
+        CheckpointError: A model can't be loaded.
+        PairingError: They are no pair.
+    """
+    with closing(mlx_mtp.load(target, drafter=drafter)) as lm:
+        options = {"max_tokens": _LONGEST_ANSWER, "temperature": 0, "draft_length": DRAFTS}
+        stats = [answer.stats for answer in lm.generate_batch(list(questions), **options)]
+    return sum(s.accepted for s in stats) / max(1, sum(s.rounds for s in stats))
+
+
+def _log_probabilities(lm: mlx_mtp.MTPModel, tokens: list[int]) -> mx.array:
+    logits = lm.logits(tokens)
+    result = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    mx.eval(result)
+    return result

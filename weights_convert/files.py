@@ -1,0 +1,125 @@
+"""Writes files whose checksum is known when they are complete, and verifies checksums.
+
+Checksums are kept as `sha256sum` has them, in SHA256SUMS: `sha256sum -c SHA256SUMS` verifies a folder too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_mtp.errors import CheckpointError
+
+from .plan import Parameter
+from .source import DTYPES
+
+SUMS = "SHA256SUMS"
+
+_PLAIN = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def write_safetensors(path: Path, parameters: list[Parameter], progress: Callable[[str, int], None]) -> str:
+    """Writes parameters to a file, some rows at a time.
+
+    Args:
+        path: The file.
+        parameters: What it holds.
+        progress: Called with a parameter's name and the number of bytes just written.
+
+    Returns:
+        The file's SHA-256, in hexadecimal.
+
+    Raises:
+        OSError: It can't be written.
+    """
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+
+        def write(content: bytes | memoryview) -> None:
+            file.write(content)
+            digest.update(content)
+
+        write(_header(parameters))
+        for parameter in parameters:
+            # The first part of each chunk goes to the file at once; scales and biases, which come after the whole
+            # weight, wait in memory: they are a sixteenth of it, or less.
+            late: list[list[memoryview]] = [[] for _ in parameter.entries()[1:]]
+            for weight, *others in parameter.chunks():
+                mx.eval(weight, *others)
+                write(content := _bytes(weight))
+                for part, other in zip(late, others, strict=True):
+                    part.append(_bytes(other))
+                progress(parameter.name, content.nbytes)
+            for waiting in late:
+                for content in waiting:
+                    write(content)
+                    progress(parameter.name, content.nbytes)
+            mx.clear_cache()
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """A file's SHA-256, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_sums(folder: Path, sums: dict[str, str]) -> None:
+    """Writes SHA256SUMS of a folder, from the checksums of its files."""
+    (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
+
+
+def verify_sums(folder: Path) -> int:
+    """Reads all files of a converted folder and compares their checksums.
+
+    Returns:
+        The number of files.
+
+    Raises:
+        CheckpointError: One is missing or differs, or there are no checksums.
+    """
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        for name, digest in sums.items():
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder / name} is missing: convert again, into another folder")
+            if sha256(folder / name) != digest:
+                raise CheckpointError(f"{folder / name} is damaged: its checksum is wrong; convert again")
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no {SUMS}: it isn't a folder that mlx-mtp converted") from None
+    except ValueError:
+        raise CheckpointError(f"{folder / SUMS} is damaged: it holds no checksums; convert again") from None
+    except OSError as error:
+        raise CheckpointError(f"{folder} can't be read: {error}") from error
+    return len(sums)
+
+
+def _header(parameters: list[Parameter]) -> bytes:
+    """The beginning of a safetensors file."""
+    header: dict[str, object] = {"__metadata__": {"format": "mlx"}}
+    offset = 0
+    for entry in (entry for parameter in parameters for entry in parameter.entries()):
+        end = offset + entry.nbytes
+        header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [offset, end]}
+        offset = end
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    return len(content).to_bytes(8, "little") + content
+
+
+def _bytes(array: mx.array) -> memoryview:
+    """An array's bytes, without a copy where it can be."""
+    return np.ascontiguousarray(np.array(array.view(_PLAIN[array.dtype.size]), copy=None)).reshape(-1).data.cast("B")

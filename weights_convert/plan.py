@@ -1,0 +1,259 @@
+"""What a converted checkpoint will hold, known before anything of it is written.
+
+Which of the source's rows make up each new tensor, its type and format, and the file it goes to. Reads headers only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_mtp import checkpoint
+from mlx_mtp.config import DRAFTER_TYPES, drafter_config, target_config
+from mlx_mtp.errors import CheckpointError
+from mlx_mtp.models.drafter import POSITIONS, Drafter
+from mlx_mtp.models.target import Target
+from mlx_mtp.names import Source, Table, drafter_table, mlx_lm_name, target_table
+from mlx_mtp.quantization import Format, Scheme
+
+from .source import Tensor, find_tensors, sample
+
+FILE_BYTES = 2**30
+"""Tensors are gathered into files of about this size: what an interruption can cost."""
+
+CHUNK_BYTES = 2**26
+"""About how much of a tensor is in memory at a time."""
+
+
+FINGERPRINT = "conversion"
+"""Key of the new config.json's section "mlx_mtp" that has the plan's fingerprint."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a new file: its name, type, shape, and so its size."""
+
+    name: str
+    dtype: mx.Dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return math.prod(self.shape) * self.dtype.size
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of the new checkpoint; one tensor, or the two or three of a quantised one.
+
+    Attributes:
+        name: Its new name.
+        shape: Its shape before it is quantised.
+        dtype: The type it is converted to.
+        format: How it is quantised, or None.
+        sources: Stored tensors whose rows make it up, one after the other.
+        half: See `names.Source`.
+        order: A tensor that says in which order the rows go, or None for the stored one.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    format: Format | None
+    sources: tuple[Tensor, ...]
+    half: int | None
+    order: Tensor | None
+
+    def entries(self) -> list[Entry]:
+        """The tensors that are stored for it."""
+        if self.format is None:
+            return [Entry(self.name, self.dtype, self.shape)]
+        *outer, width = self.shape
+        module, how = self.name.removesuffix(".weight"), self.format
+        groups = (*outer, width // how.group_size)
+        weight = Entry(f"{module}.weight", mx.uint32, (*outer, width * how.bits // 32))
+        if how.mode != "affine":
+            return [weight, Entry(f"{module}.scales", mx.uint8, groups)]
+        return [weight, *(Entry(f"{module}.{part}", self.dtype, groups) for part in ("scales", "biases"))]
+
+    def chunks(self) -> Iterator[tuple[mx.array, ...]]:
+        """What is stored for it, some rows at a time: matrices, one for each of `entries`."""
+        for rows in self._rows():
+            if mx.issubdtype(rows.dtype, mx.floating):
+                rows = rows.astype(self.dtype)
+            yield tuple(mx.quantize(rows, **asdict(self.format))) if self.format else (rows,)
+
+    def _rows(self) -> Iterator[mx.array]:
+        if self.order is not None:  # only drafters' heads, which are small
+            (tensor,) = self.sources
+            yield tensor.read(0, tensor.rows)[self.order.read(0, 1)[0]]
+            return
+        for tensor in self.sources:
+            step = max(1, CHUNK_BYTES // max(1, tensor.width * tensor.dtype.size))
+            for start, stop in _ranges(tensor, self.half):
+                for i in range(start, stop, step):
+                    yield tensor.read(i, min(i + step, stop))
+
+
+def _ranges(tensor: Tensor, half: int | None) -> list[tuple[int, int]]:
+    """The rows of a tensor that are wanted."""
+    if half is None:
+        return [(0, tensor.rows)]
+    block = tensor.shape[-2]
+    first = half * (block // 2)
+    return [(i + first, i + first + block // 2) for i in range(0, tensor.rows, block)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion.
+
+    Attributes:
+        files: File name -> the parameters it will hold, in the order in which they are written.
+        config: The new config.json.
+        fingerprint: Differs for other sources and other options.
+    """
+
+    files: dict[str, list[Parameter]]
+    config: dict[str, Any]
+    fingerprint: str
+
+    @property
+    def total(self) -> int:
+        """Bytes of all tensors."""
+        return sum(map(file_bytes, self.files.values()))
+
+
+def file_bytes(parameters: list[Parameter]) -> int:
+    """Bytes of the tensors that are stored for some parameters."""
+    return sum(entry.nbytes for parameter in parameters for entry in parameter.entries())
+
+
+def make_plan(folder: Path, scheme: Scheme | None, dtype: str | None) -> Plan:
+    """Plans the conversion of a target or a drafter; see `converter.convert`.
+
+    Raises:
+        CheckpointError: The source can't be used.
+    """
+    if dtype is not None and dtype not in checkpoint.DTYPES:
+        raise CheckpointError(f"dtype {dtype!r} isn't supported: expected one of {', '.join(checkpoint.DTYPES)}")
+    config = checkpoint.read_json(folder / "config.json")
+    if config.get("quantization") or config.get("quantization_config"):
+        raise CheckpointError(f"{folder} is quantised already: convert the original")
+    table, model, vocab = _model(config)
+    stored = find_tensors(folder)
+    parameters = _parameters(folder, config, table, model, stored, scheme, dtype)
+    if order := next((p.sources[0] for p in parameters.values() if p.name.endswith("token_ordering")), None):
+        checkpoint.check_ordering(order.read(0, 1)[0], vocab, folder)
+    files = {name: sorted(group, key=_alignment) for name, group in _in_files(list(parameters.values())).items()}
+    new_config = _new_config(config, parameters, scheme, dtype, clustered=order is not None)
+    digest = hashlib.sha256(json.dumps(new_config).encode())
+    for name, group in files.items():
+        digest.update(f"{name} {[str(entry) for parameter in group for entry in parameter.entries()]}".encode())
+    for file in checkpoint.weight_files(folder):
+        digest.update(sample(file))
+    fingerprint = digest.hexdigest()
+    new_config["mlx_mtp"] = new_config.get("mlx_mtp", {}) | {FINGERPRINT: fingerprint}
+    return Plan(files, new_config, fingerprint)
+
+
+def _model(config: dict[str, Any]) -> tuple[Table, nn.Module, int]:
+    """The names and the (empty) model that go with a config.json, and the size of its vocabulary."""
+    if config.get("model_type") in DRAFTER_TYPES:
+        drafter = drafter_config(config)
+        return drafter_table(drafter), Drafter(drafter, POSITIONS[0]), drafter.text.vocab_size
+    text = target_config(config).text
+    return target_table(text), Target(text), text.vocab_size
+
+
+def _parameters(
+    folder: Path,
+    config: dict[str, Any],
+    table: Table,
+    model: nn.Module,
+    stored: dict[str, Tensor],
+    scheme: Scheme | None,
+    dtype: str | None,
+) -> dict[str, Parameter]:
+    """What will be stored, by our names."""
+    layout = table.layout(stored)
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    found = {ours: source.shape(shapes) for ours, source in layout.sources.items()}
+    checkpoint.check_complete(model, found, folder)
+    drafter = isinstance(model, Drafter)
+    order = layout.sources.get("head.token_ordering")
+    sorted_already = checkpoint.in_cluster_order(config)
+
+    def parameter(ours: str, source: Source) -> Parameter:
+        parts, shape = tuple(stored[name] for name in source.names), found[ours]
+        floating = mx.issubdtype(parts[0].dtype, mx.floating)
+        matrix = floating and len(shape) > 1 and ours.endswith(".weight")
+        return Parameter(
+            # Nobody but us loads converted drafters: they keep Google's names.
+            name=source.names[0] if drafter else mlx_lm_name(ours, "text_config" in config),
+            shape=shape,
+            dtype=checkpoint.DTYPES[dtype] if dtype and floating else parts[0].dtype,
+            format=scheme.format(ours.removesuffix(".weight"), shape[-1]) if scheme and matrix else None,
+            sources=parts,
+            half=source.half,
+            order=stored[order.names[0]] if order and ours == "head.embedding.weight" and not sorted_already else None,
+        )
+
+    return {ours: parameter(ours, source) for ours, source in layout.sources.items()}
+
+
+def _in_files(parameters: list[Parameter]) -> dict[str, list[Parameter]]:
+    groups: list[list[Parameter]] = []
+    size = FILE_BYTES
+    for parameter in parameters:
+        added = file_bytes([parameter])
+        if size + added > FILE_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(parameter)
+        size += added
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def _alignment(parameter: Parameter) -> int:
+    """Sorts tensors of wide types first in a file, so that all are aligned."""
+    return -max(entry.dtype.size for entry in parameter.entries())
+
+
+def _new_config(
+    config: dict[str, Any],
+    parameters: dict[str, Parameter],
+    scheme: Scheme | None,
+    dtype: str | None,
+    clustered: bool,
+) -> dict[str, Any]:
+    new = deepcopy(config)
+    if scheme:
+        # Entries name what isn't as all others: mlx-lm takes them as they are, and finds unquantised modules by
+        # their lack of scales.
+        special = {
+            p.name.removesuffix(".weight"): asdict(p.format)
+            for p in parameters.values()
+            if p.format and p.format != scheme.common
+        }
+        new["quantization"] = asdict(scheme.common) | special
+    if dtype:
+        for part in (new, new.get("text_config", {})):
+            for key in ("dtype", "torch_dtype"):
+                if key in part:
+                    part[key] = dtype
+    if clustered:
+        new["mlx_mtp"] = {checkpoint.CLUSTER_ORDER: True}
+    return new
