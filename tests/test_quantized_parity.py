@@ -1,0 +1,49 @@
+"""Quantised conversions compute here what they compute in mlx-lm: the same logits and the same long texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm.utils
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from tiny_checkpoints import VOCAB, make_pair
+
+import mlx_mtp
+from weights_convert import Format, Scheme, convert
+
+PROMPT = [int(t) for t in np.random.default_rng(1).integers(0, VOCAB, 40)]
+
+
+def theirs(folder: Path, length: int) -> tuple[mx.array, list[int]]:
+    """mlx-lm's logits of the prompt, and its greedy text, with float32 activations."""
+    config = {"vocab_size": VOCAB, "model_type": "gemma4"}
+    model, _ = mlx_lm.utils.load_model(folder, strict=False, model_config=config)
+    model.set_dtype(mx.float32)
+    cache = make_prompt_cache(model)
+    logits = prompt = model(mx.array([PROMPT]), cache=cache)[0]
+    text: list[int] = []
+    for _ in range(length):
+        text.append(int(logits[-1].argmax().item()))
+        logits = model(mx.array([text[-1:]]), cache=cache)[0]
+    return prompt, text
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "length"),
+    [("e2b", 4, 500), ("26b", 8, 500), ("31b", 4, 500), ("e2b", 8, 40), ("26b", 4, 40), ("31b", 8, 40)],
+)
+def test_logits_and_greedy_text(kind: str, bits: int, length: int, tmp_path: Path):
+    """Drafting with the quantised drafter: the text is the target's."""
+    scheme = Scheme(Format(bits))
+    source, drafter_source = make_pair(kind, tmp_path)
+    folder = convert(source, tmp_path / "new", scheme)
+    drafter = convert(drafter_source, tmp_path / "new-assistant", scheme)
+    expected, text = theirs(folder, length)
+    lm = mlx_mtp.load(folder, drafter=drafter, dtype="float32")
+    assert mx.abs(lm.logits(PROMPT) - expected).max() <= 1e-3
+    answer = lm.generate(PROMPT, max_tokens=length, temperature=0, draft_length=2, ignore_eos=True)
+    assert answer.tokens == text
+    assert len(set(text)) > 20  # it doesn't just repeat itself
