@@ -144,11 +144,11 @@ def mlx_community(name: str, bits: int, group: int = 64) -> tuple[Tensors, Json]
         The tensors, and the `quantization` section of config.json.
     """
     size = SIZES[name]
-    unused = {f"layers.{i}.self_attn.{kind}" for i in _shared(size) for kind in ("k_proj", "v_proj", "k_norm")}
+    unused = {f".model.layers.{i}.self_attn.{kind}." for i in _shared(size) for kind in ("k_proj", "v_proj", "k_norm")}
     plain: Tensors = {}
     for stored, (dtype, shape) in target(name).items():
         ours = stored.removeprefix("model.").replace("language_model.", "language_model.model.")
-        if any(f".{part}." in ours for part in unused):
+        if any(part in ours for part in unused):  # the towers' layers have such names, too
             continue
         ours = ours.replace(".experts.", ".experts.switch_glu.")
         if ours.endswith("gate_up_proj"):

@@ -208,7 +208,7 @@ def test_experts_that_differ_in_shape() -> None:
         ("E4B", 4, 5_146_448_340, None),
         ("31B", 4, None, None),
         ("12B", 4, None, None),
-        ("E2B", 4, None, None),
+        ("E2B", 4, 3_550_352_326, 2511),
         ("E2B", 8, None, None),
     ],
 )
