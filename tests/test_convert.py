@@ -16,7 +16,7 @@ from tiny_checkpoints import KINDS, VOCAB, make_pair
 import mlx_mtp
 import weights_convert.plan
 from mlx_mtp.errors import CheckpointError, MTPError
-from weights_convert import Format, Scheme, convert, verify_sums
+from weights_convert import Format, Scheme, convert, prepare, verify_sums
 
 TOKENS = list(range(7, 47))
 FORMATS = [None, Format(4), Format(8, 32), Format(4, 32, "mxfp4"), Format(8, 32, "mxfp8"), Format(4, 16, "nvfp4")]
@@ -153,7 +153,7 @@ def test_several_files(shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(weights_convert.plan, "FILE_BYTES", 200_000)
     monkeypatch.setattr(weights_convert.plan, "CHUNK_BYTES", 3_000)
     steps: list[tuple[str, int, int]] = []
-    folder = convert(source, tmp_path / "new", scheme(8), progress=lambda *step: steps.append(step))
+    folder = prepare(source, tmp_path / "new", scheme(8)).run(lambda *step: steps.append(step))
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     index = json.loads((folder / "model.safetensors.index.json").read_text())
@@ -164,6 +164,20 @@ def test_several_files(shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     total = sum(tensor.nbytes for tensor in found.values())
     assert index["metadata"]["total_size"] == total == steps[-1][1] == steps[-1][2]
     assert [written for _, written, _ in steps] == sorted(written for _, written, _ in steps)
+
+
+def test_a_plain_text_model_with_a_head_of_its_own(tmp_path: Path):
+    source, _ = make_pair("31b", tmp_path, text_only=True)
+    tensors = stored(source)
+    mx.eval(tensors)
+    tensors["lm_head.weight"] = mx.random.normal((VOCAB, 64), key=mx.random.key(1)) / 8
+    mx.save_safetensors(str(source / "model.safetensors"), tensors)
+    config = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (source / "config.json").write_text(json.dumps(config))
+    folder = convert(source, tmp_path / "new", scheme(4))
+    assert {"lm_head.scales", "model.layers.0.mlp.down_proj.scales"} <= stored(folder).keys()
+    model, _ = mlx_lm.utils.load_model(folder, strict=True)
+    assert mx.abs(logits(folder, dtype="float32") - model(mx.array([TOKENS]))[0]).max() <= 1e-3
 
 
 def test_checksums(tmp_path: Path):
@@ -200,8 +214,8 @@ def test_what_cannot_be_converted(tmp_path: Path):
         (lambda: convert(source, tmp_path / "file"), "exists already"),
         (lambda: convert(source, source), "exists already"),
         (lambda: convert(source, source / "inside"), "lies in the folder"),
-        (lambda: convert(source, tmp_path / "file" / "x"), "can't be written"),
-        (lambda: convert(source, "/proc/nowhere/x"), "can't be written"),
+        (lambda: convert(source, tmp_path / "file" / "x"), "can't be read or written"),
+        (lambda: convert(source, "/proc/nowhere/x"), "can't be read or written"),
         (lambda: convert(tmp_path / "nothing", tmp_path / "x"), "no folder"),
         (lambda: convert(source, tmp_path / "x", dtype="int3"), "int3"),
         (lambda: convert(unusual, tmp_path / "x"), "of type C64"),

@@ -3,7 +3,7 @@
 from mlx_mtp.quantization import Format, Scheme
 
 from .check import Agreement, compare
-from .converter import convert
+from .converter import Conversion, convert, prepare
 from .files import verify_sums
 
-__all__ = ["Agreement", "Format", "Scheme", "compare", "convert", "verify_sums"]
+__all__ = ["Agreement", "Conversion", "Format", "Scheme", "compare", "convert", "prepare", "verify_sums"]

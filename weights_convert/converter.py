@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_mtp import hub
@@ -33,58 +34,97 @@ _JOURNAL = "conversion.json"
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
-def convert(
-    source: str | Path,
-    destination: str | Path,
-    scheme: Scheme | None = None,
-    dtype: str | None = None,
-    progress: Progress = lambda name, written, total: None,
-) -> Path:
-    """Converts a target or a drafter; goes on where an interrupted conversion of the same source stopped.
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that can be made; from `prepare`.
+
+    Attributes:
+        source: Folder of the original.
+        destination: Folder to make.
+        plan: What it will hold.
+        done: Whether it is there already.
+    """
+
+    source: Path
+    destination: Path
+    plan: Plan
+    done: bool
+
+    @property
+    def aside(self) -> Path:
+        """Where it is made before it is renamed."""
+        return self.destination.with_name(f"{self.destination.name}.partial")
+
+    def run(self, progress: Progress = lambda name, written, total: None) -> Path:
+        """Makes it, or goes on where it was interrupted.
+
+        Args:
+            progress: Called while weights are written.
+
+        Returns:
+            The new folder.
+
+        Raises:
+            CheckpointError: The source can't be read, or the destination can't be written.
+        """
+        if self.done:
+            log.info("%s is there already", self.destination)
+            return self.destination
+        try:
+            with _locked(self.aside):
+                self._run(progress)
+        except OSError as error:
+            culprit, kept = error.filename or self.destination, ""
+            if self.aside.exists():
+                kept = "; the same command goes on where this one stopped"
+            raise CheckpointError(f"{culprit} can't be read or written: {error.strerror or error}{kept}") from error
+        return self.destination
+
+    def _run(self, progress: Progress) -> None:
+        aside = self.aside
+        finished = _finished_files(aside, self.plan)
+        try:
+            _check_space(aside, self.plan, finished)
+            _write_weights(aside, self.plan, finished, progress)
+            _write_rest(aside, self.plan, self.source, finished)
+        finally:
+            if not finished:
+                shutil.rmtree(aside, ignore_errors=True)  # nothing in it is worth going on with
+        if self.destination.exists():
+            self.destination.rmdir()
+        aside.rename(self.destination)
+        (self.destination / _JOURNAL).unlink()
+
+
+def prepare(
+    source: str | Path, destination: str | Path, scheme: Scheme | None = None, dtype: str | None = None
+) -> Conversion:
+    """Plans the conversion of a target or a drafter, and checks that it can be made.
 
     Args:
         source: Folder or hub repository.
         destination: Folder to make; it must not exist yet, be empty, or be what this very conversion made.
         scheme: How matrices are quantised; None leaves all as it is.
         dtype: Type of what isn't quantised, "float32", "bfloat16" or "float16"; None keeps the stored one.
-        progress: Called while weights are written.
-
-    Returns:
-        The new folder.
 
     Raises:
-        CheckpointError: The source can't be used, or the destination can't be written.
+        CheckpointError: The source can't be used, or the destination is something else or a part of the source.
     """
     folder, destination = hub.find(source), Path(destination).expanduser()
     plan = make_plan(folder, scheme, dtype)
-    if _is_result(destination, plan):
-        log.info("%s is there already", destination)
-        return destination
-    _check_destination(folder, destination)
-    aside = partial(destination)
-    try:
-        with _locked(aside):
-            done = _finished_files(aside, plan)
-            try:
-                _check_space(aside, plan, done)
-                _write_weights(aside, plan, done, progress)
-                _write_rest(aside, plan, folder, done)
-            finally:
-                if not done:
-                    shutil.rmtree(aside, ignore_errors=True)  # nothing in it is worth going on with
-            if destination.exists():
-                destination.rmdir()
-            aside.rename(destination)
-            (destination / _JOURNAL).unlink()
-    except OSError as error:
-        kept = ": the same command goes on where this one stopped" if aside.exists() else ""
-        raise CheckpointError(f"{destination} can't be written ({error.strerror or error}){kept}") from error
-    return destination
+    done = _is_result(destination, plan)
+    if not done and destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise CheckpointError(f"{destination} exists already, from something else: choose another name")
+    if destination.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(f"{destination} lies in the folder that is to be converted: choose another place")
+    return Conversion(folder, destination, plan, done)
 
 
-def partial(destination: Path) -> Path:
-    """Where a conversion is made before it is renamed."""
-    return destination.with_name(f"{destination.name}.partial")
+def convert(
+    source: str | Path, destination: str | Path, scheme: Scheme | None = None, dtype: str | None = None
+) -> Path:
+    """`prepare` and `Conversion.run` in one."""
+    return prepare(source, destination, scheme, dtype).run()
 
 
 def _is_result(destination: Path, plan: Plan) -> bool:
@@ -93,13 +133,6 @@ def _is_result(destination: Path, plan: Plan) -> bool:
         return False
     ours = read_json(destination / "config.json").get("mlx_mtp")
     return isinstance(ours, dict) and ours.get(FINGERPRINT) == plan.fingerprint
-
-
-def _check_destination(folder: Path, destination: Path) -> None:
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise CheckpointError(f"{destination} exists already, from something else: choose another name")
-    if destination.resolve().is_relative_to(folder.resolve()):
-        raise CheckpointError(f"{destination} lies in the folder that is to be converted: choose another place")
 
 
 @contextmanager

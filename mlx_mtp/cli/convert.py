@@ -11,6 +11,8 @@ import typer
 from . import options as o
 
 if TYPE_CHECKING:
+    from weights_convert import Conversion
+
     from ..quantization import Scheme
 
 EMBEDDINGS = ("embed_tokens*", "lm_head", "head.embedding")
@@ -70,13 +72,13 @@ def convert(
     o.check_loading(drafter, no_draft, None)
     o.use_openblas()  # --check runs the models
     common = _scheme(mode, bits, group_size, embeddings_bits, override or [])
-    jobs = _jobs(source, destination, common, False if no_draft else drafter, drafter_bits)
-    for folder, made, scheme in jobs:
-        _run(folder, made, scheme, dtype)
-        print(made)
+    conversions = _prepare(source, destination, common, dtype, False if no_draft else drafter, drafter_bits)
+    for conversion in conversions:
+        _run(conversion)
+        print(conversion.destination)
     if check:
-        for folder, made, _ in jobs:
-            print(_compared(folder, made, jobs[0][0]))
+        for conversion in conversions:
+            print(_compared(conversion, target=conversions[0].source))
 
 
 def _scheme(
@@ -95,72 +97,75 @@ def _scheme(
     return Scheme(Format.make(mode, bits, group_size), tuple(special))
 
 
-def _jobs(
+def _prepare(
     source: str,
     destination: Path,
     scheme: Scheme | None,
+    dtype: str | None,
     drafter: str | Literal[False] | None,
     drafter_bits: int | None,
-) -> list[tuple[Path, Path, Scheme | None]]:
-    """What is to be converted: source, destination and scheme of the model itself, then of its drafter."""
+) -> list[Conversion]:
+    """What is to be done: the conversion of the model itself, and that of its drafter."""
+    from weights_convert import Format, Scheme, prepare
+
     from ..api import find_pair
-    from ..checkpoint import read_json
-    from ..config import DRAFTER_TYPES
-    from ..hub import find
-    from ..quantization import Format, Scheme
 
-    folder = find(source)
-    destination = destination.expanduser()
-    jobs = [(folder, destination, scheme)]
-    if read_json(folder / "config.json").get("model_type") not in DRAFTER_TYPES:
-        _, other = find_pair(source, drafter)
+    conversions = [prepare(source, destination, scheme, dtype)]
+    if not _is_drafter(conversions[0]):
+        _, folder = find_pair(source, drafter)
         bits = drafter_bits or (4 if scheme else None)
-        if other is not None:
+        if folder is not None:
             sibling = destination.with_name(f"{destination.name}-assistant")
-            jobs.append((other, sibling, Scheme(Format(bits)) if bits else None))
-    return jobs
+            conversions.append(prepare(folder, sibling, Scheme(Format(bits)) if bits else None, dtype))
+    return conversions
 
 
-def _run(folder: Path, destination: Path, scheme: Scheme | None, dtype: str | None) -> None:
+def _is_drafter(conversion: Conversion) -> bool:
+    from ..config import DRAFTER_TYPES
+
+    return conversion.plan.config["model_type"] in DRAFTER_TYPES
+
+
+def _run(conversion: Conversion) -> None:
     """One conversion, with a progress bar."""
     from tqdm import tqdm
 
-    from weights_convert.converter import convert as run
-    from weights_convert.converter import partial
-
-    with tqdm(unit="B", unit_scale=True, desc=destination.name, disable=None, file=sys.stderr) as bar:
+    with tqdm(unit="B", unit_scale=True, desc=conversion.destination.name, disable=None, file=sys.stderr) as bar:
 
         def progress(name: str, written: int, total: int) -> None:
             bar.total = total
             bar.update(written - bar.n)
 
         try:
-            run(folder, destination, scheme, dtype, progress)
+            conversion.run(progress)
         except KeyboardInterrupt:
             bar.close()
-            kept = partial(destination).exists()
+            kept = conversion.aside.exists()
             more = "the same command goes on where this one stopped" if kept else "nothing was finished"
             print(f"interrupted: {more}", file=sys.stderr)
             raise typer.Exit(o.INTERRUPTED) from None
 
 
-def _compared(folder: Path, destination: Path, target: Path) -> str:
-    """What comparing a result with its source says, in one line."""
+def _compared(conversion: Conversion, target: Path) -> str:
+    """What comparing a result with its source says, in one line.
+
+    Args:
+        conversion: What was made.
+        target: Folder of the original target, if `conversion` is its drafter's.
+    """
     from weights_convert.check import DRAFTS, acceptance, compare
     from weights_convert.files import verify_sums
 
-    from ..checkpoint import read_json
-    from ..config import DRAFTER_TYPES
-
-    count = verify_sums(destination)
-    if read_json(destination / "config.json")["model_type"] not in DRAFTER_TYPES:
-        found = compare(folder, destination)
+    made = conversion.destination
+    count = verify_sums(made)
+    if not _is_drafter(conversion):
+        found = compare(conversion.source, made)
         result = (
             f"KL divergence {found.kl:.4f} nats a token, top-1 agreement {found.top1:.1%}, over {found.tokens} tokens"
         )
-    elif target != folder:
-        before, after = acceptance(target, folder), acceptance(target, destination)
+    elif target != conversion.source:
+        before, after = acceptance(target, conversion.source), acceptance(target, made)
         result = f"{after:.2f} of {DRAFTS} drafts accepted a round, {before:.2f} before"
     else:
         result = "convert it with its target to see how many drafts are accepted"
-    return f"{destination}: {count} files as they were written; {result}"
+    return f"{made}: {count} files as they were written; {result}"
