@@ -4,7 +4,8 @@
     python scripts/measure_convert.py acceptance
 
 `memory` writes a checkpoint of random weights in shards, converts it in a process of its own and prints that process's
-peak memory; then the checkpoint and the result are deleted. `acceptance` converts the embedded pair.
+peak memory; then the checkpoint and the result are deleted. `acceptance` converts the embedded pair and evaluates it on
+texts like those that it was trained on, and on pages that weren't; it needs the project's extra `test`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import numpy as np  # noqa: E402
 
@@ -36,7 +37,7 @@ import mlx_mtp  # noqa: E402
 from mlx_mtp.config import SLIDING, target_config  # noqa: E402
 from mlx_mtp.models.target import Target  # noqa: E402
 from mlx_mtp.quantization import Format, Scheme  # noqa: E402
-from weights_convert.check import DRAFTS, acceptance, compare  # noqa: E402
+from weights_convert.check import compare  # noqa: E402
 from weights_convert.converter import convert  # noqa: E402
 
 SHARD_BYTES = 3 * 10**9
@@ -56,14 +57,15 @@ def main() -> None:
     worker.add_argument("source", type=Path)
     worker.add_argument("destination", type=Path)
     worker.add_argument("bits", type=int)
-    commands.add_parser("acceptance")
+    kept = commands.add_parser("acceptance")
+    kept.add_argument("--prompts", type=int, default=8, help="of each kind of text")
     options = parser.parse_args()
     if options.command == "memory":
         measure_memory(options.folder, int(options.gigabytes * 1e9), options.bits)
     elif options.command == "convert-here":
         print(json.dumps(convert_here(options.source, options.destination, options.bits)))
     else:
-        measure_acceptance()
+        measure_acceptance(options.prompts)
 
 
 def measure_memory(folder: Path, size: int, bits: list[int]) -> None:
@@ -187,30 +189,38 @@ def _shards(config: dict[str, Any]) -> list[list[tuple[str, tuple[int, ...]]]]:
     return shards
 
 
-def measure_acceptance() -> None:
-    """Prints a table: the embedded drafter in several formats, with the target as it is stored."""
+def measure_acceptance(prompts: int) -> None:
+    """Prints two tables: the embedded drafter in several formats beside the target as stored, and the target itself."""
+    from demo_pair.evaluate import DRAFTS, evaluate
+
     pair = Path(mlx_mtp.__file__).parent / "demo"
-    target, drafter = pair / "target", pair / "drafter"
-    print(f"| drafter | bytes | accepted of {DRAFTS} |")
-    print("|---|---|---|")
+    formats = [None, Format(8), Format(4), Format.make("mxfp4"), Format(3), Format(2)]
     with tempfile.TemporaryDirectory() as place:
-        for name, how in {
-            "bfloat16": None,
-            "8 bits": Format(8),
-            "6 bits": Format(6),
-            "4 bits": Format(4),
-            "4 bits in groups of 32": Format(4, 32),
-            "mxfp4": Format.make("mxfp4"),
-            "3 bits": Format(3),
-            "2 bits": Format(2),
-        }.items():
-            folder = convert(drafter, Path(place) / name, Scheme(how) if how else None)
-            size = (folder / "model.safetensors").stat().st_size
-            print(f"| {name} | {size:,} | {acceptance(target, folder):.3f} |", flush=True)
+        for i, how in enumerate(formats):
+            folder = Path(place) / str(i)
+            drafter = convert(pair / "drafter", folder / "drafter", Scheme(how) if how else None)
+            (folder / "target").symlink_to(pair / "target")
+            rows = evaluate(folder, prompts)
+            if i == 0:
+                print(f"Drafts accepted of {DRAFTS}, {prompts} prompts of each of {len(rows)} kinds\n")
+                print("| drafter | bytes | conversations: greedy | sampled | pages: greedy | sampled |")
+                print("|---|---|---|---|---|---|")
+            size = (drafter / "model.safetensors").stat().st_size
+            talk, pages = rows[:-1], rows[-1:]
+            means = [
+                sum(getattr(row, at) for row in of) / len(of) for of in (talk, pages) for at in ("greedy", "sampled")
+            ]
+            print(f"| {_name(how)} | {size:,} | {' | '.join(f'{mean:.2f}' for mean in means)} |", flush=True)
         print("\n| target | KL divergence, nats a token | same best token |\n|---|---|---|")
-        for bits in (8, 6, 4):
-            it = compare(target, convert(target, Path(place) / f"target {bits}", Scheme(Format(bits))))
-            print(f"| {bits} bits | {it.kl:.4f} | {it.top1:.1%} |", flush=True)
+        for how in (Format(8), Format(6), Format(4)):
+            it = compare(pair / "target", convert(pair / "target", Path(place) / f"target {how}", Scheme(how)))
+            print(f"| {_name(how)} | {it.kl:.4f} | {it.top1:.1%} |", flush=True)
+
+
+def _name(how: Format | None) -> str:
+    if how is None:
+        return "bfloat16"
+    return f"{how.bits} bits in groups of {how.group_size}" if how.mode == "affine" else how.mode
 
 
 if __name__ == "__main__":

@@ -180,6 +180,30 @@ def test_a_plain_text_model_with_a_head_of_its_own(tmp_path: Path):
     assert mx.abs(logits(folder, dtype="float32") - model(mx.array([TOKENS]))[0]).max() <= 1e-3
 
 
+def test_experts_one_by_one(tmp_path: Path):
+    """Stored as a tensor each, spread over files, they load and convert as the stacked ones do."""
+    stacked, _ = make_pair("26b", tmp_path / "stacked")
+    split, _ = make_pair("26b", tmp_path / "split")
+    files: list[dict[str, mx.array]] = [{}, {}]
+    for i, (name, tensor) in enumerate(stored(stacked).items()):
+        bank, _, kind = name.rpartition(".")
+        if not bank.endswith(".experts"):
+            files[i % 2][name] = tensor
+            continue
+        for expert in range(len(tensor)):
+            parts = {"down_proj": tensor[expert]}
+            if kind == "gate_up_proj":
+                parts = dict(zip(("gate_proj", "up_proj"), mx.split(tensor[expert], 2), strict=True))
+            for part, weight in parts.items():
+                files[expert % 2][f"{bank}.{expert}.{part}.weight"] = mx.contiguous(weight)
+    (split / "model.safetensors").unlink()
+    for i, tensors in enumerate(files):
+        mx.save_safetensors(str(split / f"model-{i}.safetensors"), tensors)
+    assert mx.array_equal(logits(split), logits(stacked))
+    expected, found = (stored(convert(it, it / "../new", scheme(4))) for it in (stacked, split))
+    assert found.keys() == expected.keys() and all(mx.array_equal(found[name], expected[name]) for name in found)
+
+
 def test_checksums(tmp_path: Path):
     """`sha256sum` understands them, and every file has one."""
     source, _ = make_pair("e2b", tmp_path)
