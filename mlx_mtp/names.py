@@ -170,7 +170,7 @@ def target_table(config: TextConfig) -> Table:
         layers = "|".join(shared)
         rows.append(
             Row(
-                rf"layers\.(?:{layers})\.self_attn\.(?:k_proj|v_proj|k_norm)\..*",
+                rf"layers\.(?:{layers})\.self_attn\.(?:k_proj|v_proj|k_norm|v_norm)\..*",
                 None,
                 "are keys and values of layers that read those of a lower one",
             )
@@ -193,7 +193,7 @@ def drafter_table(config: DrafterConfig) -> Table:
         _COMPUTED,
         Row(r"lm_head\..*", None, "repeat the embedding table, which is the output head"),
         Row(
-            r"layers\.\d+\.self_attn\.(?:k_proj|v_proj|k_norm)\..*",
+            r"layers\.\d+\.self_attn\.(?:k_proj|v_proj|k_norm|v_norm)\..*",
             None,
             "are keys and values of a drafter, which reads the target's",
         ),

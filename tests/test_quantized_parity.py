@@ -47,3 +47,28 @@ def test_logits_and_greedy_text(kind: str, bits: int, length: int, tmp_path: Pat
     answer = lm.generate(PROMPT, max_tokens=length, temperature=0, draft_length=2, ignore_eos=True)
     assert answer.tokens == text
     assert len(set(text)) > 20  # it doesn't just repeat itself
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("kind", ["e2b", "12b", "26b"])
+def test_what_mlx_lm_converted(kind: str, mode: str, tmp_path: Path):
+    """A folder that mlx-lm itself has quantised and written loads here, with its own bits for some modules."""
+    source, _ = make_pair(kind, tmp_path)
+    config = {"vocab_size": VOCAB, "model_type": "gemma4"}
+    model, config = mlx_lm.utils.load_model(source, strict=False, model_config=config)
+    fixed = Format.make(mode)
+
+    def choose(path: str, _: object) -> bool | dict[str, int]:
+        if path.endswith("o_proj"):
+            return False
+        return {"group_size": 64, "bits": 8} if path.endswith(("router.proj", "1.mlp.down_proj")) else True
+
+    model, config = mlx_lm.utils.quantize_model(
+        model, config, fixed.group_size, fixed.bits, mode, quant_predicate=choose
+    )
+    folder = tmp_path / "theirs"
+    mlx_lm.utils.save_model(folder, model)
+    mlx_lm.utils.save_config(config, folder / "config.json")
+    lm = mlx_mtp.load(folder, drafter=False, dtype="float32")
+    difference = mx.abs(lm.logits(PROMPT) - model(mx.array([PROMPT]))[0])
+    assert difference.max() <= 1e-3 if mode == "affine" else difference.mean() <= 0.3  # see test_convert.py

@@ -75,7 +75,7 @@ class Conversion:
                 self._run(progress)
         except OSError as error:
             culprit, kept = error.filename or self.destination, ""
-            if self.aside.exists():
+            if self.aside.is_dir():
                 kept = "; the same command goes on where this one stopped"
             raise CheckpointError(f"{culprit} can't be read or written: {error.strerror or error}{kept}") from error
         return self.destination
