@@ -320,6 +320,11 @@ def _read(model: nn.Module, folder: Path) -> None:
         if hasattr(part, "prepare"):
             part.prepare()
             mx.eval(part.parameters())
+    # One by one: what is quantised while loading is in memory unquantised for a moment.
+    for part in model.modules():
+        if not part.children():
+            mx.eval(part.parameters())
+            mx.clear_cache()
     mx.eval(model.parameters())
 
 
