@@ -14,8 +14,10 @@ class Generation:
     """One finished generation.
 
     Attributes:
-        text: The answer, without special tokens; cut before a stop string.
+        text: The answer, without special tokens and tool calls; cut before a stop string.
         thought: What the model thought before, if it did.
+        tool_calls: Tools that the model wants to be called, as `{"type": "function", "function": {"name": ...,
+            "arguments": {...}}}`, which is what "tool_calls" of an assistant's message holds.
         tokens: All generated token ids, up to and including the stop token, or the end of the stop string.
         finish_reason: "stop" (a stop token or stop string) or "length" (`max_tokens`, or the context is full).
         stats: What it took.
@@ -23,6 +25,7 @@ class Generation:
 
     text: str
     thought: str
+    tool_calls: list[dict[str, Any]]
     tokens: list[int]
     finish_reason: str
     stats: Stats
@@ -39,6 +42,7 @@ class Chunk:
     Attributes:
         text: New text; may be empty while a character or a possible stop string is incomplete.
         thought: New text of the model's thoughts.
+        tool_calls: Tool calls that are complete now, see `Generation`.
         tokens: New token ids.
         finish_reason: Set in the last chunk, see `Generation`.
         stats: The running statistics, one object for all chunks of a generation.
@@ -46,6 +50,7 @@ class Chunk:
 
     text: str
     thought: str
+    tool_calls: list[dict[str, Any]]
     tokens: list[int]
     finish_reason: str | None
     stats: Stats
@@ -77,6 +82,7 @@ class Answer:
         if row.done:
             reason = "stop" if tokens[-1] in self.request.stop_tokens else "length"
         text = thought = ""
+        known = len(decoder.calls) if decoder else 0
         for i, token in enumerate(tokens):
             answer, idea = decoder.push([token]) if decoder else ("", "")
             text, thought = text + stops.push(answer), thought + idea
@@ -86,7 +92,8 @@ class Answer:
         if decoder and reason:
             text += stops.push(decoder.finish()) + stops.finish()
         self.reason = "stop" if stops.hit else reason
-        chunk = Chunk(text, thought, tokens, self.reason, row.stats)
+        calls = decoder.calls[known:] if decoder else []
+        chunk = Chunk(text, thought, calls, tokens, self.reason, row.stats)
         self._chunks.append(chunk)
         if stops.hit:
             row.stats.generated_tokens = sum(len(it.tokens) for it in self._chunks)
@@ -98,6 +105,7 @@ class Answer:
         return Generation(
             text="".join(chunk.text for chunk in chunks),
             thought="".join(chunk.thought for chunk in chunks),
+            tool_calls=[call for chunk in chunks for call in chunk.tool_calls],
             tokens=[token for chunk in chunks for token in chunk.tokens],
             finish_reason=self.reason or "length",
             stats=self.row.stats,

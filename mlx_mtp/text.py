@@ -1,30 +1,25 @@
-"""Between text and token ids: tokenizer, chat template, streaming detokenizer, stop strings.
+"""Between text and token ids: tokenizer, streaming detokenizer, stop strings.
 
-Reads what Gemma 4 folders hold: tokenizer.json (BPE with byte fallback, "▁" for a space, no prefix space),
-tokenizer_config.json and chat_template.jinja. The template runs in a sandbox; nothing else from a folder is run.
+Reads what Gemma 4 folders hold: tokenizer.json (BPE with byte fallback, "▁" for a space, no prefix space) and
+tokenizer_config.json.
 
-Not here: conversations (chat.py), and images or audio.
+Not here: the chat format (template.py), conversations (chat.py), and images or audio.
 """
 
 from __future__ import annotations
 
 import codecs
-import datetime
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .checkpoint import read_json
 from .errors import CheckpointError, PromptError
-
-ROLES = ("system", "developer", "user", "assistant", "model", "tool")
+from .template import ChatTemplate
+from .tools import CALL, CALL_END, QUOTE, parse_call
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _CHANNEL, _CHANNEL_END = "<|channel>", "<channel|>"
@@ -38,17 +33,12 @@ class Tokenizer:
         special: Ids of the special tokens, which are no text.
     """
 
-    def __init__(self, folder: Path, tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], template: str | None):
+    def __init__(self, folder: Path, tokenizer: tokenizers.Tokenizer, template: ChatTemplate):
         """See `from_folder`."""
         self.folder = folder
         self.special = frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
         self._tokenizer = tokenizer
-        self._template_source = template
-        self._named_tokens = {
-            name: token["content"] if isinstance(token, Mapping) else token
-            for name, token in config.items()
-            if name.endswith("_token") and isinstance(token, str | Mapping)
-        }
+        self._template = template
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -65,7 +55,7 @@ class Tokenizer:
         except Exception as error:  # the library raises the bare class
             raise CheckpointError(f"{path} can't be read: {error}") from error
         config = read_json(folder / "tokenizer_config.json", required=False)
-        return cls(folder, tokenizer, config, _read_template(folder, config))
+        return cls(folder, tokenizer, ChatTemplate.from_folder(folder, config))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. No special token is added; those that are spelt out in the text are recognised.
@@ -79,7 +69,7 @@ class Tokenizer:
             raise PromptError("the text holds bytes that aren't UTF-8: convert it first") from None
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of token ids, thoughts and special tokens left out."""
+        """The text of token ids; thoughts, tool calls and special tokens left out."""
         decoder = StreamDecoder(self)
         text, _ = decoder.push(tokens)
         return text + decoder.finish()
@@ -90,8 +80,17 @@ class Tokenizer:
         thinking: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation, up to where the model's answer begins; see `render`."""
-        return self.encode(self.render(messages, thinking, tools))
+        """Token ids of a conversation; see `render`.
+
+        Raises:
+            PromptError: Also for messages with images or sound, which this text decoder can't take.
+        """
+        text = self.render(messages, thinking, tools)
+        for i, message in enumerate(messages):
+            content = message.get("content")
+            if isinstance(content, list) and any(part.get("type") != "text" for part in content):
+                raise PromptError(f"message {i} holds more than text: images, audio and video aren't supported")
+        return self.encode(text)
 
     def render(
         self,
@@ -99,36 +98,14 @@ class Tokenizer:
         thinking: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """Puts a conversation into the checkpoint's chat template.
-
-        Args:
-            messages: Dicts with "role", one of ROLES, and "content".
-            thinking: Whether the model is asked to think first.
-            tools: Tool declarations, JSON schemas as in OpenAI's interface.
+        """The text of a conversation, up to where the model's answer begins; see `ChatTemplate.render`.
 
         Raises:
-            PromptError: Malformed messages, or messages that the template refuses.
-            CheckpointError: There is no template, or it is broken.
+            CheckpointError: The template is broken, or there is none and the vocabulary isn't Gemma 4's.
         """
-        if not messages:
-            raise PromptError("there are no messages: give at least one")
-        for i, message in enumerate(messages):
-            if message.get("role") not in ROLES:
-                raise PromptError(f"message {i} has the role {message.get('role')!r}: use one of {', '.join(ROLES)}")
-            if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
-                raise PromptError(f"message {i} ({message['role']}) has no content: give a string")
-        template = self._template
-        try:
-            return template.render(
-                messages=messages,
-                tools=tools,
-                enable_thinking=thinking,
-                add_generation_prompt=True,
-                **self._named_tokens,
-            )
-        except Exception as error:  # a template is a program, and not ours
-            why = " ".join(str(error).split())
-            raise PromptError(f"the chat template of {self.folder} refuses the messages: {why}") from error
+        if self._template.built_in and self.token_id("<|turn>") is None:
+            raise CheckpointError(f"{self.folder} has no chat template: give the prompt as token ids")
+        return self._template.render(messages, thinking, tools)
 
     def piece(self, token: int) -> bytes:
         """The UTF-8 bytes that a token stands for; a part of a character in the case of byte tokens."""
@@ -143,52 +120,14 @@ class Tokenizer:
         """The id of a token by its name, None if there is no such token."""
         return self._tokenizer.token_to_id(token)
 
-    @cached_property
-    def _template(self) -> Any:
-        if self._template_source is None:
-            raise CheckpointError(f"{self.folder} has no chat template: give the prompt as token ids")
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        # Jinja's own filter escapes HTML.
-        environment.filters["tojson"] = _to_json
-        try:
-            return environment.from_string(self._template_source)
-        except TemplateError as error:
-            raise CheckpointError(f"the chat template of {self.folder} is broken: {error}") from error
-
-
-def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The chat template: a file of its own, or in tokenizer_config.json, where it may be one of several."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} can't be read: {error}") from error
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = [t for t in template if isinstance(t, Mapping) and t.get("name") == "default"]
-        template = named[0].get("template") if named else None
-    if not isinstance(template, str | None):
-        raise CheckpointError(f"{folder / 'tokenizer_config.json'}: chat_template is no text")
-    return template
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
-
 
 class StreamDecoder:
     """Turns tokens into text while they come, never giving out half a character.
 
-    Thoughts, between the channel tokens, are kept apart from the answer.
+    Thoughts, between the channel tokens, and tool calls are kept apart from the answer.
+
+    Attributes:
+        calls: The tool calls so far, see `tools.parse_call`. What is meant as one but isn't becomes text.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
@@ -198,11 +137,15 @@ class StreamDecoder:
             tokenizer: Whose tokens they are.
             prompt: What the tokens follow. After a tool's answer it ends with the beginning of a thought.
         """
+        self.calls: list[dict[str, Any]] = []
         self._tokenizer = tokenizer
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._begin, self._end = tokenizer.token_id(_CHANNEL), tokenizer.token_id(_CHANNEL_END)
+        self._quote = tokenizer.token_id(QUOTE)
+        self._call_begin, self._call_end = tokenizer.token_id(CALL), tokenizer.token_id(CALL_END)
         self._in_thought = False
         self._header: str | None = None
+        self._call: str | None = None
         last = next((i for i in range(len(prompt) - 1, -1, -1) if prompt[i] in tokenizer.special), None)
         if last is not None and prompt[last] == self._begin:
             self.push(prompt[last:])
@@ -214,7 +157,9 @@ class StreamDecoder:
             mark = token in (self._begin, self._end)
             special = mark or token in self._tokenizer.special
             piece = self._characters.decode(b"" if special else self._tokenizer.piece(token), final=special)
-            if not self._in_thought:
+            if self._call is not None:
+                self._call += piece
+            elif not self._in_thought:
                 text += piece
             elif self._header is None:
                 thought += piece
@@ -225,14 +170,34 @@ class StreamDecoder:
                     thought += self._header.split("\n", 1)[1]
                     self._header = None
             if mark:
+                text, self._call = text + (self._call or ""), None
                 self._in_thought = token == self._begin
                 self._header = "" if self._in_thought else None
+            elif special and not self._in_thought:
+                text += self._tool_token(token)
         return text, thought
 
+    def _tool_token(self, token: int) -> str:
+        """Takes a special token of the answer, which may belong to a tool call; returns what is text after all."""
+        if token == self._call_begin:
+            text, self._call = self._call or "", ""
+            return text
+        if self._call is None:
+            return ""
+        if token != self._call_end:
+            self._call += QUOTE if token == self._quote else ""
+            return ""
+        text, self._call = self._call, None
+        if call := parse_call(text):
+            self.calls.append(call)
+            return ""
+        return text
+
     def finish(self) -> str:
-        """What is left of an incomplete character when no token follows."""
+        """What is left of an incomplete character or tool call when no token follows."""
         rest = self._characters.decode(b"", final=True)
-        return "" if self._in_thought else rest
+        text, self._call = (self._call or "") + rest, None
+        return "" if self._in_thought else text
 
 
 class StopStrings:

@@ -7,13 +7,12 @@ import random
 from pathlib import Path
 
 import pytest
+from tiny_tokenizer import BYTES, SPECIAL, write_tokenizer
 from tokenizers import Tokenizer as Library
-from tokenizers import decoders, models, normalizers
 
 from mlx_mtp.errors import CheckpointError, PromptError
 from mlx_mtp.text import StopStrings, StreamDecoder, Tokenizer
 
-SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<|channel>", "<channel|>", "<|turn>", "<turn|>")
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -33,31 +32,9 @@ TEXTS = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer built as Gemma's is: BPE with byte fallback, "▁" for a space."""
-    pieces = [
-        *SPECIAL,
-        *(f"<0x{i:02X}>" for i in range(256)),
-        "▁",
-        *"abcdefghijklmnopqrstuvwxyzHTE\n",
-        "he",
-        "ll",
-        "▁w",
-    ]
-    library = Library(
-        models.BPE(
-            vocab={piece: i for i, piece in enumerate(pieces)},
-            merges=[("h", "e"), ("l", "l"), ("▁", "w")],
-            byte_fallback=True,
-            unk_token="<unk>",
-            fuse_unk=True,
-        )
-    )
-    library.normalizer = normalizers.Replace(" ", "▁")
-    library.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    library.add_special_tokens(list(SPECIAL))
+    """A tokenizer with a chat template of its own."""
     where = tmp_path_factory.mktemp("tokenizer")
-    library.save(str(where / "tokenizer.json"))
-    (where / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<bos>"}, "eos_token": "<eos>"}))
+    write_tokenizer(where)
     (where / "chat_template.jinja").write_text(TEMPLATE)
     return where
 
@@ -86,11 +63,30 @@ def test_a_stream_never_holds_half_a_character(tokenizer: Tokenizer, text: str):
     assert not any("\ufffd" in chunk for chunk in chunks)
 
 
-def test_a_stream_of_anything_is_what_decode_gives(tokenizer: Tokenizer):
+@pytest.mark.parametrize("low, high", [(BYTES.start, BYTES.stop), (BYTES.start, 300), (0, 300)])
+def test_a_stream_of_anything_is_what_decode_gives(tokenizer: Tokenizer, low: int, high: int):
+    """Random bytes are broken characters mostly: each becomes one replacement mark, as in a whole text."""
     rng = random.Random(0)
     for _ in range(200):
-        tokens = [rng.randrange(len(SPECIAL), 300) for _ in range(rng.randrange(30))]
+        tokens = [rng.randrange(low, high) for _ in range(rng.randrange(30))]
         assert "".join(stream(tokenizer, tokens)) == tokenizer.decode(tokens)
+        if low == BYTES.start and high == BYTES.stop:
+            assert tokenizer.decode(tokens) == bytes(t - low for t in tokens).decode("utf-8", "replace")
+
+
+def test_a_stream_in_pieces_never_holds_half_a_character(tokenizer: Tokenizer):
+    rng = random.Random(2)
+    for _ in range(200):
+        text = "".join(chr(rng.choice((rng.randrange(32, 0xD800), rng.randrange(0xE000, 0x110000)))) for _ in range(9))
+        text = text.replace("\ufffd", "").replace("▁", "")
+        tokens = [BYTES.start + byte for byte in text.encode()]
+        decoder, chunks = StreamDecoder(tokenizer), []
+        while tokens:
+            cut = rng.randrange(len(tokens) + 1)
+            chunks.append(decoder.push(tokens[:cut])[0])
+            tokens = tokens[cut:]
+        assert not any("\ufffd" in chunk for chunk in chunks)
+        assert "".join(chunks) == text and decoder.finish() == ""
 
 
 def test_broken_bytes_spoil_nothing_but_themselves(tokenizer: Tokenizer):
@@ -242,7 +238,7 @@ def test_folders_without_a_usable_tokenizer(folder: Path, tmp_path: Path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="can't be read"):
         Tokenizer.from_folder(tmp_path)
-    (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
+    write_tokenizer(tmp_path, SPECIAL[:4])  # nothing to chat with
     with pytest.raises(CheckpointError, match="no chat template"):
         Tokenizer.from_folder(tmp_path).render([{"role": "user", "content": "x"}])
     (tmp_path / "chat_template.jinja").write_text("{% if %}")
@@ -255,13 +251,17 @@ def test_folders_without_a_usable_tokenizer(folder: Path, tmp_path: Path):
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": 5}')
     with pytest.raises(CheckpointError, match="no text"):
         Tokenizer.from_folder(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": [{"name": "default"}, 7]}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"chat_template": [{"name": "default"}, 7]}'
+    )  # and so the built-in one is used
     with pytest.raises(CheckpointError, match="no chat template"):
         Tokenizer.from_folder(tmp_path).render([{"role": "user", "content": "x"}])
 
 
 def test_templates_in_the_tokenizer_config(folder: Path, tmp_path: Path):
     (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
-    for template in ("{{ messages[0].content }}!", [{"name": "default", "template": "{{ messages[0].content }}!"}]):
+    for template in ("{{ messages[0].content }}!", [
+        {"name": "other", "template": "?"}, {"name": "default", "template": "{{ messages[0].content }}!"},
+    ]):  # fmt: skip
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
         assert Tokenizer.from_folder(tmp_path).render([{"role": "user", "content": "x"}]) == "x!"

@@ -1,0 +1,258 @@
+"""Gemma 4's chat format: prompts from conversations, tool calls from answers (chat_template.jinja, tools.py)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_checkpoints import make_pair
+from tiny_tokenizer import write_tokenizer
+
+from mlx_mtp.checkpoint import read_generation
+from mlx_mtp.errors import PromptError
+from mlx_mtp.text import StreamDecoder, Tokenizer
+from mlx_mtp.tools import parse_call
+
+Json = dict[str, Any]
+
+EMPTY_THOUGHT = "<|channel>thought\n<channel|>"
+ROUTE: Json = {
+    "type": "function",
+    "function": {
+        "name": "route",
+        "description": "Finds a way.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "to": {"type": "string", "description": "Where to"},
+                "by": {"type": "string", "enum": ["foot", "train"]},
+                "stops": {"type": "array", "items": {"type": "string"}},
+                "options": {"type": "object", "properties": {"tolls": {"type": "boolean", "nullable": True}}},
+            },
+            "required": ["to"],
+        },
+    },
+}
+DECLARED = (
+    '<|tool>declaration:route{description:<|"|>Finds a way.<|"|>,parameters:{properties:{'
+    'by:{enum:[<|"|>foot<|"|>,<|"|>train<|"|>],type:<|"|>STRING<|"|>},'
+    'options:{properties:{tolls:{nullable:true,type:<|"|>BOOLEAN<|"|>}},type:<|"|>OBJECT<|"|>},'
+    'stops:{items:{type:<|"|>STRING<|"|>},type:<|"|>ARRAY<|"|>},'
+    'to:{description:<|"|>Where to<|"|>,type:<|"|>STRING<|"|>}},'
+    'required:[<|"|>to<|"|>],type:<|"|>OBJECT<|"|>}}<tool|>'
+)
+
+
+def user(content: str) -> Json:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str, **more: Any) -> Json:
+    return {"role": "assistant", "content": content, **more}
+
+
+def call(name: str, **arguments: Any) -> Json:
+    return {"type": "function", "id": f"{name}-1", "function": {"name": name, "arguments": arguments}}
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    """Tokenizers without templates, one beside a small model's config.json and one beside a large one's."""
+    made = {}
+    for size, kind in (("small", "e4b"), ("large", "12b")):
+        folder, _ = make_pair(kind, tmp_path_factory.mktemp(size))
+        write_tokenizer(folder)
+        made[size] = Tokenizer.from_folder(folder)
+    return made
+
+
+@pytest.fixture(scope="module")
+def small(sizes: dict[str, Tokenizer]) -> Tokenizer:
+    return sizes["small"]
+
+
+def test_a_question(sizes: dict[str, Tokenizer]):
+    messages = [user("  How far is it? ")]
+    prompt = "<bos><|turn>user\nHow far is it?<turn|>\n<|turn>model\n"
+    assert sizes["small"].render(messages) == prompt
+    assert sizes["large"].render(messages) == prompt + EMPTY_THOUGHT
+
+
+def test_thinking_is_asked_for_in_the_system_turn(sizes: dict[str, Tokenizer]):
+    for tokenizer in sizes.values():
+        assert tokenizer.render([user("Why?")], thinking=True) == (
+            "<bos><|turn>system\n<|think|>\n<turn|>\n<|turn>user\nWhy?<turn|>\n<|turn>model\n"
+        )
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_system_prompt(small: Tokenizer, role: str):
+    messages = [{"role": role, "content": "Be brief.\n"}, user("Why?")]
+    rest = "Be brief.<turn|>\n<|turn>user\nWhy?<turn|>\n<|turn>model\n"
+    assert small.render(messages) == "<bos><|turn>system\n" + rest
+    assert small.render(messages, thinking=True) == "<bos><|turn>system\n<|think|>\n" + rest
+
+
+@pytest.mark.parametrize("earlier", [
+    assistant("Four."),
+    {"role": "model", "content": "Four."},
+    assistant("<|channel>thought\n2 + 2\n<channel|>Four."),
+    assistant("Four.", reasoning="2 + 2"),
+    assistant("Four.", reasoning_content="2 + 2"),
+    assistant([{"type": "text", "text": "Four."}]),  # type: ignore[arg-type]
+])  # fmt: skip
+def test_several_turns_without_earlier_thoughts(sizes: dict[str, Tokenizer], earlier: Json):
+    messages = [user("2 + 2?"), earlier, user("Sure?")]
+    prompt = "<|turn>user\n2 + 2?<turn|>\n<|turn>model\nFour.<turn|>\n<|turn>user\nSure?<turn|>\n<|turn>model\n"
+    assert sizes["small"].render(messages) == "<bos>" + prompt
+    assert sizes["large"].render(messages) == "<bos>" + prompt + EMPTY_THOUGHT
+    for tokenizer in sizes.values():
+        assert tokenizer.render(messages, thinking=True) == "<bos><|turn>system\n<|think|>\n<turn|>\n" + prompt
+
+
+def test_tools_are_declared_in_the_system_turn(small: Tokenizer):
+    turn = "<|turn>user\nTo Rome!<turn|>\n<|turn>model\n"
+    assert small.render([user("To Rome!")], tools=[ROUTE]) == f"<bos><|turn>system\n{DECLARED}<turn|>\n{turn}"
+    assert small.render([user("To Rome!")], tools=[ROUTE["function"]], thinking=True) == (
+        f"<bos><|turn>system\n<|think|>\n{DECLARED}<turn|>\n{turn}"
+    )
+    bare = small.render([user("To Rome!")], tools=[{"name": "now"}])
+    assert '<|tool>declaration:now{description:<|"|><|"|>}<tool|>' in bare
+
+
+CALLED = (
+    '<|turn>model\n<|tool_call>call:route{avoid:[true,null,1.5],options:{tolls:false},to:<|"|>Rome<|"|>}<tool_call|>'
+)
+ANSWERED = '<|tool_response>response:route{value:<|"|>south<|"|>}<tool_response|>'
+ROME = call("route", to="Rome", avoid=[True, None, 1.5], options={"tolls": False})
+
+
+def test_tool_calls_and_responses(sizes: dict[str, Tokenizer]):
+    asked = [user("To Rome!"), {"role": "assistant", "tool_calls": [ROME]}]
+    answered = [*asked, {"role": "tool", "content": "south"}]
+    begin = "<bos><|turn>user\nTo Rome!<turn|>\n"
+    for size, tokenizer in sizes.items():
+        assert tokenizer.render(asked) == begin + CALLED + "<|tool_response>"
+        assert tokenizer.render(answered) == begin + CALLED + ANSWERED
+        after = tokenizer.render([*answered, assistant("Go south."), user("Thanks.")])
+        assert after == (
+            begin + CALLED + ANSWERED + "Go south.<turn|>\n<|turn>user\nThanks.<turn|>\n<|turn>model\n"
+            + EMPTY_THOUGHT * (size == "large")
+        )  # fmt: skip
+
+
+def test_thoughts_before_a_call_stay_until_the_turn_is_over(small: Tokenizer):
+    messages = [
+        user("To Rome!"),
+        {"role": "assistant", "tool_calls": [ROME], "reasoning": "It's far."},
+        {"role": "tool", "content": "south"},
+    ]
+    called = CALLED.replace("model\n", "model\n<|channel>thought\nIt's far.\n<channel|>")
+    prompt = small.render(messages, thinking=True)
+    assert prompt.endswith(called + ANSWERED + "<|channel>thought\n"), "the model goes on thinking after a response"
+    later = small.render([*messages, assistant("Go south."), user("Thanks.")], thinking=True)
+    assert "It's far." not in later and CALLED + ANSWERED + "Go south.<turn|>\n" in later
+
+
+@pytest.mark.parametrize("first, second", [
+    ({"tool_call_id": "now-1"}, {"tool_call_id": "route-1"}), ({"name": "now"}, {"name": "route"}),
+])  # fmt: skip
+def test_responses_say_which_call_they_answer(small: Tokenizer, first: Json, second: Json):
+    messages = [
+        user("When, and where?"),
+        assistant("Let me see.", tool_calls=[call("route"), call("now")]),
+        {"role": "tool", "content": "noon", **first},
+        {"role": "tool", "content": "here", **second},
+    ]
+    assert small.render(messages).endswith(
+        "<|turn>model\nLet me see.<|tool_call>call:route{}<tool_call|><|tool_call>call:now{}<tool_call|>"
+        '<|tool_response>response:now{value:<|"|>noon<|"|>}<tool_response|>'
+        '<|tool_response>response:route{value:<|"|>here<|"|>}<tool_response|>'
+    )
+
+
+def test_responses_may_be_objects(small: Tokenizer):
+    responses = [{"name": "route", "response": {"km": 12, "by": "foot"}}]
+    messages = [user("To Rome!"), {"role": "assistant", "tool_calls": [ROME], "tool_responses": responses}]
+    assert small.render(messages).endswith(
+        CALLED + '<|tool_response>response:route{by:<|"|>foot<|"|>,km:12}<tool_response|>'
+    )
+
+
+@pytest.mark.parametrize("messages, culprit", [
+    ([user("x"), {"role": "assistant", "tool_calls": [{"function": {"name": "now", "arguments": "{}"}}]}], "parse the"),
+    ([user("x"), {"role": "assistant", "tool_calls": [{"name": "now", "arguments": {}}]}], "tool call that isn't"),
+    ([user("x"), {"role": "assistant", "tool_calls": ["now"]}], "tool call that isn't"),
+    ([user("x"), {"role": "tool", "content": "5"}], "must follow the tool call"),
+    ([user("x"), {"role": "assistant", "tool_calls": [ROME]}, {"role": "tool", "content": {"a": 1}}], "give a string"),
+    ([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What's this?"}]}], "more than text"),
+])  # fmt: skip
+def test_what_cannot_be_said_in_this_format(small: Tokenizer, messages: list[Json], culprit: str):
+    with pytest.raises(PromptError, match=culprit) as raised:
+        small.chat(messages)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_s_own_template_comes_first(small: Tokenizer, tmp_path: Path):
+    write_tokenizer(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": "from the config"}))
+    assert Tokenizer.from_folder(tmp_path).render([user("x")]) == "from the config"
+    (tmp_path / "chat_template.jinja").write_text("from the file")
+    assert Tokenizer.from_folder(tmp_path).render([user("x")]) == "from the file"
+
+
+ARGUMENTS: list[Json] = [
+    {},
+    {"a": 1, "b": -2.5, "c": 1e-30, "d": True, "e": None, "f": ""},
+    {"text": 'braces } and ] and , and : and "quotes"\n', "deep": {"er": [[], [{"x": [1, "two"]}], {}]}},
+]
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+def test_a_call_that_is_written_is_the_call_that_is_read(small: Tokenizer, arguments: Json):
+    made = {"type": "function", "function": {"name": "a.b-c_1", "arguments": arguments}}
+    prompt = small.render([user("x"), {"role": "assistant", "tool_calls": [made]}])
+    written = prompt.split("<|tool_call>")[1].split("<tool_call|>")[0]
+    assert parse_call(written) == made
+
+
+@pytest.mark.parametrize("text", [
+    "", "call:", "call:f", "call:f{", "call:f{a}", "call:f{a:}", "call:f{a:1", "call:f{a:1 b:2}", 'call:f{a:<|"|>x}',
+    "call:f{a:[1}", "call:f{} more", "f{}", "call:f{a:yes}", "call:f" + "{a:" * 5000,
+])  # fmt: skip
+def test_what_is_no_call(text: str):
+    assert parse_call(text) is None
+
+
+def test_calls_are_no_part_of_the_text(small: Tokenizer):
+    tokens = small.encode('he <|tool_call>call:f{a:<|"|>he, ll}<|"|>}<tool_call|><|tool_call>call:g{}<tool_call|>')
+    decoder = StreamDecoder(small)
+    pieces = [decoder.push([token])[0] for token in tokens]
+    assert "".join(pieces) + decoder.finish() == "he "
+    assert [(c["function"]["name"], c["function"]["arguments"]) for c in decoder.calls] == [
+        ("f", {"a": "he, ll}"}), ("g", {})
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer, text", [
+    ("he <|tool_call>ll<tool_call|> he", "he ll he"),
+    ("he <|tool_call>call:f{", "he call:f{"),
+    ("<|tool_call>ll<|tool_call>call:f{}<tool_call|>", "ll"),
+    ("<|tool_call>ll<|channel>thought\nwell<channel|>he", "llhe"),
+])  # fmt: skip
+def test_what_only_begins_as_a_call_is_text(small: Tokenizer, answer: str, text: str):
+    assert small.decode(small.encode(answer)) == text
+
+
+def test_stop_ids_come_from_the_generation_config(tmp_path: Path):
+    folder, _ = make_pair("e2b", tmp_path)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [1, 106, 50]}))
+    assert read_generation(folder).stop_tokens == (1, 106, 50)
+    path.write_text(json.dumps({"eos_token_id": 7}))
+    assert read_generation(folder).stop_tokens == (7,)
+    path.unlink()
+    assert read_generation(folder).stop_tokens == (1, 106), "config.json's, if there are no others"
