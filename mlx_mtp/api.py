@@ -42,7 +42,7 @@ DEMO = Path(__file__).parent / "demo"
 
 _OPTIONS = {
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "draft_length", "exactness", "ignore_eos",
-    "thinking",
+    "thinking", "tools",
 }  # fmt: skip
 
 Message = Mapping[str, Any]
@@ -160,6 +160,7 @@ class MTPModel:
         n: int = 1,
         ignore_eos: bool = False,
         thinking: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Generation | list[Generation]:
         """Generates text.
 
@@ -180,6 +181,8 @@ class MTPModel:
                 `row_seed(seed, i)`, so the first is what n = 1 gives.
             ignore_eos: Whether to go on after a stop token.
             thinking: Whether the chat template asks the model to think first.
+            tools: Tools that the model may call, as in OpenAI's interface: {"type": "function", "function": {"name",
+                "description", "parameters"}}, the last one a JSON schema. `Generation.tool_calls` holds the calls.
 
         Returns:
             The generation; a list of them for n > 1.
@@ -190,7 +193,7 @@ class MTPModel:
         if n < 1:
             raise PromptError(f"n must be at least 1, not {n}")
         seed = secrets.randbits(32) if seed is None else seed
-        tokens = self.encode(prompt, thinking)
+        tokens = self.encode(prompt, thinking, tools)
         answers = [
             self._answer(
                 tokens, max_tokens, temperature, top_k, top_p, min_p, row_seed(seed, i), stop, draft_length,
@@ -277,6 +280,7 @@ class MTPModel:
         exactness: str = "fast",
         ignore_eos: bool = False,
         thinking: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Generator[Chunk, None, None]:
         """Generates text piece by piece; closing the iterator cancels the rest.
 
@@ -284,8 +288,8 @@ class MTPModel:
         """
         return self._chunks(
             self._answer(
-                self.encode(prompt, thinking), max_tokens, temperature, top_k, top_p, min_p, seed, stop, draft_length,
-                exactness, ignore_eos,
+                self.encode(prompt, thinking, tools), max_tokens, temperature, top_k, top_p, min_p, seed, stop,
+                draft_length, exactness, ignore_eos,
             )
         )  # fmt: skip
 
@@ -396,7 +400,9 @@ class MTPModel:
                 self._scheduler.trace = None
             trace.close()
 
-    def encode(self, prompt: Prompt, thinking: bool = False) -> list[int]:
+    def encode(
+        self, prompt: Prompt, thinking: bool = False, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         """Token ids of a prompt, as `generate` takes it.
 
         Raises:
@@ -414,7 +420,7 @@ class MTPModel:
             raise PromptError("a prompt is a string, a list of messages (dicts), or a list of token ids (ints)")
         if self.tokenizer is None:
             raise PromptError(f"{self.folder} has no tokenizer.json: give the prompt as token ids")
-        return self.tokenizer.chat(messages, thinking=thinking)
+        return self.tokenizer.chat(messages, thinking, tools)
 
     def logits(self, tokens: Sequence[int]) -> mx.array:
         """The target's logits float32 [len(tokens), vocab] after each of the tokens.
@@ -537,7 +543,7 @@ class MTPModel:
             prompt = cast(Prompt, own.pop("prompt"))
         if unknown := own.keys() - _OPTIONS:
             raise PromptError(f"unknown options: {', '.join(sorted(unknown))}")
-        return self._answer(self.encode(prompt, own.pop("thinking", False)), **own)
+        return self._answer(self.encode(prompt, own.pop("thinking", False), own.pop("tools", None)), **own)
 
     def _batch_size(self, batch_size: int | str) -> int:
         if batch_size == "auto":

@@ -10,6 +10,7 @@ import pytest
 from tiny_checkpoints import make_pair
 from tiny_tokenizer import write_tokenizer
 
+import mlx_mtp
 from mlx_mtp.checkpoint import read_generation
 from mlx_mtp.errors import PromptError
 from mlx_mtp.text import StreamDecoder, Tokenizer
@@ -202,6 +203,20 @@ def test_a_folder_s_own_template_comes_first(small: Tokenizer, tmp_path: Path):
     assert Tokenizer.from_folder(tmp_path).render([user("x")]) == "from the config"
     (tmp_path / "chat_template.jinja").write_text("from the file")
     assert Tokenizer.from_folder(tmp_path).render([user("x")]) == "from the file"
+
+
+def test_tools_reach_the_prompt_whoever_asks(small: Tokenizer):
+    question = [user("To Rome!")]
+    expected = len(small.chat(question, tools=[ROUTE]))
+    assert expected > len(small.chat(question))
+    with mlx_mtp.load(small.folder, drafter=False) as lm:
+        result = lm.generate(question, max_tokens=1, tools=[ROUTE])
+        assert isinstance(result, mlx_mtp.Generation) and result.stats.prompt_tokens == expected
+        assert next(lm.stream(question, max_tokens=1, tools=[ROUTE])).stats.prompt_tokens == expected
+        asked, not_asked = lm.generate_batch([{"prompt": question, "tools": [ROUTE]}, question], max_tokens=1)
+        assert asked.stats.prompt_tokens == expected > not_asked.stats.prompt_tokens
+        with pytest.raises(PromptError, match="refuses"):
+            lm.generate(question, tools=[5])  # type: ignore[list-item]
 
 
 ARGUMENTS: list[Json] = [
