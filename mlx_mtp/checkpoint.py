@@ -25,12 +25,14 @@ from .errors import CheckpointError, MemoryBudgetError, one_line
 from .models.drafter import Drafter
 from .models.elementwise import on_gpu
 from .models.target import Target
-from .names import VISION_AND_AUDIO, Source, Table, drafter_table, target_table
+from .names import VISION_AND_AUDIO, Source, Table, drafter_table, of_vision_or_audio, target_table
 from .quantization import Format, Scheme
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+INDEX = "model.safetensors.index.json"
 
 CLUSTER_ORDER = "cluster_order"
 """Key of config.json's section "mlx_mtp": a clustered head's embedding is stored cluster by cluster already."""
@@ -194,17 +196,19 @@ def _sort_by_cluster(stored: dict[str, mx.array], config: DrafterConfig, folder:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those that its index names, or else all.
+    """The safetensors files of a folder: those that its index names and that hold more than vision and audio, or all.
 
     Raises:
         CheckpointError: There are none, or the index can't be used.
     """
-    index = read_json(folder / "model.safetensors.index.json", required=False)
+    index = read_json(folder / INDEX, required=False)
     if index:
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError(f"{folder / 'model.safetensors.index.json'} has no weight_map: download it again")
-        files = [folder / name for name in sorted(set(weight_map.values()))]
+            raise CheckpointError(f"{folder / INDEX} has no weight_map: download it again")
+        files = [
+            folder / file for file in sorted({file for name, file in weight_map.items() if not of_vision_or_audio(name)})
+        ]
     else:
         files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:

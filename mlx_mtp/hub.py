@@ -1,6 +1,8 @@
 """Where a checkpoint lies: a folder, or the local copy of a hub repository.
 
-Knows nothing of what is in the files (checkpoint.py).
+Of a repository only what is used is downloaded: what describes the model first, then those safetensors files that hold
+a tensor of the text model. huggingface_hub shows the progress, tries again when the connection is lost, and keeps the
+files that are complete.
 """
 
 from __future__ import annotations
@@ -9,14 +11,10 @@ import logging
 import re
 from pathlib import Path
 
+from .checkpoint import INDEX, weight_files
 from .errors import CheckpointError, one_line
 
 log = logging.getLogger(__name__)
-
-WEIGHTS = "*.safetensors"
-
-HUB_PATTERNS = [WEIGHTS, "*.json", "*.jinja"]
-"""Files of a hub repository that are used."""
 
 
 def find(name: str | Path, weights: bool = True) -> Path:
@@ -39,25 +37,17 @@ def find(name: str | Path, weights: bool = True) -> Path:
         raise CheckpointError(f"{path} is a file: give the folder it lies in")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
         raise CheckpointError(f"there is no folder {str(name)!r}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        patterns = HUB_PATTERNS if weights else [p for p in HUB_PATTERNS if p != WEIGHTS]
-        return Path(snapshot_download(str(name), allow_patterns=patterns))
-    except RepositoryNotFoundError:
-        raise CheckpointError(f"{name} is neither a folder nor a repository you can read on the hub") from None
-    except HFValidationError:
-        raise CheckpointError(f"there is no folder {str(name)!r}, and no repository can have this name") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise CheckpointError(
-            f"{name} is not a folder, and the hub can't be reached to download it ({one_line(error)})"
-        ) from None
+    folder = _download(str(name), ["*.json", "*.jinja"])
+    if not weights:
+        return folder
+    commit = folder.name  # of the files that are there now
+    if (folder / INDEX).is_file():
+        wanted = [path.name for path in weight_files(folder)]
+        return _download(str(name), wanted, commit)
+    _download(str(name), ["model*.safetensors"], commit)
+    if not any(folder.glob("model*.safetensors")):  # else others are copies in another layout
+        _download(str(name), ["*.safetensors"], commit)
+    return folder
 
 
 def find_drafter(target: str | Path, weights: bool = True) -> Path | None:
@@ -72,3 +62,26 @@ def find_drafter(target: str | Path, weights: bool = True) -> Path | None:
     except CheckpointError as error:
         log.warning("no drafter: %s", error)
         return None
+
+
+def _download(repository: str, patterns: list[str], commit: str | None = None) -> Path:
+    """The local copy of a repository, with the files of its top folder that match one of the patterns."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        # Patterns match across folders: those below hold the model in other formats.
+        folder = snapshot_download(repository, revision=commit, allow_patterns=patterns, ignore_patterns=["*/*"])
+    except GatedRepoError:
+        raise CheckpointError(
+            f"{repository} wants its terms accepted: do so on its page on the hub, then log in with `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise CheckpointError(f"{repository} is neither a folder nor a repository you can read on the hub") from None
+    except HFValidationError:
+        raise CheckpointError(f"there is no folder {repository!r}, and no repository can have this name") from None
+    except Exception as error:  # its own, and those of two HTTP clients and of the file system
+        raise CheckpointError(
+            f"{repository} is not a folder, and can't be downloaded ({one_line(error)}); what is complete is kept"
+        ) from None
+    return Path(folder)

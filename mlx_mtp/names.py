@@ -147,7 +147,13 @@ def _halves(row: Row, match: re.Match[str]) -> list[tuple[str, int | None]]:
 
 VISION_AND_AUDIO = "belong to vision and audio, which a text decoder does without"
 
+_PREFIX = r"^(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)"
 _PART = r"\.(weight|scales|biases)"
+_TOWERS = Row(
+    r"(?:vision_tower|vision_embedder|embed_vision|audio_tower|embed_audio|multi_modal_projector)\..*",
+    None,
+    VISION_AND_AUDIO,
+)
 _UNKNOWN = Row(r".*", r"\g<0>")
 _COMPUTED = Row(r".*rotary_emb\..*", None, "are computed from config.json")
 _BOUNDS = Row(r".*\.(?:input|output)_(?:min|max)", None, "bound activations, which no text layer does")
@@ -155,15 +161,7 @@ _BOUNDS = Row(r".*\.(?:input|output)_(?:min|max)", None, "bound activations, whi
 
 def target_table(config: TextConfig) -> Table:
     """The table for a target."""
-    rows = [
-        Row(
-            r"(?:vision_tower|vision_embedder|embed_vision|audio_tower|embed_audio|multi_modal_projector)\..*",
-            None,
-            VISION_AND_AUDIO,
-        ),
-        _COMPUTED,
-        _BOUNDS,
-    ]
+    rows = [_TOWERS, _COMPUTED, _BOUNDS]
     if config.tied_head:
         rows.append(Row(r"lm_head\..*", None, "repeat the embedding table, which is the output head"))
     if shared := [str(i) for i, layer in enumerate(config.layers) if layer.kv_owner != i]:
@@ -184,7 +182,12 @@ def target_table(config: TextConfig) -> Table:
         Row(bank + r"(?P<expert>\d+)\.(down|gate|up)_proj" + _PART, r"\1.\3_proj.\4"),
         _UNKNOWN,
     ]
-    return Table(r"^(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)", rows)
+    return Table(_PREFIX, rows)
+
+
+def of_vision_or_audio(stored: str) -> bool:
+    """Whether a target's tensor of this name can't belong to the text model."""
+    return bool(re.fullmatch(_TOWERS.pattern, re.sub(_PREFIX, "", stored, count=1)))
 
 
 def drafter_table(config: DrafterConfig) -> Table:

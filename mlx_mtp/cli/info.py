@@ -123,9 +123,8 @@ def _stored_as(raw: dict[str, Any], quantize: int | None) -> str:
 def _on_disk(folder: Path) -> int | None:
     """Bytes of the weight files, after a look at their headers; None where they aren't there."""
     from ..checkpoint import check_safetensors
-    from ..hub import WEIGHTS
 
-    files = sorted(folder.glob(WEIGHTS))
+    files = sorted(folder.glob("*.safetensors"))
     for path in files:
         check_safetensors(path)
     return sum(path.stat().st_size for path in files) or None

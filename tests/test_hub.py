@@ -1,0 +1,119 @@
+"""What is downloaded from a hub, and what is not (hub.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tiny_checkpoints import make_pair
+from tiny_hub import Hub, serve
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+TOWERS = "model-00009-of-00009.safetensors"
+DESCRIBING = {"config.json", "generation_config.json", "model.safetensors.index.json", "chat_template.jinja"}
+SHARDS = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """Repositories with all that lies beside a model out there."""
+    made, root = tmp_path_factory.mktemp("made"), tmp_path_factory.mktemp("hub")
+    target, drafter = make_pair("e2b", made, shards=2)
+    (root / "org").mkdir()
+    target.rename(root / "org" / "model")
+    drafter.rename(root / "org" / "model-assistant")
+    model = root / "org" / "model"
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.vision_tower.patch.weight"] = TOWERS
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (root / "org" / "copies").mkdir()
+    (root / "org" / "copies" / "config.json").write_text("{}")
+    for name in ("model.safetensors", "consolidated.safetensors"):
+        (root / "org" / "copies" / name).write_bytes(b"x")
+    for junk in (TOWERS, "pytorch_model.bin", "model.gguf", "README.md", "onnx/config.json", "copy/model.safetensors"):
+        (model / junk).parent.mkdir(exist_ok=True)
+        (model / junk).write_bytes(b"not to be read")
+    with serve(root) as running:
+        yield running
+
+
+@pytest.fixture
+def run(hub: Hub, tmp_path: Path) -> Run:
+    """The command line with an empty cache; a process of its own, since huggingface_hub reads these variables once."""
+
+    def run(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1",
+            **environment,
+        }
+        return subprocess.run(
+            [sys.executable, *args], capture_output=True, text=True, encoding="utf-8", timeout=120, env=environment
+        )
+
+    hub.names()
+    hub.cut, hub.gated = None, False
+    return run
+
+
+FIND = "import sys, mlx_mtp.hub; print(mlx_mtp.hub.find(*sys.argv[1:]))"
+
+
+def test_info_needs_no_weights(hub: Hub, run: Run):
+    done = run("-m", "mlx_mtp", "info", "org/model", "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["target"]["bytes_on_disk"] is None and facts["target"]["parameters"] > 0
+    assert facts["drafter"]["pairing"] == "fits the target"
+    assert hub.names() == DESCRIBING
+    offline = run("-m", "mlx_mtp", "info", "org/model", "--json", HF_HUB_OFFLINE="1")
+    assert json.loads(offline.stdout) == facts and not hub.names()
+
+
+def test_weights_come_without_what_is_not_used(hub: Hub, run: Run):
+    done = run("-c", FIND, "org/model")
+    assert done.returncode == 0, done.stderr
+    assert hub.names() == DESCRIBING | SHARDS
+    assert "%" in done.stderr, "no progress is shown"
+    code = "import sys, mlx_mtp; print(len(mlx_mtp.load(sys.argv[1]).generate([5], max_tokens=3).tokens))"
+    loaded = run("-c", code, "org/model")
+    assert loaded.stdout.strip() == "3", loaded.stderr
+    assert hub.names() == {"config.json", "generation_config.json", "model.safetensors"}, "the drafter's"
+
+
+def test_one_copy_of_the_weights_is_enough(hub: Hub, run: Run):
+    assert run("-c", FIND, "org/copies").returncode == 0
+    assert hub.names() == {"config.json", "model.safetensors"}
+
+
+def test_an_interrupted_download_goes_on(hub: Hub, run: Run):
+    hub.cut, other = sorted(SHARDS)
+    broken = run("-m", "mlx_mtp", "generate", "x", "--model", "org/model")
+    assert broken.returncode == 1
+    assert "can't be downloaded" in broken.stderr and "Traceback" not in broken.stderr
+    assert other in hub.names()
+    broken_off, hub.cut = hub.cut, None
+    assert run("-c", FIND, "org/model").returncode == 0
+    assert hub.names() == {broken_off}
+
+
+@pytest.mark.parametrize("repository, gated, culprit", [
+    ("org/nothing", False, "neither a folder nor a repository"), ("org/model", True, "terms"),
+    ("org/a--b", False, "no repository can have this name"),
+])  # fmt: skip
+def test_errors_are_one_line(hub: Hub, run: Run, repository: str, gated: bool, culprit: str):
+    hub.gated = gated
+    done = run("-m", "mlx_mtp", "info", repository)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert culprit in done.stderr

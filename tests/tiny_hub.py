@@ -1,0 +1,108 @@
+"""A hub on this machine: serves folders as repositories, as far as huggingface_hub asks, and notes what it is asked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub:
+    """A running hub.
+
+    Attributes:
+        url: Its address, for HF_ENDPOINT.
+        cut: Name of a file whose downloads break off, as when the connection is lost.
+        gated: Whether only those may read who have accepted the terms.
+    """
+
+    def __init__(self, repositories: Path):
+        """Serves the folders `owner/name` below a folder."""
+        self.cut: str | None = None
+        self.gated = False
+        self._root, self._sent = repositories, set[str]()
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                hub._answer(self)
+
+            do_GET = do_HEAD
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def names(self) -> set[str]:
+        """Names of the files that were downloaded so far; forgets them."""
+        names, self._sent = self._sent, set()
+        return names
+
+    def _answer(self, request: BaseHTTPRequestHandler) -> None:
+        parts = unquote(urlsplit(request.path).path).strip("/").split("/")
+        api = parts[:2] == ["api", "models"]
+        repository, rest = self._root / "/".join(parts[2:4] if api else parts[:2]), parts[4:] if api else parts[2:]
+        if self.gated or not repository.is_dir():
+            error = "GatedRepo" if self.gated else "RepoNotFound"
+            self._send(request, 403 if self.gated else 404, b"{}", {"X-Error-Code": error, "X-Error-Message": "no"})
+        elif api and rest[:1] == ["tree"]:
+            files = [path for path in sorted(repository.rglob("*")) if path.is_file()]
+            tree = [
+                {"type": "file", "path": path.relative_to(repository).as_posix(), "size": path.stat().st_size,
+                 "oid": hashlib.sha1(path.read_bytes()).hexdigest()}
+                for path in files
+            ]  # fmt: skip
+            self._send(request, 200, json.dumps(tree).encode())
+        elif api:
+            siblings = [{"rfilename": path.relative_to(repository).as_posix()} for path in repository.rglob("*.*")]
+            info = {"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
+            self._send(request, 200, json.dumps(info).encode())
+        elif rest[:1] == ["resolve"] and (path := repository / "/".join(rest[2:])).is_file():
+            self._file(request, path)
+        else:
+            self._send(request, 404, b"", {"X-Error-Code": "EntryNotFound"})
+
+    def _file(self, request: BaseHTTPRequestHandler, path: Path) -> None:
+        data = path.read_bytes()
+        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        if request.command == "GET":
+            self._sent.add(path.name)
+        self._send(request, 200, data, headers, len(data) // 2 if path.name == self.cut else None)
+
+    @staticmethod
+    def _send(
+        request: BaseHTTPRequestHandler,
+        status: int,
+        data: bytes,
+        headers: dict[str, str] | None = None,
+        cut: int | None = None,
+    ) -> None:
+        request.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(data[:cut])
+
+
+@contextmanager
+def serve(repositories: Path) -> Iterator[Hub]:
+    """A hub that runs meanwhile."""
+    hub = Hub(repositories)
+    thread = threading.Thread(target=hub.server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        hub.server.shutdown()
+        hub.server.server_close()
+        thread.join()
