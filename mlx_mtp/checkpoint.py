@@ -207,7 +207,8 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise CheckpointError(f"{folder / INDEX} has no weight_map: download it again")
         files = [
-            folder / file for file in sorted({file for name, file in weight_map.items() if not of_vision_or_audio(name)})
+            folder / file
+            for file in sorted({file for name, file in weight_map.items() if not of_vision_or_audio(name)})
         ]
     else:
         files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -77,6 +78,15 @@ def kv_bytes(config: TextConfig, tokens: int, dtype_bytes: int) -> int:
         for i, layer in enumerate(config.layers)
         if layer.kv_owner == i
     )
+
+
+def longest_context(config: TextConfig, memory: int, dtype_bytes: int) -> int:
+    """Tokens whose KV fits into `memory` bytes, at most the model's context; 0 if the least doesn't fit."""
+    if kv_bytes(config, config.max_positions, dtype_bytes) <= memory:
+        return config.max_positions
+    steps = range(config.max_positions // CAPACITY_STEP + 1)
+    fitting = bisect_right(steps, memory, key=lambda step: kv_bytes(config, step * CAPACITY_STEP, dtype_bytes))
+    return max(fitting - 1, 0) * CAPACITY_STEP
 
 
 def memory_for_models() -> int:

@@ -223,10 +223,15 @@ def test_info():
     assert facts["target"]["layers"] == 12 and facts["drafter"]["pairing"] == "fits the target"
     assert facts["machine"]["fits"] is True
     assert facts["target"]["bytes_on_disk"] > 2 * facts["target"]["parameters"]
+    choices = facts["machine"]["choices"]
+    assert [choice["quantize"] for choice in choices] == [None, 8, 6, 4]
+    assert all(more["needed"] > less["needed"] for more, less in zip(choices, choices[1:], strict=False))
+    assert choices[0]["needed"] == facts["target"]["bytes_in_memory"] + facts["drafter"]["bytes_in_memory"]
     quantized = json.loads(mlx_mtp("info", "--json", "--quantize", 4).stdout)
+    assert quantized["machine"]["needed"] == choices[-1]["needed"]
     assert quantized["target"]["bytes_in_memory"] < facts["target"]["bytes_in_memory"] / 4
     table = mlx_mtp("info").stdout
-    for word in ("target", "drafter", "context", "KV", "fits"):
+    for word in ("target", "drafter", "context", "KV", "fits", "4 bits", "one token reads"):
         assert word in table
 
 

@@ -59,3 +59,16 @@ def test_kv_is_what_the_buffers_take(tmp_path: Path):
         kv = KVBuffers(config, 1, mx.float32, longest_block(config))
         kv.reserve(tokens)
         assert sizes.kv_bytes(config, tokens, 4) == kv.nbytes
+
+
+@pytest.mark.parametrize("kind", ["e2b", "31b"])
+def test_the_longest_context_is_the_last_that_fits(kind: str, tmp_path: Path):
+    config = checkpoint.load_target(make_pair(kind, tmp_path)[0])[0].text
+    everything = sizes.kv_bytes(config, config.max_positions, 4)
+    assert sizes.longest_context(config, everything, 4) == config.max_positions
+    for memory in (sizes.kv_bytes(config, 1000, 4), everything - 1):
+        longest = sizes.longest_context(config, memory, 4)
+        assert 0 < longest < config.max_positions
+        assert sizes.kv_bytes(config, longest, 4) <= memory < sizes.kv_bytes(config, longest + 1, 4)
+    assert sizes.longest_context(config, sizes.kv_bytes(config, 1, 4) - 1, 4) == 0
+    assert sizes.longest_context(config, -1, 4) == 0

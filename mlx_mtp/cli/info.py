@@ -21,7 +21,7 @@ def info(
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Shows sizes, memory, pairing, and whether it fits."""
+    """Shows sizes, memory, pairing, and whether it fits; downloads no weights."""
     o.check_loading(drafter, no_draft, quantize)
     facts = describe(model, False if no_draft else drafter, quantize)
     print(json.dumps(facts) if as_json else _table(facts))
@@ -33,7 +33,7 @@ def describe(model: str | None, drafter: str | Literal[False] | None, quantize: 
     Raises:
         CheckpointError: A config.json is missing or isn't Gemma 4's, or a weight file is damaged.
     """
-    from .. import checkpoint, sizes
+    from .. import checkpoint, quantization, sizes
     from ..api import find_pair
     from ..config import check_pair, drafter_config, target_config
     from ..errors import PairingError
@@ -43,7 +43,8 @@ def describe(model: str | None, drafter: str | Literal[False] | None, quantize: 
     raw = checkpoint.read_json(target_folder / "config.json")
     config = target_config(raw)
     text = config.text
-    dtype_bytes, rule = _storage(raw, quantize, target_table(text))
+    table = target_table(text)
+    dtype_bytes, rule = _storage(raw, quantize, table)
     target = sizes.target_sizes(text, dtype_bytes, rule)
     owners = [layer for i, layer in enumerate(text.layers) if layer.kv_owner == i]
     facts: dict[str, Any] = {
@@ -59,21 +60,23 @@ def describe(model: str | None, drafter: str | Literal[False] | None, quantize: 
             "vocabulary": text.vocab_size,
             "window": text.sliding_window,
             "context": text.max_positions,
-            "stored_as": _stored_as(raw, quantize),
+            "stored_as": _stored_as(raw, quantize, table),
+            "activation_bits": 8 * dtype_bytes,
             "bytes_on_disk": _on_disk(target_folder),
             "parameters": target.parameters,
             "bytes_in_memory": target.weights,
             "bytes_read_per_token": target.read_per_token,
-            "kv_bytes_per_1000_tokens": sizes.kv_bytes(text, 1000, dtype_bytes),
-            "kv_bytes_at_full_context": sizes.kv_bytes(text, text.max_positions, dtype_bytes),
+            "kv_bytes_at": {str(n): sizes.kv_bytes(text, n, dtype_bytes) for n in _lengths(text.max_positions)},
         },
         "drafter": None,
     }
-    needed = target.weights
+    pair = [(raw, table)]  # config.json and names of all that is quantised
+    config_d = None
     if drafter_folder is not None:
-        raw = checkpoint.read_json(drafter_folder / "config.json")
-        config_d = drafter_config(raw)
-        own = sizes.drafter_sizes(config_d, *_storage(raw, quantize, drafter_table(config_d)))
+        drafter_raw = checkpoint.read_json(drafter_folder / "config.json")
+        config_d = drafter_config(drafter_raw)
+        pair.append((drafter_raw, drafter_table(config_d)))
+        own = sizes.drafter_sizes(config_d, *_storage(drafter_raw, quantize, pair[1][1]))
         try:
             check_pair(config, config_d)
             pairing = "fits the target"
@@ -83,23 +86,40 @@ def describe(model: str | None, drafter: str | Literal[False] | None, quantize: 
             "folder": str(drafter_folder),
             "model_type": config_d.model_type,
             "head": f"{config_d.num_clusters} clusters" if config_d.num_clusters else "dense",
-            "stored_as": _stored_as(raw, quantize),
+            "stored_as": _stored_as(drafter_raw, quantize, pair[1][1]),
             "bytes_on_disk": _on_disk(drafter_folder),
             "parameters": own.parameters,
             "bytes_in_memory": own.weights,
             "bytes_read_per_draft": own.read_per_token,
             "pairing": pairing,
         }
-        needed += own.weights
     have = sizes.memory_for_models()
-    facts["machine"] = {
-        "memory": have,
-        "needed": needed,
-        "needed_at_full_context": needed + facts["target"]["kv_bytes_at_full_context"],
-        "fits": needed + facts["target"]["kv_bytes_per_1000_tokens"] <= have,
-        "fits_at_full_context": needed + facts["target"]["kv_bytes_at_full_context"] <= have,
-    }
+
+    def fit(bits: int | None) -> dict[str, Any]:
+        """What the pair takes if it is quantised like this while loading."""
+        dtype_bytes, rule = _storage(raw, bits, table)
+        target = sizes.target_sizes(text, dtype_bytes, rule)
+        needed = target.weights
+        if config_d is not None:
+            drafter_raw, names = pair[1]
+            needed += sizes.drafter_sizes(config_d, *_storage(drafter_raw, bits, names)).weights
+        return {
+            "quantize": bits,
+            "needed": needed,
+            "bytes_read_per_token": target.read_per_token,
+            "longest_context": sizes.longest_context(text, have - needed, dtype_bytes),
+        }
+
+    asked = fit(quantize)
+    facts["machine"] = {"memory": have, **asked, "fits": asked["longest_context"] > 0, "choices": []}
+    if not any(quantization.stored(*it) for it in pair):
+        facts["machine"]["choices"] = [fit(bits) for bits in (None, 8, 6, 4)]
     return facts
+
+
+def _lengths(longest: int) -> list[int]:
+    """Context lengths to give sizes for."""
+    return [n for n in (1024, 8192, 32768, 131072) if n < longest] + [longest]
 
 
 def _storage(raw: dict[str, Any], quantize: int | None, table: Table) -> tuple[int, Rule | None]:
@@ -112,10 +132,12 @@ def _storage(raw: dict[str, Any], quantize: int | None, table: Table) -> tuple[i
     return checkpoint.activation_dtype(checkpoint.DTYPES.get(dtype or "", checkpoint.DTYPES["bfloat16"])).size, rule
 
 
-def _stored_as(raw: dict[str, Any], quantize: int | None) -> str:
-    stored = raw.get("quantization") or raw.get("quantization_config")
+def _stored_as(raw: dict[str, Any], quantize: int | None, table: Table) -> str:
+    from .. import quantization
+
+    stored = quantization.stored(raw, table)
     if stored:
-        return f"{stored.get('bits')} bits, {stored.get('mode', 'affine')}"
+        return f"{stored.common.bits} bits, {stored.common.mode}"
     dtype = raw.get("dtype") or raw.get("torch_dtype") or raw.get("text_config", {}).get("dtype") or "unknown type"
     return f"{dtype}, quantised to {quantize} bits while loading" if quantize else str(dtype)
 
@@ -149,9 +171,9 @@ def _table(facts: dict[str, Any]) -> str:
                      f"{t['layers'] - t['sliding_layers']} full; {t['layers_with_kv']} with KV of their own"),
         ("  vocabulary", f"{t['vocabulary']:,} tokens; context {t['context']:,} tokens"),
         ("  on disk", _size(t["bytes_on_disk"])),
-        ("  in memory", f"{_size(t['bytes_in_memory'])}, of which one token reads {_size(t['bytes_read_per_token'])}"),
-        ("  KV", f"{_size(t['kv_bytes_per_1000_tokens'])} for 1,000 tokens, "
-                 f"{_size(t['kv_bytes_at_full_context'])} for the full context"),
+        ("  in memory", f"{_size(t['bytes_in_memory'])} with {t['activation_bits']}-bit activations, "
+                        f"of which one token reads {_size(t['bytes_read_per_token'])}"),
+        ("  KV", ", ".join(f"{_size(size)} at {int(n):,} tokens" for n, size in t["kv_bytes_at"].items())),
     ]  # fmt: skip
     if d:
         lines += [
@@ -164,7 +186,16 @@ def _table(facts: dict[str, Any]) -> str:
         ]  # fmt: skip
     else:
         lines.append(("drafter", "none"))
-    fits = "fits" if m["fits_at_full_context"] else "fits, but not at full context" if m["fits"] else "does NOT fit"
-    lines.append(("machine", f"{_size(m['memory'])} for models; {_size(m['needed'])} needed without KV, "
-                             f"{_size(m['needed_at_full_context'])} at full context: {fits}"))  # fmt: skip
+    lines.append(("machine", f"{_size(m['memory'])} for models; {_fits(m, t['context'])}"))
+    for choice in m["choices"]:
+        label = f"  {choice['quantize']} bits" if choice["quantize"] else "  unquantised"
+        reads = f"one token reads {_size(choice['bytes_read_per_token'])}"
+        lines.append((label, f"{_fits(choice, t['context'])}; {reads}"))
     return "\n".join(f"{name:13}{value}" for name, value in lines)
+
+
+def _fits(fit: dict[str, Any], context: int) -> str:
+    needed, longest = f"{_size(fit['needed'])} needed", fit["longest_context"]
+    if longest == context:
+        return f"{needed} without KV: fits, at full context too"
+    return f"{needed} without KV: fits, up to {longest:,} tokens" if longest else f"{needed}: does NOT fit"
