@@ -1,0 +1,218 @@
+"""Runs the real shapes of every Gemma 4 size, with random 4-bit weights: does it work, what does it take?
+
+    layers   of each size a sliding and a full decoder layer (E2B and E4B: also one of each that shares KV; 26B: all 128
+             experts): prefill of 128 tokens, a step, a verify block of 5, which must agree with 5 steps
+    pair     all of E2B with its 262,144 tokens and a drafter of its real size decode through the scheduler; with and
+             without drafts the tokens must be the same
+
+Weights are made quantised, tensor by tensor, so that no table is ever held in 16 bits. Random weights say nothing about
+acceptance, nor about the text. Prints a Markdown table.
+
+    python scripts/smoke_real_size.py [PART ...]      # e2b e4b 12b 26b 31b pair; all without arguments
+"""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_mtp.checkpoint import activation_dtype, quantization
+from mlx_mtp.config import DrafterConfig, TextConfig, drafter_config, target_config
+from mlx_mtp.decode.prefill import prefill_block
+from mlx_mtp.decode.request import Request, Row
+from mlx_mtp.decode.scheduler import Scheduler
+from mlx_mtp.kv import KVBuffers, longest_block
+from mlx_mtp.models.drafter import Drafter
+from mlx_mtp.models.target import Target
+
+BITS, VOCAB = 4, 262_144
+PREFILL, VERIFY = 128, 5
+PROMPT, TOKENS, DRAFTS = 8, 8, 4
+
+COMMON: dict[str, Any] = {
+    "model_type": "gemma4_text", "head_dim": 256, "global_head_dim": 512, "rms_norm_eps": 1e-6,
+    "final_logit_softcapping": 30.0, "vocab_size": VOCAB,
+    "rope_parameters": {
+        "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
+        "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+    },
+}  # fmt: skip
+SMALL = {"hidden_size_per_layer_input": 256, "sliding_window": 512, "max_position_embeddings": 131_072}
+LARGE = {"attention_k_eq_v": True, "sliding_window": 1024, "max_position_embeddings": 262_144}
+SIZES: dict[str, dict[str, Any]] = {
+    "e2b": {
+        **SMALL, "hidden_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 1, "intermediate_size": 6144,
+        "use_double_wide_mlp": True,
+    },
+    "e4b": {
+        **SMALL, "hidden_size": 2560, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 10_240,
+    },
+    "12b": {
+        **LARGE, "hidden_size": 3840, "num_attention_heads": 16, "num_key_value_heads": 8,
+        "num_global_key_value_heads": 1, "intermediate_size": 15_360,
+    },
+    "26b": {
+        **LARGE, "hidden_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 8,
+        "num_global_key_value_heads": 2, "intermediate_size": 2112, "enable_moe_block": True, "num_experts": 128,
+        "top_k_experts": 8, "moe_intermediate_size": 704,
+    },
+    "31b": {
+        **LARGE, "hidden_size": 5376, "num_attention_heads": 32, "num_key_value_heads": 16,
+        "num_global_key_value_heads": 4, "intermediate_size": 21_504,
+    },
+}  # fmt: skip
+
+
+def text_config(size: str, layers: str, shared: int, vocab: int) -> TextConfig:
+    """A size's configuration with other layers ("s" sliding, "f" full; the last `shared` ones share KV)."""
+    return target_config(
+        {**COMMON, **SIZES[size], **_kinds(layers, shared), "vocab_size": vocab, "vocab_size_per_layer_input": vocab}
+    ).text
+
+
+def e2b_drafter() -> DrafterConfig:
+    """The drafter of E2B: 2048 clusters, of which 32 are read."""
+    text = {
+        **COMMON, **_kinds("sssf", 4), "final_logit_softcapping": None, "hidden_size": 256, "intermediate_size": 2048,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "sliding_window": 512, "max_position_embeddings": 131_072,
+    }  # fmt: skip
+    return drafter_config(
+        {
+            "model_type": "gemma4_assistant", "text_config": text, "backbone_hidden_size": 1536,
+            "use_ordered_embeddings": True, "num_centroids": 2048, "centroid_intermediate_top_k": 32,
+        }
+    )  # fmt: skip
+
+
+def _kinds(layers: str, shared: int) -> dict[str, Any]:
+    names = {"s": "sliding_attention", "f": "full_attention"}
+    return {
+        "layer_types": [names[kind] for kind in layers],
+        "num_hidden_layers": len(layers),
+        "num_kv_shared_layers": shared,
+    }
+
+
+def with_random_weights(model: nn.Module) -> None:
+    """Gives a model that holds nothing yet quantised weights that keep activations at their size."""
+    nn.quantize(model, class_predicate=quantization(BITS))  # lazily: what it makes of nothing is never computed
+    dtype, random = activation_dtype(mx.bfloat16), np.random.default_rng(0)
+    for module in model.modules():
+        bits = getattr(module, "bits", None)
+        for name, old in module.items():
+            if not isinstance(old, mx.array) or name.startswith("_") or old.dtype == mx.int32:
+                continue
+            if bits is None:
+                module[name] = mx.ones(old.shape, dtype)
+            elif name == "weight":
+                module[name] = mx.array(random.integers(0, 2**32, old.shape, dtype=np.uint32))
+            else:
+                # Evenly spread codes around 0; outputs as large as inputs.
+                codes, inputs = 2**bits, old.shape[-1] * cast(Any, module).group_size
+                step = (12 / inputs) ** 0.5 / codes
+                module[name] = mx.full(old.shape, step if name == "scales" else -step * (codes - 1) / 2, dtype)
+            mx.eval(module[name])
+    for part in model.modules():
+        if hasattr(part, "prepare"):
+            part.prepare()
+            mx.eval(part.parameters())
+    mx.eval(model.parameters())
+    mx.clear_cache()
+
+
+def nbytes(model: nn.Module) -> int:
+    """Bytes of a model's weights."""
+    return sum(array.nbytes for _, array in cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters())))
+
+
+def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Wall-clock seconds of a call, and its result."""
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
+
+
+def layers(size: str) -> None:
+    """Runs a few layers of a size and prints a row."""
+    shares = "hidden_size_per_layer_input" in SIZES[size]
+    config = text_config(size, "sfsf" if shares else "sf", 2 if shares else 0, vocab=1024)
+    target = Target(config)
+    with_random_weights(target)
+    tokens = mx.random.randint(0, config.vocab_size, (PREFILL + VERIFY,)).tolist()
+    kv = KVBuffers(config, 1, target.dtype, longest_block(config))
+    prefill, _ = seconds(lambda: prefill_block(target, kv, [tokens[:PREFILL]], 0))
+    verify, block = seconds(lambda: prefill_block(target, kv, [tokens[PREFILL:]], PREFILL))
+    # The same positions again, one by one: what the block wrote there isn't seen, and is overwritten.
+    steps = [seconds(lambda n=n: prefill_block(target, kv, [[tokens[n]]], n)) for n in range(PREFILL, PREFILL + VERIFY)]
+    apart = mx.abs(block - mx.concatenate([hidden for _, hidden in steps], axis=1)).max().item()
+    if not apart < 1e-3 * mx.abs(block).max().item():  # NaN fails too
+        raise SystemExit(f"{size}: a verify block and single steps differ by {apart}")
+    row(
+        f"{size.upper()}, {len(config.layers)} layers", nbytes(target), prefill, min(s for s, _ in steps), verify,
+        f"verify = steps to {apart:.0e}",
+    )  # fmt: skip
+
+
+def pair() -> None:
+    """Decodes with a whole E2B and its drafter, and prints a row for plain decoding and one for drafting."""
+    config = text_config("e2b", "ssssf" * 7, 20, vocab=VOCAB)
+    target, drafter = Target(config), Drafter(e2b_drafter(), "committed")
+    made, _ = seconds(lambda: (with_random_weights(target), with_random_weights(drafter)))
+    prompt = mx.random.randint(0, VOCAB, (PROMPT,)).tolist()
+    texts = []
+    for drafts in (0, DRAFTS):
+        scheduler = Scheduler(target, drafter)
+        done = decode(scheduler, Request(prompt, TOKENS, draft_length=drafts))
+        texts.append(done.tokens)
+        stats = done.stats
+        label = f"E2B and drafter, {drafts} drafts" if drafts else "E2B, plain"
+        each = stats.generation_seconds / stats.rounds
+        note = f"{stats.generated_tokens} tokens in {stats.rounds} rounds; made in {made:.0f} s"
+        held = nbytes(target) + nbytes(drafter)
+        row(label, held, stats.prompt_seconds, None if drafts else each, each if drafts else None, note)
+    if texts[0] != texts[1]:
+        raise SystemExit(f"drafting changed the tokens: {texts}")
+
+
+def decode(scheduler: Scheduler, request: Request) -> Row:
+    """Runs one request to its end."""
+    running = scheduler.submit(request)
+    while not running.done:
+        scheduler.step()
+    return running
+
+
+def row(what: str, weights: int, prefill: float, step: float | None, verify: float | None, note: str) -> None:
+    """Prints a row of the table."""
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    memory = " | ".join(f"{size / 1e9:.2f}" for size in (weights, mx.get_peak_memory(), rss))
+    times = " | ".join("" if s is None else f"{s:.3f}" for s in (prefill, step, verify))
+    print(f"| {what} | {memory} | {times} | {note} |", flush=True)
+    mx.reset_peak_memory()
+
+
+def main(parts: list[str]) -> None:
+    """Runs the parts asked for, or all."""
+    known = [*SIZES, "pair"]
+    if unknown := set(parts) - set(known):
+        raise SystemExit(f"unknown parts {', '.join(sorted(unknown))}: use {', '.join(known)}")
+    mx.random.seed(0)
+    print(f"{platform.platform()}, {mx.default_device()}, mlx {version('mlx')}, Python {platform.python_version()}\n")
+    print("| | weights, GB | MLX peak, GB | peak RSS so far, GB | prefill, s | step, s | verify, s | |")
+    print("|---|---|---|---|---|---|---|---|")
+    took, _ = seconds(lambda: [pair() if part == "pair" else layers(part) for part in parts or known])
+    print(f"\n{took:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
