@@ -11,9 +11,11 @@ from tiny_checkpoints import make_pair
 from tiny_tokenizer import write_tokenizer
 
 import mlx_mtp
+from mlx_mtp.answer import Answer
 from mlx_mtp.checkpoint import read_generation
+from mlx_mtp.decode.request import Request, Row, Stats
 from mlx_mtp.errors import PromptError
-from mlx_mtp.text import StreamDecoder, Tokenizer
+from mlx_mtp.text import StopStrings, StreamDecoder, Tokenizer
 from mlx_mtp.tools import parse_call
 
 Json = dict[str, Any]
@@ -250,6 +252,23 @@ def test_calls_are_no_part_of_the_text(small: Tokenizer):
     assert [(c["function"]["name"], c["function"]["arguments"]) for c in decoder.calls] == [
         ("f", {"a": "he, ll}"}), ("g", {})
     ]  # fmt: skip
+
+
+def test_calls_come_with_the_answer(small: Tokenizer):
+    tokens = small.encode("he <|tool_call>call:f{a:1}<tool_call|><|tool_response>")
+    request = Request([5], max_tokens=50, stop_tokens=frozenset(tokens[-1:]))
+    answer = Answer(request, StopStrings([]), small)
+    answer.row = Row(request, Stats(), 50)
+    calls = []
+    for token in tokens:
+        answer.row.receive([token], 0, None)
+        calls += answer.push(answer.row.take()).tool_calls
+    result = answer.generation()
+    assert (result.text, result.finish_reason, result.tokens) == ("he ", "stop", tokens)
+    assert result.tool_calls == calls == [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]
+    assert json.loads(json.dumps(result.as_dict()))["tool_calls"] == calls
+    again = small.render([user("x"), assistant(result.text, tool_calls=calls), {"role": "tool", "content": "1"}])
+    assert "<|turn>model\nhe<|tool_call>call:f{a:1}<tool_call|><|tool_response>response:f{" in again
 
 
 @pytest.mark.parametrize("answer, text", [
