@@ -97,6 +97,7 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         thinking: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
     ) -> str:
         """The text of a conversation, up to where the model's answer begins; see `ChatTemplate.render`.
 
@@ -105,7 +106,7 @@ class Tokenizer:
         """
         if self._template.built_in and self.token_id("<|turn>") is None:
             raise CheckpointError(f"{self.folder} has no chat template: give the prompt as token ids")
-        return self._template.render(messages, thinking, tools)
+        return self._template.render(messages, thinking, tools, **variables)
 
     def piece(self, token: int) -> bytes:
         """The UTF-8 bytes that a token stands for; a part of a character in the case of byte tokens."""

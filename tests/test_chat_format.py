@@ -156,7 +156,18 @@ def test_thoughts_before_a_call_stay_until_the_turn_is_over(small: Tokenizer):
     prompt = small.render(messages, thinking=True)
     assert prompt.endswith(called + ANSWERED + "<|channel>thought\n"), "the model goes on thinking after a response"
     later = small.render([*messages, assistant("Go south."), user("Thanks.")], thinking=True)
+    kept = small.render([*messages, assistant("Go south."), user("Thanks.")], thinking=True, preserve_thinking=True)
+    assert called + ANSWERED + "Go south.<turn|>\n" in kept
     assert "It's far." not in later and CALLED + ANSWERED + "Go south.<turn|>\n" in later
+
+
+def test_an_answer_that_is_there_is_not_asked_for(sizes: dict[str, Tokenizer]):
+    messages = [user("Why?"), assistant("Because.", reasoning="Hm.")]
+    thought = "<|channel>thought\nHm.\n<channel|>"
+    for tokenizer in sizes.values():
+        expected = f"<bos><|turn>user\nWhy?<turn|>\n<|turn>model\n{thought}Because.<turn|>\n"
+        assert tokenizer.render(messages) == expected
+        assert tokenizer.render(messages[:1], add_generation_prompt=False) == "<bos><|turn>user\nWhy?<turn|>\n"
 
 
 @pytest.mark.parametrize("first, second", [
