@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -38,6 +38,34 @@ class Sizes:
     read_per_token: int
 
 
+@dataclass(frozen=True)
+class Part:
+    """Weights that a step reads together.
+
+    Attributes:
+        bytes: What one decoding step of one row reads of them.
+        parameters: The parameters among these bytes: a row costs two operations for each.
+    """
+
+    bytes: float
+    parameters: float
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one decoding step of one row reads, by the way it grows when a step has more rows.
+
+    Attributes:
+        body: Everything but head and experts; the same for every number of rows.
+        head: The output head.
+        experts: The experts of one token, all layers together; more rows reach further experts.
+    """
+
+    body: Part
+    head: Part
+    experts: Part
+
+
 def target_sizes(config: TextConfig, dtype_bytes: int, rule: Rule | None = None) -> Sizes:
     """Sizes of a target.
 
@@ -47,26 +75,23 @@ def target_sizes(config: TextConfig, dtype_bytes: int, rule: Rule | None = None)
         rule: How it is quantised; None if it isn't.
     """
 
-    def share(name: str) -> float:
-        if name.startswith("embed_tokens_per_layer."):
-            return 1 / config.ple_vocab_size
-        if name.startswith("embed_tokens.") and not config.tied_head:
-            return 1 / config.vocab_size
-        if ".experts." in name:
-            return config.experts_per_token / config.num_experts
-        return 1.0
-
-    return _sizes(Target(config), dtype_bytes, rule, share)
+    return _sizes(Target(config), dtype_bytes, rule, _target_share(config))
 
 
 def drafter_sizes(config: DrafterConfig, dtype_bytes: int, rule: Rule | None = None) -> Sizes:
     """The same for a drafter; its step reads only the best clusters of a clustered head."""
+    return _sizes(Drafter(config, "committed"), dtype_bytes, rule, _drafter_share(config))
 
-    def share(name: str) -> float:
-        chosen = name.startswith(("head.embedding.", "head.token_ordering"))
-        return config.clusters_read / config.num_clusters if chosen else 1.0
 
-    return _sizes(Drafter(config, "committed"), dtype_bytes, rule, share)
+def target_traffic(config: TextConfig, dtype_bytes: int, rule: Rule | None = None) -> Traffic:
+    """What a step of a target reads; the parts add up to `target_sizes(...).read_per_token`. Arguments as there."""
+    head = "embed_tokens." if config.tied_head else "lm_head."
+    return _traffic(Target(config), dtype_bytes, rule, _target_share(config), head)
+
+
+def drafter_traffic(config: DrafterConfig, dtype_bytes: int, rule: Rule | None = None) -> Traffic:
+    """The same for a drafter."""
+    return _traffic(Drafter(config, "committed"), dtype_bytes, rule, _drafter_share(config), "head.")
 
 
 def kv_bytes(config: TextConfig, tokens: int, dtype_bytes: int) -> int:
@@ -89,6 +114,17 @@ def longest_context(config: TextConfig, memory: int, dtype_bytes: int) -> int:
     return max(fitting - 1, 0) * CAPACITY_STEP
 
 
+def kv_read_bytes(config: TextConfig, tokens: int, dtype_bytes: int) -> int:
+    """Bytes of keys and values that one step reads for one row with `tokens` committed tokens.
+
+    Counts every layer that attends, also one that borrows its KV; sliding layers see their window only.
+    """
+    return sum(
+        2 * (min(tokens, config.sliding_window) if layer.sliding else tokens) * layer.kv_heads * layer.head_dim
+        for layer in config.layers
+    ) * dtype_bytes  # fmt: skip
+
+
 def memory_for_models() -> int:
     """Bytes of memory that models may take: on a Mac what Metal recommends, elsewhere the machine's memory."""
     if sys.platform == "darwin" and mx.metal.is_available():
@@ -96,9 +132,48 @@ def memory_for_models() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def _target_share(config: TextConfig) -> Callable[[str], float]:
+    """Which share of a tensor one decoding step of one row reads."""
+
+    def share(name: str) -> float:
+        if name.startswith("embed_tokens_per_layer."):
+            return 1 / config.ple_vocab_size
+        if name.startswith("embed_tokens.") and not config.tied_head:
+            return 1 / config.vocab_size
+        if ".experts." in name:
+            return config.experts_per_token / config.num_experts
+        return 1.0
+
+    return share
+
+
+def _drafter_share(config: DrafterConfig) -> Callable[[str], float]:
+    def share(name: str) -> float:
+        chosen = name.startswith(("head.embedding.", "head.token_ordering"))
+        return config.clusters_read / config.num_clusters if chosen else 1.0
+
+    return share
+
+
 def _sizes(model: nn.Module, dtype_bytes: int, rule: Rule | None, share: Callable[[str], float]) -> Sizes:
-    parameters = weights = 0
-    read = 0.0
+    tensors = list(_tensors(model, dtype_bytes, rule))
+    read = sum(size * share(name) for name, _, size in tensors)
+    return Sizes(sum(count for _, count, _ in tensors), sum(size for _, _, size in tensors), round(read))
+
+
+def _traffic(
+    model: nn.Module, dtype_bytes: int, rule: Rule | None, share: Callable[[str], float], head: str
+) -> Traffic:
+    totals = {part: [0.0, 0.0] for part in ("body", "head", "experts")}
+    for name, count, size in _tensors(model, dtype_bytes, rule):
+        part = "experts" if ".experts." in name else "head" if name.startswith(head) else "body"
+        totals[part][0] += size * share(name)
+        totals[part][1] += count * share(name)
+    return Traffic(**{part: Part(*sums) for part, sums in totals.items()})
+
+
+def _tensors(model: nn.Module, dtype_bytes: int, rule: Rule | None) -> Iterator[tuple[str, int, int]]:
+    """Name, number of parameters (none for indices) and bytes of every tensor."""
     for path, module in model.named_modules():
         if module.children():
             own = {name: value for name, value in module.parameters().items() if isinstance(value, mx.array)}
@@ -109,10 +184,7 @@ def _sizes(model: nn.Module, dtype_bytes: int, rule: Rule | None, share: Callabl
             size = value.nbytes if value.dtype == mx.int32 else value.size * dtype_bytes
             if how and name == "weight":
                 size = _quantized_bytes(value.size, cast("Mapping[str, Any]", how), dtype_bytes)
-            parameters += 0 if value.dtype == mx.int32 else value.size
-            weights += size
-            read += size * share(f"{path}.{name}")
-    return Sizes(parameters, weights, round(read))
+            yield f"{path}.{name}", 0 if value.dtype == mx.int32 else value.size, size
 
 
 def _quantized_bytes(size: int, how: Mapping[str, Any], dtype_bytes: int) -> int:

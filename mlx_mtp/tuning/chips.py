@@ -1,0 +1,102 @@
+"""Public figures of Apple's M chips, each in its largest configuration, for predictions where no machine is at hand.
+
+Apple publishes bandwidth, GPU cores and memory (its announcements and the technical specifications on
+support.apple.com). It publishes no GPU clock and hardly any TFLOPS, so these are **estimates**: a core does 256
+floating-point operations a cycle (128 lanes, multiply and add), at the clock in `_CLOCK_GHZ`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import MTPError
+
+_OPERATIONS = 256
+"""Floating-point operations that a GPU core does in a cycle, FP32; philipturner/metal-benchmarks (GitHub)."""
+
+_MATRIX_OPERATIONS = {1: 256, 2: 256, 3: 256, 4: 256, 5: 1024}
+"""The same for FP16 matrix products, by generation. M5's matrix units: measured on A19 in
+tzakharko.github.io/apple-neural-accelerators-benchmark; before M5 they run on the FP32 lanes."""
+
+_CLOCK_GHZ = {
+    # M1: philipturner/metal-benchmarks; M2 to M4: hmc-tech.com's GPU pages; M5: Zakharko's estimate (see above).
+    "M1": 1.278, "M1 Pro": 1.278, "M1 Max": 1.278, "M1 Ultra": 1.278,
+    "M2": 1.398, "M2 Pro": 1.398, "M2 Max": 1.398, "M2 Ultra": 1.398,
+    "M3": 1.398, "M3 Pro": 1.398, "M3 Max": 1.398, "M3 Ultra": 1.398,
+    "M4": 1.470, "M4 Pro": 1.470, "M4 Max": 1.678,
+    "M5": 1.750, "M5 Pro": 1.750, "M5 Max": 1.750,
+}  # fmt: skip
+
+_APPLE = "Apple, technical specifications"
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One chip.
+
+    Attributes:
+        name: As Apple writes it, without "Apple".
+        generation: 1 to 5.
+        bandwidth: Memory bandwidth, GB/s.
+        gpu_cores: Cores of the GPU.
+        memory: Largest memory, GB.
+        source: Where bandwidth, cores and memory are from.
+    """
+
+    name: str
+    generation: int
+    bandwidth: float
+    gpu_cores: int
+    memory: int
+    source: str
+
+    @property
+    def fp32_tflops(self) -> float:
+        """Peak of ordinary arithmetic; an estimate from cores and clock."""
+        return self.gpu_cores * _OPERATIONS * _CLOCK_GHZ[self.name] / 1000
+
+    @property
+    def fp16_tflops(self) -> float:
+        """Peak of FP16 matrix products; an estimate from cores and clock."""
+        return self.gpu_cores * _MATRIX_OPERATIONS[self.generation] * _CLOCK_GHZ[self.name] / 1000
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("M1", 1, 68, 8, 16, _APPLE),
+        Chip("M1 Pro", 1, 200, 16, 32, _APPLE),
+        Chip("M1 Max", 1, 400, 32, 64, _APPLE),
+        Chip("M1 Ultra", 1, 800, 64, 128, _APPLE),
+        Chip("M2", 2, 100, 10, 24, _APPLE),
+        Chip("M2 Pro", 2, 200, 19, 32, _APPLE),
+        Chip("M2 Max", 2, 400, 38, 96, _APPLE),
+        Chip("M2 Ultra", 2, 800, 76, 192, _APPLE),
+        Chip("M3", 3, 100, 10, 24, _APPLE),
+        Chip("M3 Pro", 3, 150, 18, 36, _APPLE),
+        Chip("M3 Max", 3, 400, 40, 128, _APPLE),
+        Chip("M3 Ultra", 3, 819, 80, 512, "Apple, announcement of 5 March 2025"),
+        Chip("M4", 4, 120, 10, 32, _APPLE),
+        Chip("M4 Pro", 4, 273, 20, 64, "Apple, announcement of 30 October 2024"),
+        Chip("M4 Max", 4, 546, 40, 128, "Apple, announcement of 30 October 2024"),
+        Chip("M5", 5, 153, 10, 32, "Apple, announcement of 15 October 2025"),
+        Chip("M5 Pro", 5, 307, 20, 64, "Apple, announcement of 3 March 2026"),
+        Chip("M5 Max", 5, 614, 40, 128, "Apple, announcement of 3 March 2026"),
+    )
+}
+
+
+def chip(name: str) -> Chip:
+    """The chip of a name; case, spaces, hyphens and a leading "Apple" don't matter.
+
+    Raises:
+        MTPError: There is none; the message lists those there are.
+    """
+
+    def plain(text: str) -> str:
+        return "".join(text.lower().replace("apple", "").replace("-", "").split())
+
+    for known in CHIPS.values():
+        if plain(known.name) == plain(name):
+            return known
+    raise MTPError(f"no figures for the chip {name!r}: use one of {', '.join(CHIPS)}")
