@@ -1,0 +1,81 @@
+"""Fits the free parameters of the cost model to step times, by least squares on the relative error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import inf
+
+import numpy as np
+
+from ..errors import MTPError
+from .chips import Chip
+from .cost_model import TILE_ROWS, Calibration, Pair, verify_seconds
+
+
+@dataclass(frozen=True)
+class Step:
+    """A measured step of a quantised target on the `qmv` kernel (fewer than about 8 rows).
+
+    Attributes:
+        chip: Where.
+        pair: The models.
+        batch: Rows.
+        length: Tokens of each row.
+        context: Committed tokens of each row.
+        seconds: What it took.
+    """
+
+    chip: Chip
+    pair: Pair
+    batch: int
+    length: int
+    context: int
+    seconds: float
+
+
+def fit_steps(steps: Sequence[Step], start: Calibration) -> Calibration:
+    """`start` with the bandwidth, qmv and launch that explain the steps best.
+
+    On the qmv kernel a step's time is linear in launch and in the reciprocals of the two shares, so there is one
+    solution and no search.
+
+    Raises:
+        MTPError: The steps can't tell the parameters apart, or contradict the model (a cost below zero).
+    """
+    # With the matrix kernel made endlessly slow, and the other parameters free of cost, what remains is one column.
+    free = Calibration(bandwidth=inf, qmv=inf, qmv_wide=None, matrix=1e-12, launch=0)
+    columns = [replace(free, bandwidth=1), replace(free, qmv=1), replace(free, launch=1)]
+    rows = np.array(
+        [
+            [verify_seconds(s.chip, s.pair, s.batch, s.length, s.context, fit=c) / s.seconds for c in columns]
+            for s in steps
+        ]
+    )
+    scale = np.abs(rows).max(axis=0, initial=0)
+    if len(steps) < 3 or not scale.all():
+        raise MTPError("the steps can't tell the parameters apart: give plain and wide steps of several models")
+    solution, _, rank, _ = np.linalg.lstsq(rows / scale, np.ones(len(steps)), rcond=1e-9)
+    if rank < 3 or min(solution) <= 0:
+        raise MTPError("the steps can't tell the parameters apart: give plain and wide steps of several models")
+    read, arithmetic, launch = solution / scale
+    return replace(start, bandwidth=1 / float(read), qmv=1 / float(arithmetic), launch=float(launch))
+
+
+def share_of_peak(tflops: float, bandwidth: float, bits_per_weight: float, rows: int, relative: float) -> float:
+    """Share of the arithmetic peak that a kernel reaches, from its time relative to one row's.
+
+    Args:
+        tflops: The peak it is a share of.
+        bandwidth: GB/s that the single row's product reads with.
+        bits_per_weight: As stored, scales included.
+        rows: Rows that the kernel works on; `TILE_ROWS` for a tile.
+        relative: Its time in units of the single row's, large enough that arithmetic is what takes the time.
+    """
+    one_row = bits_per_weight / 8 / (bandwidth * 1e9)
+    return rows * 2 / (relative * one_row * tflops * 1e12)
+
+
+def tile_share(tflops: float, bandwidth: float, bits_per_weight: float, relative: float) -> float:
+    """`share_of_peak` for one tile of a matrix kernel, which costs the same for every number of rows in it."""
+    return share_of_peak(tflops, bandwidth, bits_per_weight, TILE_ROWS, relative)

@@ -1,0 +1,183 @@
+"""Compares the cost model with figures that others published for their machines; prints a table in Markdown.
+
+    python scripts/check_cost_model.py                  # fit, table, summary
+    python scripts/check_cost_model.py --plots docs     # and the plots of docs/cost_model.md (pip install '.[plot]')
+
+Nothing here was measured by this project. Rows marked "fit" determine the free parameters, the others are the check.
+Texts and acceptance behind most figures are unknown: PUBLISHED_ACCEPTANCE stands in for all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, median
+
+from mlx_mtp.sizes import Part
+from mlx_mtp.tuning import cost_model as model
+from mlx_mtp.tuning.chips import Chip, chip
+from mlx_mtp.tuning.fit import Step, fit_steps, share_of_peak, tile_share
+from mlx_mtp.tuning.known_models import known_pair
+
+CONTEXT = 500
+"""Tokens of context where a source states none."""
+
+MLX_VLM = "mlx-vlm #1166"
+PLAIN_1166 = {"26B-A4B": (5, 84.7, 212.2), "31B": (4, 24.9, 44.8), "E4B": (4, 94.7, 226.0), "E2B": (4, 135.6, 378.0)}
+"""Bits, tokens a second at batch 1 and 4. The source states 5 bits for 26B-A4B only, and no chip: taken as an M3 Ultra,
+with which the arithmetic per row agrees with what mlx #4265 measured on one."""
+
+DRAFTED_1166 = {"26B-A4B": (112.3, 193.8), "31B": (33.8, 61.6), "E4B": (121.5, 257.0), "E2B": (171.3, 383.0)}
+"""The same with drafts: blocks of 4, rows cut to the shortest acceptance of the batch."""
+
+KERNEL_BANDWIDTH = 0.9
+"""Share of the nominal bandwidth that a single large product reads with; assumed where kernels are timed alone."""
+
+WIDE_KERNEL = (("M4 Pro", 4.25, 8, 2.84), ("M4 Pro", 4.5, 8, 2.69), ("M4 Pro", 4.5, 8, 2.46), ("M5 Max", 4.5, 8, 2.20))
+"""Chip, bits with scales, rows, time in units of one row: mlx #3852, #3839 (two shapes), #3791 (a whole 70B model)."""
+
+UNUSED = (
+    ("31B, vLLM on an H100", "not a Metal GPU; the kernels are others"),
+    ("E2B and E4B, LiteRT-LM on an M4 Pro", "not MLX, and its int4 format is another"),
+    ("12B, mlxcel on an M5 Max", "neither block size nor acceptance of the three kinds of text is stated"),
+    ("31B, mlxcel, speed-ups by block size", "acceptance isn't stated; its round cost is, and is checked"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One published figure and its prediction."""
+
+    use: str
+    what: str
+    source: str
+    unit: str
+    published: float
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.published - 1
+
+
+def fit() -> model.Calibration:
+    """The free parameters from the rows marked "fit"."""
+    ultra = chip("M3 Ultra")
+    steps = [
+        Step(ultra, _pair(name, bits), batch, 1, CONTEXT, batch / speed)
+        for name, (bits, *speeds) in PLAIN_1166.items()
+        for batch, speed in zip((1, 4), speeds, strict=True)
+    ]
+    wide = mean(
+        share_of_peak(c.fp32_tflops, KERNEL_BANDWIDTH * c.bandwidth, bits, rows, relative)
+        for c, bits, rows, relative in ((chip(name), *rest) for name, *rest in WIDE_KERNEL)
+    )
+    # 16-bit products of 2 to 8 rows cost two of a single row (mlx #4265).
+    tile = tile_share(ultra.fp16_tflops, KERNEL_BANDWIDTH * ultra.bandwidth, 16, 2.0)
+    return replace(fit_steps(steps, model.FITTED), qmv_wide=wide, matrix=tile)
+
+
+def rows(calibration: model.Calibration) -> Iterable[Row]:
+    """Every usable published figure."""
+    old = replace(calibration, qmv_wide=None)
+    ultra = chip("M3 Ultra")
+
+    def speed(where: Chip, pair: model.Pair, batch: int, accepted: Sequence[float], with_: model.Calibration) -> float:
+        return model.tokens_per_second(where, pair, batch, accepted, CONTEXT, fit=with_)
+
+    for name, (bits, *plain) in PLAIN_1166.items():
+        pair = _pair(name, bits)
+        for batch, published, drafted in zip((1, 4), plain, DRAFTED_1166[name], strict=True):
+            what = f"{name}, {bits} bits, M3 Ultra (assumed), B={batch}"
+            yield Row("fit", what, MLX_VLM, "tok/s", published, speed(ultra, pair, batch, (), old))
+            clamped = _clamped(3, batch)
+            yield Row("check", what + ", K=3", MLX_VLM, "tok/s", drafted, speed(ultra, pair, batch, clamped, old))
+
+    moe = _pair("26B-A4B", 4)
+    for batch, published in ((1, 93.0), (2, 139.0), (4, 201.0), (8, 275.0)):
+        what = f"26B-A4B, 4 bits, M3 Ultra, B={batch}"
+        yield Row("check", what, "vllm-mlx #256", "tok/s", published, speed(ultra, moe, batch, (), old))
+    m2 = chip("M2 Pro")
+    step = model.verify_seconds(m2, moe, 1, 1, CONTEXT, fit=old)
+    for width, published in ((2, 1.74), (4, 3.12), (5, 3.82), (9, 6.13)):
+        cost = model.verify_seconds(m2, moe, 1, width, CONTEXT, fit=old) / step
+        yield Row("check", f"26B-A4B, 4 bits, M2 Pro, width {width}", "Rapid-MLX", "plain steps", published, cost)
+    m1 = chip("M1 Pro")
+    for context, plain_speed, drafted in ((4096, 28.5, 26.4), (16384, 27.4, 21.7)):
+        for accepted, published in (((), plain_speed), (model.acceptance_for(3), drafted)):
+            predicted = model.tokens_per_second(m1, moe, 1, accepted, context, fit=calibration)
+            what = f"26B-A4B, 4 bits, M1 Pro, context {context}, K={len(accepted)}"
+            yield Row("check", what, "omlx #2748", "tok/s", published, predicted)
+
+    bf16 = _pair("26B-A4B", None)
+    m3, m5 = chip("M3 Max"), chip("M5 Max")
+    for where, batch, drafts, source, published in (
+        (m3, 8, 0, "mlx-vlm README", 106.5),
+        (m3, 4, 3, "mlx-vlm README", 85.5),
+        (m3, 8, 3, "mlx-vlm README", 165.1),
+        (m5, 4, 0, "mlx-vlm #1144", 93.0),
+        (m5, 4, 3, "mlx-vlm #1144", 68.0),
+    ):
+        predicted = speed(where, bf16, batch, _clamped(drafts, batch), calibration)
+        what = f"26B-A4B, bf16, {where.name}, B={batch}, K={drafts}"
+        yield Row("check", what, source, "tok/s", published, predicted)
+
+    dense = _pair("31B", 4)
+    step = model.verify_seconds(ultra, dense, 1, 1, CONTEXT, fit=calibration)
+    for block in (2, 4, 8):
+        # The source's own line through its measurements: 0.83 + 0.170 x block.
+        cost = model.round_seconds(ultra, dense, 1, block - 1, CONTEXT, fit=calibration) / step
+        what = f"31B, 4 bits, M3 Ultra, a round of block {block}"
+        yield Row("check", what, "mlxcel #1217", "plain steps", 0.83 + 0.170 * block, cost)
+    m1 = chip("M1 Ultra")
+    plain_speed = speed(m1, dense, 1, (), calibration)
+    yield Row("check", "31B, 4 bits, M1 Ultra, B=1", "mlxcel #216", "tok/s", 18.2, plain_speed)
+    cost = 1000 * model.round_seconds(m1, dense, 1, 3, CONTEXT, fit=calibration)
+    yield Row("check", "31B, 4 bits, M1 Ultra, a round of block 4", "mlxcel #1621", "ms", 5936.1 / 34, cost)
+
+    weight = Part(0.5625e9, 1e9)
+    for width, published in ((2, 1.83), (4, 3.26), (8, 6.12)):
+        alone = replace(old, bandwidth=KERNEL_BANDWIDTH)
+        cost = model.matmul_seconds(ultra, weight, width, True, alone) / model.matmul_seconds(
+            ultra, weight, 1, True, alone
+        )
+        yield Row("check", f"a 4-bit product, M3 Ultra, {width} rows", "mlx #4265", "single rows", published, cost)
+
+
+def _pair(name: str, bits: int | None) -> model.Pair:
+    return model.pair(*known_pair(name), bits)
+
+
+def _clamped(drafts: int, batch: int) -> tuple[float, ...]:
+    # A batch that keeps the shortest acceptance keeps a draft if all rows do.
+    return tuple(chance**batch for chance in model.acceptance_for(drafts))
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--plots", type=Path, metavar="FOLDER", help="write the plots there")
+    folder = arguments.parse_args().plots
+    calibration = fit()
+    print(f"Fitted: {calibration}\nIn use: {model.FITTED}\n")
+    table = list(rows(model.FITTED))
+    print("| | figure | source | published | predicted | error |\n|---|---|---|---|---|---|")
+    for row in sorted(table, key=lambda row: row.use, reverse=True):
+        figures = f"{row.published:.4g} {row.unit} | {row.predicted:.4g} | {row.error:+.0%}"
+        print(f"| {row.use} | {row.what} | {row.source} | {figures} |")
+    print()
+    for use in ("fit", "check"):
+        errors = [abs(row.error) for row in table if row.use == use]
+        print(f"{use}: {len(errors)} rows, median error {median(errors):.0%}, largest {max(errors):.0%}")
+    print("\nNot used:")
+    for what, why in UNUSED:
+        print(f"- {what}: {why}")
+    if folder:
+        from plot_cost_model import write_plots
+
+        write_plots(folder)
+
+
+if __name__ == "__main__":
+    main()

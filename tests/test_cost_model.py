@@ -1,0 +1,203 @@
+"""The cost model: known totals, bounds, directions, and a fit that finds what made its data (tuning/)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mlx_mtp.config import check_pair
+from mlx_mtp.errors import CheckpointError, MTPError
+from mlx_mtp.sizes import drafter_sizes, kv_read_bytes, target_sizes
+from mlx_mtp.tuning import cost_model as model
+from mlx_mtp.tuning.chips import CHIPS, chip
+from mlx_mtp.tuning.fit import Step, fit_steps, share_of_peak, tile_share
+from mlx_mtp.tuning.known_models import KNOWN_MODELS, known_pair
+from mlx_mtp.tuning.report import balanced, choices, simulation
+
+# Bytes of a decoded token, counted from the tensor lists of the published checkpoints: 16-bit and 4 bits.
+PER_TOKEN = {
+    "E2B": (4_559_539_270, 1_282_781_526),
+    "E4B": (9_288_908_884, 2_613_310_868),
+    "12B": (23_814_708_320, 6_698_993_360),
+    "26B-A4B": (7_645_066_812, 2_156_588_652),
+    "31B": (61_394_701_432, 17_269_173_832),
+}
+DRAFTER_STEP = {"E2B": 23_377_928, "E4B": 24_952_840, "12B": 845_721_608, "26B-A4B": 839_428_104, "31B": 939_047_944}
+KV_AT_8K = {"E2B": 132e6, "E4B": 272e6, "12B": 470e6, "26B-A4B": 377e6, "31B": 1510e6}
+
+
+def _parts(traffic):
+    return traffic.body, traffic.head, traffic.experts
+
+
+@pytest.mark.parametrize("name", KNOWN_MODELS)
+@pytest.mark.parametrize("bits", [None, 4])
+def test_bytes_of_a_token_are_those_of_the_published_tensors(name: str, bits: int | None):
+    target, drafter = known_pair(name)
+    pair = model.pair(target, drafter, bits)
+    read = sum(part.bytes for part in _parts(pair.traffic))
+    # The published count includes the token's own row of the embedding, which a tied head has read already.
+    embedding = target.text.hidden_size * (0.5625 if bits else 2)
+    assert read + embedding == pytest.approx(PER_TOKEN[name][bits is not None], rel=1e-6, abs=0)
+    if name == "26B-A4B" and bits == 4:
+        assert read + embedding == 2_156_588_652
+    assert sum(part.bytes for part in _parts(pair.drafter_traffic)) == pytest.approx(DRAFTER_STEP[name], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", KNOWN_MODELS)
+def test_parts_add_up_to_the_sizes(name: str):
+    target, drafter = known_pair(name)
+    check_pair(target, drafter)
+    pair = model.pair(target, drafter, 4)
+    assert sum(p.bytes for p in _parts(pair.drafter_traffic)) == pytest.approx(drafter_sizes(drafter, 2).read_per_token)
+    whole = model.pair(target, drafter, None)
+    assert sum(p.bytes for p in _parts(whole.traffic)) == pytest.approx(target_sizes(target.text, 2).read_per_token)
+    for part in _parts(whole.traffic):
+        assert part.bytes == pytest.approx(2 * part.parameters)
+    assert (pair.traffic.experts.bytes > 0) == (name == "26B-A4B")
+    assert kv_read_bytes(target.text, 8192, 2) == pytest.approx(KV_AT_8K[name], rel=0.002)
+
+
+def test_tokens_per_round_is_bounded_and_grows():
+    assert model.tokens_per_round(()) == 1
+    assert model.tokens_per_round((0.0, 1.0)) == 1
+    assert model.tokens_per_round((1.0,) * 5) == 6
+    assert model.tokens_per_round((0.5, 0.5)) == 1.75
+    lengths = [model.tokens_per_round(model.acceptance_for(drafts)) for drafts in range(9)]
+    assert lengths == sorted(lengths)
+    assert all(1 <= value <= drafts + 1 for drafts, value in enumerate(lengths))
+
+
+def test_distinct_experts_lie_between_one_token_and_all():
+    touched = [model.distinct_experts(128, 8, tokens) for tokens in range(1, 200)]
+    assert touched == sorted(touched)
+    assert touched[0] == pytest.approx(8)
+    assert touched[3] == pytest.approx(128 * (1 - (15 / 16) ** 4))
+    assert touched[-1] < 128
+    for tokens in (1, 4, 32):
+        half = model.distinct_experts(128, 8, tokens, 0.5)
+        assert 8 <= half <= model.distinct_experts(128, 8, tokens) + 1e-9
+        assert model.distinct_experts(128, 8, tokens, 1.0) == pytest.approx(8)
+
+
+@pytest.mark.parametrize("name", KNOWN_MODELS)
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("where", ["M1 Pro", "M3 Ultra", "M5 Max"])
+def test_more_work_never_takes_less_time(name: str, bits: int | None, where: str):
+    here, pair = chip(where), model.pair(*known_pair(name), bits)
+
+    def rising(values):
+        assert all(later >= earlier > 0 for earlier, later in zip(values, values[1:], strict=False))
+
+    rising([model.verify_seconds(here, pair, 1, length, 1000) for length in range(1, 40)])
+    rising([model.verify_seconds(here, pair, batch, 4, 1000) for batch in range(1, 12)])
+    rising([model.verify_seconds(here, pair, 2, 4, context) for context in (100, 1000, 10_000, 100_000)])
+    rising([model.draft_seconds(here, pair, batch, 1000) for batch in range(1, 12)])
+    rising([model.round_seconds(here, pair, 2, drafts, 1000) for drafts in range(9)])
+    rising([model.verify_seconds(here, pair, 4, 4, 1000, overlap) for overlap in (1.0, 0.5, 0.0)])
+
+
+def test_a_plain_step_is_at_least_its_reading():
+    for here in CHIPS.values():
+        pair = model.pair(*known_pair("E2B"), 4)
+        read = sum(part.bytes for part in _parts(pair.traffic)) / (here.bandwidth * 1e9)
+        assert model.verify_seconds(here, pair, 1, 1, 0) > read
+
+
+def test_newer_kernels_verify_for_less():
+    pair = model.pair(*known_pair("31B"), 4)
+    before = replace(model.FITTED, qmv_wide=None)
+    for here in CHIPS.values():
+        new, old = (model.verify_seconds(here, pair, 1, 5, 1000, fit=f) for f in (model.FITTED, before))
+        assert new < old if here.generation >= model.WIDE_SINCE else new == old
+
+
+def test_chips_are_found_however_they_are_spelt():
+    assert chip("m3-ultra") is chip("Apple M3 Ultra") is CHIPS["M3 Ultra"]
+    assert all(c.name == name and name.startswith(f"M{c.generation}") for name, c in CHIPS.items())
+    assert CHIPS["M3 Max"].fp32_tflops == pytest.approx(14.3, abs=0.1)
+    assert CHIPS["M5 Max"].fp16_tflops == pytest.approx(4 * CHIPS["M5 Max"].fp32_tflops)
+
+
+@pytest.mark.parametrize("name", ["M9", "", "RTX 4090"])
+def test_an_unknown_chip_lists_the_known_ones(name: str):
+    with pytest.raises(MTPError) as raised:
+        chip(name)
+    assert all(known in str(raised.value) for known in CHIPS)
+
+
+def test_unknown_models_and_bits_are_refused():
+    with pytest.raises(MTPError, match="26B-A4B"):
+        known_pair("27B")
+    with pytest.raises(CheckpointError, match="7 bits"):
+        model.pair(*known_pair("E2B"), 7)
+
+
+def _steps(truth: model.Calibration, names=("E2B", "26B-A4B", "31B"), batches=(1, 4)) -> list[Step]:
+    here = chip("M2 Max")
+    pairs = [model.pair(*known_pair(name), 4) for name in names]
+    return [
+        Step(here, pair, batch, 1, 500, model.verify_seconds(here, pair, batch, 1, 500, fit=truth))
+        for pair in pairs
+        for batch in batches
+    ]
+
+
+def test_the_fit_finds_the_parameters_that_made_its_data():
+    truth = model.Calibration(bandwidth=0.83, qmv=0.11, qmv_wide=0.3, matrix=0.4, launch=7e-6)
+    start = replace(truth, bandwidth=0.5, qmv=0.5, launch=1e-6)
+    found = fit_steps(_steps(truth), start)
+    assert found.bandwidth == pytest.approx(truth.bandwidth)
+    assert found.qmv == pytest.approx(truth.qmv)
+    assert found.launch == pytest.approx(truth.launch)
+    assert (found.qmv_wide, found.matrix) == (truth.qmv_wide, truth.matrix)
+    noisy = [replace(s, seconds=s.seconds * (1.02 if i % 2 else 0.98)) for i, s in enumerate(_steps(truth))]
+    assert fit_steps(noisy, start).bandwidth == pytest.approx(truth.bandwidth, rel=0.1)
+
+
+@pytest.mark.parametrize("batches, names", [((1,), ("E2B", "26B-A4B", "31B")), ((1, 4), ("E2B",)), ((), ("E2B",))])
+def test_a_fit_without_enough_to_go_on_is_refused(batches, names):
+    with pytest.raises(MTPError, match="can't tell"):
+        fit_steps(_steps(model.FITTED, names, batches), model.FITTED)
+
+
+def test_shares_of_peak_reproduce_the_times_they_came_from():
+    here, weight = chip("M4 Pro"), model.Part(0.5625e9, 1e9)
+    wide = share_of_peak(here.fp32_tflops, model.FITTED.bandwidth * here.bandwidth, 4.5, 8, 2.5)
+    fit = replace(model.FITTED, qmv_wide=wide)
+    one = model.matmul_seconds(here, weight, 1, True, fit)
+    assert model.matmul_seconds(here, weight, 8, True, fit) == pytest.approx(2.5 * one)
+    weight = model.Part(2e9, 1e9)
+    tile = tile_share(here.fp16_tflops, model.FITTED.bandwidth * here.bandwidth, 16, 2.0)
+    fit = replace(model.FITTED, matrix=tile)
+    one = model.matmul_seconds(here, weight, 1, False, fit)
+    for rows in (2, 32):
+        assert model.matmul_seconds(here, weight, rows, False, fit) == pytest.approx(2 * one)
+
+
+def test_drafting_is_never_chosen_where_it_loses():
+    pair = model.pair(*known_pair("26B-A4B"), 4)
+    for here in CHIPS.values():
+        for choice in choices(here, pair, 1000, acceptance=(0.05,)):
+            assert (choice.drafts, choice.best) == (0, choice.plain)
+        for choice in choices(here, pair, 1000):
+            assert choice.best >= choice.plain
+
+
+def test_a_row_keeps_its_share_in_the_balanced_choice():
+    here, pair = chip("M4 Max"), model.pair(*known_pair("26B-A4B"), 4)
+    alone = model.tokens_per_second(here, pair, 1, (), 1000)
+    best = balanced(choices(here, pair, 1000), alone)
+    assert best.best / best.batch >= 0.5 * alone
+    assert best.best > alone
+
+
+def test_the_table_says_that_it_is_a_prediction_and_leaves_out_what_does_not_fit():
+    text = simulation(chip("M4 Max"), "26B-A4B", model.pair(*known_pair("26B-A4B"), 4), 1000)
+    assert text.startswith("PREDICTION, not a measurement") and "experts" in text and "Balanced" in text
+    assert "experts" not in simulation(chip("M4 Max"), "31B", model.pair(*known_pair("31B"), 4), 1000)
+    assert "doesn't fit" in simulation(chip("M1"), "31B", model.pair(*known_pair("31B"), 4), 1000)
+    here, pair = chip("M4"), model.pair(*known_pair("12B"), 8)
+    assert [c.batch for c in choices(here, pair, 100_000)] == [1, 2, 4]
+    assert not model.fits(here, pair, 6, 100_000)
