@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,10 @@ from mlx_mtp.tuning.chips import CHIPS, chip
 from mlx_mtp.tuning.fit import Step, fit_steps, share_of_peak, tile_share
 from mlx_mtp.tuning.known_models import KNOWN_MODELS, known_pair
 from mlx_mtp.tuning.report import balanced, choices, simulation
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+import check_cost_model
 
 # Bytes of a decoded token, counted from the tensor lists of the published checkpoints: 16-bit and 4 bits.
 PER_TOKEN = {
@@ -174,6 +180,12 @@ def test_shares_of_peak_reproduce_the_times_they_came_from():
     one = model.matmul_seconds(here, weight, 1, False, fit)
     for rows in (2, 32):
         assert model.matmul_seconds(here, weight, rows, False, fit) == pytest.approx(2 * one)
+
+
+def test_the_parameters_in_use_are_those_that_the_published_rows_give():
+    assert asdict(check_cost_model.fit()) == pytest.approx(asdict(model.FITTED), rel=0.03)
+    fitted = [row for row in check_cost_model.rows(model.FITTED) if row.use == "fit"]
+    assert len(fitted) == 8 and all(abs(row.error) < 0.1 for row in fitted)
 
 
 def test_drafting_is_never_chosen_where_it_loses():

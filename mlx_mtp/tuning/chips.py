@@ -1,8 +1,8 @@
 """Public figures of Apple's M chips, each in its largest configuration, for predictions where no machine is at hand.
 
-Apple publishes bandwidth, GPU cores and memory (its announcements and the technical specifications on
-support.apple.com). It publishes no GPU clock and hardly any TFLOPS, so these are **estimates**: a core does 256
-floating-point operations a cycle (128 lanes, multiply and add), at the clock in `_CLOCK_GHZ`.
+Bandwidth, GPU cores and memory are those that Apple announced (`Chip.source`). Apple publishes no GPU clock and hardly
+any TFLOPS, so these are **estimates**: a core does 256 floating-point operations a cycle (128 lanes, multiply and
+add), at the clock in `_CLOCK_GHZ`. There is no M4 Ultra or M5 Ultra in the table.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ _CLOCK_GHZ = {
     "M5": 1.750, "M5 Pro": 1.750, "M5 Max": 1.750,
 }  # fmt: skip
 
-_APPLE = "Apple, technical specifications"
-
 
 @dataclass(frozen=True)
 class Chip:
@@ -40,7 +38,7 @@ class Chip:
         bandwidth: Memory bandwidth, GB/s.
         gpu_cores: Cores of the GPU.
         memory: Largest memory, GB.
-        source: Where bandwidth, cores and memory are from.
+        source: Where bandwidth, cores and memory are from: the date of Apple's announcement.
     """
 
     name: str
@@ -62,26 +60,26 @@ class Chip:
 
 
 CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("M1", 1, 68, 8, 16, _APPLE),
-        Chip("M1 Pro", 1, 200, 16, 32, _APPLE),
-        Chip("M1 Max", 1, 400, 32, 64, _APPLE),
-        Chip("M1 Ultra", 1, 800, 64, 128, _APPLE),
-        Chip("M2", 2, 100, 10, 24, _APPLE),
-        Chip("M2 Pro", 2, 200, 19, 32, _APPLE),
-        Chip("M2 Max", 2, 400, 38, 96, _APPLE),
-        Chip("M2 Ultra", 2, 800, 76, 192, _APPLE),
-        Chip("M3", 3, 100, 10, 24, _APPLE),
-        Chip("M3 Pro", 3, 150, 18, 36, _APPLE),
-        Chip("M3 Max", 3, 400, 40, 128, _APPLE),
-        Chip("M3 Ultra", 3, 819, 80, 512, "Apple, announcement of 5 March 2025"),
-        Chip("M4", 4, 120, 10, 32, _APPLE),
-        Chip("M4 Pro", 4, 273, 20, 64, "Apple, announcement of 30 October 2024"),
-        Chip("M4 Max", 4, 546, 40, 128, "Apple, announcement of 30 October 2024"),
-        Chip("M5", 5, 153, 10, 32, "Apple, announcement of 15 October 2025"),
-        Chip("M5 Pro", 5, 307, 20, 64, "Apple, announcement of 3 March 2026"),
-        Chip("M5 Max", 5, 614, 40, 128, "Apple, announcement of 3 March 2026"),
+    entry.name: entry
+    for entry in (
+        Chip("M1", 1, 68, 8, 16, "10 November 2020; its bandwidth from philipturner/metal-benchmarks"),
+        Chip("M1 Pro", 1, 200, 16, 32, "18 October 2021"),
+        Chip("M1 Max", 1, 400, 32, 64, "18 October 2021"),
+        Chip("M1 Ultra", 1, 800, 64, 128, "8 March 2022"),
+        Chip("M2", 2, 100, 10, 24, "6 June 2022"),
+        Chip("M2 Pro", 2, 200, 19, 32, "17 January 2023"),
+        Chip("M2 Max", 2, 400, 38, 96, "17 January 2023"),
+        Chip("M2 Ultra", 2, 800, 76, 192, "5 June 2023"),
+        Chip("M3", 3, 100, 10, 24, "30 October 2023"),
+        Chip("M3 Pro", 3, 150, 18, 36, "30 October 2023"),
+        Chip("M3 Max", 3, 400, 40, 128, "30 October 2023"),
+        Chip("M3 Ultra", 3, 819, 80, 512, "5 March 2025"),
+        Chip("M4", 4, 120, 10, 32, "28 October 2024"),
+        Chip("M4 Pro", 4, 273, 20, 64, "30 October 2024"),
+        Chip("M4 Max", 4, 546, 40, 128, "30 October 2024"),
+        Chip("M5", 5, 153, 10, 32, "15 October 2025"),
+        Chip("M5 Pro", 5, 307, 20, 64, "3 March 2026"),
+        Chip("M5 Max", 5, 614, 40, 128, "3 March 2026"),
     )
 }
 
