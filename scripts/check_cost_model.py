@@ -152,16 +152,18 @@ def moe_by_batch() -> Iterable[str]:
     batches = (1, 2, 4, 8)
     yield "| chip, weights | " + " | ".join(f"B={batch}" for batch in batches) + " |"
     yield "|---|" + "---|" * len(batches)
-    for name in ("M2 Max", "M3 Ultra", "M4 Max", "M5 Max"):
-        for bits in (4, None):
-            pair = _pair("26B-A4B", bits)
-            chat = choices(chip(name), pair, 1000, batches=batches)
-            code = choices(chip(name), pair, 1000, acceptance=(0.66,), batches=batches)
-            cells = []
-            for batch, most, less in zip(batches, chat, code, strict=True):
-                step, cost = (model.round_seconds(chip(name), pair, batch, drafts, 1000) for drafts in (0, 3))
-                cells.append(f"{cost / step:.2f}; {most.best / most.plain:.2f}x, {less.best / less.plain:.2f}x")
-            yield f"| {name}, {f'{bits} bits' if bits else 'bf16'} | " + " | ".join(cells) + " |"
+    cases = [("M1 Pro", 4)] + [
+        (name, bits) for name in ("M2 Max", "M3 Ultra", "M4 Max", "M5 Max") for bits in (4, None)
+    ]
+    for name, bits in cases:
+        pair = _pair("26B-A4B", bits)
+        chat = choices(chip(name), pair, 1000, batches=batches)
+        code = choices(chip(name), pair, 1000, acceptance=(0.66,), batches=batches)
+        cells = []
+        for batch, most, less in zip(batches, chat, code, strict=True):
+            step, cost = (model.round_seconds(chip(name), pair, batch, drafts, 1000) for drafts in (0, 3))
+            cells.append(f"{cost / step:.2f}; {most.best / most.plain:.2f}x, {less.best / less.plain:.2f}x")
+        yield f"| {name}, {f'{bits} bits' if bits else 'bf16'} | " + " | ".join(cells) + " |"
 
 
 def _pair(name: str, bits: int | None) -> model.Pair:
