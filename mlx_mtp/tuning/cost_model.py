@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from ..checkpoint import quantization
 from ..config import DrafterConfig, TargetConfig, TextConfig
+from ..quantization import Format, Scheme
 from ..sizes import (
     Part,
     Traffic,
@@ -106,7 +106,7 @@ def pair(target: TargetConfig, drafter: DrafterConfig, bits: int | None) -> Pair
     Raises:
         CheckpointError: A number of bits that MLX can't quantise to.
     """
-    rule = quantization(bits) if bits else None
+    rule = Scheme(Format(bits)).rule() if bits else None
     text = target.text
     return Pair(
         text,
