@@ -16,6 +16,10 @@ from .errors import CheckpointError, one_line
 
 log = logging.getLogger(__name__)
 
+_FORMAT = re.compile(r"(.+?)-((?:OptiQ-)?\d+bit|bf16|fp16|mxfp4|mxfp8|nvfp4)")
+_SIZES = {size.lower(): size for size in ("E2B", "E4B", "12B", "26B-A4B", "31B")}
+_SIZE = re.compile(rf"/gemma-4-({'|'.join(_SIZES)})-it(?![a-z])", re.IGNORECASE)
+
 
 def find(name: str | Path, weights: bool = True) -> Path:
     """The folder of a checkpoint: `name` itself, or the local copy of the hub repository of that name.
@@ -51,17 +55,41 @@ def find(name: str | Path, weights: bool = True) -> Path:
 
 
 def find_drafter(target: str | Path, weights: bool = True) -> Path | None:
-    """The drafter that belongs to a target: its sibling with "-assistant" after the name; None if there is none."""
+    """The drafter that belongs to a target, by its name; None, with a warning for repositories, if there is none.
+
+    Args:
+        target: Folder or repository. Folders are looked for beside it.
+        weights: As for `find`.
+    """
     path = Path(target).expanduser()
     if path.is_dir():
         path = path.resolve()
-        sibling = path.with_name(path.name + "-assistant")
-        return sibling if sibling.is_dir() else None
-    try:
-        return find(f"{target}-assistant", weights)
-    except CheckpointError as error:
-        log.warning("no drafter: %s", error)
-        return None
+        siblings = (path.with_name(name) for name in drafter_names(path.name))
+        return next((folder for folder in siblings if folder.is_dir()), None)
+    why: dict[str, str] = {}
+    for name in drafter_names(str(target)):
+        try:
+            return find(name, weights)
+        except CheckpointError as error:
+            why[name] = str(error)
+    log.warning("no drafter, so plain decoding: tried %s; %s", ", ".join(why), next(iter(why.values())))
+    return None
+
+
+def drafter_names(target: str) -> list[str]:
+    """Names under which the drafter of a target is published, the likeliest first.
+
+    Google appends "-assistant"; mlx-community puts it before the suffix that tells the format, and has some drafters
+    in bfloat16 only. A copy of a published size under any other name goes with Google's drafter.
+    """
+    names = [f"{target}-assistant"]
+    if stored := _FORMAT.fullmatch(target):
+        model, form = stored.groups()
+        names += [f"{base}-assistant-{f}" for base in (model, model.removesuffix("-qat")) for f in (form, "bf16")]
+        names.append(f"{model}-assistant")
+    if size := _SIZE.search(target):
+        names.append(f"google/gemma-4-{_SIZES[size[1].lower()]}-it-assistant")
+    return list(dict.fromkeys(names))
 
 
 def _download(repository: str, patterns: list[str], commit: str | None = None) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 from tiny_checkpoints import make_pair
 from tiny_hub import Hub, serve
+
+from mlx_mtp.hub import drafter_names
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -33,6 +36,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     index = json.loads((model / "model.safetensors.index.json").read_text())
     index["weight_map"]["model.vision_tower.patch.weight"] = TOWERS
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("model-8bit", "copies-4bit"):  # under the same rule as mlx-community's conversions
+        (root / "org" / name).mkdir()
+        shutil.copy(model / "config.json", root / "org" / name)
     (root / "org" / "copies").mkdir()
     (root / "org" / "copies" / "config.json").write_text("{}")
     for name in ("model.safetensors", "consolidated.safetensors"):
@@ -94,6 +100,44 @@ def test_weights_come_without_what_is_not_used(hub: Hub, run: Run):
 def test_one_copy_of_the_weights_is_enough(hub: Hub, run: Run):
     assert run("-c", FIND, "org/copies").returncode == 0
     assert hub.names() == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("target, drafter", [
+    ("google/gemma-4-E4B-it", ["google/gemma-4-E4B-it-assistant"]),
+    ("mlx-community/gemma-4-12B-it-4bit", [
+        "mlx-community/gemma-4-12B-it-4bit-assistant",
+        "mlx-community/gemma-4-12B-it-assistant-4bit",
+        "mlx-community/gemma-4-12B-it-assistant-bf16",
+        "mlx-community/gemma-4-12B-it-assistant",
+        "google/gemma-4-12B-it-assistant",
+    ]),
+    ("mlx-community/gemma-4-26b-a4b-it-qat-OptiQ-4bit", [
+        "mlx-community/gemma-4-26b-a4b-it-qat-OptiQ-4bit-assistant",
+        "mlx-community/gemma-4-26b-a4b-it-qat-assistant-OptiQ-4bit",
+        "mlx-community/gemma-4-26b-a4b-it-qat-assistant-bf16",
+        "mlx-community/gemma-4-26b-a4b-it-assistant-OptiQ-4bit",
+        "mlx-community/gemma-4-26b-a4b-it-assistant-bf16",
+        "mlx-community/gemma-4-26b-a4b-it-qat-assistant",
+        "google/gemma-4-26B-A4B-it-assistant",
+    ]),
+    ("org/gemma-4-31b-it", ["org/gemma-4-31b-it-assistant", "google/gemma-4-31B-it-assistant"]),
+    ("org/gemma-4-31b-italian", ["org/gemma-4-31b-italian-assistant"]),
+])  # fmt: skip
+def test_names_of_drafters(target: str, drafter: list[str]):
+    assert drafter_names(target) == drafter
+
+
+def test_a_drafter_in_another_format_is_found(hub: Hub, run: Run):
+    done = run("-m", "mlx_mtp", "info", "org/model-8bit", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["drafter"]["pairing"] == "fits the target"
+
+
+def test_no_drafter_is_one_line(hub: Hub, run: Run):
+    done = run("-m", "mlx_mtp", "info", "org/copies-4bit")
+    assert done.returncode == 0 and "drafter      none" in done.stdout, done.stderr
+    warnings = [line for line in done.stderr.splitlines() if "no drafter" in line]
+    assert len(warnings) == 1 and "org/copies-assistant-4bit" in warnings[0]
 
 
 def test_an_interrupted_download_goes_on(hub: Hub, run: Run):
