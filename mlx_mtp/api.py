@@ -27,12 +27,13 @@ from .decode.prefill import prefill
 from .decode.request import Request, Row
 from .decode.round import draft, first_state
 from .decode.sampling import Sampler, SamplingOptions, is_int, row_seed
-from .decode.scheduler import Scheduler
+from .decode.scheduler import MAX_ROWS, Scheduler
 from .decode.trace import Trace
 from .errors import MTPError, PromptError
 from .models.drafter import POSITIONS, Drafter
 from .models.target import Target
 from .text import StopStrings, Tokenizer
+from .tuning import profile as profiles
 
 if TYPE_CHECKING:
     from .chat import Chat
@@ -54,7 +55,7 @@ def load(
     drafter: str | Path | Literal[False] | None = None,
     quantize: int | None = None,
     dtype: str | None = None,
-    profile: str | None = "auto",
+    profile: str | Path | None = "auto",
     drafter_position: str = "auto",
     cache_bytes: int | None = None,
 ) -> MTPModel:
@@ -67,10 +68,12 @@ def load(
         quantize: Bits (2, 3, 4, 5, 6 or 8) to quantise both models to while loading; None takes them as stored.
         dtype: "float32", "bfloat16" or "float16" for activations and unquantised weights. None is the checkpoint's
             own; on the CPU, where 16-bit arithmetic is slow, float32.
-        profile: Measured costs of this machine: "auto" for those that were saved, None for none. None can be saved
-            yet, so both mean that the draft length is learnt while running.
+        profile: What `mlx-mtp tune` measured for this pair here: "auto" for the saved one, if there is one; a file;
+            or None for none. It says how many rows a batch has, and what rounds cost to begin with; without one
+            batches have 8 rows, and costs are learnt while running.
         drafter_position: Position of the drafter's queries: "committed" (the last committed token's), "bonus" (one
-            further, as transformers has it) or "auto" ("committed" so far). Changes acceptance, never the text.
+            further, as transformers has it) or "auto" (what the profile found better, else "committed"). Changes
+            acceptance, never the text.
         cache_bytes: Most bytes of KV that are kept when a text is finished, for prompts that begin like it. None for a
             quarter of the memory that is left beside the models.
 
@@ -78,17 +81,35 @@ def load(
         CheckpointError: A checkpoint is missing, damaged, or not a Gemma 4 model.
         PairingError: The drafter was made for another target.
         MemoryBudgetError: The weights don't fit in this machine's memory.
+        ProfileError: The profile's file is damaged, or was measured with something else.
     """
-    if profile not in ("auto", None):
-        raise MTPError(f"profile must be 'auto' or None, not {profile!r}: there are no saved profiles yet")
     if drafter_position not in (*POSITIONS, "auto"):
         raise MTPError(f"drafter_position must be auto, {' or '.join(POSITIONS)}, not {drafter_position!r}")
     folder, drafter_folder = find_pair(target, drafter)
+    tuned = _profile(profile, folder, drafter_folder, quantize, dtype)
     if drafter_position == "auto":
-        drafter_position = "committed"
+        drafter_position = (tuned and tuned.drafter_position) or "committed"
     if cache_bytes is not None and (not is_int(cache_bytes) or cache_bytes < 0):
         raise MTPError(f"cache_bytes must be a whole number of bytes or None, not {cache_bytes!r}")
-    return MTPModel(folder, drafter_folder, quantize, dtype, drafter_position, cache_bytes)
+    return MTPModel(folder, drafter_folder, quantize, dtype, drafter_position, cache_bytes, tuned)
+
+
+def _profile(
+    wanted: str | Path | None, folder: Path, drafter_folder: Path | None, quantize: int | None, dtype: str | None
+) -> profiles.Profile | None:
+    """The profile that `load` is to use, see there."""
+    if wanted is None:
+        return None
+    try:
+        key = profiles.key_of(folder, drafter_folder, quantize, dtype)
+    except OSError:
+        return None  # a file is missing: reading the checkpoint says which
+    if wanted == "auto":
+        return profiles.find(key)
+    path = Path(wanted).expanduser()
+    found = profiles.read(path)
+    profiles.check(found, key, path)
+    return found
 
 
 def find_pair(
@@ -111,6 +132,8 @@ class MTPModel:
         drafter_config: The drafter's `config.DrafterConfig`, or None.
         tokenizer: The target's `text.Tokenizer`, or None if its folder has none (then prompts are token ids).
         defaults: The target's generation_config, as `checkpoint.GenerationDefaults`.
+        profile: What is known of this pair on this machine, as `tuning.profile.Profile`, or None.
+        kv_budget: Bytes that all rows together may take for KV.
     """
 
     def __init__(
@@ -121,7 +144,9 @@ class MTPModel:
         dtype: str | None,
         position: str,
         cache_bytes: int | None,
+        profile: profiles.Profile | None,
     ):
+        self.profile = profile
         self.folder, self.drafter_folder = folder, drafter_folder
         self._closed = False
         self._lock = threading.RLock()
@@ -136,12 +161,15 @@ class MTPModel:
         self.defaults = checkpoint.read_generation(folder)
         spare = _spare_bytes(self._target, self._drafter)
         cache_bytes = spare // 4 if cache_bytes is None else cache_bytes
+        self.kv_budget = spare - cache_bytes
         self._scheduler = Scheduler(
             self._target,
             self._drafter,
             self.defaults.suppress_tokens,
-            kv_budget=spare - cache_bytes,
+            max_rows=profile.rows if profile else MAX_ROWS,
+            kv_budget=self.kv_budget,
             cache_bytes=cache_bytes,
+            costs=profile.costs_of if profile else None,
         )
         self.tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
 
@@ -214,7 +242,7 @@ class MTPModel:
 
         Args:
             prompts: Prompts as for `generate`, or dicts with "prompt" and options that are its own.
-            batch_size: Prompts that decode at a time; "auto" for as many as suit the machine.
+            batch_size: Prompts that decode at a time; "auto" for as many as the profile says, without one 8.
             **options: Those of `generate`, except `n`, for all prompts. `seed` is spread over them: the i-th one gets
                 `row_seed(seed, i)`, and the first one the seed itself.
 
@@ -461,6 +489,12 @@ class MTPModel:
             drafts = draft(self._target, self._drafter, kv, sampler, state, k)
             return cast("list[int]", mx.concatenate([state.tokens, drafts[0]]).tolist())
 
+    @contextmanager
+    def models(self) -> Iterator[tuple[Target, Drafter | None]]:
+        """The target and the drafter, for this thread alone meanwhile; for what measures them."""
+        with self._turn():
+            yield self._target, self._drafter
+
     def close(self) -> None:
         """Lets go of the models and their memory. Calling anything afterwards is an error; closing twice isn't."""
         with self._lock:
@@ -547,7 +581,7 @@ class MTPModel:
 
     def _batch_size(self, batch_size: int | str) -> int:
         if batch_size == "auto":
-            return self._scheduler.max_rows
+            return self.profile.rows if self.profile else MAX_ROWS
         if not is_int(batch_size) or batch_size < 1:
             raise PromptError(f"batch_size must be 'auto' or at least 1, not {batch_size!r}")
         return batch_size

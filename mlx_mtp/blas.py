@@ -48,6 +48,11 @@ def use_openblas() -> str | None:
     return None
 
 
+def has_openblas() -> bool:
+    """Whether MLX's products are OpenBLAS's in this process, whoever loaded it."""
+    return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "openblas_get_config")
+
+
 def _has_cuda_backend() -> bool:
     for name in ("mlx-cuda-12", "mlx-cuda-13"):
         try:

@@ -19,6 +19,10 @@ class PairingError(MTPError):
     """The drafter was made for another target; the message names the sizes that clash."""
 
 
+class ProfileError(MTPError):
+    """A saved profile can't be used: damaged, or measured with another model, machine or version."""
+
+
 class PromptError(MTPError):
     """The prompt can't be used: empty, malformed, out of vocabulary, or longer than the model's context."""
 

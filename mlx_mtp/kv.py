@@ -90,7 +90,7 @@ def longest_block(config: TextConfig) -> int:
 
 def ring_slots(window: int, longest_block: int) -> int:
     """Slots of a sliding layer's ring for blocks of up to `longest_block` tokens."""
-    # One more than the window: transformers lets its drafter see window + 1 rows (see Drafter.lend_position).
+    # One more than the window: transformers lets its drafter see window + 1 rows (see Drafter.borrow).
     return -(-(window + 1 + longest_block) // 32) * 32
 
 

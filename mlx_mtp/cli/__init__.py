@@ -16,7 +16,7 @@ import typer
 
 from .. import __version__
 from ..errors import MTPError
-from . import batch, chat, convert, generate, info
+from . import batch, chat, convert, generate, info, tune
 from . import options as o
 
 # What typer raises for wrong use; it has no public name for it.
@@ -35,6 +35,7 @@ app.command(name="chat")(chat.chat)
 app.command(name="convert")(convert.convert)
 app.command(name="generate")(generate.generate)
 app.command(name="info")(info.info)
+app.command(name="tune")(tune.tune)
 
 
 def _print_version(wanted: bool) -> None:

@@ -95,13 +95,15 @@ def check_loading(drafter: str | None, no_draft: bool, quantize: int | None) -> 
         raise typer.BadParameter("expected 2, 3, 4, 5, 6 or 8", param_hint="--quantize")
 
 
-def load(model: str | None, drafter: str | None, no_draft: bool, quantize: int | None) -> MTPModel:
+def load(
+    model: str | None, drafter: str | None, no_draft: bool, quantize: int | None, profile: str | None = "auto"
+) -> MTPModel:
     """Loads the pair that the options name, with a fast BLAS."""
     check_loading(drafter, no_draft, quantize)
     use_openblas()
     from .. import api
 
-    return api.load(model, drafter=False if no_draft else drafter, quantize=quantize)
+    return api.load(model, drafter=False if no_draft else drafter, quantize=quantize, profile=profile)
 
 
 def tracing(lm: MTPModel, file: Path | None) -> AbstractContextManager[None]:

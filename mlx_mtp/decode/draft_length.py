@@ -9,7 +9,7 @@ Knows nothing of models; it is told of finished rounds and asked for the next le
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import accumulate
 from operator import mul
@@ -39,8 +39,13 @@ class AutoLength:
     # Chance of rounds in a row that keep no draft, under which the past is forgotten.
     _UNLIKELY = 0.002
 
-    def __init__(self) -> None:
-        self._costs, self._acceptance = _Costs(), _Acceptance()
+    def __init__(self, costs: Mapping[int, float] | None = None) -> None:
+        """Begins with nothing known, or with what was measured earlier.
+
+        Args:
+            costs: Seconds of a round by draft length, as a tuner's profile has them; replaced by what is seen.
+        """
+        self._costs, self._acceptance = _Costs(costs or {}), _Acceptance()
         self._rounds = 0
         self._trials: set[int] = set()
         self._again: int | None = None
@@ -174,9 +179,9 @@ class _Costs:
     # Of the seconds of a plain step, for each draft, until measured.
     _PRIOR_SLOPE = 0.2
 
-    def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}
-        self._measured: dict[int, int] = {}
+    def __init__(self, known: Mapping[int, float]) -> None:
+        self._seconds = dict(known)
+        self._measured = dict.fromkeys(known, 0)
         self._outliers = 0
 
     def observe(self, drafted: int, seconds: float, now: int) -> None:

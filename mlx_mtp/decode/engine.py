@@ -14,7 +14,7 @@ Not here: who joins and when, prefill (scheduler.py), text (api.py).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
@@ -34,6 +34,9 @@ COPY_LIMIT = 32 * 2**20
 """Bytes of KV from which copying them costs more than the gap left by handing a round over late."""
 
 assert MAX_DRAFT_LENGTH < LONGEST_VERIFY
+
+Costs = Callable[[int], Mapping[int, float]]
+"""For a number of rows, the seconds of a round by draft length, as they were measured earlier."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,10 @@ class Engine:
         trace: Where to record what happens when, or None.
     """
 
-    def __init__(self, target: Target, drafter: Drafter | None, suppress_tokens: Sequence[int] = ()):
+    def __init__(
+        self, target: Target, drafter: Drafter | None, suppress_tokens: Sequence[int] = (), costs: Costs | None = None
+    ):
+        """Makes an empty batch; arguments as for `Scheduler`."""
         self.rows: list[Row] = []
         self.kv: KVBuffers | None = None
         self.trace: Trace | None = None
@@ -87,6 +93,7 @@ class Engine:
         self._flights: list[_Flight] = []
         self._clock = _Clock()
         # What rounds cost depends on the number of rows and on the exactness; it is learnt once for all requests.
+        self._costs = costs
         self._auto: dict[tuple[int, str], AutoLength] = {}
         self._used: AutoLength | None = None
 
@@ -224,7 +231,9 @@ class Engine:
     def _policy(self) -> AutoLength:
         """The policy for as many rows as there are now."""
         key = len(self.rows), self.rows[0].request.exactness
-        policy = self._auto.setdefault(key, AutoLength())
+        if key not in self._auto:
+            self._auto[key] = AutoLength(self._costs(key[0]) if self._costs and key[1] == "fast" else None)
+        policy = self._auto[key]
         if policy is not self._used:
             policy.begin(self._used)
             self._used = policy

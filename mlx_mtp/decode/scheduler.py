@@ -26,7 +26,7 @@ from ..kv import LONGEST_VERIFY, Checkpoint, KVBuffers, longest_block
 from ..models.drafter import Drafter
 from ..models.target import Target
 from ..sizes import kv_bytes
-from .engine import Engine, Prefilled
+from .engine import Costs, Engine, Prefilled
 from .kv_file import load_entry, save_entry
 from .prefill import prefill, prefill_block
 from .prompt_cache import Entry, PromptCache
@@ -79,6 +79,7 @@ class Scheduler:
         max_rows: int = MAX_ROWS,
         kv_budget: int | None = None,
         cache_bytes: int = CACHE_BYTES,
+        costs: Costs | None = None,
     ):
         """Makes a scheduler with nothing to do.
 
@@ -89,10 +90,11 @@ class Scheduler:
             max_rows: Most rows of the batch.
             kv_budget: Most bytes for the KV of all rows; None for no limit.
             cache_bytes: Most bytes of KV kept for later prompts.
+            costs: What rounds of "fast" requests cost, if it was measured.
         """
         self.max_rows, self.cache = max_rows, PromptCache(cache_bytes)
         self._target, self._budget = target, kv_budget
-        self._engine = Engine(target, drafter, suppress_tokens)
+        self._engine = Engine(target, drafter, suppress_tokens, costs)
         self._chunk = longest_block(target.config)
         self._waiting: deque[Row] = deque()
         self._prefill: _Prefill | None = None

@@ -69,20 +69,17 @@ class Drafter(nn.Module):
 
     Attributes:
         config: Its config.
+        position: Which position its queries sit at during a round, one of POSITIONS. "committed" is the last
+            committed one, N - 1; "bonus" is that of the token after it, N, as transformers has it. Changes how often
+            drafts are accepted, never the text.
     """
 
     def __init__(self, config: DrafterConfig, position: str):
-        """Makes a drafter with empty weights.
-
-        Args:
-            position: Which position its queries sit at during a round, one of POSITIONS. "committed" is the last
-                committed one, N - 1; "bonus" is that of the token after it, N, as transformers has it. Changes how
-                often drafts are accepted, never the text.
-        """
+        """Makes a drafter with empty weights."""
         super().__init__()
         text = config.text
         self.config = config
-        self._position = position
+        self.position = position
         self._ropes = ropes(text)
         self.pre_projection = nn.Linear(2 * config.backbone_hidden_size, text.hidden_size, bias=False)
         self.layers = [DrafterLayer(text, layer) for layer in text.layers]
@@ -100,7 +97,7 @@ class Drafter(nn.Module):
             kv: The target's buffers.
             lengths: int32 [B], committed tokens of each row, at least 1.
         """
-        bonus = self._position == "bonus"
+        bonus = self.position == "bonus"
         position = (lengths if bonus else lengths - 1)[:, None]
         # transformers counts the window from the newest committed row with both ends included: one row more.
         window = self.config.text.sliding_window + bonus

@@ -1,0 +1,335 @@
+"""`mlx-mtp tune`: which batch and draft length suit this machine.
+
+With --simulate, what is to be expected of another one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import MTPError, ProfileError, PromptError
+from . import options as o
+
+if TYPE_CHECKING:
+    from ..config import DrafterConfig, TargetConfig
+    from ..tuning.choose import Choice, Option, Split
+    from ..tuning.measure import Measurement
+
+OBJECTIVES = ("balanced", "latency", "throughput")
+
+
+def tune(
+    model: o.Model = None,
+    drafter: o.Drafter = None,
+    no_draft: o.NoDraft = False,
+    quantize: o.Quantize = None,
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="balanced: most tokens a second in all while a row keeps half of plain decoding alone. latency: the "
+            "fastest single row. throughput: most in all.",
+            metavar="balanced|latency|throughput",
+        ),
+    ] = "balanced",
+    batch_sizes: Annotated[str, typer.Option(help="Batches to measure.", metavar="N,N,...")] = "1,2,4,6,8",
+    contexts: Annotated[
+        str, typer.Option(help="Context lengths in tokens to measure at.", metavar="N,N,...")
+    ] = "256,2048",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts to measure acceptance on: .jsonl as for batch, or text, one a line.", metavar="FILE"
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw total and per-row speed by batch (needs matplotlib).", metavar="FILE.png")
+    ] = None,
+    show: Annotated[bool, typer.Option("--list", help="Show the profiles there are.")] = False,
+    simulate: Annotated[
+        str | None,
+        typer.Option(
+            help="Predict for an Apple chip (such as 'M4 Max') instead of measuring; MODEL is then E2B, E4B, 12B, "
+            "26B-A4B, 31B, or a path with a slash or a repository, and --quantize its bits.",
+            metavar="CHIP",
+        ),
+    ] = None,
+    as_json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Measures this machine with a model, and saves what suits it: batch and draft length."""
+    if objective not in OBJECTIVES:
+        raise typer.BadParameter(f"expected {', '.join(OBJECTIVES)}", param_hint="--objective")
+    rows, tokens = _numbers(batch_sizes, "--batch-sizes"), _numbers(contexts, "--contexts")
+    if show:
+        _list(as_json)
+    elif simulate is not None:
+        print(_simulation(simulate, model, quantize, tokens[0]))
+    else:
+        if plot:
+            _need_matplotlib()
+        given = {"yours": _read_prompts(prompts)} if prompts else None
+        _tune(model, drafter, no_draft, quantize, objective, rows, tokens, given, plot, as_json)
+
+
+def _tune(
+    model: str | None,
+    drafter: str | None,
+    no_draft: bool,
+    quantize: int | None,
+    objective: str,
+    batches: list[int],
+    contexts: list[int],
+    prompts: dict[str, list[Any]] | None,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    with o.load(model, drafter, no_draft, quantize, profile=None) as lm:
+        from ..tuning import choose, measure, profile
+
+        found = measure.Measurement()
+        total = measure.points(batches, contexts)
+        with typer.progressbar(length=total, file=sys.stderr, label="measuring") as bar:
+            try:
+                measure.measure(
+                    lm, found, batches, contexts=contexts, prompts=prompts or measure.PROMPTS,
+                    progress=lambda _: bar.update(1),
+                )  # fmt: skip
+            except KeyboardInterrupt:
+                print("\nstopped: what follows is from what was measured so far, and isn't saved", file=sys.stderr)
+        options = choose.options(found) if found.acceptance or not lm.drafter_config else []
+        choices = [choose.choose(options, name) for name in OBJECTIVES] if options else []
+        saved = None
+        if found.complete:
+            chosen = next(choice for choice in choices if choice.objective == objective)
+            measured = {step.rows for step in found.steps}
+            saved = profile.save(
+                profile.Profile(
+                    key=profile.key_of(lm.folder, lm.drafter_folder, quantize, None),
+                    costs={rows: choose.round_seconds(found.steps, rows) for rows in sorted(measured)},
+                    acceptance=found.acceptance,
+                    rows=chosen.option.rows,
+                    drafts=chosen.option.drafts,
+                    objective=objective,
+                    drafter_position=found.drafter_position,
+                    measured=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                )
+            )
+        if plot and options:
+            _plot(options, plot, f"{lm.folder.name} on {profile.device()}")
+        if as_json:
+            print(json.dumps(_facts(found, options, choices, saved, choose.split(found.steps))))
+        else:
+            print(_report(found, options, choices, choose.split(found.steps), lm.config.text))
+    if saved and not as_json:
+        print(f"\nsaved for {objective} in {saved}")
+    if not found.complete:
+        raise typer.Exit(o.INTERRUPTED)
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise typer.BadParameter("expected whole numbers from 1, with commas between them", param_hint=option)
+    return sorted({int(part) for part in parts})
+
+
+def _read_prompts(path: Path) -> list[Any]:
+    """The prompts of a file.
+
+    Raises:
+        PromptError: There are none, or a line can't be understood.
+    """
+    try:
+        lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise PromptError(f"{path} isn't UTF-8") from None
+    if not lines:
+        raise PromptError(f"{path} holds no prompts")
+    if path.suffix != ".jsonl":
+        return lines
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line)["prompt"])
+        except (ValueError, KeyError, TypeError):
+            raise PromptError(f'{path}: line {number} is no JSON object with "prompt"') from None
+    return found
+
+
+def _report(found: Measurement, options: list[Option], choices: list[Choice], parts: Split | None, config: Any) -> str:
+    """All that was measured, as tables."""
+    from ..tuning.cost_model import distinct_experts
+
+    lines = []
+    for context in sorted({step.context for step in found.steps}):
+        own = [step for step in found.steps if step.context == context]
+        widths = sorted(own[0].verify)
+        speed = f"; prefill {found.prefill_tps[context]:,.0f} tok/s" if context in found.prefill_tps else ""
+        lines += [
+            f"Context {context:,}{speed}. Milliseconds of a verify pass by block width, of a draft, and of the host:",
+            "batch  " + "".join(f"{width:>8d}" for width in widths) + "     draft    host  spread",
+        ]
+        for step in own:
+            spread = max((s.high - s.low) / s.median for s in step.verify.values())
+            drafted = f"{step.draft.median * 1e3:10.2f}" if step.draft else "         -"
+            passes = "".join(f"{step.verify[width].median * 1e3:8.2f}" for width in widths)
+            lines.append(f"{step.rows:5d}  {passes}{drafted}{step.host * 1e3:8.2f}  up to {spread:.0%}")
+        lines.append("")
+    if config.num_experts and found.steps:
+        lines.append("Distinct experts that a layer is asked for, measured and (if tokens chose independently):")
+        context = found.steps[0].context
+        for step in (step for step in found.steps if step.context == context):
+            counts = []
+            for width, count in step.experts.items():
+                uniform = distinct_experts(config.num_experts, config.experts_per_token, step.rows * width)
+                counts.append(f"{count:6.1f} ({uniform:.1f})")
+            lines.append(f"{step.rows:5d}  " + "".join(counts))
+        lines.append("")
+    if parts:
+        experts = f" + {parts.expert * 1e3:.3f} a distinct expert" if config.num_experts else ""
+        lines += [
+            f"Verify at context {parts.context:,}, in ms: {parts.fixed * 1e3:.2f} + {parts.dense * 1e3:.3f} a token"
+            f"{experts}; off by {parts.residual:.0%} on average.",
+            "",
+        ]
+    if found.acceptance and found.drafter_position:
+        lines.append("Chance that a draft is kept if those before it were, by position:")
+        for kind, chances in found.acceptance.items():
+            lines.append(f"  {kind:8}" + " ".join(f"{chance:5.2f}" for chance in chances))
+        lines.append(f"The drafter's queries sit at the {found.drafter_position} position, where more are kept.")
+        lines.append("")
+    if options:
+        drafts = sorted({option.drafts for option in options})
+        lines += [
+            "Expected tokens per second of all rows, by batch and draft length (* the best of the batch):",
+            "batch  " + "".join(f"{k:>9d}" for k in drafts),
+        ]
+        for rows in sorted({option.rows for option in options}):
+            own_options = {option.drafts: option for option in options if option.rows == rows}
+            best = max(own_options.values(), key=lambda option: option.total_tps)
+            cells = (
+                f"{own_options[k].total_tps:8.1f}{'*' if own_options[k] is best else ' '}"
+                if k in own_options
+                else " " * 9
+                for k in drafts
+            )
+            lines.append(f"{rows:5d}  " + "".join(cells))
+        lines.append("")
+    lines += [f"left out: {what}" for what in found.skipped]
+    lines += [f"{choice.objective:10} {choice.why}" for choice in choices]
+    return "\n".join(lines)
+
+
+def _facts(
+    found: Measurement, options: list[Option], choices: list[Choice], saved: Path | None, parts: Split | None
+) -> dict[str, Any]:
+    return {
+        "measurement": asdict(found),
+        "options": [asdict(option) | {"row_tps": option.row_tps} for option in options],
+        "choices": {c.objective: asdict(c.option) | {"row_tps": c.option.row_tps, "why": c.why} for c in choices},
+        "verify_split": asdict(parts) if parts else None,
+        "profile": str(saved) if saved else None,
+    }
+
+
+def _list(as_json: bool) -> None:
+    """Shows the saved profiles."""
+    o.use_openblas()
+    from ..tuning import profile
+
+    rows: list[dict[str, Any]] = []
+    for path in sorted(profile.folder().glob("*.json")):
+        row: dict[str, Any] = {"path": str(path), "usable": True}
+        rows.append(row)
+        try:
+            known = profile.read(path)
+            row |= {"model": known.key.model, "quantize": known.key.quantize, "device": known.key.device,
+                    "objective": known.objective, "rows": known.rows, "drafts": known.drafts,
+                    "measured": known.measured}  # fmt: skip
+            # What it holds for besides this can only be told with the model at hand.
+            profile.check(known, replace(known.key, **profile.here()), path)
+        except ProfileError as error:
+            row |= {"usable": False, "why": str(error)}
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        if not row["usable"]:
+            print(f"not usable: {row['why']}")
+            continue
+        stored = f"{row['quantize']} bits" if row["quantize"] else "as stored"
+        print(
+            f"{row['model']} ({stored}) on {row['device']}: batch {row['rows']}, draft length {row['drafts']} "
+            f"({row['objective']}), measured {row['measured']}\n    {row['path']}"
+        )
+    if not rows:
+        print(f"no profiles in {profile.folder()}: mlx-mtp tune makes one", file=sys.stderr)
+
+
+def _simulation(chip: str, model: str | None, quantize: int | None, context: int) -> str:
+    """The prediction's table.
+
+    Raises:
+        typer.BadParameter: Unknown chip; the message lists those there are.
+        MTPError: Unknown model, or a folder or repository without a drafter.
+    """
+    from ..tuning import chips, cost_model, known_models, report
+
+    try:
+        machine = chips.chip(chip)
+    except MTPError as error:
+        raise typer.BadParameter(str(error), param_hint="--simulate") from None
+    name = model or "26B-A4B"
+    configs = known_models.known_pair(name) if "/" not in name else _configs(name)
+    return report.simulation(machine, name, cost_model.pair(*configs, bits=quantize), context)
+
+
+def _configs(model: str) -> tuple[TargetConfig, DrafterConfig]:
+    """The configurations of a folder or repository and of its drafter."""
+    from ..api import find_pair
+    from ..checkpoint import read_json
+    from ..config import drafter_config, target_config
+
+    folder, drafter_folder = find_pair(model, None, weights=False)
+    if drafter_folder is None:
+        raise MTPError(f"{model} has no drafter beside it: give one of the sizes")
+    return target_config(read_json(folder / "config.json")), drafter_config(read_json(drafter_folder / "config.json"))
+
+
+def _need_matplotlib() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise typer.BadParameter("needs matplotlib: pip install matplotlib", param_hint="--plot")
+
+
+def _plot(options: list[Option], path: Path, title: str) -> None:
+    """Total and per-row speed against the batch, for plain decoding and the best draft lengths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    batches = sorted({option.rows for option in options})
+    best = {max((x for x in options if x.rows == rows), key=lambda x: x.total_tps).drafts for rows in batches}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for drafts in sorted({0, *best}):
+        own = sorted((x for x in options if x.drafts == drafts), key=lambda x: x.rows)
+        label = f"{drafts} drafts" if drafts else "plain"
+        axes[0].plot([x.rows for x in own], [x.total_tps for x in own], "o-", label=label)
+        axes[1].plot([x.rows for x in own], [x.row_tps for x in own], "o-", label=label)
+    for axis, name in zip(axes, ("all rows", "each row"), strict=True):
+        axis.set(xlabel="batch", ylabel="tokens per second", title=name, xticks=batches)
+        axis.set_ylim(bottom=0)
+        axis.legend()
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

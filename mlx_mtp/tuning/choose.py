@@ -1,0 +1,181 @@
+"""From a measurement to a setting: how many rows to decode together, and how many tokens to draft.
+
+    tokens a row gets out of a round   A(K) = 1 + a1 + a1 a2 + ... (K terms), a_i: chance that draft i is kept
+    seconds of a round                 T(B, K) = T_verify(B, K + 1) + K T_draft(B)
+    tokens per second of all rows      B A(K) / T(B, K)
+
+Pure functions; K = 0, plain decoding, is always among the options, so nothing slower is ever chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import fmean
+
+import numpy as np
+
+from ..decode.draft_length import MAX_AUTO_LENGTH
+from ..errors import MTPError
+from .cost_model import tokens_per_round
+from .measure import Measurement, Step
+from .report import BALANCED_SHARE
+
+OBJECTIVES = ("balanced", "latency", "throughput")
+"""balanced: most tokens a second in all while a row keeps its share (report.BALANCED_SHARE) of what plain decoding
+gives it alone. latency: the fastest single row. throughput: most tokens a second in all."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """A batch and a draft length.
+
+    Attributes:
+        rows: Rows that decode together.
+        drafts: Tokens drafted a round; 0 is plain decoding.
+        total_tps: Expected tokens per second of all rows.
+    """
+
+    rows: int
+    drafts: int
+    total_tps: float
+
+    @property
+    def row_tps(self) -> float:
+        """Expected tokens per second of a row."""
+        return self.total_tps / self.rows
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is chosen for an objective, and why, in one sentence."""
+
+    objective: str
+    option: Option
+    why: str
+
+
+def round_seconds(steps: Sequence[Step], rows: int) -> dict[int, float]:
+    """Seconds of a round by draft length, averaged over the contexts at which the batch was measured."""
+    own = [step for step in steps if step.rows == rows]
+    widths = set.intersection(*(set(step.verify) for step in own)) if own else set()
+    return {
+        width - 1: fmean(
+            step.verify[width].median + (width - 1) * (step.draft.median if step.draft else 0.0) for step in own
+        )
+        for width in sorted(widths)
+        if width == 1 or (width - 1 <= MAX_AUTO_LENGTH and all(step.draft for step in own))
+    }
+
+
+def options(measurement: Measurement) -> list[Option]:
+    """All batches and draft lengths that were measured, at every context at which anything was."""
+    contexts = {step.context for step in measurement.steps}
+    batches = [
+        rows
+        for rows in sorted({step.rows for step in measurement.steps})
+        if {step.context for step in measurement.steps if step.rows == rows} == contexts
+    ]
+    return [
+        Option(rows, drafts, rows * _tokens(measurement, drafts) / seconds)
+        for rows in batches
+        for drafts, seconds in round_seconds(measurement.steps, rows).items()
+    ]
+
+
+def choose(found: Sequence[Option], objective: str) -> Choice:
+    """The best option for an objective.
+
+    Args:
+        found: From `options`; there must be some.
+        objective: One of OBJECTIVES.
+
+    Raises:
+        MTPError: Nothing to choose from.
+    """
+    if not found:
+        raise MTPError("no batch was measured completely: there is nothing to choose from")
+    fewest = min(option.rows for option in found)
+    plain = {option.rows: option for option in found if option.drafts == 0}
+    alone = plain[fewest].row_tps
+    candidates = [
+        option
+        for option in found
+        if (objective != "latency" or option.rows == fewest)
+        and (objective != "balanced" or option.row_tps >= BALANCED_SHARE * alone)
+    ]
+    # A row of a small batch is never slower than alone by half; if it is here, a single row is the balance.
+    candidates = candidates or [option for option in found if option.rows == fewest]
+    best = max(candidates, key=lambda option: (option.total_tps, -option.drafts))
+    gain = best.total_tps / plain[best.rows].total_tps
+    drafting = f"draft {best.drafts}" if best.drafts else "don't draft"
+    pays = (
+        f"drafting makes that batch {gain:.2f} times as fast"
+        if best.drafts
+        else "no draft length is faster than plain decoding"
+        if any(option.drafts for option in found)
+        else "there is no drafter"
+    )
+    reason = {
+        "latency": f"the fastest for {'a single row' if fewest == 1 else f'{fewest} rows'}",
+        "throughput": "the most tokens a second in all",
+        "balanced": f"the most in all while a row keeps {BALANCED_SHARE:.0%} of plain decoding alone",
+    }[objective]
+    why = (
+        f"batch {best.rows}, {drafting}: {best.total_tps:.1f} tok/s in all, {best.row_tps:.1f} a row "
+        f"({best.row_tps / alone:.0%} of plain decoding alone); {reason}, and {pays}."
+    )
+    return Choice(objective, best, why)
+
+
+def _tokens(measurement: Measurement, drafts: int) -> float:
+    """Tokens that a round yields a row, the mean over the kinds of text."""
+    if not drafts:
+        return 1.0
+    return fmean(tokens_per_round(chances[:drafts]) for chances in measurement.acceptance.values())
+
+
+@dataclass(frozen=True)
+class Split:
+    """Verify time = fixed + tokens x dense + distinct experts x expert, by least squares.
+
+    Attributes:
+        context: Committed tokens at which it was measured.
+        fixed: Seconds of any pass: reading the dense weights, launching kernels.
+        dense: Seconds for each token of the block, in all rows.
+        expert: Seconds for each distinct expert that a layer reads; 0 for a dense model.
+        residual: Mean relative deviation of the measured passes from the formula.
+    """
+
+    context: int
+    fixed: float
+    dense: float
+    expert: float
+    residual: float
+
+
+def split(steps: Sequence[Step]) -> Split | None:
+    """The split at the shortest context; None with too few passes to tell."""
+    context = min((step.context for step in steps), default=0)
+    passes = [
+        (1.0, float(step.rows * width), step.experts.get(width, 0.0), seconds.median)
+        for step in steps
+        if step.context == context
+        for width, seconds in step.verify.items()
+    ]
+    if len(passes) < 6:
+        return None
+    table = np.array(passes)
+    features, seconds = table[:, :3] / table[:, 3:], np.ones(len(table))  # relative errors
+    best: tuple[dict[int, float], float] | None = None
+    # No part can take less than no time: of all sets of parts that don't, the one that fits best.
+    for count in (3, 2, 1):
+        for parts in combinations(range(3 if features[:, 2].any() else 2), min(count, 3)):
+            found = np.linalg.lstsq(features[:, parts], seconds, rcond=None)[0]
+            deviation = float(np.abs(features[:, parts] @ found - 1).mean())
+            if (found >= 0).all() and (best is None or deviation < best[1]):
+                best = dict(zip(parts, found.tolist(), strict=True)), deviation
+    assert best  # one part alone can't be negative
+    fixed, dense, expert = (best[0].get(part, 0.0) for part in range(3))
+    return Split(context, fixed, dense, expert, best[1])

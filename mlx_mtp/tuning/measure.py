@@ -1,0 +1,345 @@
+"""Measures, on this machine and for a loaded pair, what rounds cost and how often drafts are kept.
+
+The very functions that the engine runs are timed, on the target's own text: rows that hold different texts, whose next
+tokens are known, so that a mixture of experts is asked for the experts that it would be asked for. Rounds are handed
+over as the engine does it, one ahead, so that the host's work is hidden where it would be hidden.
+
+Measured, not interpreted: which batch and draft length follow from it is for choose.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import cycle, islice
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..decode.draft_length import MAX_AUTO_LENGTH
+from ..decode.engine import COPY_LIMIT
+from ..decode.prefill import prefill
+from ..decode.round import RoundState, draft, verify
+from ..decode.sampling import Sampler, SamplingOptions
+from ..errors import MemoryBudgetError, PromptError
+from ..kv import KVBuffers
+from ..models.drafter import POSITIONS, Drafter
+from ..models.target import Target
+from ..sizes import kv_bytes
+
+if TYPE_CHECKING:
+    from ..api import MTPModel
+
+BATCHES = (1, 2, 4, 6, 8)
+LENGTHS = tuple(range(1, 10))
+CONTEXTS = (256, 2048)
+
+PROMPTS: dict[str, tuple[str, ...]] = {
+    "chat": (
+        "What is speculative decoding?",
+        "What is the capital of France, and what is it known for?",
+        "How many minutes are 3 hours?",
+    ),
+    "code": (
+        "Write a Python function that reverses a string.",
+        "Write a Python function that counts the words of a text.",
+        "Write a Python function that adds two numbers.",
+    ),
+    "JSON": (
+        "Give me a JSON record for a book.",
+        "Write a JSON object that describes a city.",
+        "Give me the JSON for a person named Anna.",
+    ),
+    "prose": (
+        "Tell me a short story about a fox.",
+        "Describe a walk along a river in autumn.",
+        "Tell me about the history of the bicycle.",
+    ),
+}
+"""What acceptance is measured on, by kind of text."""
+
+ANSWER_TOKENS = 96
+"""Most tokens of an answer when acceptance is measured."""
+
+_SWEEPS, _SECONDS = 3, 0.12
+"""How often all points of a batch are gone through, and the time spent on each then, unless two laps take longer."""
+
+_DRAFTS = 4
+"""Drafts of which the time of one is taken."""
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """A time, measured several times.
+
+    Attributes:
+        median: Seconds.
+        low, high: The lowest and the highest.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, laps: Sequence[float]) -> Seconds:
+        """From single times."""
+        return cls(median(laps), min(laps), max(laps))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What some rows cost at a context length.
+
+    Attributes:
+        context: Committed tokens of each row.
+        rows: Rows of the batch.
+        verify: By block width, a pass of the target that ends in chosen tokens; 1 is a plain decoding step.
+        draft: One step of the drafter, or None without one.
+        host: Building the graph of a verify pass of the widest block, which goes on while another one runs.
+        experts: By block width, the mean number of distinct experts that a layer is asked for; empty if dense.
+    """
+
+    context: int
+    rows: int
+    verify: dict[int, Seconds]
+    draft: Seconds | None
+    host: float
+    experts: dict[int, float]
+
+
+@dataclass
+class Measurement:
+    """All that was measured; it grows meanwhile, so that an interruption loses nothing.
+
+    Attributes:
+        steps: What rounds cost.
+        acceptance: By kind of text and position, the chance that a draft is kept if those before it were.
+        drafter_position: Of `models.drafter.POSITIONS`, the one with which more drafts are kept; None without drafter.
+        prefill_tps: Prompt tokens per second of one row, by context length.
+        skipped: What was left out, and why.
+        complete: Whether all that was asked for is there.
+    """
+
+    steps: list[Step] = field(default_factory=list)
+    acceptance: dict[str, list[float]] = field(default_factory=dict)
+    drafter_position: str | None = None
+    prefill_tps: dict[int, float] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    complete: bool = False
+
+
+Progress = Callable[[str], None]
+
+
+def points(batches: Sequence[int], contexts: Sequence[int]) -> int:
+    """How often `measure` calls its `progress`."""
+    return 1 + len(batches) * len(contexts)
+
+
+def measure(
+    lm: MTPModel,
+    result: Measurement,
+    batches: Sequence[int] = BATCHES,
+    lengths: Sequence[int] = LENGTHS,
+    contexts: Sequence[int] = CONTEXTS,
+    prompts: Mapping[str, Sequence[Any]] = PROMPTS,
+    progress: Progress = lambda done: None,
+) -> None:
+    """Measures a pair.
+
+    Args:
+        lm: The pair, with or without a drafter.
+        result: Takes what is measured, at once.
+        batches: Numbers of rows.
+        lengths: Widths of verify blocks; with a drafter they begin at 1 and have no gaps.
+        contexts: Committed tokens of each row. Those that the model has no room for are left out.
+        prompts: By kind of text, prompts as `MTPModel.generate` takes them.
+        progress: Called after each point with what it was.
+
+    Raises:
+        PromptError: A prompt can't be used.
+        MemoryBudgetError: Not even one row fits in memory.
+    """
+    texts = _answers(lm, result, prompts)
+    progress("acceptance")
+    with lm.models() as (target, drafter):
+        for context in contexts:
+            room = context + max(lengths)
+            if room > target.config.max_positions:
+                result.skipped.append(f"context {context:,}: the model's own is {target.config.max_positions:,} tokens")
+                continue
+            fitting = [b for b in batches if _needed(target, b, room) <= lm.kv_budget]
+            for rows in batches:
+                if rows not in fitting:
+                    result.skipped.append(
+                        f"batch {rows} at context {context:,}: needs {_needed(target, rows, room) / 1e9:.2f} GB, and "
+                        f"{lm.kv_budget / 1e9:.2f} GB are left"
+                    )
+            rows_of_text = [_row_of_text(texts, i, room) for i in range(max(fitting, default=0))]
+            prefilled = []
+            for tokens in rows_of_text:
+                started = time.perf_counter()
+                prefilled.append(prefill(target, tokens[:context]))
+                result.prefill_tps[context] = context / (time.perf_counter() - started)  # the last one is warm
+            for rows in fitting:
+                result.steps.append(_step(target, drafter, prefilled[:rows], rows_of_text, context, lengths))
+                progress(f"batch {rows}, context {context}")
+    if not result.steps:
+        raise MemoryBudgetError("nothing could be measured: " + "; ".join(result.skipped))
+    result.complete = True
+
+
+def _answers(lm: MTPModel, result: Measurement, prompts: Mapping[str, Sequence[Any]]) -> list[list[int]]:
+    """Lets the model answer, notes how many drafts were kept, and returns prompts and answers."""
+    if lm.tokenizer is None and any(isinstance(p, str) for group in prompts.values() for p in group):
+        raise PromptError(f"{lm.folder} has no tokenizer.json: give prompts as token ids")
+    kinds = [kind for kind, group in prompts.items() for _ in group]
+    encoded = [lm.encode(prompt) for group in prompts.values() for prompt in group]
+    if not encoded:
+        raise PromptError("there are no prompts to measure acceptance on")
+    best = -1.0
+    answers: list[list[int]] = []
+    with lm.models() as (_, drafter):
+        before = drafter.position if drafter else None
+    try:
+        for position in POSITIONS if drafter else (None,):
+            if drafter and position:
+                drafter.position = position
+            found = lm.generate_batch(
+                encoded, max_tokens=ANSWER_TOKENS, draft_length=MAX_AUTO_LENGTH if drafter else 0, seed=0
+            )
+            answers = [[*prompt, *answer.tokens] for prompt, answer in zip(encoded, found, strict=True)]
+            kept = sum(answer.stats.accepted for answer in found) / max(1, sum(a.stats.rounds for a in found))
+            # The first of equals: it is what load takes without a profile.
+            if drafter and kept > best:
+                best, result.drafter_position = kept, position
+                result.acceptance = {
+                    kind: _acceptance([answer.stats for answer, of in zip(found, kinds, strict=True) if of == kind])
+                    for kind in prompts
+                }
+    finally:
+        if drafter and before:
+            drafter.position = before
+    return answers
+
+
+def _acceptance(stats: Sequence[Any]) -> list[float]:
+    """Chance that a draft is kept if those before it were, by position."""
+    reached = [sum(s.rounds - s.draft_lengths.get(0, 0) for s in stats)]
+    for j in range(MAX_AUTO_LENGTH):
+        reached.append(sum(s.accepted_by_position[j] for s in stats if j < len(s.accepted_by_position)))
+    return [after / before if before else 0.0 for before, after in zip(reached, reached[1:], strict=False)]
+
+
+def _row_of_text(texts: Sequence[Sequence[int]], row: int, count: int) -> list[int]:
+    """Tokens for a row: all texts over and over, each row beginning with another one."""
+    first = row % len(texts)
+    return list(islice(cycle(token for text in (*texts[first:], *texts[:first]) for token in text), count))
+
+
+def _needed(target: Target, rows: int, positions: int) -> int:
+    """Bytes of KV while a batch is measured: its rows, and the prefilled ones they are copied from."""
+    return 2 * rows * kv_bytes(target.config, positions, target.dtype.size)
+
+
+def _step(
+    target: Target,
+    drafter: Drafter | None,
+    prefilled: Sequence[tuple[KVBuffers, mx.array]],
+    texts: Sequence[Sequence[int]],
+    context: int,
+    lengths: Sequence[int],
+) -> Step:
+    rows, widest = len(prefilled), max(lengths)
+    kv = prefilled[0][0].row(0, context)
+    kv.regroup([], [own for own, _ in prefilled], context + widest)
+    kv.reserve(context + widest)
+    committed = mx.full((rows,), context, dtype=mx.int32)
+    block = mx.array([text[context : context + widest] for text in texts[:rows]], dtype=mx.int32)
+    sampler = Sampler([SamplingOptions()] * rows, None, (), target.config.vocab_size)
+    state = RoundState(committed, block[:, 0], mx.concatenate([hidden for _, hidden in prefilled]))
+
+    def verifying(width: int) -> Callable[[], mx.array]:
+        # The committed length never advances: every pass writes the same slots.
+        return lambda: verify(target, kv, sampler, committed, block[:, :width])[0]
+
+    work = {width: verifying(width) for width in lengths}
+    if drafter is not None:
+        work[0] = lambda: draft(target, drafter, kv, sampler, state, _DRAFTS)
+    laps: dict[int, list[float]] = {width: [] for width in work}
+    host: list[float] = []
+    # In sweeps, so that a moment in which the machine does something else can't fall on all laps of a point.
+    for _ in range(_SWEEPS):
+        for width, run in work.items():
+            times, building = _time(run, kv)
+            laps[width] += times
+            host += building if width == widest else []
+    verified = {width: Seconds.of(laps[width]) for width in lengths}
+    drafted = Seconds.of([lap / _DRAFTS for lap in laps[0]]) if drafter else None
+    experts = {}
+    if target.config.num_experts:
+        with _recorded(target) as asked:
+            for width in lengths:
+                asked.clear()
+                mx.eval(verifying(width)())
+                experts[width] = fmean(np.unique(np.array(layer)).size for layer in asked)
+    return Step(context, rows, verified, drafted, median(host), experts)
+
+
+def _time(run: Callable[[], mx.array], kv: KVBuffers) -> tuple[list[float], list[float]]:
+    """Seconds of a piece of work, done over and over without a gap, and those that building it took the host."""
+    mx.eval(run())
+    late = kv.nbytes > COPY_LIMIT  # see engine.py
+    laps: list[float] = []
+    hosts: list[float] = []
+    pending = run()
+    mx.async_eval(pending)
+    begun = last = time.perf_counter()
+    # The first lap is part of the warm-up.
+    while len(laps) < 3 or (time.perf_counter() - begun < _SECONDS and len(laps) < 20):
+        started = time.perf_counter()
+        following = run()
+        hosts.append(time.perf_counter() - started)
+        if not late:
+            mx.async_eval(following)
+        mx.eval(pending)
+        if late:
+            mx.async_eval(following)
+        pending, now = following, time.perf_counter()
+        laps.append(now - last)
+        last = now
+    mx.eval(pending)
+    return laps[1:], hosts
+
+
+class _Recorder(nn.Module):
+    """A router that notes which experts it chose."""
+
+    def __init__(self, router: nn.Module, asked: list[mx.array]):
+        super().__init__()
+        self._router, self._asked = router, asked
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        experts, weights = self._router(x)
+        self._asked.append(experts)
+        return experts, weights
+
+
+@contextmanager
+def _recorded(target: Target) -> Iterator[list[mx.array]]:
+    """Puts recorders in the place of all routers meanwhile; what they note is in the list, by layer."""
+    asked: list[mx.array] = []
+    routers = [layer.router for layer in target.layers]
+    try:
+        for layer, router in zip(target.layers, routers, strict=True):
+            layer.router = _Recorder(router, asked)  # type: ignore[assignment]
+        yield asked
+    finally:
+        for layer, router in zip(target.layers, routers, strict=True):
+            layer.router = router

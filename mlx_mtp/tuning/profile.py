@@ -1,0 +1,216 @@
+"""Profiles: what the tuner measured for a pair on this machine, kept in the user's data folder.
+
+A profile holds for the same files, quantisation and type on the same device, with the same versions of MLX and of this
+package. Anything else that a file may hold is no profile: it is left alone, and measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .. import __version__
+from ..blas import has_openblas
+from ..errors import ProfileError, one_line
+from ..models.drafter import POSITIONS
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+"""Version of the file's form."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a profile holds for.
+
+    Attributes:
+        model: The target's repository, or the end of its path; for people.
+        files: Fingerprint of both folders: their config.json, and names and sizes of their weights.
+        quantize: Bits that `load` quantises to, or None.
+        dtype: As `load` takes it.
+        device: Name of the chip, and whether the CPU or the GPU computes.
+        mlx: MLX's version.
+        mlx_mtp: This package's.
+    """
+
+    model: str
+    files: str
+    quantize: int | None
+    dtype: str | None
+    device: str
+    mlx: str
+    mlx_mtp: str
+
+    @property
+    def name(self) -> str:
+        """Name of the profile's file. The versions aren't part of it: a newer profile replaces an older one."""
+        text = json.dumps([self.files, self.quantize, self.dtype, self.device])
+        return f"{self.model.replace('/', '--')}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What load and the batch take from a measurement.
+
+    Attributes:
+        key: What it holds for.
+        costs: By rows, the seconds of a round by draft length.
+        acceptance: By kind of text and position, the chance that a draft is kept if those before it were.
+        rows: Rows of a batch, as chosen for `objective`.
+        drafts: Draft length chosen with it; the online control begins with the costs and may choose another.
+        objective: One of `choose.OBJECTIVES`.
+        drafter_position: See `api.load`; None without a drafter.
+        measured: When, as ISO 8601 in UTC.
+    """
+
+    key: Key
+    costs: Mapping[int, Mapping[int, float]]
+    acceptance: Mapping[str, list[float]]
+    rows: int
+    drafts: int
+    objective: str
+    drafter_position: str | None
+    measured: str
+
+    def costs_of(self, rows: int) -> dict[int, float]:
+        """Seconds of a round by draft length, for any number of rows: between two measured ones, on the line."""
+        below = max((b for b in self.costs if b <= rows), default=min(self.costs))
+        above = min((b for b in self.costs if b >= rows), default=max(self.costs))
+        share = (rows - below) / (above - below) if above > below else 0.0
+        low, high = self.costs[below], self.costs[above]
+        return {k: low[k] * (1 - share) + high[k] * share for k in low if k in high}
+
+
+def key_of(folder: Path, drafter_folder: Path | None, quantize: int | None, dtype: str | None) -> Key:
+    """What a profile of a pair would hold for, now and here."""
+    digest = hashlib.sha256()
+    for part in (folder, drafter_folder):
+        if part is not None:
+            digest.update((part / "config.json").read_bytes())
+            for path in sorted(part.glob("*.safetensors")):
+                digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        digest.update(b"\0")
+    return Key(_name(folder.absolute()), digest.hexdigest(), quantize, dtype, **here())
+
+
+def _name(folder: Path) -> str:
+    if folder.parent.name == "snapshots":  # the hub's cache: models--OWNER--NAME/snapshots/COMMIT
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return "/".join(folder.parts[-2:]).lstrip("/")
+
+
+def here() -> dict[str, Any]:
+    """The fields of a key that don't depend on the model."""
+    return {"device": device(), "mlx": version("mlx"), "mlx_mtp": __version__}
+
+
+def device() -> str:
+    """The chip's name, and what computes."""
+    kind = "GPU" if mx.default_device() == mx.gpu else "CPU"
+    name = platform.processor() or platform.machine()
+    if kind == "GPU":
+        name = str(mx.device_info().get("device_name", name))
+    elif sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+        name += f" x {os.cpu_count()}"
+        kind += ", OpenBLAS" if has_openblas() else ""
+    return f"{name} ({kind})"
+
+
+def folder() -> Path:
+    """Where profiles are: MLX_MTP_PROFILES, or the user's data folder."""
+    if given := os.environ.get("MLX_MTP_PROFILES"):
+        return Path(given).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Application Support/mlx_mtp/profiles"
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "mlx_mtp/profiles"
+
+
+def save(profile: Profile) -> Path:
+    """Writes a profile to its place, and returns that.
+
+    Raises:
+        OSError: It can't be written.
+    """
+    path = folder() / profile.key.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    aside.write_text(json.dumps({"schema": SCHEMA, **asdict(profile)}, indent=1) + "\n", encoding="utf-8")
+    aside.replace(path)
+    return path
+
+
+def read(path: Path) -> Profile:
+    """Reads a profile from a file.
+
+    Raises:
+        ProfileError: There is none in it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("schema") != SCHEMA:
+            raise ValueError("another version of this package has written it")
+        key = Key(**content.pop("key"))
+        costs = {
+            int(rows): {int(k): _positive(seconds) for k, seconds in by_length.items()}
+            for rows, by_length in content.pop("costs").items()
+        }
+        profile = Profile(key=key, costs=costs, **content)
+        if not costs or not all(0 in by_length for by_length in costs.values()):
+            raise ValueError("costs of plain decoding are missing")
+        if not isinstance(profile.rows, int) or profile.rows < 1:
+            raise ValueError(f"{profile.rows!r} rows")
+        if profile.drafter_position not in (None, *POSITIONS):
+            raise ValueError(f"drafter_position {profile.drafter_position!r}")
+    except OSError as error:
+        raise ProfileError(f"{path} can't be read: {error.strerror}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ProfileError(f"{path} is no profile: {one_line(error)}; delete it, and run mlx-mtp tune") from error
+    return profile
+
+
+def find(key: Key) -> Profile | None:
+    """The saved profile that holds for a key. None, with a warning, if there is one that doesn't any more."""
+    path = folder() / key.name
+    if not path.is_file():
+        return None
+    try:
+        profile = read(path)
+        check(profile, key, path)
+    except ProfileError as error:
+        log.warning("profile ignored: %s", error)
+        return None
+    return profile
+
+
+def check(profile: Profile, key: Key, path: Path) -> None:
+    """Checks that a profile holds for a key.
+
+    Raises:
+        ProfileError: It doesn't.
+    """
+    for what, name in (
+        ("files", "other model files"), ("quantize", "another quantisation"), ("dtype", "another dtype"),
+        ("device", "another device"), ("mlx", "another version of mlx"), ("mlx_mtp", "another version of mlx_mtp"),
+    ):  # fmt: skip
+        if getattr(profile.key, what) != getattr(key, what):
+            raise ProfileError(f"{path} was measured with {name}: run mlx-mtp tune again")
+
+
+def _positive(seconds: Any) -> float:
+    if not isinstance(seconds, (int, float)) or not 0 < seconds < float("inf"):
+        raise ValueError(f"a round takes {seconds!r} seconds")
+    return float(seconds)

@@ -1,0 +1,17 @@
+"""Measures which batch and draft length suit this machine and a model: `mlx-mtp tune`, as a script.
+
+python scripts/tune_batch_size.py MODEL [--quantize 4] [--objective throughput] [--plot FILE.png] [--json]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mlx_mtp.cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "tune")
+    main()

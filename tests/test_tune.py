@@ -1,0 +1,309 @@
+"""The tuner: what it measures, what it chooses, and what becomes of its profiles."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny_checkpoints import make_pair
+
+import mlx_mtp
+from mlx_mtp.errors import MemoryBudgetError, MTPError, ProfileError, PromptError
+from mlx_mtp.models.moe import Router
+from mlx_mtp.tuning import choose, measure, profile
+from mlx_mtp.tuning.measure import Measurement, Seconds, Step
+
+PROMPTS = {"words": [[5, 9, 200], [7, 7, 100, 3]], "more": [[4, 40, 44]]}
+
+
+@pytest.fixture(autouse=True)
+def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MLX_MTP_PROFILES", str(tmp_path / "profiles"))
+    # Few laps do: what they say about this machine isn't tested.
+    monkeypatch.setattr(measure, "_SWEEPS", 1)
+    monkeypatch.setattr(measure, "_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "ANSWER_TOKENS", 12)
+    return tmp_path / "profiles"
+
+
+def tune(*args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mlx_mtp", "tune", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300)
+
+
+def measured(lm: mlx_mtp.MTPModel, **options: object) -> Measurement:
+    found = Measurement()
+    options = {"batches": (1, 2), "lengths": (1, 2, 3), "contexts": (20,), "prompts": PROMPTS} | options
+    measure.measure(lm, found, **options)  # type: ignore[arg-type]
+    return found
+
+
+def seconds(value: float) -> Seconds:
+    return Seconds(value, value, value)
+
+
+def synthetic(
+    verify: dict[int, list[float]], draft: float | None, acceptance: list[float] | None, experts: bool = False
+) -> Measurement:
+    """A measurement with these seconds of verify passes, by rows and from width 1 on."""
+    steps = [
+        Step(100, rows, {i: seconds(s) for i, s in enumerate(times, 1)}, draft and seconds(draft), 0.0,
+             {i: float(rows + i) for i in range(1, len(times) + 1)} if experts else {})
+        for rows, times in verify.items()
+    ]  # fmt: skip
+    return Measurement(steps, {"all": acceptance} if acceptance else {}, complete=True)
+
+
+def test_the_command_measures_saves_and_lists(profiles: Path):
+    done = tune("--batch-sizes", "1,2", "--contexts", 32, "--json", "--objective", "throughput")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    steps = facts["measurement"]["steps"]
+    assert [(step["context"], step["rows"]) for step in steps] == [(32, 1), (32, 2)]
+    for step in steps:
+        assert list(step["verify"]) == [str(width) for width in range(1, 10)]
+        assert all(0 < s["low"] <= s["median"] <= s["high"] for s in (*step["verify"].values(), step["draft"]))
+    assert set(facts["measurement"]["acceptance"]) == {"chat", "code", "JSON", "prose"}
+    assert all(0 <= a <= 1 for chances in facts["measurement"]["acceptance"].values() for a in chances)
+    assert facts["measurement"]["drafter_position"] == "committed", "what the pair was trained with"
+    best = max(facts["options"], key=lambda option: option["total_tps"])
+    chosen = facts["choices"]["throughput"]
+    assert (chosen["rows"], chosen["drafts"]) == (best["rows"], best["drafts"])
+    assert Path(facts["profile"]).parent == profiles
+    (listed,) = json.loads(tune("--list", "--json").stdout)
+    assert listed["usable"] and (listed["rows"], listed["objective"]) == (best["rows"], "throughput")
+    assert "draft length" in tune("--list").stdout
+
+
+def test_a_profile_is_used_and_changes_no_text(profiles: Path):
+    question, options = "Tell me a short story about a fox.", {"max_tokens": 60, "temperature": 0.7, "seed": 3}
+    with mlx_mtp.load() as lm:
+        assert lm.profile is None
+        expected = lm.generate(question, **options)
+        saved = a_profile(lm)
+        path = profile.save(saved)
+    with mlx_mtp.load() as lm:
+        assert lm.profile == saved
+        with lm.models() as (_, drafter):
+            assert drafter and drafter.position == "bonus"
+        assert lm.generate(question, **options).tokens == expected.tokens
+        several = lm.generate_batch([question] * 4, **options)
+        # Plain decoding is said to be a thousand times as fast as drafting: the first rounds believe it.
+        assert several[0].tokens == expected.tokens and several[0].stats.draft_lengths.get(0, 0) > 10
+    with mlx_mtp.load(profile=path) as lm:
+        assert lm.profile == saved
+    with mlx_mtp.load(profile=None) as lm:
+        assert lm.profile is None
+
+
+def a_profile(lm: mlx_mtp.MTPModel) -> profile.Profile:
+    return profile.Profile(
+        key=profile.key_of(lm.folder, lm.drafter_folder, None, None),
+        costs={1: {0: 0.01, 1: 10.0, 7: 70.0}, 3: {0: 0.03, 1: 30.0, 7: 210.0}},
+        acceptance={"chat": [0.9, 0.8]},
+        rows=3,
+        drafts=0,
+        objective="balanced",
+        drafter_position="bonus",
+        measured="2026-01-01T00:00:00+00:00",
+    )
+
+
+@pytest.mark.parametrize("field, value, culprit", [
+    ("mlx", "0.1", "another version of mlx"), ("mlx_mtp", "0.0.1", "another version of mlx_mtp"),
+    ("device", "Apple M9", "another device"), ("files", "0" * 64, "other model files"),
+    ("quantize", 4, "another quantisation"),
+])  # fmt: skip
+def test_profiles_of_something_else(field: str, value: object, culprit: str, tmp_path: Path):
+    with mlx_mtp.load(drafter=False) as lm:
+        saved = a_profile(lm)
+    path = tmp_path / "other.json"
+    profile.save(replace(saved, key=replace(saved.key, **{field: value}))).rename(path)
+    with pytest.raises(ProfileError, match=culprit):
+        mlx_mtp.load(drafter=False, profile=path)
+
+
+@pytest.mark.parametrize("damage", [
+    "", "{", "[]", '{"schema": 0}', "rows", "costs", "position",
+])  # fmt: skip
+def test_a_damaged_profile_is_ignored(damage: str, caplog: pytest.LogCaptureFixture, profiles: Path):
+    with mlx_mtp.load(drafter=False) as lm:
+        saved = a_profile(lm)
+    path = profile.save(saved)
+    content = json.loads(path.read_text())
+    changes = {"rows": {"rows": 0}, "costs": {"costs": {"1": {"0": -1}}}, "position": {"drafter_position": "left"}}
+    path.write_text(json.dumps(content | changes[damage]) if damage in changes else damage)
+    with mlx_mtp.load(drafter=False) as lm:
+        assert lm.profile is None
+    assert "profile ignored" in caplog.text and len(caplog.text.strip().splitlines()) == 1
+    with pytest.raises(ProfileError, match="is no profile"):
+        mlx_mtp.load(drafter=False, profile=path)
+    (listed,) = json.loads(tune("--list", "--json").stdout)
+    assert not listed["usable"] and "is no profile" in listed["why"]
+
+
+def test_a_missing_profile_is_an_error(tmp_path: Path):
+    with pytest.raises(ProfileError, match="can't be read"):
+        mlx_mtp.load(profile=tmp_path / "nothing.json")
+
+
+def test_costs_between_measured_batches():
+    key = profile.Key("m", "f", None, None, "d", "1", "1")
+    known = profile.Profile(key, {2: {0: 1.0, 1: 2.0}, 6: {0: 3.0, 1: 4.0}}, {}, 2, 1, "latency", None, "now")
+    assert known.costs_of(2) == {0: 1.0, 1: 2.0}
+    assert known.costs_of(3) == {0: 1.5, 1: 2.5}
+    assert known.costs_of(1) == known.costs_of(2) and known.costs_of(9) == known.costs_of(6)
+
+
+def test_choices_by_hand():
+    # A round yields 1 + .5 = 1.5 tokens with one draft, 1 + .5 + .5 * .4 = 1.7 with two.
+    found = choose.options(synthetic({1: [1.0, 1.1, 1.2], 4: [2.0, 2.7, 6.0]}, 0.1, [0.5, 0.4]))
+    speed = {(option.rows, option.drafts): option.total_tps for option in found}
+    assert speed == pytest.approx({
+        (1, 0): 1.0, (1, 1): 1.5 / 1.2, (1, 2): 1.7 / 1.4, (4, 0): 2.0, (4, 1): 4 * 1.5 / 2.8, (4, 2): 4 * 1.7 / 6.2
+    })  # fmt: skip
+    picked = {name: choose.choose(found, name).option for name in choose.OBJECTIVES}
+    assert (picked["latency"].rows, picked["latency"].drafts) == (1, 1)
+    assert (picked["throughput"].rows, picked["throughput"].drafts) == (4, 1)
+    assert picked["balanced"] == picked["throughput"], "6 / 2.8 / 4 = .54 of plain decoding alone"
+    slower = choose.options(synthetic({1: [1.0, 1.1], 4: [2.3, 3.2]}, 0.1, [0.5]))
+    assert choose.choose(slower, "balanced").option.rows == 1, "6 / 3.3 / 4 = .45: too little for a row"
+
+
+@pytest.mark.parametrize("acceptance", [[0.0, 0.0], [0.3, 0.1]])
+def test_nothing_slower_than_plain_decoding_is_chosen(acceptance: list[float]):
+    found = choose.options(synthetic({1: [1.0, 1.5, 2.0], 8: [4.0, 7.0, 9.0]}, 0.2, acceptance))
+    for objective in choose.OBJECTIVES:
+        picked = choose.choose(found, objective)
+        assert picked.option.drafts == 0 and "no draft length is faster" in picked.why
+
+
+def test_without_a_drafter_the_batch_is_chosen():
+    found = choose.options(synthetic({1: [1.0, 1.5], 8: [4.0, 7.0]}, None, None))
+    picked = choose.choose(found, "throughput")
+    assert (picked.option.rows, picked.option.drafts) == (8, 0) and "there is no drafter" in picked.why
+    with pytest.raises(MTPError, match="nothing to choose from"):
+        choose.choose([], "latency")
+
+
+def test_a_batch_that_was_not_measured_everywhere_is_no_option():
+    found = synthetic({1: [1.0, 1.1], 8: [2.0, 2.2]}, 0.1, [0.9])
+    found.steps.append(replace(found.steps[0], context=9000))
+    assert {option.rows for option in choose.options(found)} == {1}
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_the_split_of_verify_time(experts: bool):
+    truth = {rows: [0.5 + 0.01 * rows * w + 0.02 * (rows + w) * experts for w in range(1, 6)] for rows in (1, 2, 8)}
+    parts = choose.split(synthetic(truth, None, None, experts).steps)
+    assert parts and (parts.fixed, parts.dense) == pytest.approx((0.5, 0.01))
+    assert parts.expert == pytest.approx(0.02 * experts, abs=1e-9) and parts.residual < 1e-9
+    assert choose.split([]) is None
+
+
+@pytest.mark.parametrize("kind", ["26b", "e2b"])
+def test_what_is_measured(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    target, drafter = make_pair(kind, tmp_path)
+    asked: list[int] = []
+    routed = Router.__call__
+
+    def counting(self: Router, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Counts the experts with the highest scores, from the weights."""
+        rows = np.array(x, dtype=np.float64).reshape(-1, x.shape[-1])
+        rows /= np.sqrt((rows**2).mean(-1, keepdims=True) + self._eps)
+        scores = (rows * np.array(self.scale) * x.shape[-1] ** -0.5) @ np.array(self.proj.weight).T
+        asked.append(np.unique(np.argsort(-scores)[:, : self._chosen]).size)
+        return routed(self, x)
+
+    with mlx_mtp.load(target, drafter=drafter) as lm:
+        experts = lm.config.text.num_experts
+        found = measured(lm)
+        assert found.complete and [(s.context, s.rows) for s in found.steps] == [(20, 1), (20, 2)]
+        for step in found.steps:
+            assert set(step.verify) == {1, 2, 3} and step.draft and step.host > 0
+            assert set(step.experts) == ({1, 2, 3} if experts else set())
+        if experts:
+            monkeypatch.setattr(Router, "__call__", counting)
+            again = measured(lm, batches=(2,), lengths=(3,))
+            layers = len(lm.config.text.layers)
+            assert again.steps[0].experts[3] == np.mean(asked[-layers:]) > lm.config.text.experts_per_token
+            assert found.steps[0].experts[1] == lm.config.text.experts_per_token
+
+
+def test_what_does_not_fit_is_left_out(tmp_path: Path):
+    target, drafter = make_pair("31b", tmp_path)
+    with mlx_mtp.load(target, drafter=drafter) as lm:
+        one = measure._needed(lm._target, 1, 23)
+        lm.kv_budget = 2 * one
+        found = measured(lm, batches=(1, 2, 4), contexts=(20, 10**6))
+        assert {step.rows for step in found.steps} == {1, 2}
+        assert any("batch 4" in reason for reason in found.skipped)
+        assert any("context 1,000,000" in reason for reason in found.skipped)
+        lm.kv_budget = one - 1
+        with pytest.raises(MemoryBudgetError, match="nothing could be measured: batch 1"):
+            measured(lm)
+
+
+def test_an_interruption_keeps_what_was_measured(tmp_path: Path):
+    target, drafter = make_pair("31b", tmp_path)
+    found, calls = Measurement(), []
+
+    def stop(done: str) -> None:
+        calls.append(done)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with mlx_mtp.load(target, drafter=drafter) as lm:
+        with pytest.raises(KeyboardInterrupt):
+            measure.measure(lm, found, (1, 2, 4), (1, 2), (20,), PROMPTS, stop)
+        assert not found.complete and {step.rows for step in found.steps} == {1, 2}
+        assert choose.choose(choose.options(found), "throughput").option.rows in (1, 2)
+        assert len(lm.generate([5, 6], max_tokens=4).tokens) <= 4, "the model is as good as before"
+
+
+def test_prompts_need_a_tokenizer(tmp_path: Path):
+    target, drafter = make_pair("31b", tmp_path)
+    with mlx_mtp.load(target, drafter=drafter) as lm, pytest.raises(PromptError, match="token ids"):
+        measured(lm, prompts=measure.PROMPTS)
+
+
+@pytest.mark.parametrize("content, name, culprit", [
+    ("", "p.txt", "holds no prompts"), ("{", "p.jsonl", "line 1"), ('{"prompt": "x"}\n[]', "p.jsonl", "line 2"),
+    ("\udcff", "p.txt", "isn't UTF-8"), (None, "p.txt", "No such file"),
+])  # fmt: skip
+def test_bad_prompt_files(content: str | None, name: str, culprit: str, tmp_path: Path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content.encode("utf-8", "surrogateescape"))
+    done = tune("--prompts", tmp_path / name)
+    assert done.returncode == 1 and culprit in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("args", [
+    ("--batch-sizes", "1,x"), ("--contexts", "0"), ("--objective", "speed"), ("--simulate", "Z80"),
+])  # fmt: skip
+def test_wrong_use(args: tuple[str, ...]):
+    done = tune(*args)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert "Z80" not in args or "M4 Max" in done.stderr
+
+
+def test_simulation(tmp_path: Path):
+    done = tune("26B-A4B", "--simulate", "apple m2-pro", "--quantize", 4)
+    assert done.returncode == 0 and "PREDICTION" in done.stdout and "M2 Pro" in done.stdout
+    target, _ = make_pair("26b", tmp_path)
+    own = tune(target, "--simulate", "M4 Max")
+    assert own.returncode == 0 and "experts" in own.stdout, own.stderr
+
+
+def test_a_plot(tmp_path: Path):
+    from mlx_mtp.cli.tune import _plot
+
+    found = choose.options(synthetic({1: [1.0, 1.1, 1.2], 4: [2.0, 2.7, 6.0]}, 0.1, [0.5, 0.4]))
+    _plot(found, tmp_path / "plot.png", "by hand")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
