@@ -33,8 +33,9 @@ class AutoLength:
     _BUDGET = 0.01
     # In rounds of the best length, granted at the start.
     _ALLOWANCE = 4.0
-    # A length's cost is measured again after this many rounds.
+    # A length's cost is measured again after this many rounds; more of them while nothing is drafted.
     _STALE = 64
+    _STALE_OFF = 256
     _PROBE = 2
     # Chance of rounds in a row that keep no draft, under which the past is forgotten.
     _UNLIKELY = 0.002
@@ -75,8 +76,10 @@ class AutoLength:
         trial = self._again if self._again is not None else self._trial(best)
         if trial is None:
             return best
-        # Twice where it is about costs: the time of a round next to one of another length may be unknown.
-        self._again = trial if best and self._again is None else None
+        # Twice where it is about costs: the time of a round next to one of another length may be unknown. Where it is
+        # about acceptance, now and then too: drafting must not stay off for what a pause has made of its cost.
+        costs = best or self._costs.age(trial, self._rounds) > self._STALE_OFF
+        self._again = trial if costs and self._again is None else None
         # Rounds are observed in the order in which they were asked for, one round late.
         self._trials.add(self._asked)
         return trial

@@ -1,0 +1,168 @@
+"""Is automatic draft length ever slower than plain decoding, or than the best fixed length? Ratios in one run.
+
+    wrong      a drafter that is always wrong
+    right      one that is always right
+    switching  right for 200 tokens, wrong for the next 200
+    mixed      right for 7 tokens of 10, at random, in batches whose rows go on at their own pace
+
+First on this machine, with the embedded pair. The drafter does all its work, but what it proposes is replaced by the
+right or a wrong token, so that its price is real and its luck isn't. Every variant has a scheduler of its own, which
+knows nothing of costs when it begins, and all variants take turns.
+
+Then on a simulated clock, with published prices of rounds (tests/simulated_clock.py has their sources), those included
+with which drafting never pays.
+
+    python scripts/bench_never_slower.py [--tokens 2000] [--repeats 3] [--json]
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mlx_mtp.blas import use_openblas  # noqa: E402
+
+BLAS = use_openblas()  # before MLX is imported
+
+import mlx.core as mx  # noqa: E402
+import typer  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from simulated_clock import COSTS, TEXTS, against_fixed  # noqa: E402
+
+import mlx_mtp  # noqa: E402
+from mlx_mtp.decode.draft_length import AutoLength  # noqa: E402
+from mlx_mtp.decode.request import Request  # noqa: E402
+from mlx_mtp.decode.scheduler import Scheduler  # noqa: E402
+from mlx_mtp.kv import KVBuffers  # noqa: E402
+from mlx_mtp.models.drafter import Drafter, Lent  # noqa: E402
+from mlx_mtp.models.target import Target  # noqa: E402
+
+FIXED = (2, 4, 7)
+BATCHES = (2, 4, 8)
+
+
+class Oracle:
+    """A drafter that works as the one it has, and then proposes what a script says."""
+
+    def __init__(self, drafter: Drafter, script: Sequence[int]):
+        """Takes the script: token ids by absolute position, the prompt's included."""
+        self._drafter, self._script = drafter, mx.array(list(script), dtype=mx.int32)
+        self._step, self._lengths = 0, self._script
+
+    def borrow(self, kv: KVBuffers, lengths: mx.array) -> Lent:
+        """Starts a round."""
+        self._step, self._lengths = 0, lengths
+        return self._drafter.borrow(kv, lengths)
+
+    def __call__(self, embedded: mx.array, hidden: mx.array, lent: Lent) -> tuple[mx.array, mx.array, mx.array]:
+        """Proposes one token, as the only candidate, once the drafter's own scores are there."""
+        self._step += 1
+        logits, _, hidden = self._drafter(embedded, hidden, lent)
+        token = self._script[(self._lengths + self._step) % self._script.size][:, None]
+        (token,) = mx.depends([token], [logits.max()])
+        return mx.zeros(token.shape), token, hidden
+
+
+def scripts(text: Sequence[int], start: int, vocab: int) -> dict[str, list[int]]:
+    """What the drafter proposes, from the text that the target writes; positions before `start` are the prompt's."""
+    rng = Random(0)
+    good = {
+        "wrong": lambda i: False,
+        "right": lambda i: True,
+        "switching": lambda i: (i - start) // 200 % 2 == 0,
+        "mixed": lambda i: rng.random() < 0.7,
+    }
+    return {name: [t if right(i) else (t + 1) % vocab for i, t in enumerate(text)] for name, right in good.items()}
+
+
+def decode(target: Target, drafter: Any, prompt: list[int], tokens: int, rows: int, length: int | str) -> float:
+    """Tokens per second of some rows with the same prompt, from the first token on."""
+    scheduler = Scheduler(target, drafter)
+    running = [scheduler.submit(Request(prompt, tokens, draft_length=length)) for _ in range(rows)]
+    while not all(row.tokens for row in running):
+        scheduler.step()
+    begun, had = time.perf_counter(), sum(len(row.tokens) for row in running)
+    while not all(row.done for row in running):
+        scheduler.step()
+    return (rows * tokens - had) / (time.perf_counter() - begun)
+
+
+def measured(tokens: int, repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Ratios on this machine, by text and batch: automatic over plain, and over the best fixed length."""
+    results: dict[str, dict[str, list[float]]] = {}
+    with mlx_mtp.load(profile=None) as lm, lm.models() as (target, own):
+        assert own
+        prompt = lm.encode("Tell me a short story about a fox.")
+        plain = Scheduler(target, None).stream(Request(prompt, tokens, draft_length=0))
+        text = prompt + [token for new in plain for token in new]
+        oracles = {
+            name: Oracle(own, script) for name, script in scripts(text, len(prompt), target.config.vocab_size).items()
+        }
+        cases = [(name, 1, tokens) for name in ("wrong", "right", "switching")]
+        cases += [(name, rows, max(200, tokens // rows)) for name in ("wrong", "mixed") for rows in BATCHES]
+        for name, rows, count in cases:
+            label = f"{name}, {rows} rows" if rows > 1 else name
+            found = results.setdefault(label, {"auto / plain": [], "auto / best fixed": []})
+            for _ in range(repeats):
+                speeds = {
+                    length: decode(target, oracles[name], prompt, count, rows, length) for length in (0, *FIXED, "auto")
+                }
+                found["auto / plain"].append(speeds["auto"] / speeds[0])
+                found["auto / best fixed"].append(speeds["auto"] / max(speeds[k] for k in (0, *FIXED)))
+    return results
+
+
+def simulated() -> dict[str, dict[str, Any]]:
+    """The same ratios on the simulated clock, by cost curve and text."""
+    cases = {(cost, text): [TEXTS[text]] for cost in COSTS for text in TEXTS}
+    cases |= {
+        (cost, f"mixed, {rows} rows"): [list(TEXTS.values())[i % len(TEXTS)] for i in range(rows)]
+        for cost in COSTS
+        for rows in BATCHES
+    }
+    results = {}
+    for (cost, text), chances in cases.items():
+        of_plain, of_best, best = against_fixed(AutoLength, COSTS[cost], chances)
+        results[f"{cost}: {text}"] = {"auto / plain": of_plain, "auto / best fixed": of_best, "best fixed": best}
+    return results
+
+
+def main(
+    tokens: Annotated[int, typer.Option(help="Tokens of a text; of all rows together in a batch.", min=400)] = 2000,
+    repeats: Annotated[int, typer.Option(help="Repetitions of every variant.", min=1)] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Runs both benchmarks and prints their tables."""
+    clock = simulated()
+    machine = measured(tokens, repeats)
+    if as_json:
+        print(json.dumps({"mlx": mx.__version__, "blas": BLAS, "measured": machine, "simulated": clock}))
+        return
+    print(
+        f"{platform.machine()} {platform.system()}, mlx {mx.__version__} on {mx.default_device()}, BLAS {BLAS}, "
+        "float32\n"
+        f"embedded pair, {tokens} tokens, greedy, {repeats} repetitions; median (lowest to highest)"
+    )
+    print(f"  {'':20}{'auto / plain':24}auto / best of 0, {', '.join(map(str, FIXED))}")
+    for label, found in machine.items():
+        cells = (f"{statistics.median(v):5.2f} ({min(v):.2f} to {max(v):.2f})" for v in found.values())
+        print(f"  {label:20}" + "    ".join(f"{cell:20}" for cell in cells))
+    print("simulated clock; means of 8 runs of 2,000 tokens")
+    print(f"  {'':32}{'auto / plain':>14}{'auto / best fixed':>19}{'best fixed':>12}")
+    for label, facts in clock.items():
+        print(f"  {label:32}{facts['auto / plain']:14.3f}{facts['auto / best fixed']:19.3f}{facts['best fixed']:12d}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

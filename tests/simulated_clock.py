@@ -1,0 +1,132 @@
+"""Draft length policies on a simulated clock: rounds take what a published cost curve says, not what this machine does.
+
+A helper for tests and scripts, which import it by path.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from mlx_mtp.decode.draft_length import MAX_AUTO_LENGTH
+
+Cost = Callable[[int], float]
+"""Seconds of a round by draft length, in plain steps."""
+
+Chance = Callable[[int, int], float]
+"""Chance that draft j is kept if those before it were, at a position of the text."""
+
+
+class Policy(Protocol):
+    """What chooses draft lengths, see `mlx_mtp.decode.draft_length.AutoLength`."""
+
+    def next(self) -> int:
+        """Tokens to draft in the next round."""
+
+    def observe(self, drafted: int, kept: Sequence[int], seconds: float | None) -> None:
+        """Learns of a finished round."""
+
+
+class FixedLength:
+    """Always the same length."""
+
+    def __init__(self, length: int):
+        self._length = length
+
+    def next(self) -> int:
+        """The length."""
+        return self._length
+
+    def observe(self, drafted: int, kept: Sequence[int], seconds: float | None) -> None:
+        """Doesn't matter."""
+
+
+def curve(verify: dict[int, float], draft: float) -> Cost:
+    """A cost from the seconds of verify passes at some block widths, the rest on lines between, and of a draft."""
+    widths = sorted(verify)
+
+    def cost(k: int) -> float:
+        width = k + 1
+        below = max((w for w in widths if w <= width), default=widths[0])
+        above = min((w for w in widths if w >= width), default=widths[-1])
+        if above == below:
+            # Past the last width, on with the last slope.
+            slope = (verify[widths[-1]] - verify[widths[-2]]) / (widths[-1] - widths[-2])
+            return verify[below] + max(0, width - below) * slope + k * draft
+        share = (width - below) / (above - below)
+        return verify[below] * (1 - share) + verify[above] * share + k * draft
+
+    return cost
+
+
+COSTS: dict[str, Cost] = {
+    "flat": curve({1: 1, 2: 1.15, 8: 1.2}, 0.08),
+    "linear": curve({1: 1, 8: 1 + 7 * 0.26}, 0.1),
+    # A 4-bit product on an M3 Ultra, mlx #4265.
+    "4-bit product": curve({1: 1, 2: 1.83, 4: 3.26, 8: 6.12}, 0.1),
+    # The same in 16 bits: flat at about 2 for more than one row.
+    "16-bit product": curve({1: 1, 2: 2, 8: 2}, 0.1),
+    # 26B-A4B on an M2 Pro, Rapid-MLX.
+    "Rapid-MLX 26B": curve({1: 1, 2: 1.74, 4: 3.12, 5: 3.82, 9: 6.13}, 0.1),
+    # Rounds of 31B at 4 bits on an M3 Ultra, mlxcel #1217; drafts included.
+    "mlxcel 31B": curve({1: 1, 2: 1.17, 4: 1.51, 8: 2.19}, 0.0),
+}
+"""Prices of a round; sources in the comments, the first two made up."""
+
+TEXTS: dict[str, Chance] = {
+    "wrong": lambda position, j: 0.0,
+    "right": lambda position, j: 1.0,
+    "0.31": lambda position, j: 0.31,
+    "0.66": lambda position, j: 0.66,
+    # Published for chat with thinking off; the last figure is repeated.
+    "published": lambda position, j: [0.92, 0.78, 0.67, 0.57][min(j, 3)],
+    "switching": lambda position, j: 0.97 if position // 200 % 2 == 0 else 0.05,
+}
+"""How predictable a text is."""
+
+
+def speed(make: Callable[[], Policy], cost: Cost, chances: Sequence[Chance], seed: int, tokens: int = 2000) -> float:
+    """Tokens per second of rows that decode together, with 5 % noise and a pause now and then.
+
+    Args:
+        make: Makes the policy.
+        cost: What a round takes.
+        chances: One for each row; rows keep what they earn, and the run ends when their mean has reached `tokens`.
+        seed: Of the noise and of the drafts' luck.
+        tokens: A row.
+    """
+    rng, policy = random.Random(seed), make()
+    seconds, positions, following = 0.0, [0] * len(chances), policy.next()
+    while sum(positions) < tokens * len(chances):
+        # As in the engine: the next length is chosen before this round's result is known.
+        length, following = following, policy.next()
+        kept = [
+            next((j for j in range(length) if rng.random() >= chance(position, j)), length)
+            for chance, position in zip(chances, positions, strict=True)
+        ]
+        taken = cost(length) * (1 + 0.05 * rng.gauss(0, 1)) * (5 if rng.random() < 0.01 else 1)
+        seconds += taken
+        positions = [position + count + 1 for position, count in zip(positions, kept, strict=True)]
+        # As in the engine as well: next to a round of another length the time isn't known.
+        policy.observe(length, kept, taken if length == following else None)
+    return sum(positions) / seconds
+
+
+def mean_speed(
+    make: Callable[[], Policy], cost: Cost, chances: Sequence[Chance], seeds: int = 8, tokens: int = 2000
+) -> float:
+    """The mean over some seeds."""
+    return sum(speed(make, cost, chances, seed, tokens) for seed in range(seeds)) / seeds
+
+
+def against_fixed(
+    make: Callable[[], Policy], cost: Cost, chances: Sequence[Chance], seeds: int = 8, tokens: int = 2000
+) -> tuple[float, float, int]:
+    """A policy's speed over plain decoding's and over the best fixed length's, and that length."""
+    fixed = [
+        mean_speed(lambda k=k: FixedLength(k), cost, chances, seeds, tokens)  # type: ignore[misc]
+        for k in range(MAX_AUTO_LENGTH + 1)
+    ]
+    own, best = mean_speed(make, cost, chances, seeds, tokens), max(fixed)
+    return own / fixed[0], own / best, fixed.index(best)
