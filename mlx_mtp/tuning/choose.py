@@ -70,17 +70,21 @@ def round_seconds(steps: Sequence[Step], rows: int) -> dict[int, float]:
 
 
 def options(measurement: Measurement) -> list[Option]:
-    """All batches and draft lengths that were measured, at every context at which anything was."""
-    contexts = {step.context for step in measurement.steps}
-    batches = [
-        rows
-        for rows in sorted({step.rows for step in measurement.steps})
-        if {step.context for step in measurement.steps if step.rows == rows} == contexts
-    ]
+    """All batches and draft lengths that were measured, at every context at which anything was.
+
+    Of a measurement that was interrupted, only contexts at which most batches were measured count.
+    """
+    measured: dict[int, set[int]] = {}
+    for step in measurement.steps:
+        measured.setdefault(step.context, set()).add(step.rows)
+    most = max(map(len, measured.values()), default=0)
+    contexts = {context for context, rows in measured.items() if measurement.complete or len(rows) == most}
+    steps = [step for step in measurement.steps if step.context in contexts]
+    batches = sorted(set.intersection(*(measured[context] for context in contexts))) if contexts else []
     return [
         Option(rows, drafts, rows * _tokens(measurement, drafts) / seconds)
         for rows in batches
-        for drafts, seconds in round_seconds(measurement.steps, rows).items()
+        for drafts, seconds in round_seconds(steps, rows).items()
     ]
 
 
