@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from mlx_mtp.errors import MemoryBudgetError, MTPError, ProfileError, PromptErro
 from mlx_mtp.models.moe import Router
 from mlx_mtp.tuning import choose, measure, profile
 from mlx_mtp.tuning.measure import Measurement, Seconds, Step
+from mlx_mtp.tuning.plot import check_plot, write_plot
 
 PROMPTS = {"words": [[5, 9, 200], [7, 7, 100, 3]], "more": [[4, 40, 44]]}
 
@@ -196,6 +200,9 @@ def test_a_batch_that_was_not_measured_everywhere_is_no_option():
     found = synthetic({1: [1.0, 1.1], 8: [2.0, 2.2]}, 0.1, [0.9])
     found.steps.append(replace(found.steps[0], context=9000))
     assert {option.rows for option in choose.options(found)} == {1}
+    # Here it is only that the second context had just been begun.
+    found.complete = False
+    assert choose.options(found) == choose.options(replace(found, steps=found.steps[:2]))
 
 
 @pytest.mark.parametrize("experts", [False, True])
@@ -267,6 +274,18 @@ def test_an_interruption_keeps_what_was_measured(tmp_path: Path):
         assert len(lm.generate([5, 6], max_tokens=4).tokens) <= 4, "the model is as good as before"
 
 
+def test_ctrl_c(profiles: Path):
+    command = [sys.executable, "-m", "mlx_mtp", "tune", "--contexts", "16,3000", "--json"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert running.stderr and "measuring" in running.stderr.readline()
+    time.sleep(0.5)
+    running.send_signal(signal.SIGINT)
+    out, errors = running.communicate(timeout=60)
+    assert running.returncode == 130 and len(errors.strip().splitlines()) == 1 and "stopped" in errors
+    facts = json.loads(out)
+    assert facts["profile"] is None and not profiles.exists() and not facts["measurement"]["complete"]
+
+
 def test_prompts_need_a_tokenizer(tmp_path: Path):
     target, drafter = make_pair("31b", tmp_path)
     with mlx_mtp.load(target, drafter=drafter) as lm, pytest.raises(PromptError, match="token ids"):
@@ -301,9 +320,63 @@ def test_simulation(tmp_path: Path):
     assert own.returncode == 0 and "experts" in own.stdout, own.stderr
 
 
-def test_a_plot(tmp_path: Path):
-    from mlx_mtp.cli.tune import _plot
+def test_simulation_as_json(tmp_path: Path):
+    done = tune("31B", "--simulate", "M3 Ultra", "--quantize", 8, "--batch-sizes", "2,3", "--contexts", 4000, "--json")
+    facts = json.loads(done.stdout)
+    assert facts["predicted"] and (facts["chip"], facts["bits"], facts["context"]) == ("M3 Ultra", 8, 4000)
+    assert [choice["batch"] for choice in facts["choices"]] == [2, 3]
+    assert facts["balanced"] in facts["choices"]
+    nothing = json.loads(tune("31B", "--simulate", "M1", "--json").stdout)
+    assert nothing["choices"] == [] and nothing["balanced"] is None
 
+
+def test_the_bits_of_a_quantised_folder_are_its_own(tmp_path: Path):
+    target, _ = make_pair("31b", tmp_path)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"quantization": {"bits": 4, "group_size": 64}}))
+    assert "4 bits" in tune(target, "--simulate", "M4 Max").stdout
+    again = tune(target, "--simulate", "M4 Max", "--quantize", 8)
+    assert again.returncode == 1 and "quantised already" in again.stderr
+    alone = tune(target.rename(tmp_path / "alone"), "--simulate", "M4 Max")
+    assert alone.returncode == 1 and "--drafter" in alone.stderr
+
+
+def test_a_plot(tmp_path: Path):
     found = choose.options(synthetic({1: [1.0, 1.1, 1.2], 4: [2.0, 2.7, 6.0]}, 0.1, [0.5, 0.4]))
-    _plot(found, tmp_path / "plot.png", "by hand")
+    check_plot(tmp_path / "plot.png")
+    write_plot(found, tmp_path / "plot.png", "by hand")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name, culprit", [
+    ("plot.xyz", "ends in"), ("plot", "ends in"), ("nowhere/plot.png", "can't be written"),
+    ("a.png", "can't be written"),
+])  # fmt: skip
+def test_a_plot_that_cannot_be_written_is_refused_at_once(name: str, culprit: str, tmp_path: Path, profiles: Path):
+    (tmp_path / "a.png").mkdir()
+    done = tune("--plot", tmp_path / name)
+    assert done.returncode == 1 and culprit in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not profiles.exists(), "nothing was measured"
+
+
+def test_a_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("mlx_mtp.tuning.plot.find_spec", lambda name: None)
+    with pytest.raises(MTPError, match="plot"):
+        check_plot(tmp_path / "plot.png")
+
+
+def test_the_batch_has_the_rows_of_the_profile(profiles: Path):
+    with mlx_mtp.load() as lm:
+        profile.save(a_profile(lm))
+    taken: list[int] = []
+
+    def prompts() -> Iterator[list[int]]:
+        for i in range(6):
+            taken.append(i)
+            yield [5, 6, 7 + i]
+
+    with mlx_mtp.load() as lm:
+        answers = lm.generate_each(prompts(), max_tokens=8, ignore_eos=True)
+        next(answers)
+        assert len(taken) == 3
+        answers.close()

@@ -18,7 +18,7 @@ from ..errors import MTPError, ProfileError, PromptError
 from . import options as o
 
 if TYPE_CHECKING:
-    from ..config import DrafterConfig, TargetConfig
+    from ..config import DrafterConfig, TargetConfig, TextConfig
     from ..tuning.choose import Choice, Option, Split
     from ..tuning.measure import Measurement
 
@@ -56,7 +56,7 @@ def tune(
         str | None,
         typer.Option(
             help="Predict for an Apple chip (such as 'M4 Max') instead of measuring; MODEL is then E2B, E4B, 12B, "
-            "26B-A4B, 31B, or a path with a slash or a repository, and --quantize its bits.",
+            "26B-A4B (the default) or 31B, a folder or a repository, and --quantize its bits.",
             metavar="CHIP",
         ),
     ] = None,
@@ -70,10 +70,12 @@ def tune(
     if show:
         _list(as_json)
     elif simulate is not None:
-        print(_simulation(simulate, model, quantize, tokens[0]))
+        print(_simulation(simulate, model, drafter, quantize, tokens[0], rows, as_json))
     else:
         if plot:
-            _need_matplotlib()
+            from ..tuning.plot import check_plot
+
+            check_plot(plot)
         given = {"yours": _read_prompts(prompts)} if prompts else None
         _tune(model, drafter, no_draft, quantize, objective, rows, tokens, given, plot, as_json)
 
@@ -92,6 +94,7 @@ def _tune(
 ) -> None:
     with o.load(model, drafter, no_draft, quantize, profile=None) as lm:
         from ..tuning import choose, measure, profile
+        from ..tuning.plot import write_plot
 
         found = measure.Measurement()
         total = measure.points(batches, contexts)
@@ -121,14 +124,14 @@ def _tune(
                     measured=datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 )
             )
-        if plot and options:
-            _plot(options, plot, f"{lm.folder.name} on {profile.device()}")
         if as_json:
-            print(json.dumps(_facts(found, options, choices, saved, choose.split(found.steps))))
+            print(json.dumps(_facts(found, options, choices, saved, choose.split(found.steps), lm.config.text)))
         else:
             print(_report(found, options, choices, choose.split(found.steps), lm.config.text))
-    if saved and not as_json:
-        print(f"\nsaved for {objective} in {saved}")
+        if saved and not as_json:
+            print(f"\nsaved for {objective} in {saved}")
+        if plot and options:
+            write_plot(options, plot, f"{lm.folder.name} on {profile.device()}")
     if not found.complete:
         raise typer.Exit(o.INTERRUPTED)
 
@@ -163,7 +166,9 @@ def _read_prompts(path: Path) -> list[Any]:
     return found
 
 
-def _report(found: Measurement, options: list[Option], choices: list[Choice], parts: Split | None, config: Any) -> str:
+def _report(
+    found: Measurement, options: list[Option], choices: list[Choice], parts: Split | None, config: TextConfig
+) -> str:
     """All that was measured, as tables."""
     from ..tuning.cost_model import distinct_experts
 
@@ -228,10 +233,23 @@ def _report(found: Measurement, options: list[Option], choices: list[Choice], pa
 
 
 def _facts(
-    found: Measurement, options: list[Option], choices: list[Choice], saved: Path | None, parts: Split | None
+    found: Measurement,
+    options: list[Option],
+    choices: list[Choice],
+    saved: Path | None,
+    parts: Split | None,
+    config: TextConfig,
 ) -> dict[str, Any]:
+    from ..tuning.cost_model import distinct_experts
+
+    measured = asdict(found)
+    for step in measured["steps"]:
+        step["uniform_experts"] = {
+            width: distinct_experts(config.num_experts, config.experts_per_token, step["rows"] * width)
+            for width in step["experts"]
+        }
     return {
-        "measurement": asdict(found),
+        "measurement": measured,
         "options": [asdict(option) | {"row_tps": option.row_tps} for option in options],
         "choices": {c.objective: asdict(c.option) | {"row_tps": c.option.row_tps, "why": c.why} for c in choices},
         "verify_split": asdict(parts) if parts else None,
@@ -273,8 +291,16 @@ def _list(as_json: bool) -> None:
         print(f"no profiles in {profile.folder()}: mlx-mtp tune makes one", file=sys.stderr)
 
 
-def _simulation(chip: str, model: str | None, quantize: int | None, context: int) -> str:
-    """The prediction's table.
+def _simulation(
+    chip: str,
+    model: str | None,
+    drafter: str | None,
+    quantize: int | None,
+    context: int,
+    batches: list[int],
+    as_json: bool,
+) -> str:
+    """The prediction's table, or its JSON.
 
     Raises:
         typer.BadParameter: Unknown chip; the message lists those there are.
@@ -287,49 +313,31 @@ def _simulation(chip: str, model: str | None, quantize: int | None, context: int
     except MTPError as error:
         raise typer.BadParameter(str(error), param_hint="--simulate") from None
     name = model or "26B-A4B"
-    configs = known_models.known_pair(name) if "/" not in name else _configs(name)
-    return report.simulation(machine, name, cost_model.pair(*configs, bits=quantize), context)
+    if "/" in name or Path(name).is_dir():
+        target, own_drafter, bits = _configs(name, drafter, quantize)
+    else:
+        target, own_drafter, bits = *known_models.known_pair(name), quantize
+    pair = cost_model.pair(target, own_drafter, bits)
+    if as_json:
+        return json.dumps(report.simulation_facts(machine, name, pair, context, batches))
+    return report.simulation(machine, name, pair, context, batches=batches)
 
 
-def _configs(model: str) -> tuple[TargetConfig, DrafterConfig]:
-    """The configurations of a folder or repository and of its drafter."""
+def _configs(model: str, drafter: str | None, quantize: int | None) -> tuple[TargetConfig, DrafterConfig, int | None]:
+    """The configurations of a folder or repository and of its drafter, and the target's bits."""
     from ..api import find_pair
     from ..checkpoint import read_json
     from ..config import drafter_config, target_config
+    from ..names import target_table
+    from ..quantization import stored
 
-    folder, drafter_folder = find_pair(model, None, weights=False)
+    folder, drafter_folder = find_pair(model, drafter, weights=False)
     if drafter_folder is None:
-        raise MTPError(f"{model} has no drafter beside it: give one of the sizes")
-    return target_config(read_json(folder / "config.json")), drafter_config(read_json(drafter_folder / "config.json"))
-
-
-def _need_matplotlib() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise typer.BadParameter("needs matplotlib: pip install matplotlib", param_hint="--plot")
-
-
-def _plot(options: list[Option], path: Path, title: str) -> None:
-    """Total and per-row speed against the batch, for plain decoding and the best draft lengths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    batches = sorted({option.rows for option in options})
-    best = {max((x for x in options if x.rows == rows), key=lambda x: x.total_tps).drafts for rows in batches}
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for drafts in sorted({0, *best}):
-        own = sorted((x for x in options if x.drafts == drafts), key=lambda x: x.rows)
-        label = f"{drafts} drafts" if drafts else "plain"
-        axes[0].plot([x.rows for x in own], [x.total_tps for x in own], "o-", label=label)
-        axes[1].plot([x.rows for x in own], [x.row_tps for x in own], "o-", label=label)
-    for axis, name in zip(axes, ("all rows", "each row"), strict=True):
-        axis.set(xlabel="batch", ylabel="tokens per second", title=name, xticks=batches)
-        axis.set_ylim(bottom=0)
-        axis.legend()
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        raise MTPError(f"{model} has no drafter beside it: name one with --drafter, or give one of the sizes")
+    raw = read_json(folder / "config.json")
+    target = target_config(raw)
+    found = stored(raw, target_table(target.text))
+    if found and quantize:
+        raise MTPError(f"{folder} is quantised already: leave --quantize out")
+    bits = found.common.bits if found else quantize
+    return target, drafter_config(read_json(drafter_folder / "config.json")), bits

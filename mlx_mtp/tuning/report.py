@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from . import cost_model as model
 from .chips import Chip
@@ -88,6 +89,7 @@ def simulation(
     context: int,
     acceptance: Sequence[float] = model.PUBLISHED_ACCEPTANCE,
     overlap: float = 0.0,
+    batches: Sequence[int] = BATCHES,
 ) -> str:
     """The table as text, for people.
 
@@ -98,6 +100,7 @@ def simulation(
         context: Committed tokens of each row.
         acceptance: By position, see `model.acceptance_for`.
         overlap: See `model.distinct_experts`.
+        batches: Which batches.
     """
     stored = f"{pair.bits} bits" if pair.bits else "16-bit"
     accepted = " ".join(f"{chance:.2f}" for chance in acceptance)
@@ -106,7 +109,7 @@ def simulation(
         f"{chip.gpu_cores} GPU cores), {context:,} tokens of context",
         f"Assumed: drafts are accepted with {accepted} by position; the largest configuration of the chip.",
     ]
-    found = choices(chip, pair, context, acceptance, overlap=overlap)
+    found = choices(chip, pair, context, acceptance, batches, overlap)
     if not found:
         return "\n".join([*lines, f"It doesn't fit: the chip has at most {chip.memory} GB. Use fewer bits."])
     lines.append("batch  drafts  plain tok/s  best tok/s  gain  per row" + ("  experts" if found[0].experts else ""))
@@ -121,3 +124,21 @@ def simulation(
         f"Balanced: batch {best.batch}, draft length {best.drafts}; each row has {share:.0%} of plain batch 1."
     )
     return "\n".join(lines)
+
+
+def simulation_facts(
+    chip: Chip, name: str, pair: model.Pair, context: int, batches: Sequence[int] = BATCHES
+) -> dict[str, Any]:
+    """The same for programs. Arguments as for `simulation`."""
+    found = choices(chip, pair, context, batches=batches)
+    alone = model.tokens_per_second(chip, pair, 1, (), context)
+    return {
+        "predicted": True,
+        "chip": chip.name,
+        "model": name,
+        "bits": pair.bits,
+        "context": context,
+        "acceptance": list(model.PUBLISHED_ACCEPTANCE),
+        "choices": [asdict(choice) for choice in found],
+        "balanced": asdict(balanced(found, alone)) if found else None,
+    }

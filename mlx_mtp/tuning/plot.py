@@ -1,0 +1,57 @@
+"""The plot of `mlx-mtp tune`: speed of all rows and of each row by batch. Needs matplotlib, the extra `plot`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..errors import MTPError
+from .choose import Option
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def check_plot(path: Path) -> None:
+    """Checks that a plot can be written, before anything is measured for it.
+
+    Raises:
+        MTPError: matplotlib is missing, the file's ending is unknown, or its folder doesn't exist.
+    """
+    if find_spec("matplotlib") is None:
+        raise MTPError("a plot needs matplotlib: pip install 'mlx-mtp[plot]'")
+    if path.suffix.lower() not in SUFFIXES:
+        raise MTPError(f"a plot's file ends in {', '.join(SUFFIXES)}, and {path} doesn't")
+    if not path.parent.is_dir() or path.is_dir():
+        raise MTPError(f"{path} can't be written: give a file in a folder that exists")
+
+
+def write_plot(options: Sequence[Option], path: Path, title: str) -> None:
+    """Draws plain decoding and every draft length that is the best of some batch.
+
+    Args:
+        options: At least one.
+        path: As for `check_plot`.
+        title: Above the plot.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    batches = sorted({option.rows for option in options})
+    best = {max((x for x in options if x.rows == rows), key=lambda x: x.total_tps).drafts for rows in batches}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for drafts in sorted({0, *best}):
+        own = sorted((x for x in options if x.drafts == drafts), key=lambda x: x.rows)
+        label = f"{drafts} drafts" if drafts else "plain"
+        axes[0].plot([x.rows for x in own], [x.total_tps for x in own], "o-", label=label)
+        axes[1].plot([x.rows for x in own], [x.row_tps for x in own], "o-", label=label)
+    for axis, name in zip(axes, ("all rows", "each row"), strict=True):
+        axis.set(xlabel="batch", ylabel="tokens per second", title=name, xticks=batches)
+        axis.set_ylim(bottom=0)
+        axis.legend()
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
