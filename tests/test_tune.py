@@ -64,9 +64,10 @@ def synthetic(
     return Measurement(steps, {"all": acceptance} if acceptance else {}, complete=True)
 
 
-def test_the_command_measures_saves_and_lists(profiles: Path):
-    done = tune("--batch-sizes", "1,2", "--contexts", 32, "--json", "--objective", "throughput")
-    assert done.returncode == 0, done.stderr
+def test_the_command_measures_saves_and_lists(profiles: Path, tmp_path: Path):
+    plot = tmp_path / "plot.png"
+    done = tune("--batch-sizes", "1,2", "--contexts", 32, "--json", "--objective", "throughput", "--plot", plot)
+    assert done.returncode == 0 and plot.read_bytes().startswith(b"\x89PNG"), done.stderr
     facts = json.loads(done.stdout)
     steps = facts["measurement"]["steps"]
     assert [(step["context"], step["rows"]) for step in steps] == [(32, 1), (32, 2)]
@@ -241,6 +242,9 @@ def test_what_is_measured(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
             layers = len(lm.config.text.layers)
             assert again.steps[0].experts[3] == np.mean(asked[-layers:]) > lm.config.text.experts_per_token
             assert found.steps[0].experts[1] == lm.config.text.experts_per_token
+            # One text is enough for rows that differ, which ask for further experts.
+            alone = measured(lm, batches=(1, 6), lengths=(2,), prompts={"one": [list(range(3, 60))]})
+            assert alone.steps[1].experts[2] > alone.steps[0].experts[2]
 
 
 def test_what_does_not_fit_is_left_out(tmp_path: Path):

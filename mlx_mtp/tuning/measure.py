@@ -69,6 +69,9 @@ ANSWER_TOKENS = 96
 _SWEEPS, _SECONDS = 3, 0.12
 """How often all points of a batch are gone through, and the time spent on each then, unless two laps take longer."""
 
+_APART = 13
+"""Tokens between rows of one text, where there are more rows than texts: no block reads what another one reads."""
+
 _DRAFTS = 4
 """Drafts of which the time of one is taken."""
 
@@ -238,9 +241,11 @@ def _acceptance(stats: Sequence[Any]) -> list[float]:
 
 
 def _row_of_text(texts: Sequence[Sequence[int]], row: int, count: int) -> list[int]:
-    """Tokens for a row: all texts over and over, each row beginning with another one."""
-    first = row % len(texts)
-    return list(islice(cycle(token for text in (*texts[first:], *texts[:first]) for token in text), count))
+    """Tokens for a row: all texts over and over, each row beginning with another one, or at another place."""
+    again, first = divmod(row, len(texts))
+    tokens = [token for text in (*texts[first:], *texts[:first]) for token in text]
+    begin = again * _APART
+    return list(islice(cycle(tokens), begin, begin + count))
 
 
 def _needed(target: Target, rows: int, positions: int) -> int:

@@ -1,13 +1,19 @@
-"""The plot of `mlx-mtp tune`: speed of all rows and of each row by batch. Needs matplotlib, the extra `plot`."""
+"""The plot of `mlx-mtp tune`: speed of all rows and of each row by batch. Needs matplotlib, the extra `plot`.
+
+Imports no MLX: the command line asks for a faster BLAS only after it has checked the plot's file.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import MTPError
-from .choose import Option
+
+if TYPE_CHECKING:
+    from .choose import Option
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
