@@ -26,7 +26,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_mtp.checkpoint import activation_dtype, quantization
+from mlx_mtp.checkpoint import activation_dtype
 from mlx_mtp.config import DrafterConfig, TextConfig, drafter_config, target_config
 from mlx_mtp.decode.prefill import prefill_block
 from mlx_mtp.decode.request import Request, Row
@@ -34,6 +34,7 @@ from mlx_mtp.decode.scheduler import Scheduler
 from mlx_mtp.kv import KVBuffers, longest_block
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
+from mlx_mtp.quantization import Format, Scheme
 
 BITS, VOCAB = 4, 262_144
 PREFILL, VERIFY = 128, 5
@@ -105,7 +106,8 @@ def _kinds(layers: str, shared: int) -> dict[str, Any]:
 
 def with_random_weights(model: nn.Module) -> None:
     """Gives a model that holds nothing yet quantised weights that keep activations at their size."""
-    nn.quantize(model, class_predicate=quantization(BITS))  # lazily: what it makes of nothing is never computed
+    # Lazily: what it makes of nothing is never computed.
+    nn.quantize(model, class_predicate=Scheme(Format(BITS)).rule())
     dtype, random = activation_dtype(mx.bfloat16), np.random.default_rng(0)
     for module in model.modules():
         bits = getattr(module, "bits", None)
