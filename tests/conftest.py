@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 
 def pytest_configure() -> None:
-    """Makes Ctrl-C work in the commands that tests start: a shell's background jobs, and their children, ignore it."""
+    """Makes tests the same everywhere.
+
+    Ctrl-C works in the commands that they start: a shell's background jobs, and their children, ignore it. Profiles
+    that the user has made of this machine aren't used.
+    """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["MLX_MTP_PROFILES"] = os.path.join(os.devnull, "profiles")

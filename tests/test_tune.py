@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -245,6 +246,24 @@ def test_what_is_measured(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
             # One text is enough for rows that differ, which ask for further experts.
             alone = measured(lm, batches=(1, 6), lengths=(2,), prompts={"one": [list(range(3, 60))]})
             assert alone.steps[1].experts[2] > alone.steps[0].experts[2]
+
+
+def test_tokens_are_chosen_as_the_model_chooses_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A sampled token takes longer than the best one, so greedy passes would be too cheap."""
+    target, drafter = make_pair("12b", tmp_path)
+    made: list[tuple[Any, ...]] = []
+
+    class Spy(measure.Sampler):
+        def __init__(self, *arguments: Any):
+            made.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(measure, "Sampler", Spy)
+    with mlx_mtp.load(target, drafter=drafter) as lm:
+        measured(lm, batches=(2,))
+        ((rows, _, suppressed, _),) = made
+        assert [(row.temperature, row.top_k, row.top_p) for row in rows] == [(1.0, 64, 0.95)] * 2
+        assert suppressed == lm.defaults.suppress_tokens != ()
 
 
 def test_what_does_not_fit_is_left_out(tmp_path: Path):

@@ -171,6 +171,9 @@ def measure(
     """
     texts = _answers(lm, result, prompts)
     progress("acceptance")
+    # Sampling from a large vocabulary takes its time too, and what most requests do is what the model says.
+    defaults, config = lm.defaults, lm.config.text
+    sampling = SamplingOptions(defaults.temperature, defaults.top_k, defaults.top_p, defaults.min_p)
     with lm.models() as (target, drafter):
         for context in contexts:
             room = context + max(lengths)
@@ -191,7 +194,8 @@ def measure(
                 prefilled.append(prefill(target, tokens[:context]))
                 result.prefill_tps[context] = context / (time.perf_counter() - started)  # the last one is warm
             for rows in fitting:
-                result.steps.append(_step(target, drafter, prefilled[:rows], rows_of_text, context, lengths))
+                sampler = Sampler([sampling] * rows, config.logit_softcap, defaults.suppress_tokens, config.vocab_size)
+                result.steps.append(_step(target, drafter, sampler, prefilled[:rows], rows_of_text, context, lengths))
                 progress(f"batch {rows}, context {context}")
     if not result.steps:
         raise MemoryBudgetError("nothing could be measured: " + "; ".join(result.skipped))
@@ -256,6 +260,7 @@ def _needed(target: Target, rows: int, positions: int) -> int:
 def _step(
     target: Target,
     drafter: Drafter | None,
+    sampler: Sampler,
     prefilled: Sequence[tuple[KVBuffers, mx.array]],
     texts: Sequence[Sequence[int]],
     context: int,
@@ -267,7 +272,6 @@ def _step(
     kv.reserve(context + widest)
     committed = mx.full((rows,), context, dtype=mx.int32)
     block = mx.array([text[context : context + widest] for text in texts[:rows]], dtype=mx.int32)
-    sampler = Sampler([SamplingOptions()] * rows, None, (), target.config.vocab_size)
     state = RoundState(committed, block[:, 0], mx.concatenate([hidden for _, hidden in prefilled]))
 
     def verifying(width: int) -> Callable[[], mx.array]:
