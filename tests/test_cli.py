@@ -218,6 +218,17 @@ def test_control_c_stops_the_answer_and_not_the_chat():
         os.close(main)
 
 
+def test_info_predicts_for_a_chip():
+    facts = json.loads(mlx_mtp("info", "--json", "--chip", "m4 max", "--quantize", 4).stdout)
+    low, high = facts["expected"]["plain_tps"]
+    assert facts["expected"]["chip"] == "M4 Max" and 0 < low < high
+    assert facts["expected"]["drafting_tps"][0] >= low
+    assert "PREDICTED, not measured" in mlx_mtp("info", "--chip", "M1").stdout
+    assert json.loads(mlx_mtp("info", "--json", "--chip", "M1", "--no-draft").stdout)["expected"] is None
+    wrong = mlx_mtp("info", "--chip", "Z80")
+    assert wrong.returncode == 2 and "M4 Max" in wrong.stderr
+
+
 def test_info():
     facts = json.loads(mlx_mtp("info", "--json").stdout)
     assert facts["target"]["layers"] == 12 and facts["drafter"]["pairing"] == "fits the target"

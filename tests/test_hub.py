@@ -135,7 +135,7 @@ def test_a_drafter_in_another_format_is_found(hub: Hub, run: Run):
 
 def test_no_drafter_is_one_line(hub: Hub, run: Run):
     done = run("-m", "mlx_mtp", "info", "org/copies-4bit")
-    assert done.returncode == 0 and "drafter      none" in done.stdout, done.stderr
+    assert done.returncode == 0 and "drafter       none" in done.stdout, done.stderr
     warnings = [line for line in done.stderr.splitlines() if "no drafter" in line]
     assert len(warnings) == 1 and "org/copies-assistant-4bit" in warnings[0]
 

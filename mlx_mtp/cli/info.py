@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import typer
+
+from ..errors import MTPError
 from . import options as o
 
 if TYPE_CHECKING:
+    from ..config import DrafterConfig, TargetConfig
     from ..names import Table
     from ..quantization import Rule
+    from ..tuning.chips import Chip
+
+_PREDICTED_AT = 1024
+"""Tokens of context that speeds are predicted for."""
+
+_TYPICAL_ERROR = 0.21
+"""Median error of the cost model against published figures, see docs/cost_model.md."""
 
 
 def info(
@@ -18,17 +29,28 @@ def info(
     drafter: o.Drafter = None,
     no_draft: o.NoDraft = False,
     quantize: o.Quantize = None,
+    chip: Annotated[
+        str | None,
+        typer.Option(help="Predict the speed for this Apple chip instead of this machine's.", metavar="CHIP"),
+    ] = None,
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Shows sizes, memory, pairing, and whether it fits; downloads no weights."""
+    """Shows sizes, memory, pairing, whether it fits, and what speed to expect; downloads no weights."""
     o.check_loading(drafter, no_draft, quantize)
-    facts = describe(model, False if no_draft else drafter, quantize)
+    machine = _chip(chip)
+    facts = describe(model, False if no_draft else drafter, quantize, machine)
     print(json.dumps(facts) if as_json else _table(facts))
 
 
-def describe(model: str | None, drafter: str | Literal[False] | None, quantize: int | None) -> dict[str, Any]:
+def describe(
+    model: str | None, drafter: str | Literal[False] | None, quantize: int | None, chip: Chip | None
+) -> dict[str, Any]:
     """Facts about a pair, as `mlx-mtp info --json` prints them.
+
+    Args:
+        model, drafter, quantize: As for `api.load`.
+        chip: What to predict the speed for; None for no prediction.
 
     Raises:
         CheckpointError: A config.json is missing or isn't Gemma 4's, or a weight file is damaged.
@@ -114,7 +136,41 @@ def describe(model: str | None, drafter: str | Literal[False] | None, quantize: 
     facts["machine"] = {"memory": have, **asked, "fits": asked["longest_context"] > 0, "choices": []}
     if not any(quantization.stored(*it) for it in pair):
         facts["machine"]["choices"] = [fit(bits) for bits in (None, 8, 6, 4)]
+    facts["expected"] = None
+    if chip and config_d is not None and facts["drafter"]["pairing"] == "fits the target":
+        bits = stored.common.bits if (stored := quantization.stored(raw, table)) else quantize
+        facts["expected"] = _expected(config, config_d, bits, chip)
     return facts
+
+
+def _chip(name: str | None) -> Chip | None:
+    """A chip by its name, or this machine's; None if there are no figures for this one."""
+    from ..tuning.chips import chip, this_chip
+
+    try:
+        return chip(name) if name else this_chip()
+    except MTPError as error:
+        raise typer.BadParameter(str(error), param_hint="--chip") from None
+
+
+def _expected(config: TargetConfig, drafter: DrafterConfig, bits: int | None, chip: Chip) -> dict[str, Any]:
+    """What the cost model predicts for one row; half of the published figures lie in ranges as wide as these."""
+    from ..tuning import cost_model, report
+
+    pair = cost_model.pair(config, drafter, bits)
+    (alone, *_) = report.choices(chip, pair, _PREDICTED_AT, batches=(1,)) or (None,)
+
+    def around(speed: float) -> list[float]:
+        return [speed / (1 + _TYPICAL_ERROR), speed * (1 + _TYPICAL_ERROR)]
+
+    return {
+        "chip": chip.name,
+        "context": _PREDICTED_AT,
+        "typical_error": _TYPICAL_ERROR,
+        "plain_tps": around(alone.plain) if alone else None,
+        "drafting_tps": around(alone.best) if alone else None,
+        "draft_length": alone.drafts if alone else None,
+    }
 
 
 def _lengths(longest: int) -> list[int]:
@@ -187,11 +243,23 @@ def _table(facts: dict[str, Any]) -> str:
     else:
         lines.append(("drafter", "none"))
     lines.append(("machine", f"{_size(m['memory'])} for models; {_fits(m, t['context'])}"))
+    if e := facts["expected"]:
+        lines.append((f"  on {e['chip']}", _speed(e)))
     for choice in m["choices"]:
         label = f"  {choice['quantize']} bits" if choice["quantize"] else "  unquantised"
         reads = f"one token reads {_size(choice['bytes_read_per_token'])}"
         lines.append((label, f"{_fits(choice, t['context'])}; {reads}"))
-    return "\n".join(f"{name:13}{value}" for name, value in lines)
+    return "\n".join(f"{name:14}{value}" for name, value in lines)
+
+
+def _speed(expected: dict[str, Any]) -> str:
+    if expected["plain_tps"] is None:
+        return "does NOT fit, in its largest configuration"
+    plain, drafting = ("{:.0f} to {:.0f}".format(*expected[key]) for key in ("plain_tps", "drafting_tps"))
+    return (
+        f"PREDICTED, not measured: {plain} tok/s plain, {drafting} with {expected['draft_length']} drafts a round, one "
+        f"row at {expected['context']:,} tokens (half of published figures are further off, see docs/cost_model.md)"
+    )
 
 
 def _fits(fit: dict[str, Any], context: int) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import mlx.core as mx
+
 from ..errors import MTPError
 
 _OPERATIONS = 256
@@ -82,6 +84,12 @@ CHIPS = {
         Chip("M5 Max", 5, 614, 40, 128, "3 March 2026"),
     )
 }
+
+
+def this_chip() -> Chip | None:
+    """This machine's chip; None if it isn't one of these."""
+    name = str(mx.device_info().get("device_name", "")) if mx.metal.is_available() else ""
+    return next((known for known in CHIPS.values() if f"Apple {known.name}" == name), None)
 
 
 def chip(name: str) -> Chip:
