@@ -109,7 +109,11 @@ class Chat:
             chunks.close()
             if generated:
                 self.messages += [question, {"role": "assistant", "content": answer}]
-                while generated and generated[-1] in self._tokenizer.special:
+                # What ends an answer, and white space, the chat format strips again.
+                while generated and (
+                    generated[-1] in self._tokenizer.special or not self._tokenizer.decode(generated[-1:]).strip()
+                ):
                     generated.pop()
-                exact = not thought and self._tokenizer.decode(generated) == answer
-                self._past = (rendered + answer, tokens + generated) if exact else ("", [])
+                kept = answer.rstrip()
+                exact = not thought and self._tokenizer.decode(generated) == kept
+                self._past = (rendered + kept, tokens + generated) if exact else ("", [])

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle, islice
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -210,7 +210,7 @@ def _answers(lm: MTPModel, result: Measurement, prompts: Mapping[str, Sequence[A
     encoded = [lm.encode(prompt) for group in prompts.values() for prompt in group]
     if not encoded:
         raise PromptError("there are no prompts to measure acceptance on")
-    best = -1.0
+    best: list[float] | None = None
     answers: list[list[int]] = []
     with lm.models() as (_, drafter):
         before = drafter.position if drafter else None
@@ -222,9 +222,8 @@ def _answers(lm: MTPModel, result: Measurement, prompts: Mapping[str, Sequence[A
                 encoded, max_tokens=ANSWER_TOKENS, draft_length=MAX_AUTO_LENGTH if drafter else 0, seed=0
             )
             answers = [[*prompt, *answer.tokens] for prompt, answer in zip(encoded, found, strict=True)]
-            kept = sum(answer.stats.accepted for answer in found) / max(1, sum(a.stats.rounds for a in found))
-            # The first of equals: it is what load takes without a profile.
-            if drafter and kept > best:
+            kept = [answer.stats.accepted / max(1, answer.stats.rounds) for answer in found]
+            if drafter and (best is None or _clearly_more(kept, best)):
                 best, result.drafter_position = kept, position
                 result.acceptance = {
                     kind: _acceptance([answer.stats for answer, of in zip(found, kinds, strict=True) if of == kind])
@@ -234,6 +233,16 @@ def _answers(lm: MTPModel, result: Measurement, prompts: Mapping[str, Sequence[A
         if drafter and before:
             drafter.position = before
     return answers
+
+
+def _clearly_more(kept: Sequence[float], before: Sequence[float]) -> bool:
+    """Whether drafts kept per round, answer by answer, rose by more than two standard errors.
+
+    The first position is what load takes without a profile, and a few short answers scatter: so it stays otherwise.
+    """
+    rise = [new - old for new, old in zip(kept, before, strict=True)]
+    error = stdev(rise) / len(rise) ** 0.5 if len(rise) > 1 else 0.0
+    return fmean(rise) > 2 * error
 
 
 def _acceptance(stats: Sequence[Any]) -> list[float]:
