@@ -3,7 +3,7 @@
     wrong      a drafter that is always wrong
     right      one that is always right
     switching  right for 200 tokens, wrong for the next 200
-    mixed      right for 7 tokens of 10, at random, in batches whose rows go on at their own pace
+    mixed      right for 7 tokens of 10, at random and for each row at other ones, so that rows go on at their own pace
 
 First on this machine, with the embedded pair. The drafter does all its work, but what it proposes is replaced by the
 right or a wrong token, so that its price is real and its luck isn't. Every variant has a scheduler of its own, which
@@ -55,10 +55,10 @@ BATCHES = (2, 4, 8)
 class Oracle:
     """A drafter that works as the one it has, and then proposes what a script says."""
 
-    def __init__(self, drafter: Drafter, script: Sequence[int]):
-        """Takes the script: token ids by absolute position, the prompt's included."""
-        self._drafter, self._script = drafter, mx.array(list(script), dtype=mx.int32)
-        self._step, self._lengths = 0, self._script
+    def __init__(self, drafter: Drafter, scripts: Sequence[Sequence[int]]):
+        """Takes a script for each row: token ids by absolute position, the prompt's included."""
+        self._drafter, self._scripts = drafter, mx.array([list(script) for script in scripts], dtype=mx.int32)
+        self._step, self._lengths = 0, self._scripts
 
     def borrow(self, kv: KVBuffers, lengths: mx.array) -> Lent:
         """Starts a round."""
@@ -69,21 +69,22 @@ class Oracle:
         """Proposes one token, as the only candidate, once the drafter's own scores are there."""
         self._step += 1
         logits, _, hidden = self._drafter(embedded, hidden, lent)
-        token = self._script[(self._lengths + self._step) % self._script.size][:, None]
+        at = (self._lengths + self._step)[:, None] % self._scripts.shape[1]
+        token = mx.take_along_axis(self._scripts[: at.shape[0]], at, axis=1)
         (token,) = mx.depends([token], [logits.max()])
         return mx.zeros(token.shape), token, hidden
 
 
-def scripts(text: Sequence[int], start: int, vocab: int) -> dict[str, list[int]]:
-    """What the drafter proposes, from the text that the target writes; positions before `start` are the prompt's."""
+def scripts(kind: str, text: Sequence[int], start: int, vocab: int, rows: int) -> list[list[int]]:
+    """What the drafter proposes, by row, from the text that the target writes; before `start` it is the prompt."""
     rng = Random(0)
     good = {
         "wrong": lambda i: False,
         "right": lambda i: True,
         "switching": lambda i: (i - start) // 200 % 2 == 0,
         "mixed": lambda i: rng.random() < 0.7,
-    }
-    return {name: [t if right(i) else (t + 1) % vocab for i, t in enumerate(text)] for name, right in good.items()}
+    }[kind]
+    return [[token if good(i) else (token + 1) % vocab for i, token in enumerate(text)] for _ in range(rows)]
 
 
 def decode(target: Target, drafter: Any, prompt: list[int], tokens: int, rows: int, length: int | str) -> float:
@@ -106,17 +107,15 @@ def measured(tokens: int, repeats: int) -> dict[str, dict[str, list[float]]]:
         prompt = lm.encode("Tell me a short story about a fox.")
         plain = Scheduler(target, None).stream(Request(prompt, tokens, draft_length=0))
         text = prompt + [token for new in plain for token in new]
-        oracles = {
-            name: Oracle(own, script) for name, script in scripts(text, len(prompt), target.config.vocab_size).items()
-        }
-        cases = [(name, 1, tokens) for name in ("wrong", "right", "switching")]
-        cases += [(name, rows, max(200, tokens // rows)) for name in ("wrong", "mixed") for rows in BATCHES]
-        for name, rows, count in cases:
+        cases = [(name, 1) for name in ("wrong", "right", "switching")]
+        cases += [(name, rows) for name in ("wrong", "mixed") for rows in BATCHES]
+        for name, rows in cases:
+            oracle = Oracle(own, scripts(name, text, len(prompt), target.config.vocab_size, rows))
             label = f"{name}, {rows} rows" if rows > 1 else name
             found = results.setdefault(label, {"auto / plain": [], "auto / best fixed": []})
             for _ in range(repeats):
                 speeds = {
-                    length: decode(target, oracles[name], prompt, count, rows, length) for length in (0, *FIXED, "auto")
+                    length: decode(target, oracle, prompt, tokens, rows, length) for length in (0, *FIXED, "auto")
                 }
                 found["auto / plain"].append(speeds["auto"] / speeds[0])
                 found["auto / best fixed"].append(speeds["auto"] / max(speeds[k] for k in (0, *FIXED)))
@@ -139,7 +138,7 @@ def simulated() -> dict[str, dict[str, Any]]:
 
 
 def main(
-    tokens: Annotated[int, typer.Option(help="Tokens of a text; of all rows together in a batch.", min=400)] = 2000,
+    tokens: Annotated[int, typer.Option(help="Tokens of a text.", min=400)] = 2000,
     repeats: Annotated[int, typer.Option(help="Repetitions of every variant.", min=1)] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -86,7 +86,14 @@ TEXTS: dict[str, Chance] = {
 """How predictable a text is."""
 
 
-def speed(make: Callable[[], Policy], cost: Cost, chances: Sequence[Chance], seed: int, tokens: int = 2000) -> float:
+def speed(
+    make: Callable[[], Policy],
+    cost: Cost,
+    chances: Sequence[Chance],
+    seed: int,
+    tokens: int = 2000,
+    growth: float = 0.0,
+) -> float:
     """Tokens per second of rows that decode together, with 5 % noise and a pause now and then.
 
     Args:
@@ -95,6 +102,7 @@ def speed(make: Callable[[], Policy], cost: Cost, chances: Sequence[Chance], see
         chances: One for each row; rows keep what they earn, and the run ends when their mean has reached `tokens`.
         seed: Of the noise and of the drafts' luck.
         tokens: A row.
+        growth: What all rounds gain in price over 1,000 tokens of context, as a share of it.
     """
     rng, policy = random.Random(seed), make()
     seconds, positions, following = 0.0, [0] * len(chances), policy.next()
@@ -105,7 +113,8 @@ def speed(make: Callable[[], Policy], cost: Cost, chances: Sequence[Chance], see
             next((j for j in range(length) if rng.random() >= chance(position, j)), length)
             for chance, position in zip(chances, positions, strict=True)
         ]
-        taken = cost(length) * (1 + 0.05 * rng.gauss(0, 1)) * (5 if rng.random() < 0.01 else 1)
+        dearer = 1 + growth * sum(positions) / len(positions) / 1000
+        taken = cost(length) * dearer * (1 + 0.05 * rng.gauss(0, 1)) * (5 if rng.random() < 0.01 else 1)
         seconds += taken
         positions = [position + count + 1 for position, count in zip(positions, kept, strict=True)]
         # As in the engine as well: next to a round of another length the time isn't known.
@@ -114,19 +123,29 @@ def speed(make: Callable[[], Policy], cost: Cost, chances: Sequence[Chance], see
 
 
 def mean_speed(
-    make: Callable[[], Policy], cost: Cost, chances: Sequence[Chance], seeds: int = 8, tokens: int = 2000
+    make: Callable[[], Policy],
+    cost: Cost,
+    chances: Sequence[Chance],
+    seeds: int = 8,
+    tokens: int = 2000,
+    growth: float = 0.0,
 ) -> float:
     """The mean over some seeds."""
-    return sum(speed(make, cost, chances, seed, tokens) for seed in range(seeds)) / seeds
+    return sum(speed(make, cost, chances, seed, tokens, growth) for seed in range(seeds)) / seeds
 
 
 def against_fixed(
-    make: Callable[[], Policy], cost: Cost, chances: Sequence[Chance], seeds: int = 8, tokens: int = 2000
+    make: Callable[[], Policy],
+    cost: Cost,
+    chances: Sequence[Chance],
+    seeds: int = 8,
+    tokens: int = 2000,
+    growth: float = 0.0,
 ) -> tuple[float, float, int]:
     """A policy's speed over plain decoding's and over the best fixed length's, and that length."""
     fixed = [
-        mean_speed(lambda k=k: FixedLength(k), cost, chances, seeds, tokens)  # type: ignore[misc]
+        mean_speed(lambda k=k: FixedLength(k), cost, chances, seeds, tokens, growth)  # type: ignore[misc]
         for k in range(MAX_AUTO_LENGTH + 1)
     ]
-    own, best = mean_speed(make, cost, chances, seeds, tokens), max(fixed)
+    own, best = mean_speed(make, cost, chances, seeds, tokens, growth), max(fixed)
     return own / fixed[0], own / best, fixed.index(best)

@@ -113,11 +113,11 @@ class AutoLength:
                 # The same the other way round; with a few such rounds, so that the prior doesn't say the contrary.
                 self._luck, self._acceptance = 1.0, _Acceptance()
                 for _ in range(4):
-                    self._acceptance.observe(drafted, 0)
+                    self._acceptance.observe(drafted, [0])
                 # It may have been bad luck after all: two probes soon will tell.
                 self._spent = max(0.0, self._spent - 2 * self._costs.seconds(self._PROBE))
-        for count in kept:
-            self._acceptance.observe(drafted, count)
+        if kept:
+            self._acceptance.observe(drafted, kept)
         self._best = self._choose()
 
     def _rate(self, length: int) -> float:
@@ -151,11 +151,12 @@ class _Acceptance:
     def __init__(self) -> None:
         self._tried, self._kept = [0.0] * MAX_AUTO_LENGTH, [0.0] * MAX_AUTO_LENGTH
 
-    def observe(self, drafted: int, kept: int) -> None:
-        """Draft j was put to the test only if all drafts before it were kept."""
-        for j in range(min(drafted, kept + 1, MAX_AUTO_LENGTH)):
-            self._tried[j] = self._tried[j] * self._FORGET + 1
-            self._kept[j] = self._kept[j] * self._FORGET + (j < kept)
+    def observe(self, drafted: int, kept: Sequence[int]) -> None:
+        """Learns of a round, by row; forgets by the round, or a large batch would remember two of them."""
+        # Draft j was put to the test only if all drafts before it were kept.
+        for j in range(min(drafted, max(kept) + 1, MAX_AUTO_LENGTH)):
+            self._tried[j] = self._tried[j] * self._FORGET + sum(count >= j for count in kept)
+            self._kept[j] = self._kept[j] * self._FORGET + sum(count > j for count in kept)
 
     def fade(self) -> None:
         """Keeps what was seen as little more than a hint."""
@@ -179,6 +180,8 @@ class _Costs:
     """Seconds of a round by draft length; lengths never tried lie on the line through those that were."""
 
     _FORGET = 0.8
+    # Rounds of a length in a row after which a change is one of all lengths.
+    _SETTLED = 4
     # Of the seconds of a plain step, for each draft, until measured.
     _PRIOR_SLOPE = 0.2
 
@@ -186,20 +189,29 @@ class _Costs:
         self._seconds = dict(known)
         self._measured = dict.fromkeys(known, 0)
         self._outliers = 0
+        self._latest, self._repeated = -1, 0
 
     def observe(self, drafted: int, seconds: float, now: int) -> None:
-        """Learns of a round; single pauses of the machine are left out."""
+        """Learns of a round; single pauses of the machine are left out.
+
+        Rounds of all lengths become dearer together as the context grows, or when the machine has other work. So once
+        a length has been seen several times in a row, what changes in it is taken to have changed in all.
+        """
         old = self._seconds.get(drafted)
         if old is not None and seconds > 3 * old and self._outliers < 3:
             self._outliers += 1
             return
         self._outliers = 0
+        self._repeated = self._repeated + 1 if drafted == self._latest else 0
+        self._latest = drafted
         if old is None:
             new = seconds
         elif seconds < old and self._measured[drafted] < 0:
             new = seconds  # the first round of a kind pays for building kernels
         else:
             new = self._FORGET * old + (1 - self._FORGET) * seconds
+        if old is not None and self._repeated >= self._SETTLED:
+            self._seconds = {k: s * new / old for k, s in self._seconds.items()}
         self._seconds[drafted] = new
         # A length measured only once counts as never measured for `age`.
         self._measured[drafted] = now if drafted in self._measured else -1
@@ -207,6 +219,7 @@ class _Costs:
     def begin(self) -> None:
         """The count of rounds starts again; lengths measured before are due."""
         self._measured = dict.fromkeys(self._measured, -(10**3))
+        self._repeated = 0
 
     def age(self, length: int, now: int) -> float:
         """Rounds since a length was last measured."""
