@@ -42,7 +42,7 @@ def test_batches_of_equal_rows(cost: str, text: str):
 def test_a_context_that_makes_rounds_dearer_changes_no_mind(cost: str, text: str):
     """Prices learnt long ago are no reason to try a length again that was too dear then."""
     of_plain, of_best, _ = against_fixed(AutoLength, COSTS[cost], [TEXTS[text]], seeds=6, growth=1.0)
-    assert of_plain >= 0.96 and of_best >= 0.91
+    assert of_plain >= 0.96 and of_best >= 0.9
 
 
 @pytest.mark.parametrize("text", ["right", "published", "0.66", "wrong"])
