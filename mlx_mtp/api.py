@@ -83,6 +83,8 @@ def load(
         MemoryBudgetError: The weights don't fit in this machine's memory.
         ProfileError: The profile's file is damaged, or was measured with something else.
     """
+    if not isinstance(target, str | Path | None) or not (drafter is False or isinstance(drafter, str | Path | None)):
+        raise MTPError("target and drafter must be folders or repository names: strings or paths")
     if drafter_position not in (*POSITIONS, "auto"):
         raise MTPError(f"drafter_position must be auto, {' or '.join(POSITIONS)}, not {drafter_position!r}")
     folder, drafter_folder = find_pair(target, drafter)
@@ -218,8 +220,8 @@ class MTPModel:
         Raises:
             PromptError: The prompt or an option can't be used.
         """
-        if n < 1:
-            raise PromptError(f"n must be at least 1, not {n}")
+        if not is_int(n) or n < 1:
+            raise PromptError(f"n must be a whole number from 1, not {n!r}")
         seed = secrets.randbits(32) if seed is None else seed
         tokens = self.encode(prompt, thinking, tools)
         answers = [
@@ -354,7 +356,9 @@ class MTPModel:
             stop_tokens=frozenset() if ignore_eos else frozenset(defaults.stop_tokens),
         )
         self._scheduler.check(request)
-        stops = [stop] if isinstance(stop, str) else list(stop or ())
+        stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
+        if not isinstance(stops, Sequence) or not all(isinstance(text, str) for text in stops):
+            raise PromptError(f"stop must be a string or a list of strings, not {stop!r}")
         if stops and self.tokenizer is None:
             raise PromptError(f"stop strings need a tokenizer, and {self.folder} has none")
         return Answer(request, StopStrings(stops), self.tokenizer)
@@ -440,11 +444,12 @@ class MTPModel:
             if not prompt.strip():
                 raise PromptError("the prompt is empty")
             prompt = [{"role": "user", "content": prompt}]
-        tokens = [t for t in prompt if isinstance(t, int) and not isinstance(t, bool)]
-        messages = [m for m in prompt if isinstance(m, Mapping)]
-        if len(tokens) == len(prompt):
-            return tokens
-        if len(messages) != len(prompt):
+        known = prompt if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) else [None]
+        tokens = [t for t in known if is_int(t)]
+        messages = [m for m in known if isinstance(m, Mapping)]
+        if len(tokens) == len(known):
+            return cast("list[int]", tokens)
+        if len(messages) != len(known):
             raise PromptError("a prompt is a string, a list of messages (dicts), or a list of token ids (ints)")
         if self.tokenizer is None:
             raise PromptError(f"{self.folder} has no tokenizer.json: give the prompt as token ids")
@@ -459,7 +464,9 @@ class MTPModel:
         parts: list[mx.array] = []
         with self._turn():
             prefill(
-                self._target, tokens, lambda hidden: parts.append(self._target.logits(hidden)[0].astype(mx.float32))
+                self._target,
+                _ids(tokens),
+                lambda hidden: parts.append(self._target.logits(hidden)[0].astype(mx.float32)),
             )
             logits = mx.concatenate(parts)
             mx.eval(logits)
@@ -478,12 +485,13 @@ class MTPModel:
         Raises:
             PromptError: As `logits`, or k below 1, or there is no drafter.
         """
+        self._check_open()
         if self._drafter is None:
             raise PromptError("there is no drafter to propose with: load one with drafter=")
-        if k < 1:
-            raise PromptError(f"k must be at least 1, not {k}")
+        if not is_int(k) or k < 1:
+            raise PromptError(f"k must be a whole number from 1, not {k!r}")
         with self._turn():
-            kv, hidden = prefill(self._target, tokens)
+            kv, hidden = prefill(self._target, _ids(tokens))
             sampler = Sampler([SamplingOptions()], None, self.defaults.suppress_tokens, self.config.text.vocab_size)
             state = first_state(self._target, sampler, hidden, mx.array([len(tokens)], dtype=mx.int32))
             drafts = draft(self._target, self._drafter, kv, sampler, state, k)
@@ -585,6 +593,13 @@ class MTPModel:
         if not is_int(batch_size) or batch_size < 1:
             raise PromptError(f"batch_size must be 'auto' or at least 1, not {batch_size!r}")
         return batch_size
+
+
+def _ids(tokens: Sequence[int]) -> Sequence[int]:
+    """Token ids, checked to be that."""
+    if not isinstance(tokens, Sequence) or not all(is_int(token) for token in tokens):
+        raise PromptError("expected a list of token ids (ints): lm.encode(prompt) gives them")
+    return tokens
 
 
 def _spare_bytes(target: Target, drafter: Drafter | None) -> int:

@@ -61,8 +61,8 @@ class Chat:
         Raises:
             PromptError: Empty, or too long together with the history; the history is unchanged then.
         """
-        if not text.strip():
-            raise PromptError("the message is empty")
+        if not isinstance(text, str) or not text.strip():
+            raise PromptError("the message is empty, or no text")
         self._end_running()
         question = {"role": "user", "content": text}
         system = [{"role": "system", "content": self.system}] if self.system else []
@@ -87,7 +87,7 @@ class Chat:
         """Ends a running answer and forgets all turns; system prompt and settings stay."""
         self._end_running()
         self.messages.clear()
-        self._past = ("", [])
+        self.stats, self._past = None, ("", [])
 
     def _end_running(self) -> None:
         """Closes an answer that was left unfinished: the next one runs on the same buffers."""

@@ -86,6 +86,8 @@ class ChatTemplate:
             raise PromptError("there are no messages: give at least one")
         for i, message in enumerate(messages):
             _check(i, message)
+        if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)):
+            raise PromptError('tools must be a list of dicts like {"type": "function", "function": {...}}')
         template = self._template
         try:
             return template.render(
@@ -133,6 +135,8 @@ def _check(i: int, message: Mapping[str, Any]) -> None:
     role, calls = message.get("role"), message.get("tool_calls") or []
     if role not in ROLES:
         raise PromptError(f"message {i} has the role {role!r}: use one of {', '.join(ROLES)}")
+    if not isinstance(calls, list | tuple):
+        raise PromptError(f"message {i} ({role}) has tool_calls that are no list")
     if not isinstance(message.get("content"), str | list) and not calls:
         raise PromptError(f"message {i} ({role}) has no content: give a string")
     for call in calls:

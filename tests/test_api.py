@@ -219,6 +219,8 @@ def test_prompts_that_cannot_be_used(lm: mlx_mtp.MTPModel):
     for prompt, culprit in (
         ("", "empty"), ("  \n", "empty"), ([], "empty"), ([vocabulary], str(vocabulary)), ([-1], "-1"),
         ([5] * (context + 1), "context"), ([5, "x"], "list"), ([{"role": "user"}], "content"), ([True], "list"),
+        (None, "list"), (5, "list"), (b"hi", "list"), (1.5, "list"),
+        ([{"role": "user", "content": "x", "tool_calls": 5}], "tool_calls"),
     ):  # fmt: skip
         # At once, not at the first chunk.
         with pytest.raises(PromptError, match=culprit) as caught:
@@ -238,11 +240,28 @@ def test_prompts_that_cannot_be_used(lm: mlx_mtp.MTPModel):
         {"top_k": 2.5},
         {"seed": 1.5},
         {"draft_length": True},
+        {"stop": 5},
+        {"stop": ["x", 5]},
+        {"n": 1.5},
+        {"n": 2, "seed": "x"},
+        {"tools": 5},
+        {"tools": ["x"]},
     ):
         with pytest.raises(PromptError):
             lm.generate(QUESTION, **options)
+        if "n" not in options:
+            ((_, found),) = lm.generate_each([{"prompt": QUESTION, **options}])
+            assert isinstance(found, PromptError), "one prompt that can't be used ends all of them"
+    for tokens in ("abc", [1.5], None):
+        with pytest.raises(PromptError):
+            lm.logits(tokens)
+        with pytest.raises(PromptError):
+            lm.propose(tokens, 1)
+    for k in (0, "x"):
+        with pytest.raises(PromptError):
+            lm.propose([5], k)
     with pytest.raises(PromptError):
-        lm.propose([5], 0)
+        lm.chat().send(5)
 
 
 def test_without_a_drafter(lm: mlx_mtp.MTPModel):

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 from tiny_checkpoints import make_pair
+from typer.testing import CliRunner
+
+from mlx_mtp.cli import app
 
 QUESTION = "What is a drafter?"
 
@@ -152,6 +155,26 @@ def test_chat_over_a_pipe(tmp_path: Path):
     assert "unknown command '/nonsense'" in done.stderr and "no answer yet" in done.stderr
     assert "No such file" in done.stderr
     assert list(tmp_path.iterdir()) == [saved]
+
+
+def test_what_is_quoted_or_cut_off_is_said_all_the_same():
+    script = ['"""', "/quit is a word", '"""', "/save", "/think maybe", "/reset", "/stats", '"""Who', "are you?"]
+    done = mlx_mtp("chat", "--max-tokens", 5, stdin="\n".join(script) + "\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("tok/s") == 2, "one of the two messages wasn't answered"
+    assert "use /save FILE" in done.stderr and "use /think" in done.stderr and "unknown" not in done.stderr
+    assert "no answer yet" in done.stderr
+    # A line that is to go on, and doesn't.
+    done = mlx_mtp("chat", "--max-tokens", 5, stdin="Who are you? \\")
+    assert done.returncode == 0 and done.stderr.count("tok/s") == 1
+
+
+def test_a_turn_that_memory_has_no_room_for_does_not_end_the_chat(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mlx_mtp.sizes.memory_for_models", lambda: 20_000_000)
+    long = "What is a drafter? " * 300
+    done = CliRunner().invoke(app, ["chat", "--max-tokens", "5"], input=f"{long}\nWho are you?\n")
+    assert done.exit_code == 0
+    assert done.stderr.count("error: ") == 1 and "KV" in done.stderr and done.stderr.count("tok/s") == 1
 
 
 def test_a_file_that_cannot_be_saved_is_left_as_it_is(tmp_path: Path):

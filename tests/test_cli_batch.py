@@ -61,12 +61,13 @@ def test_answers_come_in_the_order_of_the_lines(tmp_path: Path):
 
 
 def test_a_bad_line_is_recorded_and_the_rest_goes_on(tmp_path: Path):
-    lines = ["{not json", *LINES[:1], "[1, 2]", {"prompt": ""}, {"prompt": "x", "max_tokens": 0}, "", *LINES[2:3]]
+    lines = ["{not json", *LINES[:1], "[1, 2]", {"prompt": ""}, {"prompt": "x", "max_tokens": 0}, "", *LINES[2:3],
+             {"prompt": "x", "stop": 5}, {"prompt": 5}, {"prompt": None}, {"prompt": "x", "seed": "y"}]  # fmt: skip
     done = batch(write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl")
-    assert done.returncode == 1 and "4 of 6 lines" in done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "8 of 10 lines" in done.stderr.splitlines()[-1]
     answers = read(tmp_path / "out.jsonl")
-    assert [a["index"] for a in answers] == [0, 1, 2, 3, 4, 6]
-    assert [a["index"] for a in answers if "error" in a] == [0, 2, 3, 4]
+    assert [a["index"] for a in answers] == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
+    assert [a["index"] for a in answers if "error" in a] == [0, 2, 3, 4, 7, 8, 9, 10]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])

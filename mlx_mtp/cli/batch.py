@@ -38,16 +38,18 @@ def batch(
     top_p: o.TopP = None,
     min_p: o.MinP = None,
     seed: o.Seed = None,
+    exactness: o.Exactness = "fast",
     quantize: o.Quantize = None,
     trace: o.TraceFile = None,
     debug: o.Debug = False,
 ) -> None:
     """Answers the prompts of a file, several at a time; can be stopped and run again.
 
-    A line of IN.jsonl has "prompt" (text, messages or token ids), and may have "id" and options of its own, named as
-    those of this command with _ for -. A line of OUT.jsonl has its "index" and "id", and text, tokens, finish_reason
-    and stats, or "error".
+    A line of IN.jsonl has "prompt" (text, messages or token ids), and may have "id" and options of its own:
+    max_tokens, temperature, top_k, top_p, min_p, seed, draft_length, exactness, stop, thinking, tools, ignore_eos.
+    A line of OUT.jsonl has its "index" and "id", and text, tokens, finish_reason and stats, or "error".
     """
+    o.check_decoding(draft_length, exactness)
     size = _size(batch_size)
     try:
         lines = source.read_text("utf-8").splitlines()
@@ -57,7 +59,7 @@ def batch(
     todo = [i for i, line in enumerate(lines) if line.strip() and i not in done]
     given = {
         "draft_length": draft_length, "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k,
-        "top_p": top_p, "min_p": min_p,
+        "top_p": top_p, "min_p": min_p, "exactness": exactness,
     }  # fmt: skip
     try:
         with (

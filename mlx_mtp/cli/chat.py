@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PromptError
+from ..errors import MTPError
 from . import options as o
 
 if TYPE_CHECKING:
@@ -64,13 +64,13 @@ def chat(
         name = "the embedded demo pair" if model is None else model
         print(f"{name}{'' if lm.drafter_config else ', without a drafter'}; /help lists commands", file=sys.stderr)
         conversation = lm.chat(system, think)
-        for text in inputs(_line_reader(), stoppable=sys.stdin.isatty()):
+        for text, quoted in inputs(_line_reader(), stoppable=sys.stdin.isatty()):
             try:
-                if not text.startswith("/"):
+                if quoted or not text.startswith("/"):
                     _answer(conversation, text, given)
                 elif not _command(conversation, text):
                     return
-            except PromptError as error:
+            except MTPError as error:  # the conversation goes on: it can be reset, or shortened
                 print(f"error: {error}", file=sys.stderr)
 
 
@@ -102,12 +102,18 @@ def _command(conversation: Chat, line: str) -> bool:
     elif name == "/system":
         conversation.system = rest or None
         print("system prompt set" if rest else "no system prompt", file=sys.stderr)
-    elif name == "/think" and rest in ("", "on", "off"):
+    elif name == "/think":
+        if rest not in ("", "on", "off"):
+            print("use /think, /think on or /think off", file=sys.stderr)
+            return True
         conversation.thinking = not conversation.thinking if not rest else rest == "on"
         print(f"thinking {'on' if conversation.thinking else 'off'}", file=sys.stderr)
     elif name == "/stats":
         _print_stats(conversation)
-    elif name == "/save" and rest:
+    elif name == "/save":
+        if not rest:
+            print("use /save FILE", file=sys.stderr)
+            return True
         try:
             _save(conversation, Path(rest).expanduser())
             print(f"saved to {rest}", file=sys.stderr)
@@ -172,30 +178,34 @@ def _line_reader() -> Callable[[str], str]:
     return read
 
 
-def inputs(read: Callable[[str], str], stoppable: bool) -> Iterator[str]:
-    """What the user enters, lines that belong together as one text.
+def inputs(read: Callable[[str], str], stoppable: bool) -> Iterator[tuple[str, bool]]:
+    """What the user enters, lines that belong together as one text, and whether it was quoted: then it's no command.
 
     Args:
         read: Shows a prompt and reads a line; raises EOFError at the end.
         stoppable: Whether Ctrl-C drops what is being entered; else it ends the program.
     """
-    while True:
+    ended = False
+    while not ended:
+        text, quoted = "", False
         try:
             text = read("> ").strip()
-            if text.startswith(QUOTES):
+            if quoted := text.startswith(QUOTES):
                 text = text.removeprefix(QUOTES)
                 while not text.rstrip().endswith(QUOTES):
                     text += "\n" + read(". ")
-                text = text.rstrip().removesuffix(QUOTES).strip("\n")
             else:
                 while text.endswith("\\"):
-                    text = text[:-1] + "\n" + read(". ")
+                    text = text[:-1] + "\n"
+                    text += read(". ")
         except KeyboardInterrupt:
             if not stoppable:
                 raise
             print(file=sys.stderr)
             continue
         except EOFError:
-            return
+            ended = True  # what was entered before it counts
+        if quoted:
+            text = text.rstrip().removesuffix(QUOTES).strip("\n")
         if text.strip():
-            yield text
+            yield text, quoted

@@ -225,7 +225,13 @@ def gumbel(keys: mx.array, positions: mx.array, token_ids: mx.array) -> mx.array
 
 
 def row_seed(seed: int, row: int) -> int:
-    """The seed of row `row` when one seed is given for several rows: row 0 keeps it, the others are scrambled."""
+    """The seed of row `row` when one seed is given for several rows: row 0 keeps it, the others are scrambled.
+
+    Raises:
+        PromptError: The seed is no whole number.
+    """
+    if not is_int(seed):
+        raise PromptError(f"seed must be a whole number, not {seed!r}")
     return seed if row == 0 else seed ^ (_fold(seed + row * 0x9E3779B97F4A7C15) << 32 | row)
 
 
