@@ -159,9 +159,7 @@ class MTPModel:
                     drafter_folder, self.config, position, dtype, quantize
                 )
         self.defaults = checkpoint.read_generation(folder)
-        spare = _spare_bytes(self._target, self._drafter)
-        cache_bytes = spare // 4 if cache_bytes is None else cache_bytes
-        self.kv_budget = spare - cache_bytes
+        self.kv_budget, cache_bytes = sizes.kv_budget(_held_bytes(self._target, self._drafter), cache_bytes)
         self._scheduler = Scheduler(
             self._target,
             self._drafter,
@@ -587,8 +585,7 @@ class MTPModel:
         return batch_size
 
 
-def _spare_bytes(target: Target, drafter: Drafter | None) -> int:
-    """Bytes that are left for KV beside the models on this machine, less an eighth for what rounds compute."""
+def _held_bytes(target: Target, drafter: Drafter | None) -> int:
+    """Bytes of the models in memory."""
     parameters = [model.parameters() for model in (target, drafter) if model is not None]
-    held = sum(array.nbytes for _, array in cast("list[tuple[str, mx.array]]", tree_flatten(parameters)))
-    return max(0, (sizes.memory_for_models() - held) * 7 // 8)
+    return sum(array.nbytes for _, array in cast("list[tuple[str, mx.array]]", tree_flatten(parameters)))

@@ -318,8 +318,8 @@ def _read(model: nn.Module, folder: Path) -> None:
     needed = sum(array.nbytes for _, array in _parameters(model))
     if needed > (have := sizes.memory_for_models()):
         raise MemoryBudgetError(
-            f"{folder} needs {needed / 1e9:.1f} GB for its weights, and models can have {have / 1e9:.1f} GB here: "
-            "quantise it (quantize=4, --quantize 4) or take a smaller model"
+            f"{folder} needs {sizes.in_words(needed)} for its weights, and models can have {sizes.in_words(have)} "
+            "here: quantise it (quantize=4, --quantize 4) or take a smaller model"
         )
     for part in model.modules():
         if hasattr(part, "prepare"):

@@ -129,7 +129,7 @@ def describe(
             "quantize": bits,
             "needed": needed,
             "bytes_read_per_token": target.read_per_token,
-            "longest_context": sizes.longest_context(text, have - needed, dtype_bytes),
+            "longest_context": sizes.longest_context(text, sizes.kv_budget(needed)[0], dtype_bytes),
         }
 
     asked = fit(quantize)
@@ -209,12 +209,9 @@ def _on_disk(folder: Path) -> int | None:
 
 
 def _size(count: int | None) -> str:
-    if count is None:
-        return "not downloaded"
-    for unit, one in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= one:
-            return f"{count / one:.2f} {unit}"
-    return f"{count} bytes"
+    from ..sizes import in_words
+
+    return "not downloaded" if count is None else in_words(count)
 
 
 def _table(facts: dict[str, Any]) -> str:
