@@ -224,7 +224,9 @@ def test_info_predicts_for_a_chip():
     assert facts["expected"]["chip"] == "M4 Max" and 0 < low < high
     assert facts["expected"]["drafting_tps"][0] >= low
     assert "PREDICTED, not measured" in mlx_mtp("info", "--chip", "M1").stdout
-    assert json.loads(mlx_mtp("info", "--json", "--chip", "M1", "--no-draft").stdout)["expected"] is None
+    alone = json.loads(mlx_mtp("info", "--json", "--chip", "m4 max", "--quantize", 4, "--no-draft").stdout)["expected"]
+    assert alone["plain_tps"] == [low, high] and alone["drafting_tps"] is alone["draft_length"] is None
+    assert "no drafter" in mlx_mtp("info", "--chip", "M1", "--no-draft").stdout
     wrong = mlx_mtp("info", "--chip", "Z80")
     assert wrong.returncode == 2 and "M4 Max" in wrong.stderr
 
@@ -248,7 +250,8 @@ def test_info():
 
 def test_info_names_what_clashes(tmp_path: Path):
     target, drafter = make_pair("e2b", tmp_path, drafter="31b")
-    assert "made for another target" in mlx_mtp("info", target, "--drafter", drafter).stdout
+    shown = mlx_mtp("info", target, "--drafter", drafter, "--chip", "M1").stdout
+    assert "made for another target" in shown and "tok/s plain, no drafter" in shown
     done = mlx_mtp("generate", "x", "--model", target)
     assert done.returncode == 1 and "made for another target" in only_line(done.stderr)
 

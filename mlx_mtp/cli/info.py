@@ -24,6 +24,10 @@ _TYPICAL_ERROR = 0.21
 """Median error of the cost model against published figures, see docs/cost_model.md."""
 
 
+_FITS = "fits the target"
+"""What is said of a drafter that was made for the target."""
+
+
 def info(
     model: o.Model = None,
     drafter: o.Drafter = None,
@@ -101,7 +105,7 @@ def describe(
         own = sizes.drafter_sizes(config_d, *_storage(drafter_raw, quantize, pair[1][1]))
         try:
             check_pair(config, config_d)
-            pairing = "fits the target"
+            pairing = _FITS
         except PairingError as error:
             pairing = str(error)
         facts["drafter"] = {
@@ -137,9 +141,10 @@ def describe(
     if not any(quantization.stored(*it) for it in pair):
         facts["machine"]["choices"] = [fit(bits) for bits in (None, 8, 6, 4)]
     facts["expected"] = None
-    if chip and config_d is not None and facts["drafter"]["pairing"] == "fits the target":
+    if chip:
         bits = stored.common.bits if (stored := quantization.stored(raw, table)) else quantize
-        facts["expected"] = _expected(config, config_d, bits, chip)
+        fitting = config_d if facts["drafter"] and facts["drafter"]["pairing"] == _FITS else None
+        facts["expected"] = _expected(config, fitting, bits, chip)
     return facts
 
 
@@ -153,8 +158,11 @@ def _chip(name: str | None) -> Chip | None:
         raise typer.BadParameter(str(error), param_hint="--chip") from None
 
 
-def _expected(config: TargetConfig, drafter: DrafterConfig, bits: int | None, chip: Chip) -> dict[str, Any]:
-    """What the cost model predicts for one row; half of the published figures lie in ranges as wide as these."""
+def _expected(config: TargetConfig, drafter: DrafterConfig | None, bits: int | None, chip: Chip) -> dict[str, Any]:
+    """What the cost model predicts for one row; half of the published figures lie in ranges as wide as these.
+
+    Drafting has no speed of its own where there is no drafter, or where no draft length pays (0).
+    """
     from ..tuning import cost_model, report
 
     pair = cost_model.pair(config, drafter, bits)
@@ -168,8 +176,8 @@ def _expected(config: TargetConfig, drafter: DrafterConfig, bits: int | None, ch
         "context": _PREDICTED_AT,
         "typical_error": _TYPICAL_ERROR,
         "plain_tps": around(alone.plain) if alone else None,
-        "drafting_tps": around(alone.best) if alone else None,
-        "draft_length": alone.drafts if alone else None,
+        "drafting_tps": around(alone.best) if alone and alone.drafts else None,
+        "draft_length": alone.drafts if alone and drafter else None,
     }
 
 
@@ -252,11 +260,19 @@ def _table(facts: dict[str, Any]) -> str:
 def _speed(expected: dict[str, Any]) -> str:
     if expected["plain_tps"] is None:
         return "does NOT fit, in its largest configuration"
-    plain, drafting = ("{:.0f} to {:.0f}".format(*expected[key]) for key in ("plain_tps", "drafting_tps"))
+    plain = f"{_range(expected['plain_tps'])} tok/s plain"
+    if drafts := expected["draft_length"]:
+        drafting = f"{_range(expected['drafting_tps'])} with {drafts} drafts a round"
+    else:
+        drafting = "nothing gained by drafting" if drafts == 0 else "no drafter"
     return (
-        f"PREDICTED, not measured: {plain} tok/s plain, {drafting} with {expected['draft_length']} drafts a round, one "
-        f"row at {expected['context']:,} tokens (half of published figures are further off, see docs/cost_model.md)"
+        f"PREDICTED, not measured: {plain}, {drafting}, one row at {expected['context']:,} tokens (half of the speeds "
+        "that others published lie outside such a range, see docs/cost_model.md)"
     )
+
+
+def _range(speeds: list[float]) -> str:
+    return "{:.0f} to {:.0f}".format(*speeds)
 
 
 def _fits(fit: dict[str, Any], context: int) -> str:
