@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -314,6 +315,9 @@ def test_the_command_checks(tmp_path: Path):
     broken = mlx_mtp_command(*command)
     assert broken.returncode == 1 and broken.stderr.splitlines()[-1].startswith("error: ")
     assert "checksum is wrong" in broken.stderr and "Traceback" not in broken.stderr
+    assert f"delete the folder {tmp_path / 'new'} and convert again" in broken.stderr
+    shutil.rmtree(tmp_path / "new")
+    assert mlx_mtp_command(*command).stdout == done.stdout
 
 
 @pytest.mark.parametrize(

@@ -90,18 +90,19 @@ def verify_sums(folder: Path) -> int:
     Raises:
         CheckpointError: One is missing or differs, or there are no checksums.
     """
+    again = f"delete the folder {folder} and convert again"
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
         for name, digest in sums.items():
             if not (folder / name).is_file():
-                raise CheckpointError(f"{folder / name} is missing: convert again, into another folder")
+                raise CheckpointError(f"{folder / name} is missing: {again}")
             if sha256(folder / name) != digest:
-                raise CheckpointError(f"{folder / name} is damaged: its checksum is wrong; convert again")
+                raise CheckpointError(f"{folder / name} is damaged, its checksum is wrong: {again}")
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {SUMS}: it isn't a folder that mlx-mtp converted") from None
     except ValueError:
-        raise CheckpointError(f"{folder / SUMS} is damaged: it holds no checksums; convert again") from None
+        raise CheckpointError(f"{folder / SUMS} is damaged, it holds no checksums: {again}") from None
     except OSError as error:
         raise CheckpointError(f"{folder} can't be read: {error}") from error
     return len(sums)
