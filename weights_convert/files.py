@@ -1,4 +1,4 @@
-"""Writes files whose checksum is known when they are complete, and verifies checksums.
+"""Writes safetensors files, and writes and verifies checksums.
 
 Checksums are kept as `sha256sum` has them, in SHA256SUMS: `sha256sum -c SHA256SUMS` verifies a folder too.
 """
@@ -26,7 +26,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_safetensors(path: Path, parameters: list[Parameter], progress: Callable[[str, int], None]) -> str:
-    """Writes parameters to a file, some rows at a time.
+    """Writes parameters to a file, some rows at a time. What isn't written yet is never more than these rows.
 
     Args:
         path: The file.
@@ -39,32 +39,25 @@ def write_safetensors(path: Path, parameters: list[Parameter], progress: Callabl
     Raises:
         OSError: It can't be written.
     """
-    digest = hashlib.sha256()
     with path.open("wb") as file:
-
-        def write(content: bytes | memoryview) -> None:
-            file.write(content)
-            digest.update(content)
-
-        write(_header(parameters))
+        file.write(header := _header(parameters))
+        offset = len(header)
         for parameter in parameters:
-            # The first part of each chunk goes to the file at once; scales and biases, which come after the whole
-            # weight, wait in memory: they are a sixteenth of it, or less.
-            late: list[list[memoryview]] = [[] for _ in parameter.entries()[1:]]
-            for weight, *others in parameter.chunks():
-                mx.eval(weight, *others)
-                write(content := _bytes(weight))
-                for part, other in zip(late, others, strict=True):
-                    part.append(_bytes(other))
-                progress(parameter.name, content.nbytes)
-            for waiting in late:
-                for content in waiting:
-                    write(content)
-                    progress(parameter.name, content.nbytes)
+            # A chunk has rows of the weight, its scales and its biases, and each of them lies in a place of its own.
+            places = []
+            for entry in parameter.entries():
+                places.append(offset)
+                offset += entry.nbytes
+            for chunk in parameter.chunks():
+                mx.eval(*chunk)
+                for i, part in enumerate(chunk):
+                    file.seek(places[i])
+                    places[i] += file.write(_bytes(part))
+                    progress(parameter.name, part.nbytes)
             mx.clear_cache()
         file.flush()
         os.fsync(file.fileno())
-    return digest.hexdigest()
+    return sha256(path)
 
 
 def sha256(path: Path) -> str:
