@@ -334,12 +334,17 @@ def test_the_command_checks(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "code", "culprit"),
     [
-        (["--mode", "q4_k"], 1, "q4_k"),
-        (["--bits", "7"], 1, "7 bits"),
+        (["--mode", "q4_k"], 2, "--mode: unknown quantisation mode 'q4_k'"),
+        (["--bits", "7"], 2, "--bits: can't quantise to 7 bits"),
+        (["--bits", "4", "--group-size", "33"], 2, "--group-size: can't"),
+        (["--mode", "mxfp4", "--group-size", "64"], 2, "--group-size: mxfp4 has"),
+        (["--bits", "4", "--embeddings-bits", "7"], 2, "--embeddings-bits: can't"),
+        (["--drafter-bits", "4"], 2, "--drafter-bits: --no-draft"),
+        (["--dtype", "int3"], 2, "--dtype: expected float32"),
         (["--group-size", "32"], 2, "need --bits"),
         (["--bits", "4", "--override", "router"], 2, "PATTERN=BITS"),
-        (["--bits", "4", "--override", "*=9"], 1, "9 bits"),
-        (["--bits", "8", "--mode", "mxfp4"], 1, "mxfp4 has 4 bits"),
+        (["--bits", "4", "--override", "*=9"], 2, "--override: can't quantise * to 9 bits"),
+        (["--bits", "8", "--mode", "mxfp4"], 2, "--bits: mxfp4 has 4 bits"),
         (["--check"], 1, "no tokenizer.json"),
     ],
 )
@@ -347,3 +352,9 @@ def test_wrong_options(options: list[str], code: int, culprit: str, tmp_path: Pa
     source, _ = make_pair("31b", tmp_path)
     done = mlx_mtp_command("convert", source, tmp_path / "new", "--no-draft", *options)
     assert done.returncode == code and culprit in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_wrong_bits_for_the_drafter(tmp_path: Path):
+    source, _ = make_pair("31b", tmp_path)
+    done = mlx_mtp_command("convert", source, tmp_path / "new", "--drafter-bits", "7")
+    assert done.returncode == 2 and "--drafter-bits: can't quantise to 7 bits" in done.stderr
