@@ -20,7 +20,16 @@ from mlx_mtp.errors import CheckpointError, MTPError
 from weights_convert import Format, Scheme, convert, prepare, verify_sums
 
 TOKENS = list(range(7, 47))
-FORMATS = [None, Format(4), Format(8, 32), Format(4, 32, "mxfp4"), Format(8, 32, "mxfp8"), Format(4, 16, "nvfp4")]
+LARGEST_ERROR = {
+    None: 0.0,
+    Format(4): 0.93,
+    Format(8, 32): 0.15,
+    Format(4, 32, "mxfp4"): 0.95,
+    Format(8, 32, "mxfp8"): 0.5,
+    Format(4, 16, "nvfp4"): 0.87,
+}
+"""By format, the norm of what it may change in the logits as a share of theirs. Logits that are all zero have 1, those
+of another model 1.4; random weights forgive less than trained ones."""
 
 
 def scheme(bits: int, *overrides: tuple[str, int | None]) -> Scheme:
@@ -51,7 +60,7 @@ def in_bfloat16(folder: Path) -> None:
     mx.save_safetensors(str(path), tensors)
 
 
-@pytest.mark.parametrize("how", FORMATS, ids=str)
+@pytest.mark.parametrize("how", LARGEST_ERROR, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_target_loads_here_and_in_mlx_lm(kind: str, how: Format | None, tmp_path: Path):
     source, _ = make_pair(kind, tmp_path)
@@ -66,11 +75,8 @@ def test_a_target_loads_here_and_in_mlx_lm(kind: str, how: Format | None, tmp_pa
         assert difference.mean() <= 0.3
     original = logits(source)
     error = mx.linalg.norm(ours - original) / mx.linalg.norm(original)
-    if how is None:
-        assert error == 0
-    else:
-        # 1.4 would be another model's logits; random weights forgive less than trained ones.
-        assert error < (0.15 if how == Format(8, 32) else 1.1)
+    assert error <= LARGEST_ERROR[how]
+    if how:
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         assert size < sum(path.stat().st_size for path in source.glob("*.safetensors")) * (how.bits + 3) / 32
 
