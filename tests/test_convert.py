@@ -350,6 +350,7 @@ def test_the_command_checks(tmp_path: Path):
         (["--group-size", "32"], 2, "need --bits"),
         (["--bits", "4", "--override", "router"], 2, "PATTERN=BITS"),
         (["--bits", "4", "--override", "*=9"], 2, "--override: can't quantise * to 9 bits"),
+        (["--bits", "4", "--override", "*.router=8"], 2, "--override: no matrix has a name like '*.router'; there are"),
         (["--bits", "8", "--mode", "mxfp4"], 2, "--bits: mxfp4 has 4 bits"),
         (["--check"], 1, "no tokenizer.json"),
     ],
@@ -358,6 +359,17 @@ def test_wrong_options(options: list[str], code: int, culprit: str, tmp_path: Pa
     source, _ = make_pair("31b", tmp_path)
     done = mlx_mtp_command("convert", source, tmp_path / "new", "--no-draft", *options)
     assert done.returncode == code and culprit in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_target_without_a_drafter(tmp_path: Path):
+    source, drafter = make_pair("31b", tmp_path)
+    drafter.rename(tmp_path / "other")
+    done = mlx_mtp_command("convert", source, tmp_path / "new", "--bits", "4", "--drafter-bits", "8")
+    assert done.returncode == 0 and done.stdout == f"{tmp_path / 'new'}\n"
+    assert "no drafter beside it" in done.stderr and done.stderr.count("\n") == 1
+    assert mlx_mtp_command("convert", source, tmp_path / "alone", "--no-draft").stderr == ""
+    drafter_bits = mlx_mtp_command("convert", tmp_path / "other", tmp_path / "small", "--drafter-bits", "4")
+    assert drafter_bits.returncode == 2 and "is a drafter itself" in drafter_bits.stderr
 
 
 def test_wrong_bits_for_the_drafter(tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -79,6 +80,7 @@ def convert(
         raise typer.BadParameter("--no-draft converts no drafter", param_hint="--drafter-bits")
     common = _scheme(mode, bits, group_size, embeddings_bits, override or [])
     conversions = _prepare(source, destination, common, dtype, False if no_draft else drafter, drafter_bits)
+    _check_overrides(override or [], conversions[0].plan.modules)
     for conversion in conversions:
         _run(conversion)
         print(conversion.destination)
@@ -128,6 +130,16 @@ def _scheme(
     return Scheme(common, (*rows, *named))
 
 
+def _check_overrides(overrides: list[str], modules: tuple[str, ...]) -> None:
+    """Each has to match something: a name with a slip in it would change nothing, unnoticed."""
+    for pattern, _ in map(_override, overrides):
+        if not any(fnmatchcase(module, pattern) for module in modules):
+            raise typer.BadParameter(
+                f"no matrix has a name like {pattern!r}; there are {', '.join(modules[:3])} and others",
+                param_hint="--override",
+            )
+
+
 def _prepare(
     source: str,
     destination: Path,
@@ -146,11 +158,15 @@ def _prepare(
         drafter_scheme = None if bits is None else Scheme(Format(bits))
     conversions = [prepare(source, destination, scheme, dtype)]
     if _is_drafter(conversions[0]):
+        if drafter or drafter_bits is not None:
+            raise typer.BadParameter(f"{source} is a drafter itself: it takes --bits, not --drafter or --drafter-bits")
         return conversions
     _, folder = find_pair(source, drafter)
     if folder is not None:
         sibling = destination.with_name(f"{destination.name}-assistant")
         conversions.append(prepare(folder, sibling, drafter_scheme, dtype))
+    elif drafter is None and Path(source).expanduser().is_dir():  # for a repository the search has said so
+        print(f"{source} has no drafter beside it, so it is converted alone: --drafter names one", file=sys.stderr)
     return conversions
 
 
