@@ -152,7 +152,8 @@ def make_plan(folder: Path, scheme: Scheme | None, dtype: str | None) -> Plan:
     config = checkpoint.read_json(folder / "config.json")
     if config.get("quantization") or config.get("quantization_config"):
         raise CheckpointError(f"{folder} is quantised already: convert the original")
-    table, model, vocab = _model(config)
+    with checkpoint.about(folder):
+        table, model, vocab = _model(config)
     stored = find_tensors(folder)
     parameters = _parameters(folder, config, table, model, stored, scheme, dtype)
     if order := next((p.sources[0] for p in parameters.values() if p.name.endswith("token_ordering")), None):

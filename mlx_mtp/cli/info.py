@@ -61,13 +61,12 @@ def describe(
     """
     from .. import checkpoint, quantization, sizes
     from ..api import find_pair
-    from ..config import check_pair, drafter_config, target_config
+    from ..config import check_pair
     from ..errors import PairingError
     from ..names import drafter_table, target_table
 
     target_folder, drafter_folder = find_pair(model, drafter, weights=False)
-    raw = checkpoint.read_json(target_folder / "config.json")
-    config = target_config(raw)
+    raw, config = checkpoint.read_target(target_folder)
     text = config.text
     table = target_table(text)
     dtype_bytes, rule = _storage(raw, quantize, table)
@@ -99,8 +98,7 @@ def describe(
     pair = [(raw, table)]  # config.json and names of all that is quantised
     config_d = None
     if drafter_folder is not None:
-        drafter_raw = checkpoint.read_json(drafter_folder / "config.json")
-        config_d = drafter_config(drafter_raw)
+        drafter_raw, config_d = checkpoint.read_drafter(drafter_folder)
         pair.append((drafter_raw, drafter_table(config_d)))
         own = sizes.drafter_sizes(config_d, *_storage(drafter_raw, quantize, pair[1][1]))
         try:
