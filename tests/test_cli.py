@@ -12,8 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from tiny_checkpoints import make_pair
+
+import weights_convert
 
 QUESTION = "What is a drafter?"
 
@@ -254,6 +257,44 @@ def test_info_names_what_clashes(tmp_path: Path):
     assert "made for another target" in shown and "tok/s plain, no drafter" in shown
     done = mlx_mtp("generate", "x", "--model", target)
     assert done.returncode == 1 and "made for another target" in only_line(done.stderr)
+
+
+@pytest.mark.parametrize("damage", ["missing", "unknown", "of the wrong shape"])
+@pytest.mark.parametrize("part", [0, 1])
+def test_info_refuses_what_cannot_be_loaded(damage: str, part: int, tmp_path: Path):
+    """By the headers of the files, and with the words that loading has."""
+    pair = make_pair("e2b", tmp_path)
+    weights = pair[part] / "model.safetensors"
+    tensors = mx.load(str(weights))
+    assert isinstance(tensors, dict)
+    mx.eval(tensors)
+    name = next(name for name in sorted(tensors) if name.endswith("layers.1.self_attn.q_proj.weight"))
+    tensor = tensors.pop(name)
+    if damage == "unknown":
+        tensors |= {name: tensor, name.replace("q_proj", "other"): tensor}
+    if damage == "of the wrong shape":
+        tensors[name] = tensor[:-1]
+    mx.save_safetensors(str(weights), tensors)
+    done = mlx_mtp("info", pair[0])
+    assert done.returncode == 1 and done.stdout == ""
+    assert "layers.1.self_attn" in only_line(done.stderr) and damage in done.stderr
+    loading = mlx_mtp("generate", "x", "--model", pair[0])
+    assert loading.stderr == done.stderr
+
+
+def test_info_of_a_quantised_folder(tmp_path: Path):
+    source, _ = make_pair("e2b", tmp_path)
+    folder = weights_convert.convert(source, tmp_path / "new", weights_convert.Scheme(weights_convert.Format(4)))
+    done = mlx_mtp("info", folder, "--quantize", 8)
+    assert done.returncode == 1 and "is quantised already" in only_line(done.stderr)
+    assert "4 bits, affine" in mlx_mtp("info", folder).stdout
+
+
+def test_info_says_which_files_are_missing(tmp_path: Path):
+    folder, _ = make_pair("e2b", tmp_path, shards=3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    done = mlx_mtp("info", folder)
+    assert done.returncode == 0 and "NOT complete: model-00002-of-00003.safetensors is missing" in done.stdout
 
 
 def test_a_chat_that_outgrows_the_context_goes_on_after_a_reset():
