@@ -105,7 +105,7 @@ def test_repository_without_network(environment: dict[str, str], tmp_path: Path)
         timeout=120,
     )
     assert run.stderr == "" and run.stdout.count("\n") == 1
-    assert "google/gemma-4-E2B-it is not a folder" in run.stdout
+    assert run.stdout.startswith("google/gemma-4-E2B-it is not a folder, and there is no connection to the hub: check")
 
 
 # config.json
