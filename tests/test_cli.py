@@ -53,6 +53,11 @@ def test_help_imports_no_mlx():
         assert help_text.returncode == 0 and "--drafter" in help_text.stdout
 
 
+def test_help_in_80_columns_says_all_of_a_command():
+    commands = mlx_mtp("--help", COLUMNS="80").stdout.partition("Commands:\n")[2]
+    assert "info " in commands and "..." not in commands
+
+
 def test_version():
     assert mlx_mtp("--version").stdout.startswith("mlx-mtp 0.")
 
