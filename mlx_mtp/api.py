@@ -445,7 +445,9 @@ class MTPModel:
         if len(messages) != len(prompt):
             raise PromptError("a prompt is a string, a list of messages (dicts), or a list of token ids (ints)")
         if self.tokenizer is None:
-            raise PromptError(f"{self.folder} has no tokenizer.json: give the prompt as token ids")
+            raise PromptError(
+                f"{self.folder} has no tokenizer.json: copy the original's there, or give token ids from Python"
+            )
         return self.tokenizer.chat(messages, thinking, tools)
 
     def logits(self, tokens: Sequence[int]) -> mx.array:

@@ -302,6 +302,11 @@ def test_info_says_which_files_are_missing(tmp_path: Path):
     assert done.returncode == 0 and "NOT complete: model-00002-of-00003.safetensors is missing" in done.stdout
 
 
+def test_a_model_without_a_tokenizer(tmp_path: Path):
+    done = mlx_mtp("generate", "x", "--model", make_pair("e2b", tmp_path)[0])
+    assert done.returncode == 1 and "has no tokenizer.json: copy the original's" in done.stderr
+
+
 def test_a_chat_that_outgrows_the_context_goes_on_after_a_reset():
     script = ["Who are you?", "word " * 5000, "/reset", "Who are you?"]
     done = mlx_mtp("chat", "--max-tokens", 20, "--temperature", 0, stdin="\n".join(script))
