@@ -158,7 +158,7 @@ def test_chat_over_a_pipe(tmp_path: Path):
     assert done.stderr.count("tok/s") == 4  # three status lines, and /stats
     assert "prompt tokens kept" in done.stderr
     assert "unknown command '/nonsense'" in done.stderr and "no answer yet" in done.stderr
-    assert "No such file" in done.stderr
+    assert f"error: not saved: {tmp_path}/no/such/folder.json: No such file" in done.stderr
     assert list(tmp_path.iterdir()) == [saved]
 
 

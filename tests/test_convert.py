@@ -256,7 +256,7 @@ def test_what_cannot_be_converted(tmp_path: Path):
         (lambda: convert(source, tmp_path / "file"), "exists already"),
         (lambda: convert(source, source), "exists already"),
         (lambda: convert(source, source / "inside"), "lies in the folder"),
-        (lambda: convert(source, tmp_path / "file" / "x"), "can't be read or written"),
+        (lambda: convert(source, tmp_path / "file" / "x"), f"{tmp_path / 'file' / 'x'} can't be read or written"),
         (lambda: convert(source, "/proc/nowhere/x"), "can't be read or written"),
         (lambda: convert(tmp_path / "nothing", tmp_path / "x"), "no folder"),
         (lambda: convert(source, tmp_path / "x", dtype="int3"), "int3"),

@@ -76,6 +76,8 @@ class Conversion:
                 self._run(progress)
         except OSError as error:
             culprit, kept = error.filename or self.destination, ""
+            if Path(culprit).is_relative_to(self.aside):
+                culprit = self.destination  # nobody asked for what it is made in
             if self.aside.is_dir():
                 kept = "; the same command goes on where this one stopped"
             raise CheckpointError(f"{culprit} can't be read or written: {error.strerror or error}{kept}") from error
