@@ -161,9 +161,7 @@ class MTPModel:
                     drafter_folder, self.config, position, dtype, quantize
                 )
         self.defaults = checkpoint.read_generation(folder)
-        spare = _spare_bytes(self._target, self._drafter)
-        cache_bytes = spare // 4 if cache_bytes is None else cache_bytes
-        self.kv_budget = spare - cache_bytes
+        self.kv_budget, cache_bytes = sizes.kv_budget(_held_bytes(self._target, self._drafter), cache_bytes)
         self._scheduler = Scheduler(
             self._target,
             self._drafter,
@@ -452,7 +450,9 @@ class MTPModel:
         if len(messages) != len(known):
             raise PromptError("a prompt is a string, a list of messages (dicts), or a list of token ids (ints)")
         if self.tokenizer is None:
-            raise PromptError(f"{self.folder} has no tokenizer.json: give the prompt as token ids")
+            raise PromptError(
+                f"{self.folder} has no tokenizer.json: copy the original's there, or give token ids from Python"
+            )
         return self.tokenizer.chat(messages, thinking, tools)
 
     def logits(self, tokens: Sequence[int]) -> mx.array:
@@ -602,8 +602,7 @@ def _ids(tokens: Sequence[int]) -> Sequence[int]:
     return tokens
 
 
-def _spare_bytes(target: Target, drafter: Drafter | None) -> int:
-    """Bytes that are left for KV beside the models on this machine, less an eighth for what rounds compute."""
+def _held_bytes(target: Target, drafter: Drafter | None) -> int:
+    """Bytes of the models in memory."""
     parameters = [model.parameters() for model in (target, drafter) if model is not None]
-    held = sum(array.nbytes for _, array in cast("list[tuple[str, mx.array]]", tree_flatten(parameters)))
-    return max(0, (sizes.memory_for_models() - held) * 7 // 8)
+    return sum(array.nbytes for _, array in cast("list[tuple[str, mx.array]]", tree_flatten(parameters)))

@@ -11,6 +11,7 @@ import json
 import logging
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +27,7 @@ from .models.drafter import Drafter
 from .models.elementwise import on_gpu
 from .models.target import Target
 from .names import VISION_AND_AUDIO, Source, Table, drafter_table, of_vision_or_audio, target_table
-from .quantization import Format, Scheme
+from .quantization import Format, Scheme, Stored
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,46 @@ def read_json(path: Path, required: bool = True) -> dict[str, Any]:
     return value
 
 
+@contextmanager
+def about(folder: Path) -> Iterator[None]:
+    """Names the folder in errors of what reads a config.json or names without knowing where they come from."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def read_target(folder: Path) -> tuple[dict[str, Any], TargetConfig]:
+    """A target's config.json, as it is and as it is understood.
+
+    Raises:
+        CheckpointError: It is missing, or none of a target.
+    """
+    raw = read_json(folder / "config.json")
+    with about(folder):
+        return raw, target_config(raw)
+
+
+def read_drafter(folder: Path) -> tuple[dict[str, Any], DrafterConfig]:
+    """The same for a drafter."""
+    raw = read_json(folder / "config.json")
+    with about(folder):
+        return raw, drafter_config(raw)
+
+
+def read_quantization(config: dict[str, Any], table: Table, folder: Path, quantize: int | None) -> Stored | None:
+    """How a folder's weights are quantised; None if they aren't. Arguments as for `assign`.
+
+    Raises:
+        CheckpointError: In a way that can't be used, or they are and `quantize` is given.
+    """
+    with about(folder):
+        found = quantization.stored(config, table)
+    if found and quantize:
+        raise CheckpointError(f"{folder} is quantised already: load it without quantize (--quantize)")
+    return found
+
+
 def read_generation(folder: Path) -> GenerationDefaults:
     """Reads generation_config.json, whose stop ids override those of config.json.
 
@@ -123,8 +164,7 @@ def load_target(folder: Path, dtype: str | None = None, quantize: int | None = N
         CheckpointError: See `errors.CheckpointError`.
         MemoryBudgetError: The weights don't fit in this machine's memory.
     """
-    raw = read_json(folder / "config.json")
-    config = target_config(raw)
+    raw, config = read_target(folder)
     model = Target(config.text)
     assign(model, dict(tensors(folder)), target_table(config.text), folder, raw, dtype, quantize)
     if not on_gpu() and config.text.num_experts and model.dtype != mx.float32:
@@ -150,8 +190,7 @@ def load_drafter(
         PairingError: The drafter was made for another target.
         MemoryBudgetError: The weights don't fit in this machine's memory.
     """
-    raw = read_json(folder / "config.json")
-    config = drafter_config(raw)
+    raw, config = read_drafter(folder)
     check_pair(target, config)
     model = Drafter(config, position)
     stored = dict(tensors(folder))
@@ -284,21 +323,17 @@ def assign(
     """
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} isn't supported: expected one of {', '.join(DTYPES)}")
-    try:
+    section = read_quantization(config, table, folder, quantize)
+    with about(folder):
         layout = table.layout(stored)
         shapes = {name: tensor.shape for name, tensor in stored.items()}
         found = {ours: source.shape(shapes) for ours, source in layout.sources.items()}
-        section = quantization.stored(config, table)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
     if layout.skipped:
         loss = VISION_AND_AUDIO in layout.skipped.values()
         log.log(logging.INFO if loss else logging.DEBUG, "%s: left out: %s", folder.name, layout.left_out())
     weights = {ours: _gather(source, stored) for ours, source in layout.sources.items()}
     stored.clear()
     if section:
-        if quantize:
-            raise CheckpointError(f"{folder} is quantised already: load it without quantize")
         nn.quantize(model, class_predicate=section.rule(weights))
     check_complete(model, found, folder)
 
@@ -318,8 +353,8 @@ def _read(model: nn.Module, folder: Path) -> None:
     needed = sum(array.nbytes for _, array in _parameters(model))
     if needed > (have := sizes.memory_for_models()):
         raise MemoryBudgetError(
-            f"{folder} needs {needed / 1e9:.1f} GB for its weights, and models can have {have / 1e9:.1f} GB here: "
-            "quantise it (quantize=4, --quantize 4) or take a smaller model"
+            f"{folder} needs {sizes.in_words(needed)} for its weights, and models can have {sizes.in_words(have)} "
+            "here: quantise it (quantize=4, --quantize 4) or take a smaller model"
         )
     for part in model.modules():
         if hasattr(part, "prepare"):

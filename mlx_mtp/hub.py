@@ -95,7 +95,12 @@ def drafter_names(target: str) -> list[str]:
 def _download(repository: str, patterns: list[str], commit: str | None = None) -> Path:
     """The local copy of a repository, with the files of its top folder that match one of the patterns."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         # Patterns match across folders: those below hold the model in other formats.
@@ -108,6 +113,10 @@ def _download(repository: str, patterns: list[str], commit: str | None = None) -
         raise CheckpointError(f"{repository} is neither a folder nor a repository you can read on the hub") from None
     except HFValidationError:
         raise CheckpointError(f"there is no folder {repository!r}, and no repository can have this name") from None
+    except LocalEntryNotFoundError:  # it wasn't found out what there is, for whatever reason
+        raise CheckpointError(
+            f"{repository} is not a folder, and there is no connection to the hub: check the network or give a folder"
+        ) from None
     except Exception as error:  # its own, and those of two HTTP clients and of the file system
         raise CheckpointError(
             f"{repository} is not a folder, and can't be downloaded ({one_line(error)}); what is complete is kept"

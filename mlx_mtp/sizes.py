@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .config import DrafterConfig, TextConfig
-from .kv import CAPACITY_STEP, longest_block, ring_slots
+from .kv import CAPACITY_STEP, LONGEST_VERIFY, longest_block, ring_slots
 from .models.drafter import Drafter
 from .models.target import Target
 from .quantization import Rule
@@ -105,13 +105,19 @@ def kv_bytes(config: TextConfig, tokens: int, dtype_bytes: int) -> int:
     )
 
 
+def row_bytes(config: TextConfig, tokens: int, dtype_bytes: int) -> int:
+    """Bytes of KV that a row needs to grow to `tokens` tokens: its last round writes drafts above them."""
+    return kv_bytes(config, tokens + LONGEST_VERIFY, dtype_bytes)
+
+
 def longest_context(config: TextConfig, memory: int, dtype_bytes: int) -> int:
-    """Tokens whose KV fits into `memory` bytes, at most the model's context; 0 if the least doesn't fit."""
-    if kv_bytes(config, config.max_positions, dtype_bytes) <= memory:
+    """Tokens that a row can grow to in `memory` bytes of KV, at most the model's context; 0 if there is no room."""
+    # A full context is followed by one token more, which is never read.
+    if row_bytes(config, config.max_positions + 1, dtype_bytes) <= memory:
         return config.max_positions
     steps = range(config.max_positions // CAPACITY_STEP + 1)
     fitting = bisect_right(steps, memory, key=lambda step: kv_bytes(config, step * CAPACITY_STEP, dtype_bytes))
-    return max(fitting - 1, 0) * CAPACITY_STEP
+    return max((fitting - 1) * CAPACITY_STEP - LONGEST_VERIFY, 0)
 
 
 def kv_read_bytes(config: TextConfig, tokens: int, dtype_bytes: int) -> int:
@@ -130,6 +136,26 @@ def memory_for_models() -> int:
     if sys.platform == "darwin" and mx.metal.is_available():
         return int(mx.device_info()["max_recommended_working_set_size"])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def kv_budget(weights: int, cache_bytes: int | None = None) -> tuple[int, int]:
+    """How the memory beside the models is shared: bytes of KV for running rows, and for what is kept of finished texts.
+
+    Args:
+        weights: Bytes of the models.
+        cache_bytes: What is to be kept of finished texts; None for a quarter of what there is.
+    """
+    spare = max(0, (memory_for_models() - weights) * 7 // 8)  # an eighth is for what rounds compute
+    kept = spare // 4 if cache_bytes is None else cache_bytes
+    return max(0, spare - kept), kept
+
+
+def in_words(count: int) -> str:
+    """A number of bytes for people."""
+    for unit, one in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= one:
+            return f"{count / one:.2f} {unit}"
+    return f"{count} bytes"
 
 
 def _target_share(config: TextConfig) -> Callable[[str], float]:

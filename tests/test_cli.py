@@ -12,10 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from tiny_checkpoints import make_pair
 from typer.testing import CliRunner
 
+import weights_convert
 from mlx_mtp.cli import app
 
 QUESTION = "What is a drafter?"
@@ -51,6 +53,11 @@ def test_help_imports_no_mlx():
         assert command in done.stdout
         help_text = mlx_mtp(command, "--help")
         assert help_text.returncode == 0 and "--drafter" in help_text.stdout
+
+
+def test_help_in_80_columns_says_all_of_a_command():
+    commands = mlx_mtp("--help", COLUMNS="80").stdout.partition("Commands:\n")[2]
+    assert "info " in commands and "..." not in commands
 
 
 def test_version():
@@ -153,7 +160,7 @@ def test_chat_over_a_pipe(tmp_path: Path):
     assert done.stderr.count("tok/s") == 4  # three status lines, and /stats
     assert "prompt tokens kept" in done.stderr
     assert "unknown command '/nonsense'" in done.stderr and "no answer yet" in done.stderr
-    assert "No such file" in done.stderr
+    assert f"error: not saved: {tmp_path}/no/such/folder.json: No such file" in done.stderr
     assert list(tmp_path.iterdir()) == [saved]
 
 
@@ -247,7 +254,9 @@ def test_info_predicts_for_a_chip():
     assert facts["expected"]["chip"] == "M4 Max" and 0 < low < high
     assert facts["expected"]["drafting_tps"][0] >= low
     assert "PREDICTED, not measured" in mlx_mtp("info", "--chip", "M1").stdout
-    assert json.loads(mlx_mtp("info", "--json", "--chip", "M1", "--no-draft").stdout)["expected"] is None
+    alone = json.loads(mlx_mtp("info", "--json", "--chip", "m4 max", "--quantize", 4, "--no-draft").stdout)["expected"]
+    assert alone["plain_tps"] == [low, high] and alone["drafting_tps"] is alone["draft_length"] is None
+    assert "no drafter" in mlx_mtp("info", "--chip", "M1", "--no-draft").stdout
     wrong = mlx_mtp("info", "--chip", "Z80")
     assert wrong.returncode == 2 and "M4 Max" in wrong.stderr
 
@@ -271,9 +280,53 @@ def test_info():
 
 def test_info_names_what_clashes(tmp_path: Path):
     target, drafter = make_pair("e2b", tmp_path, drafter="31b")
-    assert "made for another target" in mlx_mtp("info", target, "--drafter", drafter).stdout
+    shown = mlx_mtp("info", target, "--drafter", drafter, "--chip", "M1").stdout
+    assert "made for another target" in shown and "tok/s plain, no drafter" in shown
     done = mlx_mtp("generate", "x", "--model", target)
     assert done.returncode == 1 and "made for another target" in only_line(done.stderr)
+
+
+@pytest.mark.parametrize("damage", ["missing", "unknown", "of the wrong shape"])
+@pytest.mark.parametrize("part", [0, 1])
+def test_info_refuses_what_cannot_be_loaded(damage: str, part: int, tmp_path: Path):
+    """By the headers of the files, and with the words that loading has."""
+    pair = make_pair("e2b", tmp_path)
+    weights = pair[part] / "model.safetensors"
+    tensors = mx.load(str(weights))
+    assert isinstance(tensors, dict)
+    mx.eval(tensors)
+    name = next(name for name in sorted(tensors) if name.endswith("layers.1.self_attn.q_proj.weight"))
+    tensor = tensors.pop(name)
+    if damage == "unknown":
+        tensors |= {name: tensor, name.replace("q_proj", "other"): tensor}
+    if damage == "of the wrong shape":
+        tensors[name] = tensor[:-1]
+    mx.save_safetensors(str(weights), tensors)
+    done = mlx_mtp("info", pair[0])
+    assert done.returncode == 1 and done.stdout == ""
+    assert "layers.1.self_attn" in only_line(done.stderr) and damage in done.stderr
+    loading = mlx_mtp("generate", "x", "--model", pair[0])
+    assert loading.stderr == done.stderr
+
+
+def test_info_of_a_quantised_folder(tmp_path: Path):
+    source, _ = make_pair("e2b", tmp_path)
+    folder = weights_convert.convert(source, tmp_path / "new", weights_convert.Scheme(weights_convert.Format(4)))
+    done = mlx_mtp("info", folder, "--quantize", 8)
+    assert done.returncode == 1 and "is quantised already" in only_line(done.stderr)
+    assert "4 bits, affine" in mlx_mtp("info", folder).stdout
+
+
+def test_info_says_which_files_are_missing(tmp_path: Path):
+    folder, _ = make_pair("e2b", tmp_path, shards=3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    done = mlx_mtp("info", folder)
+    assert done.returncode == 0 and "NOT complete: model-00002-of-00003.safetensors is missing" in done.stdout
+
+
+def test_a_model_without_a_tokenizer(tmp_path: Path):
+    done = mlx_mtp("generate", "x", "--model", make_pair("e2b", tmp_path)[0])
+    assert done.returncode == 1 and "has no tokenizer.json: copy the original's" in done.stderr
 
 
 def test_a_chat_that_outgrows_the_context_goes_on_after_a_reset():

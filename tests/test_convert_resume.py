@@ -130,7 +130,7 @@ def test_what_is_not_gone_on_with(
 
 def test_a_full_disk_is_known_before_anything_is_written(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    with pytest.raises(CheckpointError, match="GB are to be written"):
+    with pytest.raises(CheckpointError, match="are to be written, and .* has 1.00 kB free"):
         convert(source, tmp_path / "new")
     assert not list(tmp_path.glob("new*"))
 

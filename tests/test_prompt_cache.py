@@ -106,12 +106,14 @@ def test_files_that_cannot_be_used(tmp_path: Path):
         lm.save_prompt([{"role": "user", "content": "Who are you?"}], file)
         lm.load_prompt(file)
         assert lm.generate("Who are you?", temperature=0, max_tokens=5).stats.cached_tokens > 0
-        with pytest.raises(CheckpointError, match="missing"):
+        with pytest.raises(CheckpointError, match="there is no such file: .*nothing.safetensors"):
             lm.load_prompt(tmp_path / "nothing.safetensors")
         with pytest.raises(CheckpointError, match="no prompt"):
             lm.load_prompt(mlx_mtp.api.DEMO / "target" / "model.safetensors")
-        with pytest.raises(OSError):
-            lm.save_prompt("x", tmp_path / "no" / "file.safetensors")
+        for unwritable in (tmp_path / "no" / "file.safetensors", file / "x.safetensors", tmp_path / ("x" * 250)):
+            with pytest.raises(OSError) as caught:
+                lm.save_prompt("x", unwritable)
+            assert caught.value.filename == str(unwritable) and "partial" not in str(caught.value)
         whole = file.read_bytes()
         file.write_bytes(whole[:-10])
         with pytest.raises(CheckpointError, match="truncated"):

@@ -9,7 +9,9 @@ import pytest
 from mlx.utils import tree_flatten
 from tiny_checkpoints import KINDS, make_pair
 
+import mlx_mtp
 from mlx_mtp import checkpoint, sizes
+from mlx_mtp.cli.info import describe
 from mlx_mtp.errors import MemoryBudgetError
 from mlx_mtp.kv import KVBuffers, longest_block
 from mlx_mtp.quantization import Format, Scheme
@@ -64,11 +66,27 @@ def test_kv_is_what_the_buffers_take(tmp_path: Path):
 @pytest.mark.parametrize("kind", ["e2b", "31b"])
 def test_the_longest_context_is_the_last_that_fits(kind: str, tmp_path: Path):
     config = checkpoint.load_target(make_pair(kind, tmp_path)[0])[0].text
-    everything = sizes.kv_bytes(config, config.max_positions, 4)
+    everything = sizes.row_bytes(config, config.max_positions + 1, 4)
     assert sizes.longest_context(config, everything, 4) == config.max_positions
-    for memory in (sizes.kv_bytes(config, 1000, 4), everything - 1):
+    for memory in (sizes.row_bytes(config, 1000, 4), everything - 1):
         longest = sizes.longest_context(config, memory, 4)
         assert 0 < longest < config.max_positions
-        assert sizes.kv_bytes(config, longest, 4) <= memory < sizes.kv_bytes(config, longest + 1, 4)
-    assert sizes.longest_context(config, sizes.kv_bytes(config, 1, 4) - 1, 4) == 0
+        assert sizes.row_bytes(config, longest, 4) <= memory < sizes.row_bytes(config, longest + 1, 4)
+    assert sizes.longest_context(config, sizes.row_bytes(config, 1, 4) - 1, 4) == 0
     assert sizes.longest_context(config, -1, 4) == 0
+
+
+@pytest.mark.parametrize("beside", [0.7e6, 4e6, 10e6])
+def test_a_text_as_long_as_info_promises_is_taken(beside: float, monkeypatch: pytest.MonkeyPatch):
+    """And none that is longer. `beside` is the memory beside the models: for few tokens, for some, for all."""
+    memory = int(describe(None, None, None, None)["machine"]["needed"] + beside)
+    monkeypatch.setattr(sizes, "memory_for_models", lambda: memory)
+    facts = describe(None, None, None, None)
+    longest, context = facts["machine"]["longest_context"], facts["target"]["context"]
+    with mlx_mtp.load() as lm:
+        lm.stream([5] * (longest - 10), max_tokens=10).close()
+        if longest < context:
+            with pytest.raises(MemoryBudgetError, match=r"need \d+\.\d\d [kM]B of KV, and there are \d+\.\d\d [kM]B"):
+                lm.stream([5] * (longest - 10), max_tokens=11)
+        else:
+            lm.stream([5] * context, max_tokens=10).close()

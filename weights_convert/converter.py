@@ -21,6 +21,7 @@ from mlx_mtp import hub
 from mlx_mtp.checkpoint import read_json
 from mlx_mtp.errors import CheckpointError
 from mlx_mtp.quantization import Scheme
+from mlx_mtp.sizes import in_words
 
 from . import files
 from .plan import FINGERPRINT, Plan, file_bytes, make_plan
@@ -75,6 +76,8 @@ class Conversion:
                 self._run(progress)
         except OSError as error:
             culprit, kept = error.filename or self.destination, ""
+            if Path(culprit).is_relative_to(self.aside):
+                culprit = self.destination  # nobody asked for what it is made in
             if self.aside.is_dir():
                 kept = "; the same command goes on where this one stopped"
             raise CheckpointError(f"{culprit} can't be read or written: {error.strerror or error}{kept}") from error
@@ -179,9 +182,7 @@ def _write_journal(aside: Path, plan: Plan, done: dict[str, str]) -> None:
 def _check_space(aside: Path, plan: Plan, done: dict[str, str]) -> None:
     needed = sum(file_bytes(parameters) for name, parameters in plan.files.items() if name not in done)
     if needed > (free := shutil.disk_usage(aside).free):
-        raise CheckpointError(
-            f"{needed / 1e9:.1f} GB are to be written, and {aside.parent} has {free / 1e9:.1f} GB free"
-        )
+        raise CheckpointError(f"{in_words(needed)} are to be written, and {aside.parent} has {in_words(free)} free")
 
 
 def _write_weights(aside: Path, plan: Plan, done: dict[str, str], progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""Writes files whose checksum is known when they are complete, and verifies checksums.
+"""Writes safetensors files, and writes and verifies checksums.
 
 Checksums are kept as `sha256sum` has them, in SHA256SUMS: `sha256sum -c SHA256SUMS` verifies a folder too.
 """
@@ -26,7 +26,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_safetensors(path: Path, parameters: list[Parameter], progress: Callable[[str, int], None]) -> str:
-    """Writes parameters to a file, some rows at a time.
+    """Writes parameters to a file, some rows at a time. What isn't written yet is never more than these rows.
 
     Args:
         path: The file.
@@ -39,32 +39,25 @@ def write_safetensors(path: Path, parameters: list[Parameter], progress: Callabl
     Raises:
         OSError: It can't be written.
     """
-    digest = hashlib.sha256()
     with path.open("wb") as file:
-
-        def write(content: bytes | memoryview) -> None:
-            file.write(content)
-            digest.update(content)
-
-        write(_header(parameters))
+        file.write(header := _header(parameters))
+        offset = len(header)
         for parameter in parameters:
-            # The first part of each chunk goes to the file at once; scales and biases, which come after the whole
-            # weight, wait in memory: they are a sixteenth of it, or less.
-            late: list[list[memoryview]] = [[] for _ in parameter.entries()[1:]]
-            for weight, *others in parameter.chunks():
-                mx.eval(weight, *others)
-                write(content := _bytes(weight))
-                for part, other in zip(late, others, strict=True):
-                    part.append(_bytes(other))
-                progress(parameter.name, content.nbytes)
-            for waiting in late:
-                for content in waiting:
-                    write(content)
-                    progress(parameter.name, content.nbytes)
+            # A chunk has rows of the weight, its scales and its biases, and each of them lies in a place of its own.
+            places = []
+            for entry in parameter.entries():
+                places.append(offset)
+                offset += entry.nbytes
+            for chunk in parameter.chunks():
+                mx.eval(*chunk)
+                for i, part in enumerate(chunk):
+                    file.seek(places[i])
+                    places[i] += file.write(_bytes(part))
+                    progress(parameter.name, part.nbytes)
             mx.clear_cache()
         file.flush()
         os.fsync(file.fileno())
-    return digest.hexdigest()
+    return sha256(path)
 
 
 def sha256(path: Path) -> str:
@@ -90,18 +83,19 @@ def verify_sums(folder: Path) -> int:
     Raises:
         CheckpointError: One is missing or differs, or there are no checksums.
     """
+    again = f"delete the folder {folder} and convert again"
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
         for name, digest in sums.items():
             if not (folder / name).is_file():
-                raise CheckpointError(f"{folder / name} is missing: convert again, into another folder")
+                raise CheckpointError(f"{folder / name} is missing: {again}")
             if sha256(folder / name) != digest:
-                raise CheckpointError(f"{folder / name} is damaged: its checksum is wrong; convert again")
+                raise CheckpointError(f"{folder / name} is damaged, its checksum is wrong: {again}")
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {SUMS}: it isn't a folder that mlx-mtp converted") from None
     except ValueError:
-        raise CheckpointError(f"{folder / SUMS} is damaged: it holds no checksums; convert again") from None
+        raise CheckpointError(f"{folder / SUMS} is damaged, it holds no checksums: {again}") from None
     except OSError as error:
         raise CheckpointError(f"{folder} can't be read: {error}") from error
     return len(sums)

@@ -120,11 +120,13 @@ class Plan:
 
     Attributes:
         files: File name -> the parameters it will hold, in the order in which they are written.
+        modules: Our names of the matrices, which a `Scheme` may quantise.
         config: The new config.json.
         fingerprint: Differs for other sources and other options.
     """
 
     files: dict[str, list[Parameter]]
+    modules: tuple[str, ...]
     config: dict[str, Any]
     fingerprint: str
 
@@ -150,7 +152,8 @@ def make_plan(folder: Path, scheme: Scheme | None, dtype: str | None) -> Plan:
     config = checkpoint.read_json(folder / "config.json")
     if config.get("quantization") or config.get("quantization_config"):
         raise CheckpointError(f"{folder} is quantised already: convert the original")
-    table, model, vocab = _model(config)
+    with checkpoint.about(folder):
+        table, model, vocab = _model(config)
     stored = find_tensors(folder)
     parameters = _parameters(folder, config, table, model, stored, scheme, dtype)
     if order := next((p.sources[0] for p in parameters.values() if p.name.endswith("token_ordering")), None):
@@ -164,7 +167,10 @@ def make_plan(folder: Path, scheme: Scheme | None, dtype: str | None) -> Plan:
         digest.update(sample(file))
     fingerprint = digest.hexdigest()
     new_config["mlx_mtp"] = new_config.get("mlx_mtp", {}) | {FINGERPRINT: fingerprint}
-    return Plan(files, new_config, fingerprint)
+    modules = tuple(
+        ours.removesuffix(".weight") for ours, p in parameters.items() if _is_matrix(ours, p.shape, p.dtype)
+    )
+    return Plan(files, modules, new_config, fingerprint)
 
 
 def _model(config: dict[str, Any]) -> tuple[Table, nn.Module, int]:
@@ -196,13 +202,13 @@ def _parameters(
 
     def parameter(ours: str, source: Source) -> Parameter:
         parts, shape = tuple(stored[name] for name in source.names), found[ours]
-        floating = mx.issubdtype(parts[0].dtype, mx.floating)
-        matrix = floating and len(shape) > 1 and ours.endswith(".weight")
+        stored_dtype = parts[0].dtype
+        matrix = _is_matrix(ours, shape, stored_dtype)
         return Parameter(
             # Nobody but us loads converted drafters: they keep Google's names.
             name=source.names[0] if drafter else mlx_lm_name(ours, "text_config" in config),
             shape=shape,
-            dtype=checkpoint.DTYPES[dtype] if dtype and floating else parts[0].dtype,
+            dtype=checkpoint.DTYPES[dtype] if dtype and mx.issubdtype(stored_dtype, mx.floating) else stored_dtype,
             format=scheme.format(ours.removesuffix(".weight"), shape[-1]) if scheme and matrix else None,
             sources=parts,
             half=source.half,
@@ -210,6 +216,10 @@ def _parameters(
         )
 
     return {ours: parameter(ours, source) for ours, source in layout.sources.items()}
+
+
+def _is_matrix(ours: str, shape: tuple[int, ...], dtype: mx.Dtype) -> bool:
+    return mx.issubdtype(dtype, mx.floating) and len(shape) > 1 and ours.endswith(".weight")
 
 
 def _in_files(parameters: list[Parameter]) -> dict[str, list[Parameter]]:

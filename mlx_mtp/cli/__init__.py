@@ -30,12 +30,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(name="batch")(batch.batch)
+app.command(name="batch", short_help="Answers the prompts of a file, several at a time.")(batch.batch)
 app.command(name="chat")(chat.chat)
 app.command(name="convert")(convert.convert)
 app.command(name="generate")(generate.generate)
-app.command(name="info")(info.info)
-app.command(name="tune")(tune.tune)
+app.command(name="info", short_help="Shows what a model is, and whether it fits in memory.")(info.info)
+app.command(name="tune", short_help="Measures which batch and draft length suit this machine.")(tune.tune)
 
 
 def _print_version(wanted: bool) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,8 +157,11 @@ def _save(conversation: Chat, path: Path) -> None:
     try:
         aside.write_text(json.dumps(messages + conversation.messages, ensure_ascii=False, indent=2) + "\n", "utf-8")
         os.replace(aside, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
 
 
 def _line_reader() -> Callable[[str], str]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from ..errors import CheckpointError
 from . import options as o
 
 if TYPE_CHECKING:
@@ -71,8 +75,12 @@ def convert(
     """
     o.check_loading(drafter, no_draft, None)
     o.use_openblas()  # --check runs the models
+    _check_dtype(dtype)
+    if drafter_bits is not None and no_draft:
+        raise typer.BadParameter("--no-draft converts no drafter", param_hint="--drafter-bits")
     common = _scheme(mode, bits, group_size, embeddings_bits, override or [])
     conversions = _prepare(source, destination, common, dtype, False if no_draft else drafter, drafter_bits)
+    _check_overrides(override or [], conversions[0].plan.modules)
     for conversion in conversions:
         _run(conversion)
         print(conversion.destination)
@@ -81,20 +89,55 @@ def convert(
             print(_compared(conversion, target=conversions[0].source))
 
 
+@contextmanager
+def _value_of(option: str) -> Iterator[None]:
+    """What is found to be wrong here is wrong use of an option."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
+
+
+def _check_dtype(dtype: str | None) -> None:
+    from ..checkpoint import DTYPES
+
+    if dtype not in (None, *DTYPES):
+        raise typer.BadParameter(f"expected {', '.join(DTYPES)}", param_hint="--dtype")
+
+
 def _scheme(
     mode: str, bits: int | None, group_size: int | None, embeddings_bits: int | None, overrides: list[str]
 ) -> Scheme | None:
     from ..quantization import Format, Scheme
 
-    special: list[tuple[str, int | None]] = [
+    rows: list[tuple[str, int | None]] = [
         (pattern, embeddings_bits) for pattern in EMBEDDINGS if embeddings_bits is not None
     ]
-    special += [_override(text) for text in overrides]
+    named = [_override(text) for text in overrides]
     if bits is None and mode == "affine":
-        if special or group_size is not None:
+        if rows or named or group_size is not None:
             raise typer.BadParameter("--group-size, --embeddings-bits and --override need --bits or --mode")
         return None
-    return Scheme(Format.make(mode, bits, group_size), tuple(special))
+    with _value_of("--mode"):
+        Format.make(mode)
+    with _value_of("--bits"):
+        Format.make(mode, bits)
+    with _value_of("--group-size"):
+        common = Format.make(mode, bits, group_size)
+    for option, special in (("--embeddings-bits", rows), ("--override", named)):
+        with _value_of(option):
+            Scheme(common, tuple(special))
+    return Scheme(common, (*rows, *named))
+
+
+def _check_overrides(overrides: list[str], modules: tuple[str, ...]) -> None:
+    """Each has to match something: a name with a slip in it would change nothing, unnoticed."""
+    for pattern, _ in map(_override, overrides):
+        if not any(fnmatchcase(module, pattern) for module in modules):
+            raise typer.BadParameter(
+                f"no matrix has a name like {pattern!r}; there are {', '.join(modules[:3])} and others",
+                param_hint="--override",
+            )
 
 
 def _prepare(
@@ -110,13 +153,20 @@ def _prepare(
 
     from ..api import find_pair
 
+    bits = (4 if scheme else None) if drafter_bits is None else drafter_bits
+    with _value_of("--drafter-bits"):
+        drafter_scheme = None if bits is None else Scheme(Format(bits))
     conversions = [prepare(source, destination, scheme, dtype)]
-    if not _is_drafter(conversions[0]):
-        _, folder = find_pair(source, drafter)
-        bits = drafter_bits or (4 if scheme else None)
-        if folder is not None:
-            sibling = destination.with_name(f"{destination.name}-assistant")
-            conversions.append(prepare(folder, sibling, Scheme(Format(bits)) if bits else None, dtype))
+    if _is_drafter(conversions[0]):
+        if drafter or drafter_bits is not None:
+            raise typer.BadParameter(f"{source} is a drafter itself: it takes --bits, not --drafter or --drafter-bits")
+        return conversions
+    _, folder = find_pair(source, drafter)
+    if folder is not None:
+        sibling = destination.with_name(f"{destination.name}-assistant")
+        conversions.append(prepare(folder, sibling, drafter_scheme, dtype))
+    elif drafter is None and Path(source).expanduser().is_dir():  # for a repository the search has said so
+        print(f"{source} has no drafter beside it, so it is converted alone: --drafter names one", file=sys.stderr)
     return conversions
 
 

@@ -12,9 +12,11 @@ from ..errors import MTPError
 from . import options as o
 
 if TYPE_CHECKING:
+    import mlx.nn as nn
+
     from ..config import DrafterConfig, TargetConfig
     from ..names import Table
-    from ..quantization import Rule
+    from ..quantization import Rule, Stored
     from ..tuning.chips import Chip
 
 _PREDICTED_AT = 1024
@@ -22,6 +24,10 @@ _PREDICTED_AT = 1024
 
 _TYPICAL_ERROR = 0.21
 """Median error of the cost model against published figures, see docs/cost_model.md."""
+
+
+_FITS = "fits the target"
+"""What is said of a drafter that was made for the target."""
 
 
 def info(
@@ -53,20 +59,22 @@ def describe(
         chip: What to predict the speed for; None for no prediction.
 
     Raises:
-        CheckpointError: A config.json is missing or isn't Gemma 4's, or a weight file is damaged.
+        CheckpointError: A config.json is missing or isn't Gemma 4's, or weights that are here can't be loaded.
     """
-    from .. import checkpoint, quantization, sizes
+    from .. import checkpoint, sizes
     from ..api import find_pair
-    from ..config import check_pair, drafter_config, target_config
+    from ..config import check_pair
     from ..errors import PairingError
+    from ..models.drafter import POSITIONS, Drafter
+    from ..models.target import Target
     from ..names import drafter_table, target_table
 
     target_folder, drafter_folder = find_pair(model, drafter, weights=False)
-    raw = checkpoint.read_json(target_folder / "config.json")
-    config = target_config(raw)
+    raw, config = checkpoint.read_target(target_folder)
     text = config.text
     table = target_table(text)
-    dtype_bytes, rule = _storage(raw, quantize, table)
+    stored = checkpoint.read_quantization(raw, table, target_folder, quantize)
+    dtype_bytes, rule = _storage(raw, stored, quantize)
     target = sizes.target_sizes(text, dtype_bytes, rule)
     owners = [layer for i, layer in enumerate(text.layers) if layer.kv_owner == i]
     facts: dict[str, Any] = {
@@ -82,9 +90,9 @@ def describe(
             "vocabulary": text.vocab_size,
             "window": text.sliding_window,
             "context": text.max_positions,
-            "stored_as": _stored_as(raw, quantize, table),
+            "stored_as": _stored_as(raw, stored, quantize),
             "activation_bits": 8 * dtype_bytes,
-            "bytes_on_disk": _on_disk(target_folder),
+            **_on_disk(target_folder, Target(text), table, raw, quantize),
             "parameters": target.parameters,
             "bytes_in_memory": target.weights,
             "bytes_read_per_token": target.read_per_token,
@@ -92,24 +100,24 @@ def describe(
         },
         "drafter": None,
     }
-    pair = [(raw, table)]  # config.json and names of all that is quantised
+    pair = [(raw, stored)]  # of each model, config.json and how it is quantised
     config_d = None
     if drafter_folder is not None:
-        drafter_raw = checkpoint.read_json(drafter_folder / "config.json")
-        config_d = drafter_config(drafter_raw)
-        pair.append((drafter_raw, drafter_table(config_d)))
-        own = sizes.drafter_sizes(config_d, *_storage(drafter_raw, quantize, pair[1][1]))
+        drafter_raw, config_d = checkpoint.read_drafter(drafter_folder)
+        table = drafter_table(config_d)
+        pair.append((drafter_raw, checkpoint.read_quantization(drafter_raw, table, drafter_folder, quantize)))
+        own = sizes.drafter_sizes(config_d, *_storage(*pair[1], quantize))
         try:
             check_pair(config, config_d)
-            pairing = "fits the target"
+            pairing = _FITS
         except PairingError as error:
             pairing = str(error)
         facts["drafter"] = {
             "folder": str(drafter_folder),
             "model_type": config_d.model_type,
             "head": f"{config_d.num_clusters} clusters" if config_d.num_clusters else "dense",
-            "stored_as": _stored_as(drafter_raw, quantize, pair[1][1]),
-            "bytes_on_disk": _on_disk(drafter_folder),
+            "stored_as": _stored_as(*pair[1], quantize),
+            **_on_disk(drafter_folder, Drafter(config_d, POSITIONS[0]), table, drafter_raw, quantize),
             "parameters": own.parameters,
             "bytes_in_memory": own.weights,
             "bytes_read_per_draft": own.read_per_token,
@@ -119,27 +127,27 @@ def describe(
 
     def fit(bits: int | None) -> dict[str, Any]:
         """What the pair takes if it is quantised like this while loading."""
-        dtype_bytes, rule = _storage(raw, bits, table)
+        dtype_bytes, rule = _storage(raw, stored, bits)
         target = sizes.target_sizes(text, dtype_bytes, rule)
         needed = target.weights
         if config_d is not None:
-            drafter_raw, names = pair[1]
-            needed += sizes.drafter_sizes(config_d, *_storage(drafter_raw, bits, names)).weights
+            needed += sizes.drafter_sizes(config_d, *_storage(*pair[1], bits)).weights
         return {
             "quantize": bits,
             "needed": needed,
             "bytes_read_per_token": target.read_per_token,
-            "longest_context": sizes.longest_context(text, have - needed, dtype_bytes),
+            "longest_context": sizes.longest_context(text, sizes.kv_budget(needed)[0], dtype_bytes),
         }
 
     asked = fit(quantize)
     facts["machine"] = {"memory": have, **asked, "fits": asked["longest_context"] > 0, "choices": []}
-    if not any(quantization.stored(*it) for it in pair):
+    if not any(how for _, how in pair):
         facts["machine"]["choices"] = [fit(bits) for bits in (None, 8, 6, 4)]
     facts["expected"] = None
-    if chip and config_d is not None and facts["drafter"]["pairing"] == "fits the target":
-        bits = stored.common.bits if (stored := quantization.stored(raw, table)) else quantize
-        facts["expected"] = _expected(config, config_d, bits, chip)
+    if chip:
+        bits = stored.common.bits if stored else quantize
+        fitting = config_d if facts["drafter"] and facts["drafter"]["pairing"] == _FITS else None
+        facts["expected"] = _expected(config, fitting, bits, chip)
     return facts
 
 
@@ -153,8 +161,11 @@ def _chip(name: str | None) -> Chip | None:
         raise typer.BadParameter(str(error), param_hint="--chip") from None
 
 
-def _expected(config: TargetConfig, drafter: DrafterConfig, bits: int | None, chip: Chip) -> dict[str, Any]:
-    """What the cost model predicts for one row; half of the published figures lie in ranges as wide as these."""
+def _expected(config: TargetConfig, drafter: DrafterConfig | None, bits: int | None, chip: Chip) -> dict[str, Any]:
+    """What the cost model predicts for one row; half of the published figures lie in ranges as wide as these.
+
+    Drafting has no speed of its own where there is no drafter, or where no draft length pays (0).
+    """
     from ..tuning import cost_model, report
 
     pair = cost_model.pair(config, drafter, bits)
@@ -168,8 +179,8 @@ def _expected(config: TargetConfig, drafter: DrafterConfig, bits: int | None, ch
         "context": _PREDICTED_AT,
         "typical_error": _TYPICAL_ERROR,
         "plain_tps": around(alone.plain) if alone else None,
-        "drafting_tps": around(alone.best) if alone else None,
-        "draft_length": alone.drafts if alone else None,
+        "drafting_tps": around(alone.best) if alone and alone.drafts else None,
+        "draft_length": alone.drafts if alone and drafter else None,
     }
 
 
@@ -178,43 +189,60 @@ def _lengths(longest: int) -> list[int]:
     return [n for n in (1024, 8192, 32768, 131072) if n < longest] + [longest]
 
 
-def _storage(raw: dict[str, Any], quantize: int | None, table: Table) -> tuple[int, Rule | None]:
+def _dtype(raw: dict[str, Any]) -> str | None:
+    """The type that a config.json names for what isn't quantised."""
+    return raw.get("dtype") or raw.get("torch_dtype") or raw.get("text_config", {}).get("dtype")
+
+
+def _storage(raw: dict[str, Any], stored: Stored | None, quantize: int | None) -> tuple[int, Rule | None]:
     """Bytes of an unquantised parameter once loaded here, and how the others are quantised."""
     from .. import checkpoint, quantization
 
-    stored = quantization.stored(raw, table)
     rule = stored.rule() if stored else quantization.Scheme(quantization.Format(quantize)).rule() if quantize else None
-    dtype = raw.get("dtype") or raw.get("torch_dtype") or raw.get("text_config", {}).get("dtype")
-    return checkpoint.activation_dtype(checkpoint.DTYPES.get(dtype or "", checkpoint.DTYPES["bfloat16"])).size, rule
+    dtype = checkpoint.DTYPES.get(_dtype(raw) or "", checkpoint.DTYPES["bfloat16"])
+    return checkpoint.activation_dtype(dtype).size, rule
 
 
-def _stored_as(raw: dict[str, Any], quantize: int | None, table: Table) -> str:
-    from .. import quantization
-
-    stored = quantization.stored(raw, table)
+def _stored_as(raw: dict[str, Any], stored: Stored | None, quantize: int | None) -> str:
     if stored:
         return f"{stored.common.bits} bits, {stored.common.mode}"
-    dtype = raw.get("dtype") or raw.get("torch_dtype") or raw.get("text_config", {}).get("dtype") or "unknown type"
-    return f"{dtype}, quantised to {quantize} bits while loading" if quantize else str(dtype)
+    dtype = _dtype(raw) or "unknown type"
+    return f"{dtype}, quantised to {quantize} bits while loading" if quantize else dtype
 
 
-def _on_disk(folder: Path) -> int | None:
-    """Bytes of the weight files, after a look at their headers; None where they aren't there."""
-    from ..checkpoint import check_safetensors
+def _on_disk(folder: Path, model: nn.Module, table: Table, raw: dict[str, Any], quantize: int | None) -> dict[str, Any]:
+    """Bytes of the weight files that are there, None for none, and the names of those that aren't.
 
-    files = sorted(folder.glob("*.safetensors"))
-    for path in files:
-        check_safetensors(path)
-    return sum(path.stat().st_size for path in files) or None
+    Raises:
+        CheckpointError: What is there can't be loaded, by the files' headers. Arguments as for `checkpoint.assign`.
+    """
+    from .. import checkpoint
+
+    if not any(folder.glob("*.safetensors")):
+        return {"bytes_on_disk": None, "files_missing": []}
+    files = checkpoint.weight_files(folder)
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        for path in files:
+            if path.name not in missing:
+                checkpoint.check_safetensors(path)
+    else:
+        checkpoint.assign(model, dict(checkpoint.tensors(folder)), table, folder, raw, None, quantize)
+    size = sum(path.stat().st_size for path in files if path.name not in missing)
+    return {"bytes_on_disk": size or None, "files_missing": missing}
 
 
-def _size(count: int | None) -> str:
-    if count is None:
+def _size(count: int) -> str:
+    from ..sizes import in_words
+
+    return in_words(count)
+
+
+def _stored(facts: dict[str, Any]) -> str:
+    if facts["bytes_on_disk"] is None:
         return "not downloaded"
-    for unit, one in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= one:
-            return f"{count / one:.2f} {unit}"
-    return f"{count} bytes"
+    size, missing = _size(facts["bytes_on_disk"]), facts["files_missing"]
+    return f"{size}; NOT complete: {missing[0]} is missing, {len(missing)} in all" if missing else size
 
 
 def _table(facts: dict[str, Any]) -> str:
@@ -226,7 +254,7 @@ def _table(facts: dict[str, Any]) -> str:
         ("  layers", f"{t['layers']}: {t['sliding_layers']} sliding over {t['window']} tokens, "
                      f"{t['layers'] - t['sliding_layers']} full; {t['layers_with_kv']} with KV of their own"),
         ("  vocabulary", f"{t['vocabulary']:,} tokens; context {t['context']:,} tokens"),
-        ("  on disk", _size(t["bytes_on_disk"])),
+        ("  on disk", _stored(t)),
         ("  in memory", f"{_size(t['bytes_in_memory'])} with {t['activation_bits']}-bit activations, "
                         f"of which one token reads {_size(t['bytes_read_per_token'])}"),
         ("  KV", ", ".join(f"{_size(size)} at {int(n):,} tokens" for n, size in t["kv_bytes_at"].items())),
@@ -236,7 +264,7 @@ def _table(facts: dict[str, Any]) -> str:
             ("drafter", d["folder"]),
             ("  model", f"{d['model_type']}, {d['parameters'] / 1e6:,.1f} M parameters, {d['stored_as']}"),
             ("  head", d["head"]),
-            ("  on disk", _size(d["bytes_on_disk"])),
+            ("  on disk", _stored(d)),
             ("  in memory", f"{_size(d['bytes_in_memory'])}, one draft reads {_size(d['bytes_read_per_draft'])}"),
             ("  pairing", d["pairing"]),
         ]  # fmt: skip
@@ -255,11 +283,19 @@ def _table(facts: dict[str, Any]) -> str:
 def _speed(expected: dict[str, Any]) -> str:
     if expected["plain_tps"] is None:
         return "does NOT fit, in its largest configuration"
-    plain, drafting = ("{:.0f} to {:.0f}".format(*expected[key]) for key in ("plain_tps", "drafting_tps"))
+    plain = f"{_range(expected['plain_tps'])} tok/s plain"
+    if drafts := expected["draft_length"]:
+        drafting = f"{_range(expected['drafting_tps'])} with {drafts} drafts a round"
+    else:
+        drafting = "nothing gained by drafting" if drafts == 0 else "no drafter"
     return (
-        f"PREDICTED, not measured: {plain} tok/s plain, {drafting} with {expected['draft_length']} drafts a round, one "
-        f"row at {expected['context']:,} tokens (half of published figures are further off, see docs/cost_model.md)"
+        f"PREDICTED, not measured: {plain}, {drafting}, one row at {expected['context']:,} tokens (half of the speeds "
+        "that others published lie outside such a range, see docs/cost_model.md)"
     )
+
+
+def _range(speeds: list[float]) -> str:
+    return "{:.0f} to {:.0f}".format(*speeds)
 
 
 def _fits(fit: dict[str, Any], context: int) -> str:

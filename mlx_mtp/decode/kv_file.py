@@ -6,9 +6,11 @@ runs again in any case, and gives the hidden state that both go on from. A file 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
@@ -40,13 +42,16 @@ def save_entry(path: Path, entry: Entry, target: Target) -> None:
     }
     aside = path.with_name(f"{path.name}.partial.safetensors")
     try:
-        try:
-            mx.save_safetensors(str(aside), arrays, metadata=facts)
-        except RuntimeError as error:  # how MLX says that a file can't be opened or written
-            raise OSError(f"{path} can't be written: {error}") from None
+        aside.touch()  # MLX doesn't say why a file can't be opened
+        mx.save_safetensors(str(aside), arrays, metadata=facts)
         os.replace(aside, path)
+    except RuntimeError:  # how MLX says that it can't be written
+        raise OSError(errno.EIO, "it can't be written: is the disk full?", str(path)) from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
 
 
 def load_entry(path: Path, target: Target) -> Entry:
@@ -57,6 +62,8 @@ def load_entry(path: Path, target: Target) -> Entry:
     """
     from ..checkpoint import check_safetensors
 
+    if not path.is_file():
+        raise CheckpointError(f"there is no such file: {path}")
     check_safetensors(path)
     arrays, facts = cast("tuple[dict[str, mx.array], dict[str, str]]", mx.load(str(path), return_metadata=True))
     if facts.get("mlx_mtp_kv") != VERSION:

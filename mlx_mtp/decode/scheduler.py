@@ -22,10 +22,10 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import MemoryBudgetError
-from ..kv import LONGEST_VERIFY, Checkpoint, KVBuffers, longest_block
+from ..kv import Checkpoint, KVBuffers, longest_block
 from ..models.drafter import Drafter
 from ..models.target import Target
-from ..sizes import kv_bytes
+from ..sizes import in_words, row_bytes
 from .engine import Costs, Engine, Prefilled
 from .kv_file import load_entry, save_entry
 from .prefill import prefill, prefill_block
@@ -120,8 +120,8 @@ class Scheduler:
         if self._budget is not None and needed > self._budget:
             raise MemoryBudgetError(
                 f"a prompt of {len(request.prompt)} tokens and up to {self._limit(request)} more need "
-                f"{needed / 1e9:.2f} GB of KV, and there are {max(0, self._budget) / 1e9:.2f} GB for it: ask for fewer "
-                "tokens or shorten the prompt"
+                f"{in_words(needed)} of KV, and there are {in_words(self._budget)} for it: ask for fewer tokens or "
+                "shorten the prompt"
             )
 
     def submit(self, request: Request, stats: Stats | None = None) -> Row:
@@ -177,8 +177,8 @@ class Scheduler:
         entry = load_entry(path, self._target)
         if entry.nbytes > self.cache.limit:
             raise MemoryBudgetError(
-                f"{path} has {entry.nbytes / 1e9:.2f} GB of KV, and {self.cache.limit / 1e9:.2f} GB are kept for "
-                "prompts: raise cache_bytes"
+                f"{path} has {in_words(entry.nbytes)} of KV, and {in_words(self.cache.limit)} are kept for prompts: "
+                "raise cache_bytes"
             )
         self.cache.put(entry)
         return len(entry.tokens)
@@ -296,8 +296,8 @@ class Scheduler:
 
     def _kv_bytes(self, requests: Sequence[Request]) -> int:
         """Bytes of the KV of some rows when all of them have reached their full length."""
-        longest = max(len(request.prompt) + self._limit(request) for request in requests) + LONGEST_VERIFY
-        return len(requests) * kv_bytes(self._target.config, longest, self._target.dtype.size)
+        longest = max(len(request.prompt) + self._limit(request) for request in requests)
+        return len(requests) * row_bytes(self._target.config, longest, self._target.dtype.size)
 
     def _limit(self, request: Request) -> int:
         return token_limit(request, self._target.config)

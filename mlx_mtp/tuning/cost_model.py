@@ -80,27 +80,27 @@ class Pair:
 
     Attributes:
         target: The target's decoder stack.
-        drafter: The drafter's.
+        drafter: The drafter's; None for a target alone.
         bits: Of the target's weights; None for 16-bit floats.
         traffic: What a step of the target reads.
-        drafter_traffic: What a step of the drafter reads, in 16-bit floats.
-        weights: Bytes of both models in memory.
+        drafter_traffic: What a step of the drafter reads, in 16-bit floats; None without one.
+        weights: Bytes of the models in memory.
     """
 
     target: TextConfig
-    drafter: TextConfig
+    drafter: TextConfig | None
     bits: int | None
     traffic: Traffic
-    drafter_traffic: Traffic
+    drafter_traffic: Traffic | None
     weights: int
 
 
-def pair(target: TargetConfig, drafter: DrafterConfig, bits: int | None) -> Pair:
+def pair(target: TargetConfig, drafter: DrafterConfig | None, bits: int | None) -> Pair:
     """Counts what the steps of a pair read.
 
     Args:
         target: The target.
-        drafter: Its drafter, taken as 16-bit floats.
+        drafter: Its drafter, taken as 16-bit floats; None for plain decoding.
         bits: Quantisation of the target, in groups of 64; None for 16-bit floats.
 
     Raises:
@@ -110,11 +110,11 @@ def pair(target: TargetConfig, drafter: DrafterConfig, bits: int | None) -> Pair
     text = target.text
     return Pair(
         text,
-        drafter.text,
+        drafter.text if drafter else None,
         bits,
         target_traffic(text, 2, rule),
-        drafter_traffic(drafter, 2),
-        target_sizes(text, 2, rule).weights + drafter_sizes(drafter, 2).weights,
+        drafter_traffic(drafter, 2) if drafter else None,
+        target_sizes(text, 2, rule).weights + (drafter_sizes(drafter, 2).weights if drafter else 0),
     )
 
 
@@ -210,6 +210,7 @@ def verify_seconds(
 
 def draft_seconds(chip: Chip, pair: Pair, batch: int, context: int, fit: Calibration = FITTED) -> float:
     """Seconds of one step of the drafter, which drafts one token for each row. Arguments as for `verify_seconds`."""
+    assert pair.drafter and pair.drafter_traffic, "a target alone drafts nothing"
     seconds = KERNELS_DRAFTER * len(pair.drafter.layers) * fit.launch
     parts = (pair.drafter_traffic.body, pair.drafter_traffic.head)
     seconds += sum(matmul_seconds(chip, part, batch, False, fit) for part in parts)
@@ -221,7 +222,7 @@ def round_seconds(
 ) -> float:
     """Seconds of a round with `drafts` drafts a row; 0 is plain decoding. Arguments as for `verify_seconds`."""
     verify = verify_seconds(chip, pair, batch, drafts + 1, context, overlap, fit)
-    return verify + drafts * draft_seconds(chip, pair, batch, context, fit)
+    return verify + drafts * draft_seconds(chip, pair, batch, context, fit) if drafts else verify
 
 
 def tokens_per_second(

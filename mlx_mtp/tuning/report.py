@@ -59,7 +59,7 @@ def choices(
             accepted = model.acceptance_for(drafts, acceptance)
             return model.tokens_per_second(chip, pair, batch, accepted, context, overlap)
 
-        drafts = max(range(LONGEST_DRAFT + 1), key=speed)
+        drafts = max(range(LONGEST_DRAFT + 1), key=speed) if pair.drafter else 0
         text = pair.target
         tokens = batch * (drafts + 1)
         experts = (
