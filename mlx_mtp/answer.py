@@ -79,7 +79,7 @@ class Answer:
         """Takes new tokens of the row."""
         row, stops, decoder = self.row, self._stops, self._decoder
         reason = None
-        if row.done:
+        if row.done and not row.error:  # after an error, `tokens` isn't all there would have been
             reason = "stop" if tokens[-1] in self.request.stop_tokens else "length"
         text = thought = ""
         known = len(decoder.calls) if decoder else 0
@@ -96,6 +96,7 @@ class Answer:
         chunk = Chunk(text, thought, calls, tokens, self.reason, row.stats)
         self._chunks.append(chunk)
         if stops.hit:
+            row.cancel()  # nothing after it is wanted, nor counted
             row.stats.generated_tokens = sum(len(it.tokens) for it in self._chunks)
         return chunk
 

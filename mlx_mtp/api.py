@@ -3,20 +3,19 @@
 Puts the parts together (checkpoint, tokeniser, decode engine) and holds what outlives a request: the models and a few
 KV buffers. The decoding itself is in decode/, text matters in text.py, conversations in chat.py.
 
-Calls may come from several threads; they take turns, round by round once their prompts are prefilled. MLX ties
-unfinished work to the thread that began it, except on a stream made for this, which is what a model works on, under a
-lock.
+Calls may come from several threads; they take turns, each a step of the batch that all of them share. MLX ties
+unfinished work to the thread that began it, except on a stream made for this, which is what a model works on, one turn
+at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-import threading
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -34,6 +33,7 @@ from .models.drafter import POSITIONS, Drafter
 from .models.target import Target
 from .text import StopStrings, Tokenizer
 from .tuning import profile as profiles
+from .turns import Turns
 
 if TYPE_CHECKING:
     from .chat import Chat
@@ -45,6 +45,8 @@ _OPTIONS = {
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "draft_length", "exactness", "ignore_eos",
     "thinking", "tools",
 }  # fmt: skip
+
+T = TypeVar("T")
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -151,7 +153,8 @@ class MTPModel:
         self.profile = profile
         self.folder, self.drafter_folder = folder, drafter_folder
         self._closed = False
-        self._lock = threading.RLock()
+        self._turns = Turns()
+        self._wanted: list[int] = []
         self._stream = mx.new_thread_unsafe_stream(mx.default_device())
         self.drafter_config, self._drafter = None, None
         with self._turn():
@@ -162,11 +165,12 @@ class MTPModel:
                 )
         self.defaults = checkpoint.read_generation(folder)
         self.kv_budget, cache_bytes = sizes.kv_budget(_held_bytes(self._target, self._drafter), cache_bytes)
+        self._most_rows = profile.rows if profile else MAX_ROWS
         self._scheduler = Scheduler(
             self._target,
             self._drafter,
             self.defaults.suppress_tokens,
-            max_rows=profile.rows if profile else MAX_ROWS,
+            max_rows=self._most_rows,
             kv_budget=self.kv_budget,
             cache_bytes=cache_bytes,
             costs=profile.costs_of if profile else None,
@@ -229,9 +233,8 @@ class MTPModel:
             )
             for i in range(n)
         ]  # fmt: skip
-        with closing(self._together(iter(answers), n)) as finished:
-            for _ in finished:
-                pass
+        for _ in self._together(iter(answers), n):
+            pass
         results = [answer.generation() for answer in answers]
         return results if n > 1 else results[0]
 
@@ -255,9 +258,8 @@ class MTPModel:
         """
         options["seed"] = secrets.randbits(32) if options.get("seed") is None else options["seed"]
         answers = [self._one_of_many(i, prompt, options) for i, prompt in enumerate(prompts)]
-        with closing(self._together(iter(answers), self._batch_size(batch_size))) as finished:
-            for _ in finished:
-                pass
+        for _ in self._together(iter(answers), self._batch_size(batch_size)):
+            pass
         return [answer.generation() for answer in answers]
 
     def generate_each(
@@ -275,24 +277,20 @@ class MTPModel:
         """
         options["seed"] = secrets.randbits(32) if options.get("seed") is None else options["seed"]
         index: dict[int, int] = {}
-        failed: list[tuple[int, MTPError]] = []
 
-        def answers() -> Iterator[Answer]:
+        def answers() -> Iterator[Answer | tuple[int, MTPError]]:
             for i, prompt in enumerate(prompts):
                 try:
                     answer = self._one_of_many(i, prompt, options)
                 except MTPError as error:
-                    failed.append((i, error))
+                    yield i, error
                 else:
                     index[id(answer)] = i
                     yield answer
 
         with closing(self._together(answers(), self._batch_size(batch_size))) as finished:
             for answer in finished:
-                while failed:
-                    yield failed.pop(0)
-                yield index.pop(id(answer)), answer.generation()
-        yield from failed
+                yield answer if isinstance(answer, tuple) else (index.pop(id(answer)), answer.generation())
 
     def stream(
         self,
@@ -421,13 +419,14 @@ class MTPModel:
             OSError: The file can't be written.
         """
         trace = Trace(path)
-        with self._lock:
-            self._scheduler.trace = trace
         try:
+            with self._turn():
+                self._scheduler.trace = trace
             yield
         finally:
-            with self._lock:
-                self._scheduler.trace = None
+            if not self._closed:
+                with self._turn():
+                    self._scheduler.trace = None
             trace.close()
 
     def encode(
@@ -505,10 +504,12 @@ class MTPModel:
 
     def close(self) -> None:
         """Lets go of the models and their memory. Calling anything afterwards is an error; closing twice isn't."""
-        with self._lock:
+        with self._turns.turn():
+            if self._closed:
+                return
             self._closed = True
             self._scheduler.close()
-            self._target = self._drafter = None  # type: ignore[assignment]
+            self._scheduler = self._target = self._drafter = None  # type: ignore[assignment]
             mx.clear_cache()
 
     def __enter__(self) -> MTPModel:
@@ -524,49 +525,65 @@ class MTPModel:
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """This thread's turn to work on the model."""
-        with self._lock, mx.stream(self._stream):
+        with self._turns.turn(), mx.stream(self._stream):
             self._check_open()
             yield
 
     def _chunks(self, answer: Answer) -> Generator[Chunk, None, None]:
         with self._turn():
-            row = answer.row = self._scheduler.submit(answer.request)
+            row = self._submit(answer)
         try:
             while answer.reason is None:
-                with self._turn():
-                    while not (tokens := row.take()):
+                chunk = None
+                with self._turn():  # a step a turn: others may wait for theirs
+                    if not row.fresh:
                         self._run(row)
-                yield answer.push(tokens)
+                    if tokens := row.take():
+                        chunk = answer.push(tokens)
+                if chunk:
+                    yield chunk
         finally:
-            with self._lock:
-                self._scheduler.cancel(row)
+            row.cancel()
 
-    def _together(self, answers: Iterator[Answer], batch_size: int) -> Generator[Answer, None, None]:
-        """Runs answers, `batch_size` at a time, and yields each when it is finished."""
-        self._scheduler.max_rows = max(self._scheduler.max_rows, batch_size)
+    def _together(self, answers: Iterator[Answer | T], batch_size: int) -> Generator[Answer | T, None, None]:
+        """Runs answers, `batch_size` at a time, and yields each when it is finished; anything else among them at once.
+
+        Where they come from may take its time, or use the model itself: they are never asked for during a turn.
+        """
         running: list[Answer] = []
+        self._wanted.append(batch_size)
         try:
             while True:
+                arrived: list[Answer] = []
+                while len(running) + len(arrived) < batch_size and (answer := next(answers, None)) is not None:
+                    if isinstance(answer, Answer):
+                        arrived.append(answer)
+                    else:
+                        yield answer
+                if not running and not arrived:
+                    return
                 with self._turn():
-                    while len(running) < batch_size and (answer := next(answers, None)):
-                        answer.row = self._scheduler.submit(answer.request)
+                    for answer in arrived:
+                        self._submit(answer)
                         running.append(answer)
-                    if not running:
-                        return
                     if not any(answer.row.fresh for answer in running):
                         self._run(*(answer.row for answer in running))
                     for answer in running:
                         if tokens := answer.row.take():
                             answer.push(tokens)
-                    finished = [answer for answer in running if answer.reason]
-                    running = [answer for answer in running if not answer.reason]
-                    for answer in finished:
-                        self._scheduler.cancel(answer.row)
+                finished = [answer for answer in running if answer.reason]
+                running = [answer for answer in running if not answer.reason]
                 yield from finished
         finally:
-            with self._lock:
-                for answer in running:
-                    self._scheduler.cancel(answer.row)
+            self._wanted.remove(batch_size)
+            for answer in running:
+                answer.row.cancel()
+
+    def _submit(self, answer: Answer) -> Row:
+        """Puts an answer's request into the queue of a batch that is as large as somebody wants it now."""
+        self._scheduler.max_rows = max([self._most_rows, *self._wanted])
+        answer.row = self._scheduler.submit(answer.request)
+        return answer.row
 
     def _run(self, *rows: Row) -> None:
         """A step of all that is under way, for rows that wait for tokens."""
@@ -589,7 +606,7 @@ class MTPModel:
 
     def _batch_size(self, batch_size: int | str) -> int:
         if batch_size == "auto":
-            return self.profile.rows if self.profile else MAX_ROWS
+            return self._most_rows
         if not is_int(batch_size) or batch_size < 1:
             raise PromptError(f"batch_size must be 'auto' or at least 1, not {batch_size!r}")
         return batch_size

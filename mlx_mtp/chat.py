@@ -1,7 +1,8 @@
-"""Conversations: history, and KV that is kept from turn to turn.
+"""Conversations: history, and tokens that are the same from turn to turn.
 
-A `Chat` has KV buffers of its own. Each turn is rendered with all earlier ones, and what the buffers hold of it isn't
-prefilled again. Thoughts are not part of the history: the chat format drops them once the answer is there.
+Each turn is rendered with all earlier ones; of these the model's prompt cache holds the KV, as long as the tokens are
+the very ones that it was written for, and they aren't prefilled again. Thoughts are not part of the history: the chat
+format drops them once the answer is there.
 
 Not here: reading from a terminal (cli/chat.py).
 """
@@ -42,7 +43,7 @@ class Chat:
         self.messages: list[dict[str, Any]] = []
         self.stats: Stats | None = None
         self._model, self._tokenizer = model, model.tokenizer
-        # The latest turn as text and as the very tokens that the buffers hold.
+        # The latest turn as text and as the very tokens whose KV is kept.
         self._past: tuple[str, list[int]] = ("", [])
         # Weak, so that an iterator that is dropped ends at once.
         self._running: Callable[[], Generator[Chunk, None, None] | None] = lambda: None
@@ -90,7 +91,7 @@ class Chat:
         self.stats, self._past = None, ("", [])
 
     def _end_running(self) -> None:
-        """Closes an answer that was left unfinished: the next one runs on the same buffers."""
+        """Closes an answer that was left unfinished: the next one is to find its KV."""
         if running := self._running():
             running.close()
 

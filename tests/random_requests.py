@@ -45,7 +45,7 @@ def run_at_random(scheduler: Scheduler, requests: list[Request], rng: Random) ->
             rows.append(scheduler.submit(requests[len(rows)]))
         for i, row in enumerate(rows):
             if len(row.tokens) >= doomed.get(i, 10**9):
-                scheduler.cancel(row)
+                row.cancel()
         scheduler.step()
     return rows
 

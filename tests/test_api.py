@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
 from collections import Counter
@@ -161,6 +162,84 @@ def test_threads(lm: mlx_mtp.MTPModel):
     assert [found[i] for i in range(len(prompts))] == alone
 
 
+def test_a_running_stream_goes_on_while_another_thread_prefills(lm: mlx_mtp.MTPModel):
+    long = [5 + i % 400 for i in range(3000)]
+    chunks, begun, enough = 0, threading.Event(), threading.Event()
+
+    def read() -> None:
+        nonlocal chunks
+        for _ in lm.stream(QUESTION, max_tokens=2000, ignore_eos=True, temperature=0, draft_length=0):
+            chunks += 1
+            begun.set()
+            if enough.is_set():
+                return
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert begun.wait(60)
+    before = chunks
+    stream = lm.stream(long, max_tokens=1)
+    next(stream)
+    during = chunks - before
+    enough.set()
+    reader.join()
+    assert during >= len(long) // 256, "it had to wait for more than a chunk"
+
+
+def test_nothing_is_lost_when_a_step_fails(monkeypatch: pytest.MonkeyPatch):
+    """Whoever waits is told, and no text that was cut off passes for a finished one."""
+    for name in ("regroup", "round"):
+        with mlx_mtp.load(cache_bytes=0) as lm:
+            streams = [lm.stream(QUESTION, max_tokens=60, seed=i, draft_length=0) for i in range(3)]
+            tokens = [next(streams[0]).tokens, next(streams[1]).tokens]
+            for _ in range(3):
+                next(streams[1])
+
+            def fail(*_: object) -> None:
+                raise MemoryError("no room")
+
+            with monkeypatch.context() as broken:
+                broken.setattr(f"mlx_mtp.decode.engine.Engine.{name}", fail)
+                with pytest.raises(MemoryError):
+                    next(streams[2])
+            for stream in streams[:2]:
+                with pytest.raises(mlx_mtp.MTPError, match="another"):
+                    for chunk in stream:
+                        assert chunk.finish_reason is None
+            assert tokens[0] and lm.generate(QUESTION, max_tokens=5).tokens
+
+
+def test_where_prompts_come_from(lm: mlx_mtp.MTPModel):
+    taken = []
+
+    def source() -> Iterator[str]:
+        for prompt in ["", *[""] * 50]:
+            taken.append(prompt)
+            yield prompt
+        yield lm.generate(QUESTION, max_tokens=5).text  # during the batch that it is for
+
+    results = lm.generate_each(source(), 2, max_tokens=3)
+    index, error = next(results)
+    assert index == 0 and isinstance(error, PromptError) and len(taken) == 1, "errors wait for answers"
+    assert [isinstance(result, PromptError) for _, result in results] == [True] * 50 + [False]
+
+
+def test_a_large_call_leaves_the_batch_as_it_was(lm: mlx_mtp.MTPModel):
+    lm.generate(QUESTION, n=20, max_tokens=2)
+    streams = [lm.stream(QUESTION, max_tokens=3000, ignore_eos=True, draft_length=0) for _ in range(9)]
+    for stream in streams[:8]:
+        next(stream)
+    ninth = threading.Thread(target=lambda: next(streams[8]))
+    ninth.start()
+    ninth.join(0.5)
+    assert ninth.is_alive(), "more than eight rows without anybody's wish"
+    streams[0].close()
+    ninth.join(60)
+    assert not ninth.is_alive()
+    for stream in streams:
+        stream.close()
+
+
 @pytest.mark.parametrize("prompts", [[QUESTION], [QUESTION, "Who are you?", "Hello!"]])
 def test_a_trace_shows_host_and_device(lm: mlx_mtp.MTPModel, tmp_path: Path, prompts: list[str]):
     expected = [r.tokens for r in lm.generate_batch(prompts, draft_length=3, **GREEDY)]
@@ -271,6 +350,15 @@ def test_without_a_drafter(lm: mlx_mtp.MTPModel):
         assert result.tokens == lm.generate(QUESTION, **GREEDY).tokens and result.stats.drafted == 0
         with pytest.raises(PromptError, match="drafter"):
             plain.propose([5], 1)
+
+
+def test_a_closed_model_holds_no_memory():
+    gc.collect()
+    before = mx.get_active_memory()
+    model = mlx_mtp.load()
+    model.generate(QUESTION, max_tokens=5)
+    model.close()
+    assert mx.get_active_memory() - before < 1_000_000
 
 
 def test_a_closed_model_says_so():

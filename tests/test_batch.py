@@ -204,7 +204,7 @@ def test_growing_holds_no_second_copy(e2b: Pair):
         assert mx.get_peak_memory() - max(before, mx.get_active_memory()) < 1.5 * largest
         assert kv.nbytes > 10 * largest / 4
     for row in rows:
-        scheduler.cancel(row)
+        row.cancel()
 
 
 def test_one_host_read_a_round(e2b: Pair, monkeypatch: pytest.MonkeyPatch):
@@ -225,7 +225,7 @@ def test_one_host_read_a_round(e2b: Pair, monkeypatch: pytest.MonkeyPatch):
         scheduler.step()
     assert events == ["hand over", "read"] * 10
     for row in rows:
-        scheduler.cancel(row)
+        row.cancel()
 
 
 def test_an_error_ends_what_runs_and_nothing_else(e2b: Pair, monkeypatch: pytest.MonkeyPatch):

@@ -88,6 +88,29 @@ def test_memory_is_bounded_and_the_oldest_goes_first(pair: Pair):
     assert nothing.cache.nbytes == 0
 
 
+def test_beginnings_of_beginnings(pair: Pair):
+    """Buffers of a long text serve a beginning of it, and are then shorter than what their rings have seen."""
+    target, window = pair[0], pair[0].config.sliding_window
+    rng = Random(7)
+    for seed in range(12):
+        scheduler = Scheduler(*pair)
+        text = words(rng.randint(3 * window, 6 * window), seed)
+        ends = sorted((rng.randint(9, len(text) - 1) for _ in range(4)), reverse=True)
+        for end in (len(text), *ends):
+            (row,) = run(scheduler, [*text[:end], *words(rng.choice((0, 3)), 99)])
+            assert row.tokens == alone(target, row.request), (seed, end, row.stats.cached_tokens)
+
+
+def test_a_prefill_that_is_given_up_keeps_what_it_has_taken(pair: Pair):
+    scheduler, prompt = Scheduler(*pair), words(100, 0)
+    run(scheduler, prompt)
+    row = scheduler.submit(Request([*prompt, *words(300, 1)], 5))
+    scheduler.step()
+    row.cancel()
+    assert not row.tokens
+    assert run(scheduler, [*prompt, 7])[0].stats.cached_tokens >= 99
+
+
 def test_a_saved_prompt_outlives_the_process(pair: Pair, tmp_path: Path):
     file, prompt = tmp_path / "prompt.safetensors", words(300, 3)
     Scheduler(*pair).save_prompt(prompt, file)

@@ -115,9 +115,12 @@ class Engine:
             kv = buffers[0] if len(buffers) == 1 else buffers[0].row(0, buffers[0].written)
         assert kv is not None
         if stay or len(buffers) > 1:
-            kv.regroup(stay, buffers, max(map(self._reach, rows)))
+            kv.regroup(stay, buffers, max([*(self._reach(row) for row in rows), *(b.written for b in buffers)]))
         self._state = regroup(self._state, stay, [self._first(prompt) for prompt in joining])
         self.rows, self._sampler, self.kv = rows, self._make_sampler(rows), kv
+        for prompt in joining:
+            for row in prompt.rows:
+                row.written = prompt.kv.written
         if new:
             tokens = self._state.tokens[len(stay) :, None]
             report = mx.concatenate([tokens, mx.zeros_like(tokens)], axis=1)
@@ -223,10 +226,9 @@ class Engine:
         return mx.array(most, dtype=mx.int32) if min(most) < k else None
 
     def _reach(self, row: Row) -> int:
-        """Positions the row may have written once everything handed over so far has run."""
-        return row.committed + sum(
-            flight.report.shape[1] - 1 for flight in self._flights if flight.k is not None and row in flight.rows
-        )
+        """Positions that may have been written for the row once everything handed over so far has run."""
+        flying = (f.report.shape[1] - 1 for f in self._flights if f.k is not None and row in f.rows)
+        return max(row.written, row.committed + sum(flying))
 
     def _policy(self) -> AutoLength:
         """The policy for as many rows as there are now."""

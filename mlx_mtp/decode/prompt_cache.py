@@ -83,13 +83,18 @@ class PromptCache:
         """Bytes taken."""
         return sum(entry.nbytes for entry in self._entries)
 
-    def put(self, entry: Entry) -> None:
-        """Adds an entry, in place of those that it continues; lets go of others if it must."""
-        self._entries = [e for e in self._entries if entry.tokens[: len(e.tokens)] != e.tokens]
-        if entry.nbytes > self.limit:
+    def put(self, entry: Entry, beside: int = 0) -> None:
+        """Adds an entry, in place of those that it continues; lets go of others if it must.
+
+        Args:
+            entry: What to add; too large a one isn't.
+            beside: Bytes that running rows hold of what may be kept.
+        """
+        if entry.nbytes + beside > self.limit:
             return
+        self._entries = [e for e in self._entries if entry.tokens[: len(e.tokens)] != e.tokens]
         self._entries.append(entry)
-        while self.nbytes > self.limit:
+        while self.nbytes + beside > self.limit:
             del self._entries[0]
 
     def find(self, prompt: Sequence[int]) -> Hit | None:

@@ -124,6 +124,8 @@ class Row:
         done: Whether there will be no more: finished, or cancelled.
         error: What ended it, if that was none of its own doing.
         checkpoints: Where its KV can be taken up again later, see `prompt_cache.Entry`.
+        written: Positions that its buffers had been written to when it joined the batch, see `KVBuffers.written`. They
+            may be more than it has committed: buffers of a longer text that begins like its prompt.
     """
 
     def __init__(self, request: Request, stats: Stats, limit: int):
@@ -133,6 +135,7 @@ class Row:
         self.done = False
         self.error: BaseException | None = None
         self.checkpoints: list[Checkpoint] = []
+        self.written = 0
         stats.prompt_tokens = len(request.prompt)
         self._submitted = self._first = time.perf_counter()
 
@@ -168,7 +171,8 @@ class Row:
         tokens = tokens if stop is None else tokens[: stop + 1]
         self.tokens += tokens
         self.fresh += tokens
-        self.done = stop is not None or not self.remaining
+        if stop is not None or not self.remaining:
+            self.done = True
         now, stats = time.perf_counter(), self.stats
         if k is None:
             self._first = now
@@ -178,6 +182,10 @@ class Row:
         stats.generated_tokens = len(self.tokens)
         stats.generation_seconds = now - self._first
         stats.peak_memory_bytes = mx.get_peak_memory()
+
+    def cancel(self) -> None:
+        """Ends it, wherever it is; may be called from any thread, at any time."""
+        self.done = True
 
     def take(self) -> list[int]:
         """The tokens that came since the last call."""

@@ -97,6 +97,8 @@ class Scheduler:
         self._engine = Engine(target, drafter, suppress_tokens, costs)
         self._chunk = longest_block(target.config)
         self._waiting: deque[Row] = deque()
+        # From the queue until the engine has them: whatever happens in between, they are told.
+        self._admitted: list[Row] = []
         self._prefill: _Prefill | None = None
 
     @property
@@ -131,12 +133,6 @@ class Scheduler:
         self._waiting.append(row)
         return row
 
-    def cancel(self, row: Row) -> None:
-        """Ends a request, wherever it is."""
-        row.done = True
-        if row in self._waiting:
-            self._waiting.remove(row)
-
     def step(self) -> None:
         """A chunk of prefill, if somebody waits for it, and a round for the rows that run.
 
@@ -146,11 +142,14 @@ class Scheduler:
         """
         try:
             self._leave()
-            if self._prefill and all(row.done for rows in self._prefill.rows for row in rows):
-                self._prefill = None
+            if self._prefill and all(row.done for row in self._admitted):
+                self._keep_prefilled(self._prefill)
+                self._prefill, self._admitted = None, []
             self._prefill = self._prefill or self._next_prefill()
-            ready = self._run_chunk(self._prefill) if self._prefill else []
-            self._engine.regroup(ready)
+            # Not kept in a variable: the buffers that join are copied, and must not outlive that.
+            self._engine.regroup(self._run_chunk(self._prefill) if self._prefill else [])
+            if not self._prefill:
+                self._admitted = []
             if self._engine.rows:
                 self._engine.round()
         except BaseException as error:
@@ -160,9 +159,9 @@ class Scheduler:
     def close(self) -> None:
         """Ends all requests and lets go of all KV."""
         for row in (*self._waiting, *self._under_way()):
-            row.done = True
+            row.cancel()
         self._waiting.clear()
-        self._prefill = None
+        self._prefill, self._admitted = None, []
         self._engine.clear()
         self.cache.clear()
 
@@ -192,7 +191,7 @@ class Scheduler:
                 if tokens := row.take():
                     yield tokens
         finally:
-            self.cancel(row)
+            row.cancel()
 
     def _leave(self) -> None:
         """Keeps the KV of rows that are done."""
@@ -205,27 +204,39 @@ class Scheduler:
 
     def _keep(self, row: Row, kv: KVBuffers, held: list[int], checkpoints: Sequence[Checkpoint]) -> None:
         if row.request.exactness == "fast":
-            self.cache.put(Entry(held, kv, tuple(checkpoints), min(len(row.request.prompt), len(held))))
+            entry = Entry(held, kv, tuple(checkpoints), min(len(row.request.prompt), len(held)))
+            self.cache.put(entry, self._checkpoint_bytes())
+
+    def _keep_prefilled(self, job: _Prefill) -> None:
+        """Keeps what a prefill that is given up has done so far."""
+        if len(job.rows) == 1 and job.start:
+            row = job.rows[0][0]
+            kv = job.kv.row(0, job.kv.written)
+            self._keep(row, kv, list(row.request.prompt[: job.start]), job.checkpoints)
+
+    def _checkpoint_bytes(self) -> int:
+        """Bytes of the checkpoints that rows under way hold."""
+        held = {id(it): it.nbytes for row in self._under_way() if not row.done for it in row.checkpoints}
+        return sum(held.values())
 
     def _abandon(self, error: BaseException) -> None:
         """Ends all requests under way; after an interruption, what they have committed is as good as ever."""
         for row in self._under_way():
             row.error, row.done = error, True
-        prefill, self._prefill = self._prefill, None
+        prefill, self._prefill, self._admitted = self._prefill, None, []
         if isinstance(error, KeyboardInterrupt):
-            if prefill and len(prefill.rows) == 1 and prefill.start:
-                row = prefill.rows[0][0]
-                kv = prefill.kv.row(0, prefill.kv.written)
-                self._keep(row, kv, list(row.request.prompt[: prefill.start]), prefill.checkpoints)
+            if prefill:
+                self._keep_prefilled(prefill)
             self._leave()
         self._engine.clear()
 
     def _under_way(self) -> list[Row]:
-        return [*self._engine.rows, *(row for rows in (self._prefill.rows if self._prefill else ()) for row in rows)]
+        return [*self._engine.rows, *self._admitted]
 
     def _next_prefill(self) -> _Prefill | None:
         """Takes the next requests from the queue, as many as can be prefilled together."""
         rows = [row for row in self._engine.rows if not row.done]
+        self._skip_cancelled()
         if not self._waiting or not self._may_join(self._waiting[0], rows):
             return None
         first, idle = self._waiting[0], not rows
@@ -241,7 +252,10 @@ class Scheduler:
                 groups.append([row])
             else:
                 break
-            rows.append(self._waiting.popleft())
+            rows.append(row)
+            self._admitted.append(row)
+            self._waiting.popleft()
+            self._skip_cancelled()
         if idle:
             mx.reset_peak_memory()
         if hit:
@@ -249,6 +263,10 @@ class Scheduler:
             return _Prefill(hit.kv, groups, hit.start, self._parting(prompt, hit.start), hit.checkpoints)
         kv = KVBuffers(self._target.config, len(groups), self._target.dtype, self._chunk)
         return _Prefill(kv, groups, parting=self._parting(prompt, 0) if reuse and len(groups) == 1 else 0)
+
+    def _skip_cancelled(self) -> None:
+        while self._waiting and self._waiting[0].done:
+            self._waiting.popleft()
 
     def _may_join(self, row: Row, rows: list[Row]) -> bool:
         if rows and {it.request.exactness for it in (row, *rows)} != {"fast"}:
@@ -288,8 +306,11 @@ class Scheduler:
             rows = [row for row in rows if not row.done]
             kv = job.kv.row(i, len(prompt) if len(prompts) > 1 else job.kv.written)
             checkpoint = kv.checkpoint(len(prompt))
+            checkpoints = [*job.checkpoints, checkpoint]
+            # At most half of what may be kept for later is kept by those who run.
+            fits = 2 * (self._checkpoint_bytes() + sum(it.nbytes for it in checkpoints)) <= self.cache.limit
             for row in rows:
-                row.checkpoints = [*job.checkpoints, checkpoint] if checkpoint.nbytes * 4 <= self.cache.limit else []
+                row.checkpoints = checkpoints if fits else []
             if rows:
                 ready.append(Prefilled(kv, hidden[i : i + 1, len(prompt) - start - 1], rows))
         return ready
