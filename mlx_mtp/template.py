@@ -135,9 +135,12 @@ def _check(i: int, message: Mapping[str, Any]) -> None:
     role, calls = message.get("role"), message.get("tool_calls") or []
     if role not in ROLES:
         raise PromptError(f"message {i} has the role {role!r}: use one of {', '.join(ROLES)}")
+    content = message.get("content")
+    if isinstance(content, list) and not all(isinstance(part, Mapping) for part in content):
+        raise PromptError(f'message {i} ({role}) has a part that isn\'t {{"type": "text", "text": ...}}')
     if not isinstance(calls, list | tuple):
         raise PromptError(f"message {i} ({role}) has tool_calls that are no list")
-    if not isinstance(message.get("content"), str | list) and not calls:
+    if not isinstance(content, str | list) and not calls:
         raise PromptError(f"message {i} ({role}) has no content: give a string")
     for call in calls:
         function = call.get("function") if isinstance(call, Mapping) else None

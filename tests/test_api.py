@@ -300,6 +300,7 @@ def test_prompts_that_cannot_be_used(lm: mlx_mtp.MTPModel):
         ([5] * (context + 1), "context"), ([5, "x"], "list"), ([{"role": "user"}], "content"), ([True], "list"),
         (None, "list"), (5, "list"), (b"hi", "list"), (1.5, "list"),
         ([{"role": "user", "content": "x", "tool_calls": 5}], "tool_calls"),
+        ([{"role": "user", "content": [5]}], "part"),
     ):  # fmt: skip
         # At once, not at the first chunk.
         with pytest.raises(PromptError, match=culprit) as caught:

@@ -109,9 +109,11 @@ def read_whole(path: Path) -> list[dict[str, Any]]:
 def test_lines_that_changed_are_answered_again(tmp_path: Path):
     source, output = write(tmp_path / "in.jsonl", LINES[:1]), tmp_path / "out.jsonl"
     assert batch(source, output).returncode == 0
-    write(source, [{"prompt": "What is the capital of Spain?"}, *LINES[:1]])
+    write(source, [*LINES[:1], {"prompt": "What is the capital of Italy?"}])
     assert batch(source, output).returncode == 0
-    assert "Madrid" in read(output)[0]["text"] and read(output)[1]["id"] == "first"
+    write(source, [*LINES[:1], {"prompt": "What is the capital of Spain?"}])
+    assert batch(source, output).returncode == 0
+    assert "Madrid" in read(output)[1]["text"] and read(output)[0]["id"] == "first"
 
 
 @pytest.mark.parametrize("text", ["something else\n", '{"a": 1}\n', "no newline"])
@@ -120,6 +122,37 @@ def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path, text: str):
     output.write_text(text)
     done = batch(source, output)
     assert done.returncode == 1 and "choose another name" in done.stderr and output.read_text() == text
+
+
+def test_lines_end_where_json_says(tmp_path: Path):
+    odd = {"prompt": "Who are you?\u2028\u0085", "id": "\u2028"}
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps(odd, ensure_ascii=False) + "\n" + '{"prompt": "x", "id": "\\ud800"}\n' + "[" * 100_000)
+    output = tmp_path / "out.jsonl"
+    for _ in range(2):  # the second run finds what the first has written
+        done = batch(source, output, "--max-tokens", 3)
+        assert done.returncode == 1 and "1 of 3 lines" in done.stderr.splitlines()[-1], done.stderr[-500:]
+    answers = [json.loads(line) for line in output.read_text().split("\n") if line]
+    assert [("error" in a, a["id"]) for a in answers] == [(False, "\u2028"), (False, "\ud800"), (True, None)]
+
+
+def test_the_output_stays_what_it_was(tmp_path: Path):
+    source, real, link = write(tmp_path / "in.jsonl", LINES[:1]), tmp_path / "real.jsonl", tmp_path / "link.jsonl"
+    real.touch(0o600)
+    link.symlink_to(real)
+    assert batch(source, link).returncode == 0
+    assert link.is_symlink() and len(read(real)) == 1 and real.stat().st_mode & 0o777 == 0o600
+    before = source.read_text()
+    same = batch(source, source)
+    assert same.returncode == 1 and "is the input" in same.stderr and source.read_text() == before
+    device = batch(source, Path("/dev/null"))
+    assert device.returncode == 1 and "no plain file" in device.stderr and Path("/dev/null").is_char_device()
+    # Answers to another input, and a model that isn't there: nothing is lost.
+    kept = real.read_text()
+    other = batch(write(tmp_path / "other.jsonl", LINES[1:2]), real)
+    assert other.returncode == 1 and "choose another name" in other.stderr and real.read_text() == kept
+    write(source, LINES[:2])
+    assert batch(source, real, "--model", tmp_path / "no model").returncode == 1 and real.read_text() == kept
 
 
 def test_wrong_use(tmp_path: Path):

@@ -117,8 +117,8 @@ def test_a_saved_prompt_outlives_the_process(pair: Pair, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["prompt.safetensors"]
     scheduler = Scheduler(*pair)
     assert scheduler.load_prompt(file) == 300
-    (row,) = run(scheduler, [*prompt, 7, 8])
-    assert row.stats.cached_tokens == 300 and row.tokens == alone(pair[0], row.request)
+    for row in run(scheduler, *([*prompt, 7, i] for i in range(3))):  # the first one doesn't take it from the others
+        assert row.stats.cached_tokens == 300 and row.tokens == alone(pair[0], row.request)
     with pytest.raises(MemoryBudgetError, match="cache_bytes"):
         Scheduler(*pair, cache_bytes=1000).load_prompt(file)
 

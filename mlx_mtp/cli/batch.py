@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import typer
 
@@ -52,9 +53,14 @@ def batch(
     o.check_decoding(draft_length, exactness)
     size = _size(batch_size)
     try:
-        lines = source.read_text("utf-8").splitlines()
+        lines = source.read_text("utf-8").split("\n")
     except UnicodeDecodeError:
         raise PromptError(f"{source} isn't UTF-8") from None
+    output = output.resolve()  # a link stays one
+    if output == source.resolve():
+        raise PromptError(f"{output} is the input: choose another name for the answers")
+    if output.exists() and not output.is_file():
+        raise PromptError(f"{output} is no plain file")
     done = _finished(output, lines)
     todo = [i for i, line in enumerate(lines) if line.strip() and i not in done]
     given = {
@@ -62,23 +68,18 @@ def batch(
         "top_p": top_p, "min_p": min_p, "exactness": exactness,
     }  # fmt: skip
     try:
-        with (
-            output.open("a", encoding="utf-8") as file,
-            o.load(model, drafter, no_draft, quantize) as lm,
-            o.tracing(lm, trace),
-        ):
+        output.open("a").close()  # before anything takes long
+        with o.load(model, drafter, no_draft, quantize) as lm, o.tracing(lm, trace), _only(output, done) as file:
             answers = _answers(lm, lines, todo, size, seed, given)
             with typer.progressbar(answers, len(todo), file=sys.stderr, label="prompts") as bar:
                 for answer in bar:
                     done[answer["index"]] = answer
-                    file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+                    file.write(_line(answer))
                     file.flush()
     except KeyboardInterrupt:
         print(f"\nstopped; the same command goes on: {len(done)} answers are in {output}", file=sys.stderr)
         raise typer.Exit(o.INTERRUPTED) from None
-    aside = output.with_name(f"{output.name}.partial")
-    aside.write_text("".join(json.dumps(done[i], ensure_ascii=False) + "\n" for i in sorted(done)), "utf-8")
-    os.replace(aside, output)
+    _only(output, dict(sorted(done.items()))).close()
     if failed := sum("error" in answer for answer in done.values()):
         raise MTPError(f'{failed} of {len(done)} lines couldn\'t be answered: see their "error" in {output}')
 
@@ -123,7 +124,7 @@ def _parse(line: str) -> dict[str, Any]:
     """
     try:
         item = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PromptError(f"not JSON: {error}") from None
     if not isinstance(item, dict) or "prompt" not in item:
         raise PromptError('not an object with "prompt"')
@@ -135,13 +136,13 @@ def _head(index: int, line: str) -> dict[str, Any]:
     """What identifies an answer: its line's number from 0, the line's own id, and a hash of the line."""
     try:
         name = json.loads(line).get("id")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         name = None
     return {"index": index, "id": name, "line_sha256": hashlib.sha256(line.encode()).hexdigest()}
 
 
 def _finished(output: Path, lines: list[str]) -> dict[int, dict[str, Any]]:
-    """Answers of an earlier run to lines that are the same now; leaves only them in the file.
+    """Answers of an earlier run to lines that are the same now.
 
     Raises:
         PromptError: The file holds something else.
@@ -151,20 +152,35 @@ def _finished(output: Path, lines: list[str]) -> dict[int, dict[str, Any]]:
     done = {}
     text = output.read_text("utf-8", errors="replace")
     whole, _, rest = text.rpartition("\n")  # a killed run may have left half a line
-    for line in whole.splitlines():
+    for line in whole.split("\n") if whole else ():
         try:
             answer = json.loads(line)
-            index, digest = answer["index"], answer["line_sha256"]
-        except (ValueError, KeyError, TypeError):
+            index, digest = int(answer["index"]), answer["line_sha256"]
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise PromptError(f"{output} exists and isn't the output of this command: choose another name") from None
-        if index < len(lines) and digest == _head(index, lines[index])["line_sha256"]:
+        if 0 <= index < len(lines) and digest == _head(index, lines[index])["line_sha256"]:
             done[index] = answer
     if rest and not whole and not rest.startswith('{"index"'):
         raise PromptError(f"{output} exists and isn't the output of this command: choose another name")
-    aside = output.with_name(f"{output.name}.partial")
-    aside.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in done.values()), "utf-8")
-    os.replace(aside, output)
+    if whole and not done:
+        raise PromptError(f"{output} has answers to other lines than those of this input: choose another name")
     return done
+
+
+def _only(output: Path, answers: Mapping[int, dict[str, Any]]) -> IO[str]:
+    """Leaves nothing but these answers in the file, and opens it for more."""
+    aside = output.with_name(f"{output.name}.partial")
+    aside.write_text("".join(map(_line, answers.values())), "utf-8")
+    shutil.copymode(output, aside)
+    os.replace(aside, output)
+    return output.open("a", encoding="utf-8")
+
+
+def _line(answer: dict[str, Any]) -> str:
+    try:
+        return json.dumps(answer, ensure_ascii=False).encode().decode() + "\n"
+    except UnicodeEncodeError:  # half of a surrogate pair, in an id
+        return json.dumps(answer) + "\n"
 
 
 def _size(text: str) -> int | str:

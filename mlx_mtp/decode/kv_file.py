@@ -18,12 +18,16 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, PromptError, one_line
 from ..kv import KVBuffers, longest_block
 from ..models.target import Target
 from .prompt_cache import Entry
+from .request import check_prompt
 
 VERSION = "1"
+
+_SAMPLE = 256
+"""Values of each weight, at least, that tell one model from another."""
 
 
 def save_entry(path: Path, entry: Entry, target: Target) -> None:
@@ -58,7 +62,8 @@ def load_entry(path: Path, target: Target) -> Entry:
     """Reads an entry.
 
     Raises:
-        CheckpointError: No such file, not one of ours, damaged, or written by another model.
+        CheckpointError: No such file, not one of ours, damaged, or written by another model. Numbers that have changed
+            in an otherwise whole file aren't noticed.
     """
     from ..checkpoint import check_safetensors
 
@@ -68,23 +73,38 @@ def load_entry(path: Path, target: Target) -> Entry:
     arrays, facts = cast("tuple[dict[str, mx.array], dict[str, str]]", mx.load(str(path), return_metadata=True))
     if facts.get("mlx_mtp_kv") != VERSION:
         raise CheckpointError(f"{path} is no prompt that this version of mlx_mtp has saved: save it again")
-    if facts["model"] != fingerprint(target):
+    if facts.get("model") != fingerprint(target):
         raise CheckpointError(f"{path} was saved by another model: save it again with this one")
     kv = KVBuffers(target.config, 1, target.dtype, longest_block(target.config))
-    kv.capacity, kv.written = int(facts["capacity"]), int(facts["written"])
-    for name, array in arrays.items():
-        kind, layer = name.split(".")
-        getattr(kv, kind)[int(layer)] = array
+    try:
+        tokens, written = json.loads(facts["tokens"]), int(facts["written"])
+        check_prompt(tokens, target.config)
+        kv.reserve(written)
+        if kv.capacity != int(facts["capacity"]) or written < len(tokens):
+            raise ValueError("its sizes don't fit together")
+        for kind, buffers in (("keys", kv.keys), ("values", kv.values)):
+            for layer, expected in buffers.items():
+                array = arrays.pop(f"{kind}.{layer}")
+                if (array.shape, array.dtype) != (expected.shape, expected.dtype):
+                    raise ValueError(f"{kind} of layer {layer} are {array.dtype} {array.shape}")
+                buffers[layer] = array
+        if arrays:
+            raise ValueError(f"nothing is known of {min(arrays)}")
+    except (KeyError, TypeError, ValueError, PromptError) as error:
+        raise CheckpointError(f"{path} is damaged ({one_line(error)}): save it again") from error
     mx.eval(kv.arrays())
-    tokens = json.loads(facts["tokens"])
-    return Entry(tokens, kv, (kv.checkpoint(len(tokens)),), len(tokens))
+    return Entry(tokens, kv, (kv.checkpoint(len(tokens)),), len(tokens), stays=True)
 
 
 def fingerprint(target: Target) -> str:
-    """Tells models apart: shapes and types of all weights, and the values of the norms."""
+    """Tells models apart: shapes and types of all weights, and a sample of each one's values."""
     digest = hashlib.sha256()
+    samples = []
     for name, array in cast("list[tuple[str, mx.array]]", tree_flatten(target.parameters())):
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        if array.ndim == 1:
-            digest.update(np.array(array.astype(mx.float32)).tobytes())
+        values = array.reshape(-1)[:: max(1, array.size // _SAMPLE)]
+        samples.append(values if values.dtype == mx.uint32 else values.astype(mx.float32))
+    mx.eval(samples)
+    for sample in samples:
+        digest.update(np.array(sample).tobytes())
     return digest.hexdigest()

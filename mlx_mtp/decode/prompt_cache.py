@@ -31,12 +31,14 @@ class Entry:
         kv: The buffers, of one row.
         checkpoints: Lengths to which its sliding layers can be taken back.
         prompt: How many of the tokens were the prompt.
+        stays: Whether several prompts are to begin with it: then it stays whoever takes it up, at the price of a copy.
     """
 
     tokens: list[int]
     kv: KVBuffers
     checkpoints: tuple[Checkpoint, ...]
     prompt: int
+    stays: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +94,7 @@ class PromptCache:
         """
         if entry.nbytes + beside > self.limit:
             return
-        self._entries = [e for e in self._entries if entry.tokens[: len(e.tokens)] != e.tokens]
+        self._entries = [e for e in self._entries if e.stays or entry.tokens[: len(e.tokens)] != e.tokens]
         self._entries.append(entry)
         while self.nbytes + beside > self.limit:
             del self._entries[0]
@@ -110,7 +112,7 @@ class PromptCache:
         if not found:
             return None
         self._entries.remove(found)
-        if best < found.prompt - 1:
+        if found.stays or best < found.prompt - 1:
             self._entries.append(found)
         kv = found.kv.row(0, found.kv.written)
         if where:
