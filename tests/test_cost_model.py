@@ -15,7 +15,7 @@ from mlx_mtp.tuning import cost_model as model
 from mlx_mtp.tuning.chips import CHIPS, chip
 from mlx_mtp.tuning.fit import Step, fit_steps, share_of_peak, tile_share
 from mlx_mtp.tuning.known_models import KNOWN_MODELS, known_pair
-from mlx_mtp.tuning.report import balanced, choices, simulation
+from mlx_mtp.tuning.report import choices, chosen, simulation
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
@@ -200,7 +200,7 @@ def test_drafting_is_never_chosen_where_it_loses():
 def test_a_row_keeps_its_share_in_the_balanced_choice():
     here, pair = chip("M4 Max"), model.pair(*known_pair("26B-A4B"), 4)
     alone = model.tokens_per_second(here, pair, 1, (), 1000)
-    best = balanced(choices(here, pair, 1000), alone)
+    best = chosen(choices(here, pair, 1000), alone, "balanced")
     assert best.best / best.batch >= 0.5 * alone
     assert best.best > alone
 

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MTPError, ProfileError, PromptError
+from ..tuning import OBJECTIVES
 from . import options as o
 
 if TYPE_CHECKING:
     from ..config import DrafterConfig, TargetConfig, TextConfig
     from ..tuning.choose import Choice, Option, Split
     from ..tuning.measure import Measurement
-
-OBJECTIVES = ("balanced", "latency", "throughput")
 
 
 def tune(
@@ -66,18 +65,22 @@ def tune(
     """Measures this machine with a model, and saves what suits it: batch and draft length."""
     if objective not in OBJECTIVES:
         raise typer.BadParameter(f"expected {', '.join(OBJECTIVES)}", param_hint="--objective")
+    o.check_loading(drafter, no_draft, quantize)
     rows, tokens = _numbers(batch_sizes, "--batch-sizes"), _numbers(contexts, "--contexts")
     if show:
         _list(as_json)
     elif simulate is not None:
-        print(_simulation(simulate, model, drafter, quantize, tokens[0], rows, as_json))
+        for option, given in (("--plot", plot), ("--prompts", prompts)):
+            if given:
+                raise typer.BadParameter("nothing is measured with --simulate", param_hint=option)
+        print(_simulation(simulate, model, drafter, no_draft, quantize, objective, tokens, rows, as_json))
     else:
         if plot:
             from ..tuning.plot import check_plot
 
             check_plot(plot)
-        given = {"yours": _read_prompts(prompts)} if prompts else None
-        _tune(model, drafter, no_draft, quantize, objective, rows, tokens, given, plot, as_json)
+        own = {"yours": _read_prompts(prompts)} if prompts else None
+        _tune(model, drafter, no_draft, quantize, objective, rows, tokens, own, plot, as_json)
 
 
 def _tune(
@@ -105,7 +108,8 @@ def _tune(
                     progress=lambda _: bar.update(1),
                 )  # fmt: skip
             except KeyboardInterrupt:
-                print("\nstopped: what follows is from what was measured so far, and isn't saved", file=sys.stderr)
+                so_far = "what follows is from what was measured so far, and isn't saved"
+                print(f"\nstopped: {so_far if found.steps else 'nothing was measured yet'}", file=sys.stderr)
         options = choose.options(found) if found.acceptance or not lm.drafter_config else []
         choices = [choose.choose(options, name) for name in OBJECTIVES] if options else []
         saved = None
@@ -160,9 +164,12 @@ def _read_prompts(path: Path) -> list[Any]:
     found = []
     for number, line in enumerate(lines, 1):
         try:
-            found.append(json.loads(line)["prompt"])
-        except (ValueError, KeyError, TypeError):
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise PromptError(f'{path}: line {number} is no JSON object with "prompt"') from None
+        if not isinstance(prompt, str | list) or not prompt:
+            raise PromptError(f"{path}: the prompt of line {number} is neither text, messages nor token ids")
+        found.append(prompt)
     return found
 
 
@@ -208,7 +215,8 @@ def _report(
         lines.append("Chance that a draft is kept if those before it were, by position:")
         for kind, chances in found.acceptance.items():
             lines.append(f"  {kind:8}" + " ".join(f"{chance:5.2f}" for chance in chances))
-        lines.append(f"The drafter's queries sit at the {found.drafter_position} position, where more are kept.")
+        why = "the usual one" if found.drafter_position == "committed" else "where clearly more are kept"
+        lines.append(f"The drafter's queries sit at the {found.drafter_position} position, {why}.")
         lines.append("")
     if options:
         drafts = sorted({option.drafts for option in options})
@@ -295,49 +303,59 @@ def _simulation(
     chip: str,
     model: str | None,
     drafter: str | None,
+    no_draft: bool,
     quantize: int | None,
-    context: int,
+    objective: str,
+    contexts: list[int],
     batches: list[int],
     as_json: bool,
 ) -> str:
-    """The prediction's table, or its JSON.
+    """The prediction's tables, one for each context, or their JSON.
 
     Raises:
-        typer.BadParameter: Unknown chip; the message lists those there are.
-        MTPError: Unknown model, or a folder or repository without a drafter.
+        typer.BadParameter: Unknown chip or size; the message lists those there are.
     """
     from ..tuning import chips, cost_model, known_models, report
 
+    name = model or "26B-A4B"
+    own_drafter: DrafterConfig | None
     try:
         machine = chips.chip(chip)
     except MTPError as error:
         raise typer.BadParameter(str(error), param_hint="--simulate") from None
-    name = model or "26B-A4B"
     if "/" in name or Path(name).is_dir():
-        target, own_drafter, bits = _configs(name, drafter, quantize)
+        target, own_drafter, bits = _configs(name, drafter, no_draft, quantize)
     else:
-        target, own_drafter, bits = *known_models.known_pair(name), quantize
-    pair = cost_model.pair(target, own_drafter, bits)
+        try:
+            target, own_drafter = known_models.known_pair(name)
+        except MTPError as error:
+            raise typer.BadParameter(str(error), param_hint="MODEL") from None
+        if drafter:
+            raise typer.BadParameter(
+                "a size has its own: give a folder or repository for another", param_hint="--drafter"
+            )
+        bits = quantize
+    pair = cost_model.pair(target, None if no_draft else own_drafter, bits)
     if as_json:
-        return json.dumps(report.simulation_facts(machine, name, pair, context, batches))
-    return report.simulation(machine, name, pair, context, batches=batches)
+        predicted = [report.simulation_facts(machine, pair, context, batches, objective) for context in contexts]
+        facts = {"predicted": True, "chip": machine.name, "model": name, "bits": bits, "objective": objective}
+        accepted = list(cost_model.PUBLISHED_ACCEPTANCE) if pair.drafter else []
+        return json.dumps({**facts, "acceptance": accepted, "contexts": predicted})
+    return "\n\n".join(
+        report.simulation(machine, name, pair, context, batches=batches, objective=objective) for context in contexts
+    )
 
 
-def _configs(model: str, drafter: str | None, quantize: int | None) -> tuple[TargetConfig, DrafterConfig, int | None]:
-    """The configurations of a folder or repository and of its drafter, and the target's bits."""
+def _configs(
+    model: str, drafter: str | None, no_draft: bool, quantize: int | None
+) -> tuple[TargetConfig, DrafterConfig | None, int | None]:
+    """The configurations of a folder or repository and of its drafter, if it has one, and the target's bits."""
     from ..api import find_pair
-    from ..checkpoint import read_json
-    from ..config import drafter_config, target_config
+    from ..checkpoint import read_drafter, read_quantization, read_target
     from ..names import target_table
-    from ..quantization import stored
 
-    folder, drafter_folder = find_pair(model, drafter, weights=False)
-    if drafter_folder is None:
-        raise MTPError(f"{model} has no drafter beside it: name one with --drafter, or give one of the sizes")
-    raw = read_json(folder / "config.json")
-    target = target_config(raw)
-    found = stored(raw, target_table(target.text))
-    if found and quantize:
-        raise MTPError(f"{folder} is quantised already: leave --quantize out")
+    folder, drafter_folder = find_pair(model, False if no_draft else drafter, weights=False)
+    raw, target = read_target(folder)
+    found = read_quantization(raw, target_table(target.text), folder, quantize)
     bits = found.common.bits if found else quantize
-    return target, drafter_config(read_json(drafter_folder / "config.json")), bits
+    return target, read_drafter(drafter_folder)[1] if drafter_folder else None, bits

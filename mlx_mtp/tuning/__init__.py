@@ -1,4 +1,9 @@
-"""Which batch and draft length suit a machine: so far the prediction from public figures, no measurement.
+"""Which batch and draft length suit a machine: measured on this one, or predicted from public figures for another.
 
-`chips` knows the machines, `known_models` the models, `cost_model` what a round costs, `report` puts it in a table.
+`measure` times rounds and counts acceptance, `choose` picks a setting, `profile` keeps it. For predictions, `chips`
+knows the machines, `known_models` the models, `cost_model` what a round costs, `report` puts it in a table.
 """
+
+OBJECTIVES = ("balanced", "latency", "throughput")
+"""balanced: most tokens a second in all while a row keeps its share (report.BALANCED_SHARE) of what plain decoding
+gives it alone. latency: the fastest single row. throughput: most tokens a second in all."""

@@ -22,10 +22,6 @@ from .cost_model import tokens_per_round
 from .measure import Measurement, Step
 from .report import BALANCED_SHARE
 
-OBJECTIVES = ("balanced", "latency", "throughput")
-"""balanced: most tokens a second in all while a row keeps its share (report.BALANCED_SHARE) of what plain decoding
-gives it alone. latency: the fastest single row. throughput: most tokens a second in all."""
-
 
 @dataclass(frozen=True)
 class Option:
@@ -93,7 +89,7 @@ def choose(found: Sequence[Option], objective: str) -> Choice:
 
     Args:
         found: From `options`; there must be some.
-        objective: One of OBJECTIVES.
+        objective: One of `tuning.OBJECTIVES`.
 
     Raises:
         MTPError: Nothing to choose from.

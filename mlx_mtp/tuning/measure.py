@@ -30,7 +30,7 @@ from ..errors import MemoryBudgetError, PromptError
 from ..kv import KVBuffers
 from ..models.drafter import POSITIONS, Drafter
 from ..models.target import Target
-from ..sizes import kv_bytes
+from ..sizes import in_words, kv_bytes
 
 if TYPE_CHECKING:
     from ..api import MTPModel
@@ -184,8 +184,8 @@ def measure(
             for rows in batches:
                 if rows not in fitting:
                     result.skipped.append(
-                        f"batch {rows} at context {context:,}: needs {_needed(target, rows, room) / 1e9:.2f} GB, and "
-                        f"{lm.kv_budget / 1e9:.2f} GB are left"
+                        f"batch {rows} at context {context:,}: needs {in_words(_needed(target, rows, room))}, "
+                        f"and {in_words(lm.kv_budget)} are left"
                     )
             rows_of_text = [_row_of_text(texts, i, room) for i in range(max(fitting, default=0))]
             prefilled = []

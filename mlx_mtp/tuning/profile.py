@@ -13,7 +13,8 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 SCHEMA = 1
 """Version of the file's form."""
 
+_SAMPLES = 64
+"""Places of a file of weights that are looked at."""
+
 
 @dataclass(frozen=True)
 class Key:
@@ -37,7 +41,7 @@ class Key:
 
     Attributes:
         model: The target's repository, or the end of its path; for people.
-        files: Fingerprint of both folders: their config.json, and names and sizes of their weights.
+        files: Fingerprint of both folders: their config.json, and names, sizes and a sample of their weights.
         quantize: Bits that `load` quantises to, or None.
         dtype: As `load` takes it.
         device: Name of the chip, and whether the CPU or the GPU computes.
@@ -70,7 +74,7 @@ class Profile:
         acceptance: By kind of text and position, the chance that a draft is kept if those before it were.
         rows: Rows of a batch, as chosen for `objective`.
         drafts: Draft length chosen with it; the online control begins with the costs and may choose another.
-        objective: One of `choose.OBJECTIVES`.
+        objective: One of `tuning.OBJECTIVES`.
         drafter_position: See `api.load`; None without a drafter.
         measured: When, as ISO 8601 in UTC.
     """
@@ -101,8 +105,20 @@ def key_of(folder: Path, drafter_folder: Path | None, quantize: int | None, dtyp
             digest.update((part / "config.json").read_bytes())
             for path in sorted(part.glob("*.safetensors")):
                 digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+                digest.update(_sample(path))
         digest.update(b"\0")
     return Key(_name(folder.absolute()), digest.hexdigest(), quantize, dtype, **here())
+
+
+def _sample(path: Path) -> bytes:
+    """A few bytes from all over a file: another model's of the same shapes are others."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        parts = []
+        for at in range(0, size, max(1, size // _SAMPLES)):
+            file.seek(at)
+            parts.append(file.read(64))
+    return b"".join(parts)
 
 
 def _name(folder: Path) -> str:
@@ -183,9 +199,18 @@ def read(path: Path) -> Profile:
 
 
 def find(key: Key) -> Profile | None:
-    """The saved profile that holds for a key. None, with a warning, if there is one that doesn't any more."""
+    """The saved profile that holds for a key.
+
+    None if there is none; with a warning, if there is one that doesn't hold any more, or holds for another device: on
+    Linux the commands compute with OpenBLAS, and Python only does so if it was loaded first (see blas.py).
+    """
     path = folder() / key.name
     if not path.is_file():
+        for other in folder().glob("*.json"):
+            with suppress(ProfileError):
+                found = read(other).key
+                if replace(found, device=key.device).name == key.name:
+                    log.warning("no profile for %s; there is one for %s", key.device, found.device)
         return None
     try:
         profile = read(path)

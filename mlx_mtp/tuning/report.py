@@ -71,13 +71,18 @@ def choices(
     return found
 
 
-def balanced(found: Sequence[Choice], alone: float) -> Choice:
-    """The choice with the most tokens a second in which a row keeps its share of the plain speed.
+def chosen(found: Sequence[Choice], alone: float, objective: str) -> Choice:
+    """The choice for an objective.
 
     Args:
         found: At least one choice.
         alone: Tokens a second of plain decoding at batch 1.
+        objective: One of `tuning.OBJECTIVES`.
     """
+    if objective == "latency":
+        return max(found, key=lambda c: c.best / c.batch)
+    if objective == "throughput":
+        return max(found, key=lambda c: c.best)
     kept = [c for c in found if c.best / c.batch >= BALANCED_SHARE * alone]
     return max(kept, key=lambda c: c.best) if kept else min(found, key=lambda c: c.batch)
 
@@ -90,6 +95,7 @@ def simulation(
     acceptance: Sequence[float] = model.PUBLISHED_ACCEPTANCE,
     overlap: float = 0.0,
     batches: Sequence[int] = BATCHES,
+    objective: str = "balanced",
 ) -> str:
     """The table as text, for people.
 
@@ -101,13 +107,16 @@ def simulation(
         acceptance: By position, see `model.acceptance_for`.
         overlap: See `model.distinct_experts`.
         batches: Which batches.
+        objective: One of `tuning.OBJECTIVES`.
     """
     stored = f"{pair.bits} bits" if pair.bits else "16-bit"
     accepted = " ".join(f"{chance:.2f}" for chance in acceptance)
     lines = [
         f"PREDICTION, not a measurement: {name}, {stored}, on {chip.name} ({chip.bandwidth:.0f} GB/s, "
         f"{chip.gpu_cores} GPU cores), {context:,} tokens of context",
-        f"Assumed: drafts are accepted with {accepted} by position; the largest configuration of the chip.",
+        (f"Assumed: drafts are accepted with {accepted} by position; " if pair.drafter else "Without a drafter; ")
+        + "the largest configuration of the chip. Gain: best over plain in the same batch."
+        + (" Experts: distinct ones that a pass reads in a layer." if pair.target.num_experts else ""),
     ]
     found = choices(chip, pair, context, acceptance, batches, overlap)
     if not found:
@@ -118,27 +127,23 @@ def simulation(
         row = f"{c.batch:5d}  {c.drafts:6d}  {c.plain:11.1f}  {c.best:10.1f}  {c.best / c.plain:3.2f}x"
         lines.append(f"{row}  {c.best / c.batch:7.1f}{experts}")
     alone = model.tokens_per_second(chip, pair, 1, (), context, overlap)
-    best = balanced(found, alone)
+    best = chosen(found, alone, objective)
     share = best.best / best.batch / alone
     lines.append(
-        f"Balanced: batch {best.batch}, draft length {best.drafts}; each row has {share:.0%} of plain batch 1."
+        f"{objective.capitalize()}: batch {best.batch}, draft length {best.drafts}; each row has {share:.0%} of plain "
+        "batch 1."
     )
     return "\n".join(lines)
 
 
 def simulation_facts(
-    chip: Chip, name: str, pair: model.Pair, context: int, batches: Sequence[int] = BATCHES
+    chip: Chip, pair: model.Pair, context: int, batches: Sequence[int] = BATCHES, objective: str = "balanced"
 ) -> dict[str, Any]:
-    """The same for programs. Arguments as for `simulation`."""
+    """What is predicted for a context, for programs. Arguments as for `simulation`."""
     found = choices(chip, pair, context, batches=batches)
     alone = model.tokens_per_second(chip, pair, 1, (), context)
     return {
-        "predicted": True,
-        "chip": chip.name,
-        "model": name,
-        "bits": pair.bits,
         "context": context,
-        "acceptance": list(model.PUBLISHED_ACCEPTANCE),
         "choices": [asdict(choice) for choice in found],
-        "balanced": asdict(balanced(found, alone)) if found else None,
+        "chosen": asdict(chosen(found, alone, objective)) if found else None,
     }
