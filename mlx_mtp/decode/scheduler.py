@@ -222,7 +222,8 @@ class Scheduler:
     def _abandon(self, error: BaseException) -> None:
         """Ends all requests under way; after an interruption, what they have committed is as good as ever."""
         for row in self._under_way():
-            row.error, row.done = error, True
+            if not row.done:
+                row.error, row.done = error, True
         prefill, self._prefill, self._admitted = self._prefill, None, []
         if isinstance(error, KeyboardInterrupt):
             if prefill:
