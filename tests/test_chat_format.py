@@ -228,7 +228,7 @@ def test_tools_reach_the_prompt_whoever_asks(small: Tokenizer):
         assert next(lm.stream(question, max_tokens=1, tools=[ROUTE])).stats.prompt_tokens == expected
         asked, not_asked = lm.generate_batch([{"prompt": question, "tools": [ROUTE]}, question], max_tokens=1)
         assert asked.stats.prompt_tokens == expected > not_asked.stats.prompt_tokens
-        with pytest.raises(PromptError, match="refuses"):
+        with pytest.raises(PromptError, match="tools must be a list of dicts"):
             lm.generate(question, tools=[5])  # type: ignore[list-item]
 
 

@@ -40,9 +40,9 @@ def test_batches_of_equal_rows(cost: str, text: str):
 @pytest.mark.parametrize("text", ["wrong", "right", "published", "switching"])
 @pytest.mark.parametrize("cost", COSTS)
 def test_a_context_that_makes_rounds_dearer_changes_no_mind(cost: str, text: str):
-    """Prices learnt long ago are no reason to try a length again that was too dear then."""
+    """A length long not tried keeps its place among the others: neither tried anew for what was, nor preferred."""
     of_plain, of_best, _ = against_fixed(AutoLength, COSTS[cost], [TEXTS[text]], seeds=6, growth=1.0)
-    assert of_plain >= 0.96 and of_best >= 0.9
+    assert of_plain >= 0.97 and of_best >= 0.95
 
 
 @pytest.mark.parametrize("text", ["right", "published", "0.66", "wrong"])

@@ -131,14 +131,18 @@ class AutoLength:
         if best == 0:
             due = [self._PROBE]  # acceptance can't be seen while nothing is drafted
         else:
-            near = (0, best - 1, best + 1)
-            due = [k for k in near if 0 <= k <= MAX_AUTO_LENGTH and self._costs.age(k, self._rounds) > self._STALE]
+            near = (k for k in (0, best - 1, best + 1) if 0 <= k <= MAX_AUTO_LENGTH)
+            due = [k for k in near if self._costs.age(k, self._rounds) > self._STALE and self._may_win(k)]
         if not due or self._trials or not self._elapsed:
             return None
         trial = max(due, key=lambda k: self._costs.age(k, self._rounds))
         loss = (2 if best else 1) * (self._costs.seconds(trial) - self._acceptance.tokens(trial) / self._rate(best))
         allowed = self._BUDGET * self._elapsed + self._ALLOWANCE * self._costs.seconds(best)
         return trial if self._spent + loss <= allowed else None
+
+    def _may_win(self, length: int) -> bool:
+        """Whether a length would be the best if it cost half as much as was measured when it was last tried."""
+        return not self._costs.settled(length) or 2 * self._rate(length) > self._rate(self._best)
 
 
 class _Acceptance:
@@ -177,49 +181,54 @@ class _Acceptance:
 
 
 class _Costs:
-    """Seconds of a round by draft length; lengths never tried lie on the line through those that were."""
+    """Seconds of a round by draft length; lengths never tried lie on the line through those that were.
 
-    _FORGET = 0.8
-    # Rounds of a length in a row after which a change is one of all lengths.
-    _SETTLED = 4
+    Rounds of all lengths become dearer together as the context grows, or when the machine has other work. So a length's
+    seconds are its price times a scale that all share: a length long not tried keeps its place among the others.
+    """
+
+    # Of what a round took more or less than expected, the part that goes into the scale.
+    _COMMON = 0.2
+    # The part that goes into the length's own price: the first over the rounds it was seen, but never less than the
+    # second.
+    _OWN, _OWN_LEAST = 0.5, 0.02
+    # Rounds of a length after which its price is known well enough to tell the scale by it.
+    _KNOWN = 4
     # Of the seconds of a plain step, for each draft, until measured.
     _PRIOR_SLOPE = 0.2
 
     def __init__(self, known: Mapping[int, float]) -> None:
-        self._seconds = dict(known)
+        self._prices, self._scale = dict(known), 1.0
+        self._seen = dict.fromkeys(known, self._KNOWN)
         self._measured = dict.fromkeys(known, 0)
         self._outliers = 0
-        self._latest, self._repeated = -1, 0
 
     def observe(self, drafted: int, seconds: float, now: int) -> None:
-        """Learns of a round; single pauses of the machine are left out.
-
-        Rounds of all lengths become dearer together as the context grows, or when the machine has other work. So once
-        a length has been seen several times in a row, what changes in it is taken to have changed in all.
-        """
-        old = self._seconds.get(drafted)
-        if old is not None and seconds > 3 * old and self._outliers < 3:
+        """Learns of a round; single pauses of the machine are left out."""
+        seen = self._seen.get(drafted, 0)
+        change = seconds / self.seconds(drafted) if seen else 1.0
+        if change > 3 and self._outliers < 3:
             self._outliers += 1
             return
         self._outliers = 0
-        self._repeated = self._repeated + 1 if drafted == self._latest else 0
-        self._latest = drafted
-        if old is None:
-            new = seconds
-        elif seconds < old and self._measured[drafted] < 0:
-            new = seconds  # the first round of a kind pays for building kernels
+        if not seen or (seen == 1 and change < 1):
+            # The first round of a kind pays for building kernels.
+            self._prices[drafted] = seconds / self._scale
         else:
-            new = self._FORGET * old + (1 - self._FORGET) * seconds
-        if old is not None and self._repeated >= self._SETTLED:
-            self._seconds = {k: s * new / old for k, s in self._seconds.items()}
-        self._seconds[drafted] = new
+            self._prices[drafted] *= 1 + max(self._OWN / seen, self._OWN_LEAST) * (change - 1)
+            if seen >= self._KNOWN:
+                self._scale *= 1 + self._COMMON * (change - 1)
+        self._seen[drafted] = seen + 1
         # A length measured only once counts as never measured for `age`.
         self._measured[drafted] = now if drafted in self._measured else -1
 
     def begin(self) -> None:
         """The count of rounds starts again; lengths measured before are due."""
         self._measured = dict.fromkeys(self._measured, -(10**3))
-        self._repeated = 0
+
+    def settled(self, length: int) -> bool:
+        """Whether a length was measured more than once: a single round may have met a pause of the machine."""
+        return self._seen.get(length, 0) > 1
 
     def age(self, length: int, now: int) -> float:
         """Rounds since a length was last measured."""
@@ -227,21 +236,24 @@ class _Costs:
 
     def seconds(self, length: int) -> float:
         """Expected seconds of a round."""
-        known = sorted(self._seconds)
+        return self._scale * self._price(length)
+
+    def _price(self, length: int) -> float:
+        known = sorted(self._prices)
         if not known:
             return 1 + self._PRIOR_SLOPE * length
-        if length in self._seconds:
-            return self._seconds[length]
+        if length in self._prices:
+            return self._prices[length]
         below = [k for k in known if k < length]
         above = [k for k in known if k > length]
         if below and above:
             low, high = below[-1], above[0]
             share = (length - low) / (high - low)
-            return self._seconds[low] * (1 - share) + self._seconds[high] * share
+            return self._prices[low] * (1 - share) + self._prices[high] * share
         near = below[-1] if below else above[0]
         other = below[-2] if len(below) > 1 else above[1] if len(above) > 1 else None
-        plain = self._seconds[near] / (1 + self._PRIOR_SLOPE * near)
+        plain = self._prices[near] / (1 + self._PRIOR_SLOPE * near)
         slope = self._PRIOR_SLOPE * plain
         if other is not None:
-            slope = max(0.0, (self._seconds[near] - self._seconds[other]) / (near - other))
-        return max(self._seconds[near] + slope * (length - near), 0.1 * self._seconds[near])
+            slope = max(0.0, (self._prices[near] - self._prices[other]) / (near - other))
+        return max(self._prices[near] + slope * (length - near), 0.1 * self._prices[near])
