@@ -6,7 +6,8 @@ right and always wrong; greedily and sampled with a seed; in float32 and quantis
 16 tokens wraps hundreds of times.
 
 Then batches: for every number of rows from 1 to 8, requests with random prompts, options and limits come and go, and
-each text is compared with the one that its request gets alone.
+each text is compared with the one that its request gets alone; with the pair's own drafter, and with a lucky one that
+is right four times out of five, so that the rows of a round keep different numbers of drafts.
 
 Prints a table; exits with 1 if any text differs. With --state, a proof that was stopped goes on where it was.
 
@@ -33,8 +34,8 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from random_requests import differs, make_request, run_at_random  # noqa: E402
-from scripted_drafter import ScriptedDrafter  # noqa: E402
+from random_requests import alone, differs, make_request, run_at_random  # noqa: E402
+from scripted_drafter import LuckyDrafter, ScriptedDrafter  # noqa: E402
 from tiny_checkpoints import KINDS, make_pair  # noqa: E402
 
 import mlx_mtp  # noqa: E402
@@ -131,7 +132,7 @@ HEAD_SINGLE = (
     f"{'pair':6}{'weights':9}{'tokens are':11}{'drafter':8}{'drafts':>7} {'exactness':10}{'tokens':>7}{'distinct':>9}"
     f"{'accepted':>9}  texts"
 )
-HEAD_BATCH = f"{'pair':6}{'rows':>5}{'seed':>5}{'texts':>7}{'tokens':>8}{'accepted':>9}  texts"
+HEAD_BATCH = f"{'pair':6}{'rows':>5}{'seed':>5} {'drafter':8}{'texts':>6}{'tokens':>8}{'accepted':>9}  texts"
 
 Table = list[tuple[str, int, bool]]
 """Lines of the table, each with its tokens and whether the texts were equal."""
@@ -154,20 +155,24 @@ def prove_single(name: str, folders: list[Path], prompt: list[int], tokens: int,
 def prove_batch(name: str, folders: list[Path], size: int, seed: int) -> Table:
     """A batch of up to `size` rows, in which random requests come and go."""
     config, target = checkpoint.load_target(folders[0], "float32")
-    _, drafter = checkpoint.load_drafter(folders[1], config, "committed", "float32")
-    rng, text = Random(100 * size + seed), config.text
+    _, own = checkpoint.load_drafter(folders[1], config, "committed", "float32")
+    rng, text, table = Random(100 * size + seed), config.text, []
     requests = [
         make_request(rng, text.vocab_size, min(text.sliding_window, 64), 350, stop_tokens=frozenset())
         for _ in range(6 + 2 * size)
     ]
-    rows = run_at_random(Scheduler(target, drafter, max_rows=size), requests, rng)
-    wrong = sum(differs(target, row) for row in rows)
-    tokens = sum(len(row.tokens) for row in rows)
-    drafting = sum(row.stats.rounds - row.stats.draft_lengths.get(0, 0) for row in rows)
-    accepted = sum(row.stats.accepted for row in rows) / max(drafting, 1)
-    verdict = f"{wrong} DIFFER" if wrong else "equal"
-    line = f"{name:6}{size:5}{seed:5}{len(rows):7}{tokens:8}{accepted:9.2f}  {verdict}"
-    return [(line, tokens, not wrong)]
+    expected = [alone(target, request) for request in requests]
+    lucky = LuckyDrafter(target, [[*it.prompt, *its] for it, its in zip(requests, expected, strict=True)], 0.8, rng)
+    for who, drafter in (("own", own), ("lucky", lucky)):
+        rows = run_at_random(Scheduler(target, drafter, max_rows=size), requests, rng)  # type: ignore[arg-type]
+        wrong = sum(map(differs, rows, expected))
+        tokens = sum(len(row.tokens) for row in rows)
+        drafting = sum(row.stats.rounds - row.stats.draft_lengths.get(0, 0) for row in rows)
+        accepted = sum(row.stats.accepted for row in rows) / max(drafting, 1)
+        verdict = f"{wrong} DIFFER" if wrong else "equal"
+        line = f"{name:6}{size:5}{seed:5} {who:8}{len(rows):6}{tokens:8}{accepted:9.2f}  {verdict}"
+        table.append((line, tokens, not wrong))
+    return table
 
 
 class Proof:

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from random_requests import alone, differs, make_request, run_at_random
-from scripted_drafter import ScriptedDrafter
+from scripted_drafter import LuckyDrafter, ScriptedDrafter
 from tiny_checkpoints import KINDS, VOCAB, WINDOW, make_pair
 
 from mlx_mtp import checkpoint
@@ -74,12 +74,16 @@ def test_every_batch_size(e2b: Pair, size: int):
     assert [row.tokens for row in rows] == [alone(e2b[0], request) for request in requests]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_rows_join_and_are_cancelled_at_any_moment(e2b: Pair, seed: int):
-    rng = Random(seed)
-    rows = run_at_random(Scheduler(*e2b, max_rows=4), [draw(rng) for _ in range(14)], rng)
-    assert len(rows) == 14 and not any(differs(e2b[0], row) for row in rows)
+def test_rows_join_and_are_cancelled_at_any_moment(pair: Pair):
+    """With a drafter whose luck differs from row to row and from round to round."""
+    target, rng = pair[0], Random(3)
+    requests = [draw(rng) for _ in range(14)]
+    texts = [alone(target, request) for request in requests]
+    drafter = LuckyDrafter(target, [[*it.prompt, *text] for it, text in zip(requests, texts, strict=True)], 0.8, rng)
+    rows = run_at_random(Scheduler(target, drafter, max_rows=4), requests, rng)  # type: ignore[arg-type]
+    assert len(rows) == 14 and not any(map(differs, rows, texts))
     assert any(row.tokens for row in rows if len(row.tokens) < row.limit)
+    assert len({row.stats.mean_accepted for row in rows if row.stats.drafted}) > 4
 
 
 def test_large_buffers_are_handed_over_late(e2b: Pair, monkeypatch: pytest.MonkeyPatch):
