@@ -16,8 +16,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_checkpoints import make_pair
+from typer.testing import CliRunner
 
 import mlx_mtp
+from mlx_mtp.cli import app
 from mlx_mtp.errors import MemoryBudgetError, MTPError, ProfileError, PromptError
 from mlx_mtp.models.moe import Router
 from mlx_mtp.tuning import OBJECTIVES, choose, measure, profile
@@ -306,7 +308,33 @@ def test_ctrl_c(profiles: Path):
     out, errors = running.communicate(timeout=60)
     assert running.returncode == 130 and len(errors.strip().splitlines()) == 1 and "stopped" in errors
     facts = json.loads(out)
-    assert facts["profile"] is None and not profiles.exists() and not facts["measurement"]["complete"]
+    assert not facts["measurement"]["complete"]
+    assert (facts["profile"] is not None) == bool(facts["options"]) == profiles.exists()
+
+
+def test_ctrl_c_leaves_a_profile_of_what_was_measured(profiles: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = measure.measure
+
+    def interrupted(*args: Any, progress: measure.Progress, **options: Any) -> None:
+        def stop(done: str) -> None:
+            progress(done)
+            if done.startswith("batch 2"):
+                raise KeyboardInterrupt
+
+        whole(*args, progress=stop, **options)
+
+    arguments = ["tune", "--contexts", "16", "--batch-sizes", "1,2,4"]
+    monkeypatch.setattr(measure, "measure", interrupted)
+    runner = CliRunner()
+    partly = runner.invoke(app, arguments)
+    assert partly.exit_code == 130 and "saved for balanced" in partly.stdout
+    (path,) = profiles.glob("*.json")
+    assert set(profile.read(path).costs) == {1, 2}
+    monkeypatch.setattr(measure, "measure", whole)
+    assert runner.invoke(app, arguments).exit_code == 0 and set(profile.read(path).costs) == {1, 2, 4}
+    monkeypatch.setattr(measure, "measure", interrupted)
+    again = runner.invoke(app, arguments)
+    assert again.exit_code == 130 and "not saved" in again.stdout and set(profile.read(path).costs) == {1, 2, 4}
 
 
 def test_prompts_need_a_tokenizer(tmp_path: Path):

@@ -108,17 +108,19 @@ def _tune(
                     progress=lambda _: bar.update(1),
                 )  # fmt: skip
             except KeyboardInterrupt:
-                so_far = "what follows is from what was measured so far, and isn't saved"
-                print(f"\nstopped: {so_far if found.steps else 'nothing was measured yet'}", file=sys.stderr)
+                so_far = "this is from what was measured so far" if found.steps else "nothing was measured yet"
+                print(f"\nstopped: {so_far}", file=sys.stderr)
         options = choose.options(found) if found.acceptance or not lm.drafter_config else []
         choices = [choose.choose(options, name) for name in OBJECTIVES] if options else []
+        key = profile.key_of(lm.folder, lm.drafter_folder, quantize, None)
         saved = None
-        if found.complete:
+        # What an interruption has left is better than nothing, but not than a whole measurement.
+        if options and (found.complete or profile.find(key) is None):
             chosen = next(choice for choice in choices if choice.objective == objective)
             measured = {step.rows for step in found.steps}
             saved = profile.save(
                 profile.Profile(
-                    key=profile.key_of(lm.folder, lm.drafter_folder, quantize, None),
+                    key=key,
                     costs={rows: choose.round_seconds(found.steps, rows) for rows in sorted(measured)},
                     acceptance=found.acceptance,
                     rows=chosen.option.rows,
@@ -134,6 +136,8 @@ def _tune(
             print(_report(found, options, choices, choose.split(found.steps), lm.config.text))
         if saved and not as_json:
             print(f"\nsaved for {objective} in {saved}")
+        elif options and not as_json:
+            print("\nnot saved: there is a profile from a whole measurement")
         if plot and options:
             write_plot(options, plot, f"{lm.folder.name} on {profile.device()}")
     if not found.complete:
