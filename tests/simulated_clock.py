@@ -93,8 +93,9 @@ def speed(
     seed: int,
     tokens: int = 2000,
     growth: float = 0.0,
+    noise: float = 0.05,
 ) -> float:
-    """Tokens per second of rows that decode together, with 5 % noise and a pause now and then.
+    """Tokens per second of rows that decode together, with noise and a pause now and then.
 
     Args:
         make: Makes the policy.
@@ -103,6 +104,7 @@ def speed(
         seed: Of the noise and of the drafts' luck.
         tokens: A row.
         growth: What all rounds gain in price over 1,000 tokens of context, as a share of it.
+        noise: Standard deviation of a round's price, as a share of it; a fifth of it is the chance of a pause.
     """
     rng, policy = random.Random(seed), make()
     seconds, positions, following = 0.0, [0] * len(chances), policy.next()
@@ -114,7 +116,7 @@ def speed(
             for chance, position in zip(chances, positions, strict=True)
         ]
         dearer = 1 + growth * sum(positions) / len(positions) / 1000
-        taken = cost(length) * dearer * (1 + 0.05 * rng.gauss(0, 1)) * (5 if rng.random() < 0.01 else 1)
+        taken = cost(length) * dearer * max(0.5, 1 + noise * rng.gauss(0, 1)) * (5 if rng.random() < noise / 5 else 1)
         seconds += taken
         positions = [position + count + 1 for position, count in zip(positions, kept, strict=True)]
         # As in the engine as well: next to a round of another length the time isn't known.
@@ -129,9 +131,10 @@ def mean_speed(
     seeds: int = 8,
     tokens: int = 2000,
     growth: float = 0.0,
+    noise: float = 0.05,
 ) -> float:
     """The mean over some seeds."""
-    return sum(speed(make, cost, chances, seed, tokens, growth) for seed in range(seeds)) / seeds
+    return sum(speed(make, cost, chances, seed, tokens, growth, noise) for seed in range(seeds)) / seeds
 
 
 def against_fixed(
@@ -141,11 +144,12 @@ def against_fixed(
     seeds: int = 8,
     tokens: int = 2000,
     growth: float = 0.0,
+    noise: float = 0.05,
 ) -> tuple[float, float, int]:
     """A policy's speed over plain decoding's and over the best fixed length's, and that length."""
     fixed = [
-        mean_speed(lambda k=k: FixedLength(k), cost, chances, seeds, tokens, growth)  # type: ignore[misc]
+        mean_speed(lambda k=k: FixedLength(k), cost, chances, seeds, tokens, growth, noise)  # type: ignore[misc]
         for k in range(MAX_AUTO_LENGTH + 1)
     ]
-    own, best = mean_speed(make, cost, chances, seeds, tokens, growth), max(fixed)
+    own, best = mean_speed(make, cost, chances, seeds, tokens, growth, noise), max(fixed)
     return own / fixed[0], own / best, fixed.index(best)

@@ -42,7 +42,15 @@ def test_batches_of_equal_rows(cost: str, text: str):
 def test_a_context_that_makes_rounds_dearer_changes_no_mind(cost: str, text: str):
     """A length long not tried keeps its place among the others: neither tried anew for what was, nor preferred."""
     of_plain, of_best, _ = against_fixed(AutoLength, COSTS[cost], [TEXTS[text]], seeds=6, growth=1.0)
-    assert of_plain >= 0.97 and of_best >= 0.95
+    assert of_plain >= 0.97 and of_best >= 0.93
+
+
+@pytest.mark.parametrize("text", ["wrong", "right", "published"])
+@pytest.mark.parametrize("cost", ["flat", "linear", "mlxcel 31B"])
+def test_a_restless_machine(cost: str, text: str):
+    """With 15 % noise and pauses in every thirtieth round, what was once measured badly doesn't stay believed."""
+    of_plain, of_best, _ = against_fixed(AutoLength, COSTS[cost], [TEXTS[text]], noise=0.15)
+    assert of_plain >= 0.955 and of_best >= 0.92
 
 
 @pytest.mark.parametrize("text", ["right", "published", "0.66", "wrong"])

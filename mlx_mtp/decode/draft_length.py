@@ -36,7 +36,8 @@ class AutoLength:
     # A length's cost is measured again after this many rounds; more of them while nothing is drafted.
     _STALE = 64
     _STALE_OFF = 256
-    _PROBE = 2
+    # While nothing is drafted: what a trial drafts, and the rounds between trials, so that plain ones can be timed.
+    _PROBE, _APART = 2, 8
     # Chance of rounds in a row that keep no draft, under which the past is forgotten.
     _UNLIKELY = 0.002
 
@@ -50,7 +51,8 @@ class AutoLength:
         self._rounds = 0
         self._trials: set[int] = set()
         self._again: int | None = None
-        self._asked, self._luck = 0, 1.0
+        self._asked = self._tried = 0
+        self._luck = 1.0
         self._spent = self._elapsed = 0.0
         self._best = self._choose()
 
@@ -65,7 +67,8 @@ class AutoLength:
             self._acceptance = deepcopy(other._acceptance)
         else:
             self._acceptance.fade()
-        self._asked, self._rounds, self._luck, self._again = 0, 0, 1.0, None
+        self._asked = self._tried = self._rounds = 0
+        self._luck, self._again = 1.0, None
         self._trials.clear()
         self._costs.begin()
         self._best = self._choose()
@@ -80,6 +83,7 @@ class AutoLength:
         # about acceptance, now and then too: drafting must not stay off for what a pause has made of its cost.
         costs = best or self._costs.age(trial, self._rounds) > self._STALE_OFF
         self._again = trial if costs and self._again is None else None
+        self._tried = self._asked
         # Rounds are observed in the order in which they were asked for, one round late.
         self._trials.add(self._asked)
         return trial
@@ -129,7 +133,8 @@ class AutoLength:
     def _trial(self, best: int) -> int | None:
         """A length to try instead of the best, if one is due and can be afforded."""
         if best == 0:
-            due = [self._PROBE]  # acceptance can't be seen while nothing is drafted
+            # Acceptance can't be seen while nothing is drafted.
+            due = [self._PROBE] if self._asked - self._tried > self._APART else []
         else:
             near = (k for k in (0, best - 1, best + 1) if 0 <= k <= MAX_AUTO_LENGTH)
             due = [k for k in near if self._costs.age(k, self._rounds) > self._STALE and self._may_win(k)]
@@ -148,12 +153,14 @@ class AutoLength:
 class _Acceptance:
     """Chance that draft j is kept if those before it were, with exponential forgetting."""
 
-    _FORGET = 0.93
-    # Published acceptance of these drafters, worth as much as this many rounds; each position leans on the one before.
+    _FORGET = 0.95
+    # Published acceptance of these drafters, worth as much as this many rounds, and forgotten like them; each further
+    # position leans on the one before with the same weight.
     _PRIOR, _PRIOR_WEIGHT = 0.8, 1.5
 
     def __init__(self) -> None:
         self._tried, self._kept = [0.0] * MAX_AUTO_LENGTH, [0.0] * MAX_AUTO_LENGTH
+        self._tried[0], self._kept[0] = self._PRIOR_WEIGHT, self._PRIOR_WEIGHT * self._PRIOR
 
     def observe(self, drafted: int, kept: Sequence[int]) -> None:
         """Learns of a round, by row; forgets by the round, or a large batch would remember two of them."""
@@ -173,11 +180,10 @@ class _Acceptance:
 
     def tokens(self, length: int) -> float:
         """Expected tokens of a round, the bonus token included."""
-        chances, before = [], self._PRIOR
-        for tried, kept in zip(self._tried[:length], self._kept[:length], strict=True):
-            before = (kept + self._PRIOR_WEIGHT * before) / (tried + self._PRIOR_WEIGHT)
-            chances.append(before)
-        return 1 + sum(accumulate(chances, mul))
+        chances = [self._kept[0] / self._tried[0]]
+        for tried, kept in zip(self._tried[1:length], self._kept[1:length], strict=True):
+            chances.append((kept + self._PRIOR_WEIGHT * chances[-1]) / (tried + self._PRIOR_WEIGHT))
+        return 1 + sum(accumulate(chances[:length], mul))
 
 
 class _Costs:
@@ -191,7 +197,10 @@ class _Costs:
     _COMMON = 0.2
     # The part that goes into the length's own price: the first over the rounds it was seen, but never less than the
     # second.
-    _OWN, _OWN_LEAST = 0.5, 0.02
+    _OWN, _OWN_LEAST = 0.5, 0.03
+    # The machine may pause: no round counts for more than this times what was expected, and a length's only round for
+    # no more than this times what shorter ones let expect.
+    _MOST, _MOST_ONCE = 1.25, 1.5
     # Rounds of a length after which its price is known well enough to tell the scale by it.
     _KNOWN = 4
     # Of the seconds of a plain step, for each draft, until measured.
@@ -201,20 +210,15 @@ class _Costs:
         self._prices, self._scale = dict(known), 1.0
         self._seen = dict.fromkeys(known, self._KNOWN)
         self._measured = dict.fromkeys(known, 0)
-        self._outliers = 0
 
     def observe(self, drafted: int, seconds: float, now: int) -> None:
-        """Learns of a round; single pauses of the machine are left out."""
-        seen = self._seen.get(drafted, 0)
-        change = seconds / self.seconds(drafted) if seen else 1.0
-        if change > 3 and self._outliers < 3:
-            self._outliers += 1
-            return
-        self._outliers = 0
-        if not seen or (seen == 1 and change < 1):
-            # The first round of a kind pays for building kernels.
-            self._prices[drafted] = seconds / self._scale
+        """Learns of a round."""
+        seen, price = self._seen.get(drafted, 0), seconds / self._scale
+        if seen < 2:
+            # The first round of a kind may pay for building kernels, and any may have met a pause of the machine.
+            self._prices[drafted] = min(price, self._prices.get(drafted, price))
         else:
+            change = min(price / self._prices[drafted], self._MOST)
             self._prices[drafted] *= 1 + max(self._OWN / seen, self._OWN_LEAST) * (change - 1)
             if seen >= self._KNOWN:
                 self._scale *= 1 + self._COMMON * (change - 1)
@@ -239,21 +243,32 @@ class _Costs:
         return self._scale * self._price(length)
 
     def _price(self, length: int) -> float:
-        known = sorted(self._prices)
-        if not known:
-            return 1 + self._PRIOR_SLOPE * length
-        if length in self._prices:
+        if length not in self._prices:
+            return self._line(length)
+        if self.settled(length):
             return self._prices[length]
-        below = [k for k in known if k < length]
-        above = [k for k in known if k > length]
+        # More drafts never take less time, and a few more not a multiple of it.
+        bounds = [price for k, price in self._prices.items() if k >= length]
+        if shorter := [k for k in self._prices if k < length]:
+            bounds.append(self._MOST_ONCE * self._by_slope(max(shorter), length))
+        return min(bounds)
+
+    def _by_slope(self, known: int, length: int) -> float:
+        return self._price(known) * (1 + self._PRIOR_SLOPE * length) / (1 + self._PRIOR_SLOPE * known)
+
+    def _line(self, length: int) -> float:
+        """The price of a length that wasn't measured."""
+        below = [k for k in sorted(self._prices) if k < length]
+        above = [k for k in sorted(self._prices) if k > length]
+        if not below and not above:
+            return 1 + self._PRIOR_SLOPE * length
+        if len(below) + len(above) == 1:
+            return self._by_slope((below or above)[0], length)
         if below and above:
-            low, high = below[-1], above[0]
-            share = (length - low) / (high - low)
-            return self._prices[low] * (1 - share) + self._prices[high] * share
-        near = below[-1] if below else above[0]
-        other = below[-2] if len(below) > 1 else above[1] if len(above) > 1 else None
-        plain = self._prices[near] / (1 + self._PRIOR_SLOPE * near)
-        slope = self._PRIOR_SLOPE * plain
-        if other is not None:
-            slope = max(0.0, (self._prices[near] - self._prices[other]) / (near - other))
-        return max(self._prices[near] + slope * (length - near), 0.1 * self._prices[near])
+            one, two = below[-1], above[0]
+        else:
+            one, two = below[-2:] or above[:2]
+        low, high = self._price(one), self._price(two)
+        line = low + (length - one) / (two - one) * (high - low)
+        # Past the last, no less than that one; before the first, no less than a fraction of it.
+        return max(line, high) if not above else max(line, 0.1 * low)
