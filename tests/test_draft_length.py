@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from simulated_clock import COSTS, TEXTS, FixedLength, against_fixed, curve, mean_speed, speed
 
@@ -74,6 +76,30 @@ def test_no_pause_stops_drafting_for_good(cost: str):
 def test_curves():
     cost = curve({1: 1.0, 2: 2.0, 4: 3.0}, 0.5)
     assert [cost(k) for k in range(6)] == [1.0, 2.5, 3.5, 4.5, 5.5, 6.5]
+
+
+def test_answers_of_a_chat():
+    """Short texts, nearly all of which can be foreseen, but for a few tokens in a row now and then."""
+
+    def tokens_per_second(policy: AutoLength | FixedLength, seed: int) -> float:
+        rng, cost = random.Random(seed), COSTS["mlxcel 31B"]
+        seconds = tokens = 0.0
+        for _ in range(30):
+            if isinstance(policy, AutoLength):
+                policy.begin()
+            position, following = 0, policy.next()
+            while position < 80:
+                length, following = following, policy.next()
+                foreseen = ((position + j) % 30 >= 4 and rng.random() < 0.97 for j in range(length))
+                kept = next((j for j, good in enumerate(foreseen) if not good), length)
+                taken = cost(length) * (1 + 0.05 * rng.gauss(0, 1))
+                policy.observe(length, [kept], taken if length == following else None)
+                seconds, position = seconds + taken, position + kept + 1
+            tokens += position
+        return tokens / seconds
+
+    fixed = max(sum(tokens_per_second(FixedLength(k), seed) for seed in range(8)) for k in range(8))
+    assert sum(tokens_per_second(AutoLength(), seed) for seed in range(8)) >= 0.97 * fixed
 
 
 def test_many_short_texts_cost_no_more_than_a_long_one():

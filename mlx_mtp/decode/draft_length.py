@@ -40,6 +40,8 @@ class AutoLength:
     _PROBE, _APART = 2, 8
     # Chance of rounds in a row that keep no draft, under which the past is forgotten.
     _UNLIKELY = 0.002
+    # Least chance of such a round in any text: where the most predictable text takes a turn, nothing is kept either.
+    _STUMBLES = 0.1
 
     def __init__(self, costs: Mapping[int, float] | None = None) -> None:
         """Begins with nothing known, or with what was measured earlier.
@@ -112,7 +114,7 @@ class AutoLength:
         if any(kept):
             self._luck = 1.0
         elif drafted:
-            self._luck *= (1 - self._acceptance.first()) ** len(kept)
+            self._luck *= max(1 - self._acceptance.first(), self._STUMBLES) ** len(kept)
             if self._luck < self._UNLIKELY:
                 # The same the other way round; with a few such rounds, so that the prior doesn't say the contrary.
                 self._luck, self._acceptance = 1.0, _Acceptance()
@@ -160,7 +162,7 @@ class _Acceptance:
 
     def __init__(self) -> None:
         self._tried, self._kept = [0.0] * MAX_AUTO_LENGTH, [0.0] * MAX_AUTO_LENGTH
-        self._tried[0], self._kept[0] = self._PRIOR_WEIGHT, self._PRIOR_WEIGHT * self._PRIOR
+        self.fade()
 
     def observe(self, drafted: int, kept: Sequence[int]) -> None:
         """Learns of a round, by row; forgets by the round, or a large batch would remember two of them."""
@@ -170,9 +172,10 @@ class _Acceptance:
             self._kept[j] = self._kept[j] * self._FORGET + sum(count > j for count in kept)
 
     def fade(self) -> None:
-        """Keeps what was seen as little more than a hint."""
-        for counts in (self._tried, self._kept):
+        """Keeps what was seen as little more than a hint, beside the prior."""
+        for counts, prior in ((self._tried, self._PRIOR_WEIGHT), (self._kept, self._PRIOR_WEIGHT * self._PRIOR)):
             counts[:] = [0.2 * count for count in counts]
+            counts[0] += prior
 
     def first(self) -> float:
         """Chance that the first draft is kept."""
