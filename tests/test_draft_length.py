@@ -78,6 +78,21 @@ def test_curves():
     assert [cost(k) for k in range(6)] == [1.0, 2.5, 3.5, 4.5, 5.5, 6.5]
 
 
+def test_a_batch_of_another_size_begins_where_the_one_before_was():
+    """Costs of a new size are unknown, but how they compare isn't."""
+    dear = COSTS["4-bit product"]
+    before = AutoLength()
+    for _ in range(200):
+        length = before.next()
+        before.observe(length, [0], dear(length))
+    assert before.next() == 0
+    after = AutoLength()
+    assert after.next() > 0, "without anything known it would draft"
+    after = AutoLength()
+    after.begin(before)
+    assert after.next() == 0
+
+
 def test_answers_of_a_chat():
     """Short texts, nearly all of which can be foreseen, but for a few tokens in a row now and then."""
 

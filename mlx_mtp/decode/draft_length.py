@@ -63,10 +63,11 @@ class AutoLength:
 
         Args:
             other: Set if instead the same texts go on that another one has chosen for so far, in a batch of another
-                size: then its acceptance is taken over.
+                size: then its acceptance is taken over, and its costs say how those not measured here may compare.
         """
         if other:
             self._acceptance = deepcopy(other._acceptance)
+            self._costs.resemble(other._costs)
         else:
             self._acceptance.fade()
         self._asked = self._tried = self._rounds = 0
@@ -211,6 +212,7 @@ class _Costs:
 
     def __init__(self, known: Mapping[int, float]) -> None:
         self._prices, self._scale = dict(known), 1.0
+        self._prior = [1 + self._PRIOR_SLOPE * k for k in range(MAX_DRAFT_LENGTH + 1)]
         self._seen = dict.fromkeys(known, self._KNOWN)
         self._measured = dict.fromkeys(known, 0)
 
@@ -233,6 +235,10 @@ class _Costs:
         """The count of rounds starts again; lengths measured before are due."""
         self._measured = dict.fromkeys(self._measured, -(10**3))
 
+    def resemble(self, other: _Costs) -> None:
+        """What was never measured is expected to compare as it does in a batch of another size."""
+        self._prior = [other.seconds(k) for k in range(len(self._prior))]
+
     def settled(self, length: int) -> bool:
         """Whether a length was measured more than once: a single round may have met a pause of the machine."""
         return self._seen.get(length, 0) > 1
@@ -253,20 +259,20 @@ class _Costs:
         # More drafts never take less time, and a few more not a multiple of it.
         bounds = [price for k, price in self._prices.items() if k >= length]
         if shorter := [k for k in self._prices if k < length]:
-            bounds.append(self._MOST_ONCE * self._by_slope(max(shorter), length))
+            bounds.append(self._MOST_ONCE * self._by_prior(max(shorter), length))
         return min(bounds)
 
-    def _by_slope(self, known: int, length: int) -> float:
-        return self._price(known) * (1 + self._PRIOR_SLOPE * length) / (1 + self._PRIOR_SLOPE * known)
+    def _by_prior(self, known: int, length: int) -> float:
+        return self._price(known) * self._prior[length] / self._prior[known]
 
     def _line(self, length: int) -> float:
         """The price of a length that wasn't measured."""
         below = [k for k in sorted(self._prices) if k < length]
         above = [k for k in sorted(self._prices) if k > length]
         if not below and not above:
-            return 1 + self._PRIOR_SLOPE * length
+            return self._prior[length]
         if len(below) + len(above) == 1:
-            return self._by_slope((below or above)[0], length)
+            return self._by_prior((below or above)[0], length)
         if below and above:
             one, two = below[-1], above[0]
         else:
