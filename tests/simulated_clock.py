@@ -6,7 +6,7 @@ A helper for tests and scripts, which import it by path.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from mlx_mtp.decode.draft_length import MAX_AUTO_LENGTH
@@ -24,7 +24,7 @@ class Policy(Protocol):
     def next(self) -> int:
         """Tokens to draft in the next round."""
 
-    def observe(self, drafted: int, kept: Sequence[int], seconds: float | None) -> None:
+    def observe(self, drafted: int, kept: Mapping[int, int], seconds: float | None) -> None:
         """Learns of a finished round."""
 
 
@@ -38,7 +38,7 @@ class FixedLength:
         """The length."""
         return self._length
 
-    def observe(self, drafted: int, kept: Sequence[int], seconds: float | None) -> None:
+    def observe(self, drafted: int, kept: Mapping[int, int], seconds: float | None) -> None:
         """Doesn't matter."""
 
 
@@ -120,7 +120,7 @@ def speed(
         seconds += taken
         positions = [position + count + 1 for position, count in zip(positions, kept, strict=True)]
         # As in the engine as well: next to a round of another length the time isn't known.
-        policy.observe(length, kept, taken if length == following else None)
+        policy.observe(length, dict(enumerate(kept)), taken if length == following else None)
     return sum(positions) / seconds
 
 

@@ -84,13 +84,30 @@ def test_a_batch_of_another_size_begins_where_the_one_before_was():
     before = AutoLength()
     for _ in range(200):
         length = before.next()
-        before.observe(length, [0], dear(length))
+        before.observe(length, {0: 0}, dear(length))
     assert before.next() == 0
     after = AutoLength()
     assert after.next() > 0, "without anything known it would draft"
     after = AutoLength()
-    after.begin(before)
+    after.begin([0], before)
     assert after.next() == 0
+
+
+def test_a_text_that_ends_takes_its_luck_with_it():
+    """The rows that go on are judged by what was seen of them."""
+    cost, kept = COSTS["mlxcel 31B"], {0: 1.0, 1: 1.0, 2: 1.0, 3: 0.0}
+    policy = AutoLength()
+    policy.begin(kept)
+    for _ in range(60):
+        length = policy.next()
+        policy.observe(length, {row: int(share * length) for row, share in kept.items()}, cost(length))
+    assert policy.next() > 0, "three of four rows are worth drafting for"
+    smaller = AutoLength()
+    smaller.begin([3], policy)
+    assert smaller.next() == 0
+    smaller = AutoLength()
+    smaller.begin([0], policy)
+    assert smaller.next() == 7
 
 
 def test_answers_of_a_chat():
@@ -99,16 +116,16 @@ def test_answers_of_a_chat():
     def tokens_per_second(policy: AutoLength | FixedLength, seed: int) -> float:
         rng, cost = random.Random(seed), COSTS["mlxcel 31B"]
         seconds = tokens = 0.0
-        for _ in range(30):
+        for text in range(30):
             if isinstance(policy, AutoLength):
-                policy.begin()
+                policy.begin([text])
             position, following = 0, policy.next()
             while position < 80:
                 length, following = following, policy.next()
                 foreseen = ((position + j) % 30 >= 4 and rng.random() < 0.97 for j in range(length))
                 kept = next((j for j, good in enumerate(foreseen) if not good), length)
                 taken = cost(length) * (1 + 0.05 * rng.gauss(0, 1))
-                policy.observe(length, [kept], taken if length == following else None)
+                policy.observe(length, {text: kept}, taken if length == following else None)
                 seconds, position = seconds + taken, position + kept + 1
             tokens += position
         return tokens / seconds
@@ -121,11 +138,11 @@ def test_many_short_texts_cost_no_more_than_a_long_one():
     """What was learnt of costs, and the budget for trials, outlive a text."""
     policy, cost = AutoLength(), COSTS["linear"]
     plain = taken = 0.0
-    for _ in range(40):
-        policy.begin()
+    for text in range(40):
+        policy.begin([text])
         for _ in range(50):
             length = policy.next()
-            policy.observe(length, [0], cost(length))
+            policy.observe(length, {text: 0}, cost(length))
             taken, plain = taken + cost(length), plain + cost(0)
     assert plain / taken >= 0.95
 
@@ -134,5 +151,5 @@ def test_unmeasured_rounds_are_no_reason_to_stop():
     policy = AutoLength()
     for _ in range(100):
         length = policy.next()
-        policy.observe(length, [length], None)
+        policy.observe(length, {0: length}, None)
     assert policy.next() > 0

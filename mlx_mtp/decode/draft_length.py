@@ -9,8 +9,7 @@ Knows nothing of models; it is told of finished rounds and asked for the next le
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Collection, Mapping
 from itertools import accumulate
 from operator import mul
 
@@ -58,18 +57,18 @@ class AutoLength:
         self._spent = self._elapsed = 0.0
         self._best = self._choose()
 
-    def begin(self, other: AutoLength | None = None) -> None:
-        """Another text begins on the same models: costs stay, acceptance counts for less.
+    def begin(self, rows: Collection[int], other: AutoLength | None = None) -> None:
+        """The batch has changed: texts begin, or others have ended. Costs stay.
 
         Args:
-            other: Set if instead the same texts go on that another one has chosen for so far, in a batch of another
-                size: then its acceptance is taken over, and its costs say how those not measured here may compare.
+            rows: Those that it chooses for from here on, see `observe`.
+            other: What has chosen so far, if the batch had another size. Its acceptance is taken over, and its costs
+                say how those not measured here may compare.
         """
         if other:
-            self._acceptance = deepcopy(other._acceptance)
+            self._acceptance = other._acceptance.copy()
             self._costs.resemble(other._costs)
-        else:
-            self._acceptance.fade()
+        self._acceptance.begin(rows)
         self._asked = self._tried = self._rounds = 0
         self._luck, self._again = 1.0, None
         self._trials.clear()
@@ -91,12 +90,12 @@ class AutoLength:
         self._trials.add(self._asked)
         return trial
 
-    def observe(self, drafted: int, kept: Sequence[int], seconds: float | None) -> None:
+    def observe(self, drafted: int, kept: Mapping[int, int], seconds: float | None) -> None:
         """Learns of a finished round.
 
         Args:
             drafted: Drafts made a row.
-            kept: Drafts kept, by row.
+            kept: Drafts kept, by a number that is a row's own for as long as it runs; rows not in it have ended.
             seconds: Time taken; None if it couldn't be measured.
         """
         self._rounds += 1
@@ -104,15 +103,15 @@ class AutoLength:
         if kept and self._elapsed + (seconds or 0.0):
             took = self._costs.seconds(drafted) if seconds is None else seconds
             if self._rounds in self._trials or drafted != self._best:
-                self._spent += max(0.0, took - (sum(kept) / len(kept) + 1) / self._rate(self._best))
+                self._spent += max(0.0, took - (sum(kept.values()) / len(kept) + 1) / self._rate(self._best))
             self._elapsed += took
         if kept and seconds is not None:
             self._costs.observe(drafted, seconds, self._rounds)
         self._trials.discard(self._rounds)
-        if off and drafted and kept and min(kept) == drafted:
+        if off and drafted and kept and min(kept.values()) == drafted:
             # The text may have become predictable: what was seen before no longer counts.
             self._acceptance = _Acceptance()
-        if any(kept):
+        if any(kept.values()):
             self._luck = 1.0
         elif drafted:
             self._luck *= max(1 - self._acceptance.first(), self._STUMBLES) ** len(kept)
@@ -120,7 +119,7 @@ class AutoLength:
                 # The same the other way round; with a few such rounds, so that the prior doesn't say the contrary.
                 self._luck, self._acceptance = 1.0, _Acceptance()
                 for _ in range(4):
-                    self._acceptance.observe(drafted, [0])
+                    self._acceptance.observe(drafted, dict.fromkeys(kept, 0))
                 # It may have been bad luck after all: two probes soon will tell.
                 self._spent = max(0.0, self._spent - 2 * self._costs.seconds(self._PROBE))
         if kept:
@@ -154,29 +153,69 @@ class AutoLength:
 
 
 class _Acceptance:
-    """Chance that draft j is kept if those before it were, with exponential forgetting."""
+    """Chance that draft j is kept if those before it were, in the rows that run, with exponential forgetting.
 
+    Counted row by row: when a text ends, the others' chances are what they were, however it fared.
+    """
+
+    # What is left of a count after a round. (Of a round, not of a row: a large batch would remember two of them.)
     _FORGET = 0.95
+    # What is left of the counts of texts that have ended when another begins.
+    _HINT = 0.2
     # Published acceptance of these drafters, worth as much as this many rounds, and forgotten like them; each further
     # position leans on the one before with the same weight.
     _PRIOR, _PRIOR_WEIGHT = 0.8, 1.5
 
     def __init__(self) -> None:
-        self._tried, self._kept = [0.0] * MAX_AUTO_LENGTH, [0.0] * MAX_AUTO_LENGTH
-        self.fade()
+        # By row, [tried, kept] for each position. None for the prior and texts that have ended.
+        self._counts: dict[int | None, list[list[float]]] = {None: _nothing()}
+        self._chances: list[float] = []
+        self._add_prior()
+        self._pool()
 
-    def observe(self, drafted: int, kept: Sequence[int]) -> None:
-        """Learns of a round, by row; forgets by the round, or a large batch would remember two of them."""
+    def copy(self) -> _Acceptance:
+        """One that learns on its own from here on."""
+        other = _Acceptance()
+        other._counts = {row: [list(count) for count in counts] for row, counts in self._counts.items()}
+        return other
+
+    def begin(self, rows: Collection[int]) -> None:
+        """These rows run from here on; of new ones only the prior says something, and hints from those that ended."""
+        ended = [self._counts.pop(row) for row in [*self._counts] if row is not None and row not in rows]
+        if any(row not in self._counts for row in rows):
+            past = self._counts[None]
+            for count, *others in zip(past, *ended, strict=True):
+                count[:] = (self._HINT * sum(values) for values in zip(count, *others, strict=True))
+            self._add_prior()
+        self._pool()
+
+    def _add_prior(self) -> None:
+        first = self._counts[None][0]
+        first[:] = first[0] + self._PRIOR_WEIGHT, first[1] + self._PRIOR_WEIGHT * self._PRIOR
+
+    def observe(self, drafted: int, kept: Mapping[int, int]) -> None:
+        """Learns of a round, by row."""
         # Draft j was put to the test only if all drafts before it were kept.
-        for j in range(min(drafted, max(kept) + 1, MAX_AUTO_LENGTH)):
-            self._tried[j] = self._tried[j] * self._FORGET + sum(count >= j for count in kept)
-            self._kept[j] = self._kept[j] * self._FORGET + sum(count > j for count in kept)
+        tested = min(drafted, max(kept.values()) + 1, MAX_AUTO_LENGTH)
+        for counts in self._counts.values():
+            for count in counts[:tested]:
+                count[:] = self._FORGET * count[0], self._FORGET * count[1]
+        for row, many in kept.items():
+            counts = self._counts.setdefault(row, _nothing())
+            for j, count in enumerate(counts[: min(tested, many + 1)]):
+                count[0] += 1
+                count[1] += many > j
+        self._pool()
 
-    def fade(self) -> None:
-        """Keeps what was seen as little more than a hint, beside the prior."""
-        for counts, prior in ((self._tried, self._PRIOR_WEIGHT), (self._kept, self._PRIOR_WEIGHT * self._PRIOR)):
-            counts[:] = [0.2 * count for count in counts]
-            counts[0] += prior
+    def _pool(self) -> None:
+        """The chances in the mean over all rows."""
+        chance = self._PRIOR
+        self._chances = []
+        for position in zip(*self._counts.values(), strict=True):
+            tried, kept = map(sum, zip(*position, strict=True))
+            weight = self._PRIOR_WEIGHT if self._chances else 0.0
+            chance = (kept + weight * chance) / (tried + weight)
+            self._chances.append(chance)
 
     def first(self) -> float:
         """Chance that the first draft is kept."""
@@ -184,10 +223,11 @@ class _Acceptance:
 
     def tokens(self, length: int) -> float:
         """Expected tokens of a round, the bonus token included."""
-        chances = [self._kept[0] / self._tried[0]]
-        for tried, kept in zip(self._tried[1:length], self._kept[1:length], strict=True):
-            chances.append((kept + self._PRIOR_WEIGHT * chances[-1]) / (tried + self._PRIOR_WEIGHT))
-        return 1 + sum(accumulate(chances[:length], mul))
+        return 1 + sum(accumulate(self._chances[:length], mul))
+
+
+def _nothing() -> list[list[float]]:
+    return [[0.0, 0.0] for _ in range(MAX_AUTO_LENGTH)]
 
 
 class _Costs:

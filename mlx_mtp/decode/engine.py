@@ -127,7 +127,7 @@ class Engine:
             mx.async_eval(report)
             self._flights.append(_Flight(report, new, None, None))
             if self._drafter:
-                self._policy().begin()
+                self._policy(begin=True)
 
     def clear(self) -> None:
         """Forgets all rows."""
@@ -196,12 +196,12 @@ class Engine:
         """
         flights, self._flights = self._flights, []
         for flight, report in zip(flights, reports, strict=True):
-            kept: list[int] = []
+            kept: dict[int, int] = {}
             for row, (*choices, count) in zip(flight.rows, report, strict=True):
                 if not row.done:
                     row.receive(choices, count, None if flight.k is None else row.drafts(flight.k))
                     if row.request.draft_length == "auto":
-                        kept.append(count)
+                        kept[row.number] = count
             if flight.policy and flight.k is not None:
                 # The time counts only if all of it was this round's. On a CPU much of it is the next round's: work is
                 # done while it is handed over.
@@ -230,14 +230,15 @@ class Engine:
         flying = (f.report.shape[1] - 1 for f in self._flights if f.k is not None and row in f.rows)
         return max(row.written, row.committed + sum(flying))
 
-    def _policy(self) -> AutoLength:
-        """The policy for as many rows as there are now."""
+    def _policy(self, begin: bool = False) -> AutoLength:
+        """The policy for as many rows as there are now; with `begin`, some of them are new."""
         key = len(self.rows), self.rows[0].request.exactness
         if key not in self._auto:
             self._auto[key] = AutoLength(self._costs(key[0]) if self._costs and key[1] == "fast" else None)
-        policy = self._auto[key]
-        if policy is not self._used:
-            policy.begin(self._used)
+        policy, before = self._auto[key], self._used
+        if begin or policy is not before:
+            rows = [row.number for row in self.rows if row.request.draft_length == "auto" and not row.done]
+            policy.begin(rows, before if before is not policy else None)
             self._used = policy
         return policy
 

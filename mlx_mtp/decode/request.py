@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import mlx.core as mx
 
@@ -18,6 +19,9 @@ EXACTNESS = ("fast", "invariant", "stepwise")
 
 INVARIANT_WIDTH = MAX_AUTO_LENGTH + 1
 """Width of every verify block under exactness "invariant"."""
+
+
+_NUMBERS = count()
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,7 @@ class Row:
     """A request on its way: waiting, being prefilled, or a row of the batch.
 
     Attributes:
+        number: Its own among all rows of the process.
         request: What was asked for.
         stats: What it has taken so far.
         limit: Most tokens it can generate, see `token_limit`.
@@ -129,6 +134,7 @@ class Row:
     """
 
     def __init__(self, request: Request, stats: Stats, limit: int):
+        self.number = next(_NUMBERS)
         self.request, self.stats, self.limit = request, stats, limit
         self.tokens: list[int] = []
         self.fresh: list[int] = []
