@@ -1,13 +1,13 @@
 """Total tokens per second of batches, as ratios measured in one run.
 
     plain    our plain decoding / mlx-lm's BatchGenerator on the same target
-    MTP      our decoding with the drafter / our plain decoding, at the same batch size (embedded pair)
+    MTP      our decoding with the drafter / our plain decoding, at the same batch size
     mlx-vlm  our decoding with the drafter / mlx-vlm's, same pair and draft length (with --mlx-vlm, see peer_mlx_vlm.py)
-    rounds   tokens a row gets out of a round; it should not depend on the batch size
+    rounds   tokens a row gets out of a round, and the same over what these prompts get one by one
 
-Pairs: the embedded one on chat prompts, and two random targets of medium size, dense and mixture of experts, on random
-prompts (their drafters would never be right, so they are measured without). Every ratio is the median over repetitions
-in which all variants take turns. Needs the `bench` extra (mlx-lm).
+Pairs: the embedded one on chat prompts, and two of medium size, dense and mixture of experts, on random prompts; their
+weights are made such that the drafter is right now and then (medium_pair.py). Every ratio is the median over
+repetitions in which all variants take turns. Needs the `bench` extra (mlx-lm).
 
     python scripts/bench_batch.py [--repeats 5] [--draft-length 4] [--mlx-vlm PYTHON] [--json]
 """
@@ -18,7 +18,6 @@ import json
 import platform
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -32,18 +31,12 @@ BLAS = use_openblas()  # before MLX is imported
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import typer  # noqa: E402
-from mlx.utils import tree_flatten  # noqa: E402
+from medium_pair import VOCAB, make_medium_pair  # noqa: E402
 from mlx_lm.generate import BatchGenerator  # noqa: E402
 from mlx_lm.utils import load_model  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-from tiny_checkpoints import make_pair  # noqa: E402
-
 import mlx_mtp  # noqa: E402
 from mlx_mtp.api import DEMO  # noqa: E402
-from mlx_mtp.config import target_config  # noqa: E402
-from mlx_mtp.models.target import Target  # noqa: E402
 
 SIZES = (1, 2, 4, 8)
 TOKENS = 120
@@ -62,21 +55,28 @@ PROMPTS = (
 class MlxVlm:
     """mlx-vlm in a process of its own, which runs a batch when asked and waits otherwise."""
 
-    def __init__(self, python: Path, prompts: list[list[int]]):
+    def __init__(self, python: Path, target: Path, drafter: Path, prompts: list[list[int]]):
         script = Path(__file__).with_name("peer_mlx_vlm.py")
         self._process = subprocess.Popen([python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        job = {"target": str(DEMO / "target"), "drafter": str(DEMO / "drafter"), "prompts": prompts, "tokens": TOKENS}
-        self._send(job)
+        self._send({"target": str(target), "drafter": str(drafter), "prompts": prompts, "tokens": TOKENS})
+        if (blas := self._answer()["blas"]) != BLAS:
+            raise typer.BadParameter(f"there BLAS is {blas}, and here {BLAS}: see {script}", param_hint="--mlx-vlm")
 
-    def run(self, rows: int, draft_length: int) -> tuple[float, list[list[int]]]:
-        """Tokens per second, and the texts."""
+    def run(self, rows: int, draft_length: int) -> float:
+        """Tokens per second."""
         self._send({"rows": rows, "draft_length": draft_length})
+        return float(self._answer()["tps"])
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.communicate()
+
+    def _answer(self) -> dict[str, Any]:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
             raise typer.BadParameter("mlx-vlm has failed, see above", param_hint="--mlx-vlm")
-        result = json.loads(line)
-        return result["tps"], result["tokens"]
+        return dict(json.loads(line))
 
     def _send(self, message: dict[str, Any]) -> None:
         assert self._process.stdin
@@ -107,56 +107,39 @@ def mlx_lm(model: nn.Module, prompts: Sequence[list[int]]) -> float:
     return generated / (time.perf_counter() - started)
 
 
-def medium(kind: str, folder: Path) -> Path:
-    """A random target of 20 to 50 million parameters, of a size's architecture."""
-    source, _ = make_pair(kind, folder)
-    raw = json.loads((source / "config.json").read_text())
-    text = raw["text_config"]
-    text |= {"hidden_size": 512, "intermediate_size": 1536, "vocab_size": 8192, "vocab_size_per_layer_input": 8192}
-    text |= {"layer_types": text["layer_types"] * 2, "num_hidden_layers": 2 * text["num_hidden_layers"]}
-    text |= {"sliding_window": 256, "moe_intermediate_size": 128} if kind == "26b" else {"sliding_window": 256}
-    if text.get("num_experts"):
-        text["num_experts"] = 32
-    model = Target(target_config(raw).text)
-    key = mx.random.key(3)
-    weights: dict[str, mx.array] = {}
-    for i, (name, value) in enumerate(tree_flatten(model.parameters())):
-        name = name.replace(".experts.", ".experts.switch_glu.")
-        if value.ndim > 1:
-            value = mx.random.normal(value.shape, key=mx.random.split(key, i + 2)[-1]) * value.shape[-1] ** -0.5
-        weights["language_model.model." + name] = value
-    (source / "config.json").write_text(json.dumps(raw))
-    (source / "model.safetensors").unlink()
-    mx.save_safetensors(str(source / "model.safetensors"), weights)
-    return source
-
-
 def measure(
-    name: str, folder: Path, prompts: list[list[int]], k: int, repeats: int, peer: MlxVlm | None = None
+    name: str, folders: tuple[Path, Path], prompts: list[list[int]], k: int, repeats: int, vlm: Path | None
 ) -> dict[str, list[float]]:
     """Ratios for one pair, by batch size."""
-    drafter = None if name == "embedded" else False
+    target, drafter = folders
     rows: dict[str, list[float]] = {}
-    with mlx_mtp.load(folder if drafter is False else None, drafter=drafter, dtype="float32", cache_bytes=0) as lm:
+    peer = MlxVlm(vlm, target, drafter, prompts) if vlm else None
+    with mlx_mtp.load(target, drafter, dtype="float32", profile=None, cache_bytes=0) as lm:
         # mlx-lm takes the vocabulary's size from the top level of config.json, where no Gemma 4 checkpoint has it.
-        theirs, _ = load_model(folder, model_config={"vocab_size": lm.config.text.vocab_size})
+        theirs, _ = load_model(target, model_config={"vocab_size": lm.config.text.vocab_size})
         theirs.set_dtype(mx.float32)
+        # All texts have the same length, so that the mean over texts is one over rounds too.
+        alone = [1 / ours(lm, [prompt], k)[1] for prompt in prompts]
         for repeat in range(repeats + 1):
             for size in SIZES:
                 batch = prompts[:size]
                 plain, _ = ours(lm, batch, 0)
-                figures = {"plain / mlx-lm": plain / mlx_lm(theirs, batch)}
-                if drafter is None:
-                    mtp, tokens = ours(lm, batch, k)
-                    auto, _ = ours(lm, batch, "auto")
-                    figures |= {f"MTP ({k}) / plain": mtp / plain, "MTP (auto) / plain": auto / plain,
-                                "tokens a round": tokens}  # fmt: skip
-                    if peer:
-                        vlm, _ = peer.run(size, k)
-                        figures |= {f"MTP ({k}) / mlx-vlm's MTP ({k})": mtp / vlm}
+                mtp, tokens = ours(lm, batch, k)
+                auto, _ = ours(lm, batch, "auto")
+                figures = {
+                    "plain / mlx-lm": plain / mlx_lm(theirs, batch),
+                    f"MTP ({k}) / plain": mtp / plain,
+                    "MTP (auto) / plain": auto / plain,
+                    "tokens a round": tokens,
+                    "tokens a round / one by one": tokens * statistics.mean(alone[:size]),
+                }
+                if peer:
+                    figures |= {f"MTP ({k}) / mlx-vlm's MTP ({k})": mtp / peer.run(size, k)}
                 if repeat:  # the first time warms up
                     for label, value in figures.items():
                         rows.setdefault(f"{name}, {size} rows: {label}", []).append(value)
+    if peer:
+        peer.close()
     return rows
 
 
@@ -170,12 +153,11 @@ def main(
     rows: dict[str, Any] = {}
     with mlx_mtp.load() as lm:
         chat = [lm.encode(text) for text in PROMPTS]
-    random = [mx.random.randint(3, 8000, (10 + 7 * i,), key=mx.random.key(i)).tolist() for i in range(8)]
+    random = [mx.random.randint(0, VOCAB, (10 + 7 * i,), key=mx.random.key(i)).tolist() for i in range(8)]
+    rows |= measure("embedded", (DEMO / "target", DEMO / "drafter"), chat, draft_length, repeats, mlx_vlm)
     with tempfile.TemporaryDirectory() as folder:
-        peer = MlxVlm(mlx_vlm, chat) if mlx_vlm else None
-        rows |= measure("embedded", DEMO / "target", chat, draft_length, repeats, peer)
         for name, kind in (("dense", "31b"), ("MoE", "26b")):
-            rows |= measure(name, medium(kind, Path(folder) / kind), random, draft_length, repeats)
+            rows |= measure(name, make_medium_pair(kind, Path(folder) / kind), random, draft_length, repeats, mlx_vlm)
     if as_json:
         print(json.dumps({name: statistics.median(values) for name, values in rows.items()} | {"blas": BLAS}))
         return

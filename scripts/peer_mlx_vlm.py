@@ -1,11 +1,12 @@
 """Runs mlx-vlm's batch generator with its MTP drafter for bench_batch.py, in mlx-vlm's own environment.
 
-    python -m venv /tmp/mlx-vlm && /tmp/mlx-vlm/bin/pip install "mlx[cpu]" mlx-vlm==0.7.10
+    python -m venv /tmp/mlx-vlm
+    /tmp/mlx-vlm/bin/pip install "mlx[cpu]" mlx-vlm==0.7.10 scipy-openblas32==0.3.23.293.2
     python scripts/bench_batch.py --mlx-vlm /tmp/mlx-vlm/bin/python
 
-Reads a line of JSON with the folders and prompts, then one a run: {"rows": 4, "draft_length": 4}, 0 for plain decoding.
-Answers each with {"tokens": [...], "tps": ...}. mlx-vlm can't load a checkpoint that has no vision tower, so its
-language model is made and filled here; generation is its own code from there on.
+Reads a line of JSON with the folders and prompts and answers {"blas": ...}, what multiplies here; then a line a run,
+{"rows": 4, "draft_length": 4}, 0 for plain decoding, and answers {"tps": ...}. mlx-vlm can't load a checkpoint that has
+no vision tower, so its language model is made and filled here; generation is its own code from there on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mlx_mtp.blas import use_openblas  # noqa: E402
 
-use_openblas()  # before MLX is imported
+BLAS = use_openblas()  # before MLX is imported
 
 import mlx.core as mx  # noqa: E402
 from mlx_vlm.generate.ar import BatchGenerator  # noqa: E402
@@ -47,14 +48,22 @@ def load_target(folder: Path) -> LanguageModel:
     config = json.loads((folder / "config.json").read_text())["text_config"]
     model = LanguageModel(TextConfig.from_dict(config))
     weights = mx.load(str(folder / "model.safetensors"))
-    names = {name.replace("model.language_model.", "model."): value for name, value in weights.items()}
+    names = {name.replace("language_model.", "").replace("model.model.", "model."): it for name, it in weights.items()}
     model.load_weights([(name, value.astype(mx.float32)) for name, value in names.items()])
     model.eval()
     return model
 
 
-def run(model: LanguageModel, drafter: Any, prompts: list[list[int]], tokens: int, k: int) -> dict[str, Any]:
-    """One batch, greedily, prefill included."""
+def embed(model: LanguageModel, ids: mx.array) -> dict[str, mx.array]:
+    """What a vision and language model would hand to its language model."""
+    inputs = {"inputs_embeds": model.model.embed_tokens(ids) * model.model.embed_scale}
+    if model.config.hidden_size_per_layer_input:
+        inputs["per_layer_inputs"] = model.model.get_per_layer_inputs(ids)
+    return inputs
+
+
+def run(model: LanguageModel, drafter: Any, prompts: list[list[int]], tokens: int, k: int) -> float:
+    """Tokens per second of one batch, greedily, prefill included."""
     started = time.perf_counter()
     drafting = {"draft_model": drafter, "draft_kind": "mtp", "draft_block_size": k + 1} if k else {}
     rows = len(prompts)
@@ -62,17 +71,13 @@ def run(model: LanguageModel, drafter: Any, prompts: list[list[int]], tokens: in
         model, NeverStops(), max_tokens=tokens, completion_batch_size=rows, prefill_batch_size=rows,
         greedy_sampling=True, **drafting,
     )  # fmt: skip
-    embedded = [
-        {"inputs_embeds": model.model.embed_tokens(ids) * model.model.embed_scale,
-         "per_layer_inputs": model.model.get_per_layer_inputs(ids)}
-        for ids in (mx.array([prompt]) for prompt in prompts)
-    ]  # fmt: skip
-    texts: dict[int, list[int]] = {row: [] for row in batch.insert(prompts, tokens, prompt_kwargs=embedded)}
-    while any(len(text) < tokens for text in texts.values()):
+    embedded = [embed(model, mx.array([prompt])) for prompt in prompts]
+    left = dict.fromkeys(batch.insert(prompts, tokens, prompt_kwargs=embedded), tokens)
+    while any(left.values()):
         for response in batch.next()[1]:
-            texts[response.uid].append(int(response.token))
+            left[response.uid] -= 1
     batch.close()
-    return {"tokens": list(texts.values()), "tps": rows * tokens / (time.perf_counter() - started)}
+    return rows * tokens / (time.perf_counter() - started)
 
 
 def main() -> None:
@@ -81,10 +86,11 @@ def main() -> None:
     model = load_target(Path(job["target"]))
     drafter, _ = load_drafter(job["drafter"])
     drafter.set_dtype(mx.float32)
+    print(json.dumps({"blas": BLAS}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        result = run(model, drafter, job["prompts"][: asked["rows"]], job["tokens"], asked["draft_length"])
-        print(json.dumps(result), flush=True)
+        tps = run(model, drafter, job["prompts"][: asked["rows"]], job["tokens"], asked["draft_length"])
+        print(json.dumps({"tps": tps}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,94 @@
+"""Pairs of medium size for benchmarks: random weights, and yet a drafter that is right about three times out of four.
+
+A random drafter never guesses what a random target says, so nothing could be learnt from it about drafting. Here the
+vocabulary consists of rings of tokens, and the target mostly says the next one of the ring: the embedding of a ring's
+next token is the last one's, rolled by one entry, and the MLP of the target's last layer rolls what it reads. Its other
+layers are random and add enough to make it say something else now and then, which depends on all of the text. The
+drafter knows of the rings, and of nothing else. Both do all of the work that their architecture asks for.
+
+A helper for scripts, which import it by path.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from tiny_checkpoints import make_pair  # noqa: E402
+
+from mlx_mtp.config import drafter_config, target_config  # noqa: E402
+from mlx_mtp.models.drafter import Drafter  # noqa: E402
+from mlx_mtp.models.target import Target  # noqa: E402
+
+HIDDEN, VOCAB, WINDOW = 512, 8192, 256
+_DRAFTER_HIDDEN = 256
+# What the random layers add to the residual stream, each relative to the embedding; and the one that rolls. The first
+# decides how often the target says something else than the next token of the ring.
+_NOISE, _ROLL = {"31b": 0.56, "26b": 0.4}, 4.0
+
+
+def make_medium_pair(kind: str, folder: Path) -> tuple[Path, Path]:
+    """Writes a target of 20 to 50 million parameters and its drafter, of a size's architecture ("31b" or "26b")."""
+    target, drafter = make_pair(kind, folder)
+    rings = mx.random.normal((VOCAB // HIDDEN, HIDDEN), key=mx.random.key(5)) * HIDDEN**-0.5
+    embedding = mx.stack([mx.roll(rings, i, axis=1) for i in range(HIDDEN)], axis=1).reshape(VOCAB, HIDDEN)
+
+    raw = json.loads((target / "config.json").read_text())
+    text = raw["text_config"]
+    text |= {"hidden_size": HIDDEN, "intermediate_size": 3 * HIDDEN, "sliding_window": WINDOW, "vocab_size": VOCAB}
+    text |= {"vocab_size_per_layer_input": VOCAB, "num_hidden_layers": 2 * text["num_hidden_layers"]}
+    text |= {"layer_types": 2 * text["layer_types"]}
+    if text["num_experts"]:
+        text |= {"num_experts": 32, "moe_intermediate_size": 128}
+    weights = _random(Target(target_config(raw).text), 3)
+    for name in weights:
+        if name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):
+            weights[name] = mx.full((HIDDEN,), _NOISE[kind])
+    weights["embed_tokens.weight"] = embedding
+    last = f"layers.{text['num_hidden_layers'] - 1}."
+    one = mx.eye(HIDDEN)
+    # gelu(x) x + gelu(-x) x is about |x| x.
+    weights[last + "mlp.gate_proj.weight"] = 4 * mx.concatenate([one, -one, 0 * one])
+    weights[last + "mlp.up_proj.weight"] = mx.concatenate([one, one, 0 * one])
+    weights[last + "mlp.down_proj.weight"] = mx.concatenate([mx.roll(one, 1, axis=0)] * 2 + [0 * one], axis=1)
+    weights[last + "post_feedforward_layernorm.weight"] = mx.full((HIDDEN,), _ROLL)
+    names = {name: f"language_model.model.{name.replace('.experts.', '.experts.switch_glu.')}" for name in weights}
+    _rewrite(target, raw, {names[name]: value for name, value in weights.items()})
+
+    raw = json.loads((drafter / "config.json").read_text())
+    raw["backbone_hidden_size"] = HIDDEN
+    raw["text_config"] |= {"hidden_size": _DRAFTER_HIDDEN, "intermediate_size": 2 * _DRAFTER_HIDDEN}
+    raw["text_config"] |= {"sliding_window": WINDOW, "vocab_size": VOCAB}
+    weights = _random(Drafter(drafter_config(raw), "committed"), 4)
+    for name in weights:
+        if name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):
+            weights[name] = mx.full((_DRAFTER_HIDDEN,), 0.05)
+    projection = mx.random.normal((_DRAFTER_HIDDEN, HIDDEN), key=mx.random.key(6)) * HIDDEN**-0.5
+    weights["pre_projection.weight"] = mx.concatenate([projection, 0 * projection], axis=1)
+    weights["embed_tokens.weight"] = mx.roll(embedding, -1, axis=1) @ projection.T
+    inner = {name: name if name.startswith(("pre_", "post_")) else f"model.{name}" for name in weights}
+    _rewrite(drafter, raw, {inner[name]: value for name, value in weights.items()})
+    return target, drafter
+
+
+def _random(model: nn.Module, seed: int) -> dict[str, mx.array]:
+    """Weights that map inputs of size 1 to outputs of size 1; norms as the model has them."""
+    weights = {}
+    for i, (name, value) in enumerate(tree_flatten(model.parameters())):
+        key = mx.random.split(mx.random.key(seed), i + 1)[-1]
+        weights[name] = mx.random.normal(value.shape, key=key) * value.shape[-1] ** -0.5 if value.ndim > 1 else value
+    return weights
+
+
+def _rewrite(folder: Path, raw: dict[str, Any], weights: dict[str, mx.array]) -> None:
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "model.safetensors").unlink()
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
