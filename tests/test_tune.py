@@ -138,18 +138,22 @@ def test_profiles_of_something_else(field: str, value: object, culprit: str, tmp
 
 
 @pytest.mark.parametrize("damage", [
-    "", "{", "[]", '{"schema": 0}', "rows", "costs", "position",
+    "", "{", "[]", '{"schema": 0}', "[" * 100_000, "rows", "costs", "position", "key",
 ])  # fmt: skip
 def test_a_damaged_profile_is_ignored(damage: str, caplog: pytest.LogCaptureFixture, profiles: Path):
     with mlx_mtp.load(drafter=False) as lm:
         saved = a_profile(lm)
     path = profile.save(saved)
     content = json.loads(path.read_text())
-    changes = {"rows": {"rows": 0}, "costs": {"costs": {"1": {"0": -1}}}, "position": {"drafter_position": "left"}}
+    changes = {
+        "rows": {"rows": 0}, "costs": {"costs": {"1": {"0": -1}}}, "position": {"drafter_position": "left"},
+        "key": {"key": {}},
+    }  # fmt: skip
     path.write_text(json.dumps(content | changes[damage]) if damage in changes else damage)
     with mlx_mtp.load(drafter=False) as lm:
         assert lm.profile is None
     assert "profile ignored" in caplog.text and len(caplog.text.strip().splitlines()) == 1
+    assert "__init__" not in caplog.text
     with pytest.raises(ProfileError, match="is no profile"):
         mlx_mtp.load(drafter=False, profile=path)
     (listed,) = json.loads(tune("--list", "--json").stdout)
