@@ -277,7 +277,9 @@ def test_what_does_not_fit_is_left_out(tmp_path: Path):
     with mlx_mtp.load(target, drafter=drafter) as lm:
         one = measure._needed(lm._target, 1, 23)
         lm.kv_budget = 2 * one
-        found = measured(lm, batches=(1, 2, 4), contexts=(20, 10**6))
+        done: list[str] = []
+        found = measured(lm, batches=(1, 2, 4), contexts=(20, 10**6), progress=done.append)
+        assert len(done) == measure.points((1, 2, 4), (20, 10**6)), "the bar gets to its end"
         assert {step.rows for step in found.steps} == {1, 2}
         assert any("batch 4" in reason for reason in found.skipped)
         assert any("context 1,000,000" in reason for reason in found.skipped)

@@ -163,7 +163,7 @@ def measure(
         lengths: Widths of verify blocks; with a drafter they begin at 1 and have no gaps.
         contexts: Committed tokens of each row. Those that the model has no room for are left out.
         prompts: By kind of text, prompts as `MTPModel.generate` takes them.
-        progress: Called after each point with what it was.
+        progress: Called for each of `points` with what it was.
 
     Raises:
         PromptError: A prompt can't be used.
@@ -179,6 +179,8 @@ def measure(
             room = context + max(lengths)
             if room > target.config.max_positions:
                 result.skipped.append(f"context {context:,}: the model's own is {target.config.max_positions:,} tokens")
+                for _ in batches:
+                    progress("left out")
                 continue
             fitting = [b for b in batches if _needed(target, b, room) <= lm.kv_budget]
             for rows in batches:
@@ -187,6 +189,7 @@ def measure(
                         f"batch {rows} at context {context:,}: needs {in_words(_needed(target, rows, room))}, "
                         f"and {in_words(lm.kv_budget)} are left"
                     )
+                    progress("left out")
             rows_of_text = [_row_of_text(texts, i, room) for i in range(max(fitting, default=0))]
             prefilled = []
             for tokens in rows_of_text:
