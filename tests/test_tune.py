@@ -186,6 +186,9 @@ def test_choices_by_hand():
     assert picked["balanced"] == picked["throughput"], "6 / 2.8 / 4 = .54 of plain decoding alone"
     slower = choose.options(synthetic({1: [1.0, 1.1], 4: [2.3, 3.2]}, 0.1, [0.5]))
     assert choose.choose(slower, "balanced").option.rows == 1, "6 / 3.3 / 4 = .45: too little for a row"
+    assert "of plain decoding alone" in choose.choose(found, "balanced").why
+    fours = [option for option in found if option.rows == 4]
+    assert "of plain decoding at batch 4" in choose.choose(fours, "balanced").why
 
 
 @pytest.mark.parametrize("acceptance", [[0.0, 0.0], [0.3, 0.1]])
@@ -211,6 +214,7 @@ def test_a_batch_that_was_not_measured_everywhere_is_no_option():
     # Here it is only that the second context had just been begun.
     found.complete = False
     assert choose.options(found) == choose.options(replace(found, steps=found.steps[:2]))
+    assert choose.counted(found) == found.steps[:2]
 
 
 @pytest.mark.parametrize("experts", [False, True])
@@ -341,6 +345,15 @@ def test_ctrl_c_leaves_a_profile_of_what_was_measured(profiles: Path, monkeypatc
     monkeypatch.setattr(measure, "measure", interrupted)
     again = runner.invoke(app, arguments)
     assert again.exit_code == 130 and "not saved" in again.stdout and set(profile.read(path).costs) == {1, 2, 4}
+
+
+def test_what_was_measured_is_shown_where_no_profile_can_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLX_MTP_PROFILES", str(tmp_path / "file" / "profiles"))
+    done = tune("--contexts", 16, "--batch-sizes", 1, "--json")
+    assert done.returncode == 1 and "the profile can't be saved: " in done.stderr and "Traceback" not in done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["choices"]["latency"]["rows"] == 1 and facts["profile"] is None
 
 
 def test_prompts_need_a_tokenizer(tmp_path: Path):

@@ -113,33 +113,39 @@ def _tune(
         options = choose.options(found) if found.acceptance or not lm.drafter_config else []
         choices = [choose.choose(options, name) for name in OBJECTIVES] if options else []
         key = profile.key_of(lm.folder, lm.drafter_folder, quantize, None)
-        saved = None
+        saved, failed = None, None
         # What an interruption has left is better than nothing, but not than a whole measurement.
         if options and (found.complete or profile.find(key) is None):
             chosen = next(choice for choice in choices if choice.objective == objective)
-            measured = {step.rows for step in found.steps}
-            saved = profile.save(
-                profile.Profile(
-                    key=key,
-                    costs={rows: choose.round_seconds(found.steps, rows) for rows in sorted(measured)},
-                    acceptance=found.acceptance,
-                    rows=chosen.option.rows,
-                    drafts=chosen.option.drafts,
-                    objective=objective,
-                    drafter_position=found.drafter_position,
-                    measured=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                )
+            steps = choose.counted(found)
+            new = profile.Profile(
+                key=key,
+                costs={rows: choose.round_seconds(steps, rows) for rows in sorted({step.rows for step in steps})},
+                acceptance=found.acceptance,
+                rows=chosen.option.rows,
+                drafts=chosen.option.drafts,
+                objective=objective,
+                drafter_position=found.drafter_position,
+                measured=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             )
+            try:
+                saved = profile.save(new)
+            except OSError as error:  # what took minutes to measure is shown nevertheless
+                failed = error
         if as_json:
             print(json.dumps(_facts(found, options, choices, saved, choose.split(found.steps), lm.config.text)))
         else:
             print(_report(found, options, choices, choose.split(found.steps), lm.config.text))
         if saved and not as_json:
             print(f"\nsaved for {objective} in {saved}")
-        elif options and not as_json:
+        elif options and not as_json and not failed:
             print("\nnot saved: there is a profile from a whole measurement")
         if plot and options:
             write_plot(options, plot, f"{lm.folder.name} on {profile.device()}")
+        if failed:
+            raise MTPError(
+                f"the profile can't be saved: {o.os_message(failed)}; MLX_MTP_PROFILES can name another folder"
+            ) from failed
     if not found.complete:
         raise typer.Exit(o.INTERRUPTED)
 
