@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -186,6 +187,21 @@ def test_the_parameters_in_use_are_those_that_the_published_rows_give():
     assert asdict(check_cost_model.fit()) == pytest.approx(asdict(model.FITTED), rel=0.03)
     fitted = [row for row in check_cost_model.rows(model.FITTED) if row.use == "fit"]
     assert len(fitted) == 8 and all(abs(row.error) < 0.1 for row in fitted)
+
+
+def test_the_page_and_the_readme_show_what_the_script_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "argv", ["check_cost_model.py"])
+    check_cost_model.main()
+    printed = capsys.readouterr().out
+    root = Path(__file__).resolve().parent.parent
+    page = (root / "docs/cost_model.md").read_text("utf-8")
+    tables = [line for line in printed.splitlines() if line.startswith(("| fit", "| check", "| M", "- "))]
+    assert len(tables) > 50 and all(line in page for line in tables)
+    count, middle, worst = re.search(r"check: (\d+) rows, median error (\d+)%, largest (\d+)%", printed).groups()
+    readme = " ".join((root / "README.md").read_text("utf-8").split())
+    assert f"a median error of {middle} % and a largest one of {worst} % against {count} published" in readme
 
 
 def test_drafting_is_never_chosen_where_it_loses():
