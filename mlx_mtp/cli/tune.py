@@ -169,7 +169,7 @@ def _read_prompts(path: Path) -> list[Any]:
         raise PromptError(f"{path} isn't UTF-8") from None
     if not lines:
         raise PromptError(f"{path} holds no prompts")
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() != ".jsonl":
         return lines
     found = []
     for number, line in enumerate(lines, 1):

@@ -24,6 +24,7 @@ import numpy as np
 from ..decode.draft_length import MAX_AUTO_LENGTH
 from ..decode.engine import COPY_LIMIT
 from ..decode.prefill import prefill
+from ..decode.request import check_prompt
 from ..decode.round import RoundState, draft, verify
 from ..decode.sampling import Sampler, SamplingOptions
 from ..errors import MemoryBudgetError, PromptError
@@ -210,7 +211,13 @@ def _answers(lm: MTPModel, result: Measurement, prompts: Mapping[str, Sequence[A
     if lm.tokenizer is None and any(isinstance(p, str) for group in prompts.values() for p in group):
         raise PromptError(f"{lm.folder} has no tokenizer.json: give prompts as token ids")
     kinds = [kind for kind, group in prompts.items() for _ in group]
-    encoded = [lm.encode(prompt) for group in prompts.values() for prompt in group]
+    encoded = []
+    for number, prompt in enumerate((prompt for group in prompts.values() for prompt in group), 1):
+        try:
+            encoded.append(lm.encode(prompt))
+            check_prompt(encoded[-1], lm.config.text)
+        except PromptError as error:
+            raise PromptError(f"prompt {number}: {error}") from error
     if not encoded:
         raise PromptError("there are no prompts to measure acceptance on")
     best: list[float] | None = None
