@@ -229,3 +229,4 @@ def test_the_table_says_that_it_is_a_prediction_and_leaves_out_what_does_not_fit
     here, pair = chip("M4"), model.pair(*known_pair("12B"), 8)
     assert [c.batch for c in choices(here, pair, 100_000)] == [1, 2, 4]
     assert not model.fits(here, pair, 6, 100_000)
+    assert "Left out: batch 6, 8, which 32 GB" in simulation(here, "12B", pair, 100_000)

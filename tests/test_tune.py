@@ -380,6 +380,7 @@ def test_bad_prompt_files(content: str | None, name: str, culprit: str, tmp_path
     ("--batch-sizes", "1,x"), ("--contexts", "0"), ("--objective", "speed"), ("--simulate", "Z80"),
     ("--quantize", "7"), ("7B", "--simulate", "M4"), ("--simulate", "M4", "--plot", "x.png"),
     ("--drafter", "x", "--no-draft"), ("--simulate", "M4", "--drafter", "x"),
+    ("--simulate", "M4", "--contexts", "262145"),
 ])  # fmt: skip
 def test_wrong_use(args: tuple[str, ...]):
     done = tune(*args)
@@ -402,6 +403,9 @@ def test_simulation_as_json(tmp_path: Path):
     assert facts["predicted"] and (facts["chip"], facts["bits"], at["context"]) == ("M3 Ultra", 8, 4000)
     assert [choice["batch"] for choice in at["choices"]] == [2, 3]
     assert at["chosen"] in at["choices"]
+    for choice in at["choices"]:
+        assert choice["best"] == max(choice["speeds"]) == choice["speeds"][choice["drafts"]]
+        assert choice["plain"] == choice["speeds"][0] and len(choice["speeds"]) == 9
     (nothing,) = json.loads(tune("31B", "--simulate", "M1", "--contexts", 500, "--json").stdout)["contexts"]
     assert nothing["choices"] == [] and nothing["chosen"] is None
 

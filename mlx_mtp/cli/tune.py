@@ -323,7 +323,7 @@ def _simulation(
     """The prediction's tables, one for each context, or their JSON.
 
     Raises:
-        typer.BadParameter: Unknown chip or size; the message lists those there are.
+        typer.BadParameter: Unknown chip or size, where the message lists those there are; too long a context.
     """
     from ..tuning import chips, cost_model, known_models, report
 
@@ -346,6 +346,8 @@ def _simulation(
             )
         bits = quantize
     pair = cost_model.pair(target, None if no_draft else own_drafter, bits)
+    if max(contexts) > (longest := pair.target.max_positions):
+        raise typer.BadParameter(f"the model's own is {longest:,} tokens", param_hint="--contexts")
     if as_json:
         predicted = [report.simulation_facts(machine, pair, context, batches, objective) for context in contexts]
         facts = {"predicted": True, "chip": machine.name, "model": name, "bits": bits, "objective": objective}
