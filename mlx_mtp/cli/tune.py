@@ -205,20 +205,23 @@ def _report(
             lines.append(f"{step.rows:5d}  {passes}{drafted}{step.host * 1e3:8.2f}  up to {spread:.0%}")
         lines.append("")
     if config.num_experts and found.steps:
-        lines.append("Distinct experts that a layer is asked for, measured and (if tokens chose independently):")
         context = found.steps[0].context
+        lines += [
+            "Distinct experts that a layer is asked for, by block width, measured and (if tokens chose independently):",
+            "batch  " + "".join(f"{width:>6d}{'':8}" for width in sorted(found.steps[0].experts)).rstrip(),
+        ]
         for step in (step for step in found.steps if step.context == context):
             counts = []
             for width, count in step.experts.items():
                 uniform = distinct_experts(config.num_experts, config.experts_per_token, step.rows * width)
-                counts.append(f"{count:6.1f} ({uniform:.1f})")
-            lines.append(f"{step.rows:5d}  " + "".join(counts))
+                counts.append(f"{count:6.1f} {f'({uniform:.1f})':7}")
+            lines.append(f"{step.rows:5d}  " + "".join(counts).rstrip())
         lines.append("")
     if parts:
         experts = f" + {parts.expert * 1e3:.3f} a distinct expert" if config.num_experts else ""
         lines += [
-            f"Verify at context {parts.context:,}, in ms: {parts.fixed * 1e3:.2f} + {parts.dense * 1e3:.3f} a token"
-            f"{experts}; off by {parts.residual:.0%} on average.",
+            f"Verify at context {parts.context:,}, in ms: {parts.fixed * 1e3:.2f} in any case + "
+            f"{parts.dense * 1e3:.3f} a token{experts}; off by {parts.residual:.0%} on average.",
             "",
         ]
     if found.acceptance and found.drafter_position:
@@ -243,7 +246,7 @@ def _report(
                 else " " * 9
                 for k in drafts
             )
-            lines.append(f"{rows:5d}  " + "".join(cells))
+            lines.append(f"{rows:5d}  " + "".join(cells).rstrip())
         lines.append("")
     lines += [f"left out: {what}" for what in found.skipped]
     lines += [f"{choice.objective:10} {choice.why}" for choice in choices]
