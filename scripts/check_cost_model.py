@@ -3,7 +3,8 @@
     python scripts/check_cost_model.py                  # fit, table, summary
     python scripts/check_cost_model.py --plots docs     # and the plots of docs/cost_model.md (pip install '.[plot]')
 
-Nothing here was measured by this project. Rows marked "fit" determine the free parameters, the others are the check.
+Nothing here was measured by this project. Rows marked "fit" determine the free parameters, "check" is the check, and
+"other" is from another engine or rests on a guess, and doesn't count.
 Texts and acceptance behind most figures are unknown: PUBLISHED_ACCEPTANCE stands in for all of them.
 """
 
@@ -42,8 +43,7 @@ WIDE_KERNEL = (("M4 Pro", 4.25, 8, 2.84), ("M4 Pro", 4.5, 8, 2.69), ("M4 Pro", 4
 
 UNUSED = (
     ("31B, vLLM on an H100", "not a Metal GPU; the kernels are others"),
-    ("E2B and E4B, LiteRT-LM on an M4 Pro", "not MLX, and its int4 format is another"),
-    ("12B, mlxcel on an M5 Max", "neither block size nor acceptance of the three kinds of text is stated"),
+    ("12B, mlxcel on an M5 Max, code and enumeration", "their acceptance isn't stated, and is far from chat's"),
     ("31B, mlxcel, speed-ups by block size", "tokens a round over the cost of a round, and that cost is checked"),
 )
 
@@ -161,6 +161,16 @@ def rows(calibration: model.Calibration) -> Iterable[Row]:
             what = f"a 4-bit product, {where.name}, {width} rows"
             yield Row("check", what, source, "single rows", published, cost / one)
 
+    m4 = chip("M4 Pro")
+    for name, *figures in (("E2B", 84.0, 144.0), ("E4B", 44.6, 82.8)):
+        for drafts, published in zip((0, 3), figures, strict=True):
+            predicted = speed(m4, _pair(name, 4), 1, model.acceptance_for(drafts), calibration)
+            what = f"{name}, int4, M4 Pro, B=1, " + ("K=3 (assumed)" if drafts else "K=0")
+            yield Row("other", what, "LiteRT-LM, not MLX", "tok/s", published, predicted)
+    dense, m5 = _pair("12B", 4), chip("M5 Max")
+    gain = speed(m5, dense, 1, model.acceptance_for(3), calibration) / speed(m5, dense, 1, (), calibration)
+    yield Row("other", "12B, 4 bits, M5 Max, prose, K=3 (assumed)", "mlxcel", "times plain", 1.90, gain)
+
 
 def moe_by_batch() -> Iterable[str]:
     """Lines of a table: what a round of 26B-A4B costs, and what drafting gains, by batch."""
@@ -207,7 +217,7 @@ def main() -> None:
     print(f"Fitted: {calibration}\nIn use: {model.FITTED}\n")
     table = list(rows(model.FITTED))
     print("| | figure | source | published | predicted | error |\n|---|---|---|---|---|---|")
-    for row in sorted(table, key=lambda row: row.use, reverse=True):
+    for row in sorted(table, key=lambda row: ("fit", "check", "other").index(row.use)):
         figures = f"{row.published:.4g} {row.unit} | {row.predicted:.4g} | {row.error:+.0%}"
         print(f"| {row.use} | {row.what} | {row.source} | {figures} |")
     print()
