@@ -217,6 +217,13 @@ def test_a_batch_that_was_not_measured_everywhere_is_no_option():
     assert choose.counted(found) == found.steps[:2]
 
 
+def test_times_of_a_busy_machine_are_noticed():
+    steady = {1: [1.0, 1.1, 1.2, 1.1], 4: [2.0, 2.6, 6.0, 5.0]}
+    assert choose.restless(synthetic(steady, 0.1, [0.5]).steps) is None
+    why = choose.restless(synthetic(steady | {8: [4.0, 9.0, 5.0, 6.0]}, 0.1, [0.5]).steps)
+    assert why and "batch 8" in why and "a block of 2 took 1.8 times as long as one of 3" in why
+
+
 @pytest.mark.parametrize("experts", [False, True])
 def test_the_split_of_verify_time(experts: bool):
     truth = {rows: [0.5 + 0.01 * rows * w + 0.02 * (rows + w) * experts for w in range(1, 6)] for rows in (1, 2, 8)}

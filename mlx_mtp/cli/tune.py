@@ -20,7 +20,7 @@ from . import options as o
 
 if TYPE_CHECKING:
     from ..config import DrafterConfig, TargetConfig, TextConfig
-    from ..tuning.choose import Choice, Option, Split
+    from ..tuning.choose import Choice, Option
     from ..tuning.measure import Measurement
 
 
@@ -133,9 +133,9 @@ def _tune(
             except OSError as error:  # what took minutes to measure is shown nevertheless
                 failed = error
         if as_json:
-            print(json.dumps(_facts(found, options, choices, saved, choose.split(found.steps), lm.config.text)))
+            print(json.dumps(_facts(found, options, choices, saved, lm.config.text)))
         else:
-            print(_report(found, options, choices, choose.split(found.steps), lm.config.text))
+            print(_report(found, options, choices, lm.config.text))
         if saved and not as_json:
             print(f"\nsaved for {objective} in {saved}")
         elif options and not as_json and not failed:
@@ -183,10 +183,9 @@ def _read_prompts(path: Path) -> list[Any]:
     return found
 
 
-def _report(
-    found: Measurement, options: list[Option], choices: list[Choice], parts: Split | None, config: TextConfig
-) -> str:
+def _report(found: Measurement, options: list[Option], choices: list[Choice], config: TextConfig) -> str:
     """All that was measured, as tables."""
+    from ..tuning import choose
     from ..tuning.cost_model import distinct_experts
 
     lines = []
@@ -217,7 +216,7 @@ def _report(
                 counts.append(f"{count:6.1f} {f'({uniform:.1f})':7}")
             lines.append(f"{step.rows:5d}  " + "".join(counts).rstrip())
         lines.append("")
-    if parts:
+    if parts := choose.split(found.steps):
         experts = f" + {parts.expert * 1e3:.3f} a distinct expert" if config.num_experts else ""
         lines += [
             f"Verify at context {parts.context:,}, in ms: {parts.fixed * 1e3:.2f} in any case + "
@@ -249,6 +248,8 @@ def _report(
             lines.append(f"{rows:5d}  " + "".join(cells).rstrip())
         lines.append("")
     lines += [f"left out: {what}" for what in found.skipped]
+    if why := choose.restless(found.steps):
+        lines += [f"The machine was busy with something else: {why}. Tune again when it is idle.", ""]
     lines += [f"{choice.objective:10} {choice.why}" for choice in choices]
     return "\n".join(lines)
 
@@ -258,12 +259,12 @@ def _facts(
     options: list[Option],
     choices: list[Choice],
     saved: Path | None,
-    parts: Split | None,
     config: TextConfig,
 ) -> dict[str, Any]:
+    from ..tuning import choose
     from ..tuning.cost_model import distinct_experts
 
-    measured = asdict(found)
+    parts, measured = choose.split(found.steps), asdict(found)
     for step in measured["steps"]:
         step["uniform_experts"] = {
             width: distinct_experts(config.num_experts, config.experts_per_token, step["rows"] * width)
@@ -274,6 +275,7 @@ def _facts(
         "options": [asdict(option) | {"row_tps": option.row_tps} for option in options],
         "choices": {c.objective: asdict(c.option) | {"row_tps": c.option.row_tps, "why": c.why} for c in choices},
         "verify_split": asdict(parts) if parts else None,
+        "restless": choose.restless(found.steps),
         "profile": str(saved) if saved else None,
     }
 

@@ -22,6 +22,10 @@ from .cost_model import tokens_per_round
 from .measure import Measurement, Step
 from .report import BALANCED_SHARE
 
+_RESTLESS = 1.3
+"""A block that takes so many times what a wider one takes is no property of the machine; kernels that change with the
+width explain less."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -63,6 +67,21 @@ def round_seconds(steps: Sequence[Step], rows: int) -> dict[int, float]:
         for width in sorted(widths)
         if width == 1 or (width - 1 <= MAX_AUTO_LENGTH and all(step.draft for step in own))
     }
+
+
+def restless(steps: Sequence[Step]) -> str | None:
+    """Why times can't be trusted, for people: a block that took much longer than a wider one. None if there is none."""
+    worst, why = _RESTLESS, None
+    for step in steps:
+        for narrow, wide in combinations(sorted(step.verify), 2):
+            ratio = step.verify[narrow].median / step.verify[wide].median
+            if ratio > worst:
+                worst = ratio
+                why = (
+                    f"at batch {step.rows} and context {step.context:,} a block of {narrow} took {ratio:.1f} times as "
+                    f"long as one of {wide}"
+                )
+    return why
 
 
 def counted(measurement: Measurement) -> list[Step]:
