@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -188,6 +189,21 @@ def test_the_parameters_in_use_are_those_that_the_published_rows_give():
     assert len(fitted) == 8 and all(abs(row.error) < 0.1 for row in fitted)
 
 
+def test_the_page_and_the_readme_show_what_the_script_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "argv", ["check_cost_model.py"])
+    check_cost_model.main()
+    printed = capsys.readouterr().out
+    root = Path(__file__).resolve().parent.parent
+    page = (root / "docs/cost_model.md").read_text("utf-8")
+    tables = [line for line in printed.splitlines() if line.startswith(("| fit", "| check", "| other", "| M", "- "))]
+    assert len(tables) > 50 and all(line in page for line in tables)
+    count, middle, worst = re.search(r"check: (\d+) rows, median error (\d+)%, largest (\d+)%", printed).groups()
+    readme = " ".join((root / "README.md").read_text("utf-8").split())
+    assert f"a median error of {middle} % and a largest one of {worst} % against {count} published" in readme
+
+
 def test_drafting_is_never_chosen_where_it_loses():
     pair = model.pair(*known_pair("26B-A4B"), 4)
     for here in CHIPS.values():
@@ -213,3 +229,4 @@ def test_the_table_says_that_it_is_a_prediction_and_leaves_out_what_does_not_fit
     here, pair = chip("M4"), model.pair(*known_pair("12B"), 8)
     assert [c.batch for c in choices(here, pair, 100_000)] == [1, 2, 4]
     assert not model.fits(here, pair, 6, 100_000)
+    assert "Left out: batch 6, 8, which 32 GB" in simulation(here, "12B", pair, 100_000)

@@ -138,18 +138,22 @@ def test_profiles_of_something_else(field: str, value: object, culprit: str, tmp
 
 
 @pytest.mark.parametrize("damage", [
-    "", "{", "[]", '{"schema": 0}', "rows", "costs", "position",
+    "", "{", "[]", '{"schema": 0}', "[" * 100_000, "rows", "costs", "position", "key",
 ])  # fmt: skip
 def test_a_damaged_profile_is_ignored(damage: str, caplog: pytest.LogCaptureFixture, profiles: Path):
     with mlx_mtp.load(drafter=False) as lm:
         saved = a_profile(lm)
     path = profile.save(saved)
     content = json.loads(path.read_text())
-    changes = {"rows": {"rows": 0}, "costs": {"costs": {"1": {"0": -1}}}, "position": {"drafter_position": "left"}}
+    changes = {
+        "rows": {"rows": 0}, "costs": {"costs": {"1": {"0": -1}}}, "position": {"drafter_position": "left"},
+        "key": {"key": {}},
+    }  # fmt: skip
     path.write_text(json.dumps(content | changes[damage]) if damage in changes else damage)
     with mlx_mtp.load(drafter=False) as lm:
         assert lm.profile is None
     assert "profile ignored" in caplog.text and len(caplog.text.strip().splitlines()) == 1
+    assert "__init__" not in caplog.text
     with pytest.raises(ProfileError, match="is no profile"):
         mlx_mtp.load(drafter=False, profile=path)
     (listed,) = json.loads(tune("--list", "--json").stdout)
@@ -182,6 +186,9 @@ def test_choices_by_hand():
     assert picked["balanced"] == picked["throughput"], "6 / 2.8 / 4 = .54 of plain decoding alone"
     slower = choose.options(synthetic({1: [1.0, 1.1], 4: [2.3, 3.2]}, 0.1, [0.5]))
     assert choose.choose(slower, "balanced").option.rows == 1, "6 / 3.3 / 4 = .45: too little for a row"
+    assert "of plain decoding alone" in choose.choose(found, "balanced").why
+    fours = [option for option in found if option.rows == 4]
+    assert "of plain decoding at batch 4" in choose.choose(fours, "balanced").why
 
 
 @pytest.mark.parametrize("acceptance", [[0.0, 0.0], [0.3, 0.1]])
@@ -207,6 +214,14 @@ def test_a_batch_that_was_not_measured_everywhere_is_no_option():
     # Here it is only that the second context had just been begun.
     found.complete = False
     assert choose.options(found) == choose.options(replace(found, steps=found.steps[:2]))
+    assert choose.counted(found) == found.steps[:2]
+
+
+def test_times_of_a_busy_machine_are_noticed():
+    steady = {1: [1.0, 1.1, 1.2, 1.1], 4: [2.0, 2.6, 6.0, 5.0]}
+    assert choose.restless(synthetic(steady, 0.1, [0.5]).steps) is None
+    why = choose.restless(synthetic(steady | {8: [4.0, 9.0, 5.0, 6.0]}, 0.1, [0.5]).steps)
+    assert why and "batch 8" in why and "a block of 2 took 1.8 times as long as one of 3" in why
 
 
 @pytest.mark.parametrize("experts", [False, True])
@@ -273,7 +288,9 @@ def test_what_does_not_fit_is_left_out(tmp_path: Path):
     with mlx_mtp.load(target, drafter=drafter) as lm:
         one = measure._needed(lm._target, 1, 23)
         lm.kv_budget = 2 * one
-        found = measured(lm, batches=(1, 2, 4), contexts=(20, 10**6))
+        done: list[str] = []
+        found = measured(lm, batches=(1, 2, 4), contexts=(20, 10**6), progress=done.append)
+        assert len(done) == measure.points((1, 2, 4), (20, 10**6)), "the bar gets to its end"
         assert {step.rows for step in found.steps} == {1, 2}
         assert any("batch 4" in reason for reason in found.skipped)
         assert any("context 1,000,000" in reason for reason in found.skipped)
@@ -337,6 +354,15 @@ def test_ctrl_c_leaves_a_profile_of_what_was_measured(profiles: Path, monkeypatc
     assert again.exit_code == 130 and "not saved" in again.stdout and set(profile.read(path).costs) == {1, 2, 4}
 
 
+def test_what_was_measured_is_shown_where_no_profile_can_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLX_MTP_PROFILES", str(tmp_path / "file" / "profiles"))
+    done = tune("--contexts", 16, "--batch-sizes", 1, "--json")
+    assert done.returncode == 1 and "the profile can't be saved: " in done.stderr and "Traceback" not in done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["choices"]["latency"]["rows"] == 1 and facts["profile"] is None
+
+
 def test_prompts_need_a_tokenizer(tmp_path: Path):
     target, drafter = make_pair("31b", tmp_path)
     with mlx_mtp.load(target, drafter=drafter) as lm, pytest.raises(PromptError, match="token ids"):
@@ -344,6 +370,7 @@ def test_prompts_need_a_tokenizer(tmp_path: Path):
 
 
 @pytest.mark.parametrize("content, name, culprit", [
+    ('{"prompt": [5]}\n{"prompt": [5, 99999999]}', "p.jsonl", "prompt 2: "), ("{", "p.JSONL", "line 1"),
     ("", "p.txt", "holds no prompts"), ("{", "p.jsonl", "line 1"), ('{"prompt": "x"}\n[]', "p.jsonl", "line 2"),
     ('{"prompt": 5}', "p.jsonl", "line 1"), ('{"prompt": null}', "p.jsonl", "line 1"),
     ("\udcff", "p.txt", "isn't UTF-8"), (None, "p.txt", "No such file"),
@@ -352,13 +379,15 @@ def test_bad_prompt_files(content: str | None, name: str, culprit: str, tmp_path
     if content is not None:
         (tmp_path / name).write_bytes(content.encode("utf-8", "surrogateescape"))
     done = tune("--prompts", tmp_path / name)
-    assert done.returncode == 1 and culprit in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    errors = done.stderr.removeprefix("measuring\n")
+    assert done.returncode == 1 and culprit in errors and len(errors.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("args", [
     ("--batch-sizes", "1,x"), ("--contexts", "0"), ("--objective", "speed"), ("--simulate", "Z80"),
     ("--quantize", "7"), ("7B", "--simulate", "M4"), ("--simulate", "M4", "--plot", "x.png"),
     ("--drafter", "x", "--no-draft"), ("--simulate", "M4", "--drafter", "x"),
+    ("--simulate", "M4", "--contexts", "262145"),
 ])  # fmt: skip
 def test_wrong_use(args: tuple[str, ...]):
     done = tune(*args)
@@ -381,6 +410,9 @@ def test_simulation_as_json(tmp_path: Path):
     assert facts["predicted"] and (facts["chip"], facts["bits"], at["context"]) == ("M3 Ultra", 8, 4000)
     assert [choice["batch"] for choice in at["choices"]] == [2, 3]
     assert at["chosen"] in at["choices"]
+    for choice in at["choices"]:
+        assert choice["best"] == max(choice["speeds"]) == choice["speeds"][choice["drafts"]]
+        assert choice["plain"] == choice["speeds"][0] and len(choice["speeds"]) == 9
     (nothing,) = json.loads(tune("31B", "--simulate", "M1", "--contexts", 500, "--json").stdout)["contexts"]
     assert nothing["choices"] == [] and nothing["chosen"] is None
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _PREDICTED_AT = 1024
 """Tokens of context that speeds are predicted for."""
 
-_TYPICAL_ERROR = 0.21
+_TYPICAL_ERROR = 0.26
 """Median error of the cost model against published figures, see docs/cost_model.md."""
 
 

@@ -20,7 +20,7 @@ from . import options as o
 
 if TYPE_CHECKING:
     from ..config import DrafterConfig, TargetConfig, TextConfig
-    from ..tuning.choose import Choice, Option, Split
+    from ..tuning.choose import Choice, Option
     from ..tuning.measure import Measurement
 
 
@@ -113,33 +113,39 @@ def _tune(
         options = choose.options(found) if found.acceptance or not lm.drafter_config else []
         choices = [choose.choose(options, name) for name in OBJECTIVES] if options else []
         key = profile.key_of(lm.folder, lm.drafter_folder, quantize, None)
-        saved = None
+        saved, failed = None, None
         # What an interruption has left is better than nothing, but not than a whole measurement.
         if options and (found.complete or profile.find(key) is None):
             chosen = next(choice for choice in choices if choice.objective == objective)
-            measured = {step.rows for step in found.steps}
-            saved = profile.save(
-                profile.Profile(
-                    key=key,
-                    costs={rows: choose.round_seconds(found.steps, rows) for rows in sorted(measured)},
-                    acceptance=found.acceptance,
-                    rows=chosen.option.rows,
-                    drafts=chosen.option.drafts,
-                    objective=objective,
-                    drafter_position=found.drafter_position,
-                    measured=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                )
+            steps = choose.counted(found)
+            new = profile.Profile(
+                key=key,
+                costs={rows: choose.round_seconds(steps, rows) for rows in sorted({step.rows for step in steps})},
+                acceptance=found.acceptance,
+                rows=chosen.option.rows,
+                drafts=chosen.option.drafts,
+                objective=objective,
+                drafter_position=found.drafter_position,
+                measured=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             )
+            try:
+                saved = profile.save(new)
+            except OSError as error:  # what took minutes to measure is shown nevertheless
+                failed = error
         if as_json:
-            print(json.dumps(_facts(found, options, choices, saved, choose.split(found.steps), lm.config.text)))
+            print(json.dumps(_facts(found, options, choices, saved, lm.config.text)))
         else:
-            print(_report(found, options, choices, choose.split(found.steps), lm.config.text))
+            print(_report(found, options, choices, lm.config.text))
         if saved and not as_json:
             print(f"\nsaved for {objective} in {saved}")
-        elif options and not as_json:
+        elif options and not as_json and not failed:
             print("\nnot saved: there is a profile from a whole measurement")
         if plot and options:
             write_plot(options, plot, f"{lm.folder.name} on {profile.device()}")
+        if failed:
+            raise MTPError(
+                f"the profile can't be saved: {o.os_message(failed)}; MLX_MTP_PROFILES can name another folder"
+            ) from failed
     if not found.complete:
         raise typer.Exit(o.INTERRUPTED)
 
@@ -163,7 +169,7 @@ def _read_prompts(path: Path) -> list[Any]:
         raise PromptError(f"{path} isn't UTF-8") from None
     if not lines:
         raise PromptError(f"{path} holds no prompts")
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() != ".jsonl":
         return lines
     found = []
     for number, line in enumerate(lines, 1):
@@ -177,10 +183,9 @@ def _read_prompts(path: Path) -> list[Any]:
     return found
 
 
-def _report(
-    found: Measurement, options: list[Option], choices: list[Choice], parts: Split | None, config: TextConfig
-) -> str:
+def _report(found: Measurement, options: list[Option], choices: list[Choice], config: TextConfig) -> str:
     """All that was measured, as tables."""
+    from ..tuning import choose
     from ..tuning.cost_model import distinct_experts
 
     lines = []
@@ -199,20 +204,23 @@ def _report(
             lines.append(f"{step.rows:5d}  {passes}{drafted}{step.host * 1e3:8.2f}  up to {spread:.0%}")
         lines.append("")
     if config.num_experts and found.steps:
-        lines.append("Distinct experts that a layer is asked for, measured and (if tokens chose independently):")
         context = found.steps[0].context
+        lines += [
+            "Distinct experts that a layer is asked for, by block width, measured and (if tokens chose independently):",
+            "batch  " + "".join(f"{width:>6d}{'':8}" for width in sorted(found.steps[0].experts)).rstrip(),
+        ]
         for step in (step for step in found.steps if step.context == context):
             counts = []
             for width, count in step.experts.items():
                 uniform = distinct_experts(config.num_experts, config.experts_per_token, step.rows * width)
-                counts.append(f"{count:6.1f} ({uniform:.1f})")
-            lines.append(f"{step.rows:5d}  " + "".join(counts))
+                counts.append(f"{count:6.1f} {f'({uniform:.1f})':7}")
+            lines.append(f"{step.rows:5d}  " + "".join(counts).rstrip())
         lines.append("")
-    if parts:
+    if parts := choose.split(found.steps):
         experts = f" + {parts.expert * 1e3:.3f} a distinct expert" if config.num_experts else ""
         lines += [
-            f"Verify at context {parts.context:,}, in ms: {parts.fixed * 1e3:.2f} + {parts.dense * 1e3:.3f} a token"
-            f"{experts}; off by {parts.residual:.0%} on average.",
+            f"Verify at context {parts.context:,}, in ms: {parts.fixed * 1e3:.2f} in any case + "
+            f"{parts.dense * 1e3:.3f} a token{experts}; off by {parts.residual:.0%} on average.",
             "",
         ]
     if found.acceptance and found.drafter_position:
@@ -237,9 +245,11 @@ def _report(
                 else " " * 9
                 for k in drafts
             )
-            lines.append(f"{rows:5d}  " + "".join(cells))
+            lines.append(f"{rows:5d}  " + "".join(cells).rstrip())
         lines.append("")
     lines += [f"left out: {what}" for what in found.skipped]
+    if why := choose.restless(found.steps):
+        lines += [f"The machine was busy with something else: {why}. Tune again when it is idle.", ""]
     lines += [f"{choice.objective:10} {choice.why}" for choice in choices]
     return "\n".join(lines)
 
@@ -249,12 +259,12 @@ def _facts(
     options: list[Option],
     choices: list[Choice],
     saved: Path | None,
-    parts: Split | None,
     config: TextConfig,
 ) -> dict[str, Any]:
+    from ..tuning import choose
     from ..tuning.cost_model import distinct_experts
 
-    measured = asdict(found)
+    parts, measured = choose.split(found.steps), asdict(found)
     for step in measured["steps"]:
         step["uniform_experts"] = {
             width: distinct_experts(config.num_experts, config.experts_per_token, step["rows"] * width)
@@ -265,6 +275,7 @@ def _facts(
         "options": [asdict(option) | {"row_tps": option.row_tps} for option in options],
         "choices": {c.objective: asdict(c.option) | {"row_tps": c.option.row_tps, "why": c.why} for c in choices},
         "verify_split": asdict(parts) if parts else None,
+        "restless": choose.restless(found.steps),
         "profile": str(saved) if saved else None,
     }
 
@@ -317,7 +328,7 @@ def _simulation(
     """The prediction's tables, one for each context, or their JSON.
 
     Raises:
-        typer.BadParameter: Unknown chip or size; the message lists those there are.
+        typer.BadParameter: Unknown chip or size, where the message lists those there are; too long a context.
     """
     from ..tuning import chips, cost_model, known_models, report
 
@@ -340,6 +351,8 @@ def _simulation(
             )
         bits = quantize
     pair = cost_model.pair(target, None if no_draft else own_drafter, bits)
+    if max(contexts) > (longest := pair.target.max_positions):
+        raise typer.BadParameter(f"the model's own is {longest:,} tokens", param_hint="--contexts")
     if as_json:
         predicted = [report.simulation_facts(machine, pair, context, batches, objective) for context in contexts]
         facts = {"predicted": True, "chip": machine.name, "model": name, "bits": bits, "objective": objective}

@@ -22,6 +22,10 @@ from .cost_model import tokens_per_round
 from .measure import Measurement, Step
 from .report import BALANCED_SHARE
 
+_RESTLESS = 1.3
+"""A block that takes so many times what a wider one takes is no property of the machine; kernels that change with the
+width explain less."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -65,18 +69,42 @@ def round_seconds(steps: Sequence[Step], rows: int) -> dict[int, float]:
     }
 
 
-def options(measurement: Measurement) -> list[Option]:
-    """All batches and draft lengths that were measured, at every context at which anything was.
+def restless(steps: Sequence[Step]) -> str | None:
+    """Why times can't be trusted, for people: a block that took much longer than a wider one. None if there is none."""
+    worst, why = _RESTLESS, None
+    for step in steps:
+        for narrow, wide in combinations(sorted(step.verify), 2):
+            ratio = step.verify[narrow].median / step.verify[wide].median
+            if ratio > worst:
+                worst = ratio
+                why = (
+                    f"at batch {step.rows} and context {step.context:,} a block of {narrow} took {ratio:.1f} times as "
+                    f"long as one of {wide}"
+                )
+    return why
 
-    Of a measurement that was interrupted, only contexts at which most batches were measured count.
+
+def counted(measurement: Measurement) -> list[Step]:
+    """The steps that count: all, or, if it was interrupted, those at contexts at which most batches were measured.
+
+    The others would make the batches that were measured at one context more look dearer than the rest.
     """
     measured: dict[int, set[int]] = {}
     for step in measurement.steps:
         measured.setdefault(step.context, set()).add(step.rows)
     most = max(map(len, measured.values()), default=0)
-    contexts = {context for context, rows in measured.items() if measurement.complete or len(rows) == most}
-    steps = [step for step in measurement.steps if step.context in contexts]
-    batches = sorted(set.intersection(*(measured[context] for context in contexts))) if contexts else []
+    return [step for step in measurement.steps if measurement.complete or len(measured[step.context]) == most]
+
+
+def options(measurement: Measurement) -> list[Option]:
+    """All batches and draft lengths that were measured, at every context that counts."""
+    steps = counted(measurement)
+    contexts = {step.context for step in steps}
+    batches = [
+        rows
+        for rows in sorted({step.rows for step in steps})
+        if {step.context for step in steps if step.rows == rows} == contexts
+    ]
     return [
         Option(rows, drafts, rows * _tokens(measurement, drafts) / seconds)
         for rows in batches
@@ -105,8 +133,6 @@ def choose(found: Sequence[Option], objective: str) -> Choice:
         if (objective != "latency" or option.rows == fewest)
         and (objective != "balanced" or option.row_tps >= BALANCED_SHARE * alone)
     ]
-    # A row of a small batch is never slower than alone by half; if it is here, a single row is the balance.
-    candidates = candidates or [option for option in found if option.rows == fewest]
     best = max(candidates, key=lambda option: (option.total_tps, -option.drafts))
     gain = best.total_tps / plain[best.rows].total_tps
     drafting = f"draft {best.drafts}" if best.drafts else "don't draft"
@@ -117,14 +143,15 @@ def choose(found: Sequence[Option], objective: str) -> Choice:
         if any(option.drafts for option in found)
         else "there is no drafter"
     )
+    base = "plain decoding alone" if fewest == 1 else f"plain decoding at batch {fewest}"
     reason = {
         "latency": f"the fastest for {'a single row' if fewest == 1 else f'{fewest} rows'}",
         "throughput": "the most tokens a second in all",
-        "balanced": f"the most in all while a row keeps {BALANCED_SHARE:.0%} of plain decoding alone",
+        "balanced": f"the most in all while a row keeps {BALANCED_SHARE:.0%} of {base}",
     }[objective]
     why = (
         f"batch {best.rows}, {drafting}: {best.total_tps:.1f} tok/s in all, {best.row_tps:.1f} a row "
-        f"({best.row_tps / alone:.0%} of plain decoding alone); {reason}, and {pays}."
+        f"({best.row_tps / alone:.0%} of {base}); {reason}, and {pays}."
     )
     return Choice(objective, best, why)
 

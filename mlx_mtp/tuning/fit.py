@@ -24,6 +24,7 @@ class Step:
         length: Tokens of each row.
         context: Committed tokens of each row.
         seconds: What it took.
+        overlap: See `cost_model.distinct_experts`.
     """
 
     chip: Chip
@@ -32,6 +33,7 @@ class Step:
     length: int
     context: int
     seconds: float
+    overlap: float = 0.0
 
 
 def fit_steps(steps: Sequence[Step], start: Calibration) -> Calibration:
@@ -48,7 +50,7 @@ def fit_steps(steps: Sequence[Step], start: Calibration) -> Calibration:
     columns = [replace(free, bandwidth=1), replace(free, qmv=1), replace(free, launch=1)]
     rows = np.array(
         [
-            [verify_seconds(s.chip, s.pair, s.batch, s.length, s.context, fit=c) / s.seconds for c in columns]
+            [verify_seconds(s.chip, s.pair, s.batch, s.length, s.context, s.overlap, c) / s.seconds for c in columns]
             for s in steps
         ]
     )

@@ -24,6 +24,7 @@ import numpy as np
 from ..decode.draft_length import MAX_AUTO_LENGTH
 from ..decode.engine import COPY_LIMIT
 from ..decode.prefill import prefill
+from ..decode.request import check_prompt
 from ..decode.round import RoundState, draft, verify
 from ..decode.sampling import Sampler, SamplingOptions
 from ..errors import MemoryBudgetError, PromptError
@@ -163,7 +164,7 @@ def measure(
         lengths: Widths of verify blocks; with a drafter they begin at 1 and have no gaps.
         contexts: Committed tokens of each row. Those that the model has no room for are left out.
         prompts: By kind of text, prompts as `MTPModel.generate` takes them.
-        progress: Called after each point with what it was.
+        progress: Called for each of `points` with what it was.
 
     Raises:
         PromptError: A prompt can't be used.
@@ -179,6 +180,8 @@ def measure(
             room = context + max(lengths)
             if room > target.config.max_positions:
                 result.skipped.append(f"context {context:,}: the model's own is {target.config.max_positions:,} tokens")
+                for _ in batches:
+                    progress("left out")
                 continue
             fitting = [b for b in batches if _needed(target, b, room) <= lm.kv_budget]
             for rows in batches:
@@ -187,6 +190,7 @@ def measure(
                         f"batch {rows} at context {context:,}: needs {in_words(_needed(target, rows, room))}, "
                         f"and {in_words(lm.kv_budget)} are left"
                     )
+                    progress("left out")
             rows_of_text = [_row_of_text(texts, i, room) for i in range(max(fitting, default=0))]
             prefilled = []
             for tokens in rows_of_text:
@@ -207,7 +211,13 @@ def _answers(lm: MTPModel, result: Measurement, prompts: Mapping[str, Sequence[A
     if lm.tokenizer is None and any(isinstance(p, str) for group in prompts.values() for p in group):
         raise PromptError(f"{lm.folder} has no tokenizer.json: give prompts as token ids")
     kinds = [kind for kind, group in prompts.items() for _ in group]
-    encoded = [lm.encode(prompt) for group in prompts.values() for prompt in group]
+    encoded = []
+    for number, prompt in enumerate((prompt for group in prompts.values() for prompt in group), 1):
+        try:
+            encoded.append(lm.encode(prompt))
+            check_prompt(encoded[-1], lm.config.text)
+        except PromptError as error:
+            raise PromptError(f"prompt {number}: {error}") from error
     if not encoded:
         raise PromptError("there are no prompts to measure acceptance on")
     best: list[float] | None = None

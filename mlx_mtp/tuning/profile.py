@@ -193,8 +193,10 @@ def read(path: Path) -> Profile:
             raise ValueError(f"drafter_position {profile.drafter_position!r}")
     except OSError as error:
         raise ProfileError(f"{path} can't be read: {error.strerror}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ProfileError(f"{path} is no profile: {one_line(error)}; delete it, and run mlx-mtp tune") from error
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        # What Python says of parts that are missing or of another type is for nobody who reads this.
+        why = one_line(error) if isinstance(error, ValueError) else "parts are missing, or of another kind"
+        raise ProfileError(f"{path} is no profile: {why}; delete it, and run mlx-mtp tune") from error
     return profile
 
 

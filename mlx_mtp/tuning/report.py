@@ -22,13 +22,15 @@ class Choice:
     Attributes:
         batch: Rows.
         drafts: Draft length with the most tokens a second; 0 is plain decoding.
-        plain: Tokens a second of all rows together without drafting.
-        best: The same with `drafts`.
+        speeds: Tokens a second of all rows together, by draft length from 0 on.
+        plain: The first of `speeds`.
+        best: The one of `drafts`.
         experts: Distinct experts that the verify pass touches in a layer; 0 for a dense model.
     """
 
     batch: int
     drafts: int
+    speeds: tuple[float, ...]
     plain: float
     best: float
     experts: float
@@ -59,7 +61,8 @@ def choices(
             accepted = model.acceptance_for(drafts, acceptance)
             return model.tokens_per_second(chip, pair, batch, accepted, context, overlap)
 
-        drafts = max(range(LONGEST_DRAFT + 1), key=speed) if pair.drafter else 0
+        speeds = tuple(speed(drafts) for drafts in range(LONGEST_DRAFT + 1 if pair.drafter else 1))
+        drafts = speeds.index(max(speeds))
         text = pair.target
         tokens = batch * (drafts + 1)
         experts = (
@@ -67,7 +70,7 @@ def choices(
             if text.num_experts
             else 0.0
         )
-        found.append(Choice(batch, drafts, speed(0), speed(drafts), experts))
+        found.append(Choice(batch, drafts, speeds, speeds[0], speeds[drafts], experts))
     return found
 
 
@@ -120,12 +123,23 @@ def simulation(
     ]
     found = choices(chip, pair, context, acceptance, batches, overlap)
     if not found:
-        return "\n".join([*lines, f"It doesn't fit: the chip has at most {chip.memory} GB. Use fewer bits."])
+        return "\n".join(
+            [*lines, f"It doesn't fit: the chip has at most {chip.memory} GB. Use fewer bits, or a shorter context."]
+        )
     lines.append("batch  drafts  plain tok/s  best tok/s  gain  per row" + ("  experts" if found[0].experts else ""))
     for c in found:
         experts = f"  {c.experts:7.1f}" if c.experts else ""
         row = f"{c.batch:5d}  {c.drafts:6d}  {c.plain:11.1f}  {c.best:10.1f}  {c.best / c.plain:3.2f}x"
         lines.append(f"{row}  {c.best / c.batch:7.1f}{experts}")
+    if pair.drafter:
+        lines.append("Tokens a second of all rows, by batch and draft length (* the best of the batch):")
+        lines.append("batch" + "".join(f"{drafts:9d}" for drafts in range(LONGEST_DRAFT + 1)))
+        for c in found:
+            marks = ("*" if drafts == c.drafts else " " for drafts in range(len(c.speeds)))
+            cells = (f"{speed:8.1f}{mark}" for speed, mark in zip(c.speeds, marks, strict=True))
+            lines.append(f"{c.batch:5d} " + "".join(cells).rstrip())
+    if left := sorted(set(batches) - {c.batch for c in found}):
+        lines.append(f"Left out: batch {', '.join(map(str, left))}, which {chip.memory} GB have no room for.")
     alone = model.tokens_per_second(chip, pair, 1, (), context, overlap)
     best = chosen(found, alone, objective)
     share = best.best / best.batch / alone
