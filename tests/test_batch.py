@@ -86,6 +86,20 @@ def test_rows_join_and_are_cancelled_at_any_moment(pair: Pair):
     assert len({row.stats.mean_accepted for row in rows if row.stats.drafted}) > 4
 
 
+def test_the_only_running_row_is_cancelled_during_a_step(e2b: Pair, monkeypatch: pytest.MonkeyPatch):
+    """By another thread, while the thread that waits for a long prompt runs it."""
+    scheduler = Scheduler(*e2b)
+    row = scheduler.submit(Request([3] * 4, 200))
+    scheduler.step()
+    other = scheduler.submit(Request([4] * (5 * WINDOW), 10))
+    with monkeypatch.context() as patch:
+        regroup = scheduler._engine.regroup
+        patch.setattr(scheduler._engine, "regroup", lambda *joining: (regroup(*joining), row.cancel()))
+        scheduler.step()
+    run(scheduler, [other])
+    assert other.tokens == alone(e2b[0], other.request)
+
+
 def test_large_buffers_are_handed_over_late(e2b: Pair, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(engine_module, "COPY_LIMIT", 0)
     rng = Random(3)
