@@ -22,7 +22,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import MemoryBudgetError
-from ..kv import Checkpoint, KVBuffers, longest_block
+from ..kv import LONGEST_VERIFY, Checkpoint, KVBuffers, longest_block
 from ..models.drafter import Drafter
 from ..models.target import Target
 from ..sizes import in_words, row_bytes
@@ -319,6 +319,9 @@ class Scheduler:
     def _kv_bytes(self, requests: Sequence[Request]) -> int:
         """Bytes of the KV of some rows when all of them have reached their full length."""
         longest = max(len(request.prompt) + self._limit(request) for request in requests)
+        if len(requests) > 1:
+            # Drafts are as long as the row with most to go wants them: one near its end has no use for them, but room.
+            longest += LONGEST_VERIFY
         return len(requests) * row_bytes(self._target.config, longest, self._target.dtype.size)
 
     def _limit(self, request: Request) -> int:
