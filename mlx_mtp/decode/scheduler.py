@@ -179,6 +179,7 @@ class Scheduler:
                 f"{path} has {in_words(entry.nbytes)} of KV, and {in_words(self.cache.limit)} are kept for prompts: "
                 "raise cache_bytes"
             )
+        mx.eval(entry.kv.arrays())
         self.cache.put(entry)
         return len(entry.tokens)
 
