@@ -392,6 +392,7 @@ class MTPModel:
 
         Raises:
             PromptError: The prompt can't be used.
+            MemoryBudgetError: Its KV doesn't fit.
             OSError: The file can't be written.
         """
         tokens = self.encode(prompt)

@@ -166,8 +166,8 @@ class Scheduler:
         self.cache.clear()
 
     def save_prompt(self, prompt: Sequence[int], path: Path) -> None:
-        """Prefills a prompt and writes its KV to a file, see `kv_file`."""
-        check_prompt(prompt, self._target.config)
+        """Prefills a prompt and writes its KV to a file, see `kv_file`; errors as in `check`."""
+        self.check(Request(prompt, 1))
         kv, _ = prefill(self._target, prompt)
         save_entry(path, Entry(list(prompt), kv.row(0, kv.written), (), len(prompt)), self._target)
 
