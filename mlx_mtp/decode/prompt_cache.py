@@ -114,7 +114,8 @@ class PromptCache:
         self._entries.remove(found)
         if found.stays or best < found.prompt - 1:
             self._entries.append(found)
-        kv = found.kv.row(0, found.kv.written)
+        # What lies above a checkpoint isn't wanted, and would be copied, and attended to, in vain.
+        kv = found.kv.row(0, where.written if where else found.kv.written)
         if where:
             kv.rewind(where)
         return Hit(kv, best, tuple(c for c in found.checkpoints if c.length <= best))
