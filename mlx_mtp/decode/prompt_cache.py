@@ -86,7 +86,7 @@ class PromptCache:
         return sum(entry.nbytes for entry in self._entries)
 
     def put(self, entry: Entry, beside: int = 0) -> None:
-        """Adds an entry, in place of those that it continues; lets go of others if it must.
+        """Adds an entry, in place of those that it continues (or, if it stays, equals); lets go of others if it must.
 
         Args:
             entry: What to add; too large a one isn't.
@@ -94,7 +94,11 @@ class PromptCache:
         """
         if entry.nbytes + beside > self.limit:
             return
-        self._entries = [e for e in self._entries if e.stays or entry.tokens[: len(e.tokens)] != e.tokens]
+        again = entry.tokens if entry.stays else None
+        self._entries = [
+            e for e in self._entries
+            if (e.tokens != again if e.stays else entry.tokens[: len(e.tokens)] != e.tokens)
+        ]  # fmt: skip
         self._entries.append(entry)
         while self.nbytes + beside > self.limit:
             del self._entries[0]
