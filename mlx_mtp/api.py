@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from . import checkpoint, hub, sizes
+from . import checkpoint, sizes
 from .answer import Answer, Chunk, Generation
 from .decode.prefill import prefill
 from .decode.request import Request, Row
@@ -31,15 +31,14 @@ from .decode.trace import Trace
 from .errors import MTPError, PromptError
 from .models.drafter import POSITIONS, Drafter
 from .models.target import Target
+from .pair import DEMO as DEMO
+from .pair import find_pair, find_profile
 from .text import StopStrings, Tokenizer
 from .tuning import profile as profiles
 from .turns import Turns
 
 if TYPE_CHECKING:
     from .chat import Chat
-
-DEMO = Path(__file__).parent / "demo"
-"""The embedded demo pair: folders `target` and `drafter`."""
 
 _OPTIONS = {
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "draft_length", "exactness", "ignore_eos",
@@ -90,42 +89,12 @@ def load(
     if drafter_position not in (*POSITIONS, "auto"):
         raise MTPError(f"drafter_position must be auto, {' or '.join(POSITIONS)}, not {drafter_position!r}")
     folder, drafter_folder = find_pair(target, drafter)
-    tuned = _profile(profile, folder, drafter_folder, quantize, dtype)
+    tuned = find_profile(profile, folder, drafter_folder, quantize, dtype)
     if drafter_position == "auto":
         drafter_position = (tuned and tuned.drafter_position) or "committed"
     if cache_bytes is not None and (not is_int(cache_bytes) or cache_bytes < 0):
         raise MTPError(f"cache_bytes must be a whole number of bytes or None, not {cache_bytes!r}")
     return MTPModel(folder, drafter_folder, quantize, dtype, drafter_position, cache_bytes, tuned)
-
-
-def _profile(
-    wanted: str | Path | None, folder: Path, drafter_folder: Path | None, quantize: int | None, dtype: str | None
-) -> profiles.Profile | None:
-    """The profile that `load` is to use, see there."""
-    if wanted is None:
-        return None
-    try:
-        key = profiles.key_of(folder, drafter_folder, quantize, dtype)
-    except OSError:
-        return None  # a file is missing: reading the checkpoint says which
-    if wanted == "auto":
-        return profiles.find(key)
-    path = Path(wanted).expanduser()
-    found = profiles.read(path)
-    profiles.check(found, key, path)
-    return found
-
-
-def find_pair(
-    target: str | Path | None, drafter: str | Path | Literal[False] | None, weights: bool = True
-) -> tuple[Path, Path | None]:
-    """The folders of a target and its drafter, as `load` takes them; without `weights` only their descriptions."""
-    if target is None:
-        target, drafter = DEMO / "target", DEMO / "drafter" if drafter is None else drafter
-    folder = hub.find(target, weights)
-    if drafter is None:
-        return folder, hub.find_drafter(target, weights)
-    return folder, hub.find(drafter, weights) if drafter else None
 
 
 class MTPModel:
