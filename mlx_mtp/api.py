@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from . import checkpoint, sizes
 from .answer import Answer, Chunk, Generation
@@ -133,7 +132,7 @@ class MTPModel:
                     drafter_folder, self.config, position, dtype, quantize
                 )
         self.defaults = checkpoint.read_generation(folder)
-        self.kv_budget, cache_bytes = sizes.kv_budget(_held_bytes(self._target, self._drafter), cache_bytes)
+        self.kv_budget, cache_bytes = sizes.kv_budget(sizes.held_bytes(self._target, self._drafter), cache_bytes)
         self._most_rows = profile.rows if profile else MAX_ROWS
         self._scheduler = Scheduler(
             self._target,
@@ -226,7 +225,7 @@ class MTPModel:
             MemoryBudgetError: The KV of a prompt doesn't fit even alone.
         """
         options["seed"] = secrets.randbits(32) if options.get("seed") is None else options["seed"]
-        answers = [self._one_of_many(i, prompt, options) for i, prompt in enumerate(prompts)]
+        answers = [self._one_of_many(i, prompt, options) for i, prompt in enumerate(_several(prompts))]
         for _ in self._together(iter(answers), self._batch_size(batch_size)):
             pass
         return [answer.generation() for answer in answers]
@@ -248,7 +247,7 @@ class MTPModel:
         index: dict[int, int] = {}
 
         def answers() -> Iterator[Answer | tuple[int, MTPError]]:
-            for i, prompt in enumerate(prompts):
+            for i, prompt in enumerate(_several(prompts)):
                 try:
                     answer = self._one_of_many(i, prompt, options)
                 except MTPError as error:
@@ -303,6 +302,7 @@ class MTPModel:
         ignore_eos: bool = False,
     ) -> Answer:
         """Checks options, which are those of `generate`, and prepares an answer."""
+        scheduler = self._scheduler  # `close` in another thread may take it away
         self._check_open()
         defaults = self.defaults
         sampling = SamplingOptions(
@@ -320,7 +320,7 @@ class MTPModel:
             exactness=exactness,
             stop_tokens=frozenset() if ignore_eos else frozenset(defaults.stop_tokens),
         )
-        self._scheduler.check(request)
+        scheduler.check(request)
         stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
         if not isinstance(stops, Sequence) or not all(isinstance(text, str) for text in stops):
             raise PromptError(f"stop must be a string or a list of strings, not {stop!r}")
@@ -582,14 +582,15 @@ class MTPModel:
         return batch_size
 
 
+def _several(prompts: Iterable[T]) -> Iterable[T]:
+    """Prompts, checked to be no single one, whose letters would be taken for prompts."""
+    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+        raise PromptError("expected a list of prompts: generate takes a single one")
+    return prompts
+
+
 def _ids(tokens: Sequence[int]) -> Sequence[int]:
     """Token ids, checked to be that."""
     if not isinstance(tokens, Sequence) or not all(is_int(token) for token in tokens):
         raise PromptError("expected a list of token ids (ints): lm.encode(prompt) gives them")
     return tokens
-
-
-def _held_bytes(target: Target, drafter: Drafter | None) -> int:
-    """Bytes of the models in memory."""
-    parameters = [model.parameters() for model in (target, drafter) if model is not None]
-    return sum(array.nbytes for _, array in cast("list[tuple[str, mx.array]]", tree_flatten(parameters)))
