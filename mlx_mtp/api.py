@@ -386,12 +386,14 @@ class MTPModel:
         """Records what host and device do meanwhile, as a Chrome trace; see `decode.trace`.
 
         Raises:
+            MTPError: Another trace is being recorded.
             OSError: The file can't be written.
         """
-        trace = Trace(path)
+        with self._turn():
+            if self._scheduler.trace:
+                raise MTPError("a trace is being recorded already, and there can be only one at a time")
+            trace = self._scheduler.trace = Trace(path)
         try:
-            with self._turn():
-                self._scheduler.trace = trace
             yield
         finally:
             if not self._closed:

@@ -262,6 +262,12 @@ def test_a_trace_shows_host_and_device(lm: mlx_mtp.MTPModel, tmp_path: Path, pro
     assert list(tmp_path.iterdir()) == [file]
     with pytest.raises(OSError), lm.trace(tmp_path / "no" / "trace.json"):
         pass
+    with lm.trace(file):
+        with pytest.raises(MTPError, match="only one"), lm.trace(tmp_path / "other.json"):
+            pass
+        lm.generate(QUESTION, max_tokens=5)
+    assert any(e["name"] == "prefill" for e in json.loads(file.read_text())["traceEvents"])
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_asyncio(lm: mlx_mtp.MTPModel):
