@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
-from . import checkpoint, hub, sizes
+from . import checkpoint, sizes
 from .answer import Answer, Chunk, Generation
 from .decode.prefill import prefill
 from .decode.request import Request, Row
@@ -31,15 +30,14 @@ from .decode.trace import Trace
 from .errors import MTPError, PromptError
 from .models.drafter import POSITIONS, Drafter
 from .models.target import Target
+from .pair import DEMO as DEMO
+from .pair import find_pair, find_profile
 from .text import StopStrings, Tokenizer
 from .tuning import profile as profiles
 from .turns import Turns
 
 if TYPE_CHECKING:
     from .chat import Chat
-
-DEMO = Path(__file__).parent / "demo"
-"""The embedded demo pair: folders `target` and `drafter`."""
 
 _OPTIONS = {
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "draft_length", "exactness", "ignore_eos",
@@ -90,42 +88,12 @@ def load(
     if drafter_position not in (*POSITIONS, "auto"):
         raise MTPError(f"drafter_position must be auto, {' or '.join(POSITIONS)}, not {drafter_position!r}")
     folder, drafter_folder = find_pair(target, drafter)
-    tuned = _profile(profile, folder, drafter_folder, quantize, dtype)
+    tuned = find_profile(profile, folder, drafter_folder, quantize, dtype)
     if drafter_position == "auto":
         drafter_position = (tuned and tuned.drafter_position) or "committed"
     if cache_bytes is not None and (not is_int(cache_bytes) or cache_bytes < 0):
         raise MTPError(f"cache_bytes must be a whole number of bytes or None, not {cache_bytes!r}")
     return MTPModel(folder, drafter_folder, quantize, dtype, drafter_position, cache_bytes, tuned)
-
-
-def _profile(
-    wanted: str | Path | None, folder: Path, drafter_folder: Path | None, quantize: int | None, dtype: str | None
-) -> profiles.Profile | None:
-    """The profile that `load` is to use, see there."""
-    if wanted is None:
-        return None
-    try:
-        key = profiles.key_of(folder, drafter_folder, quantize, dtype)
-    except OSError:
-        return None  # a file is missing: reading the checkpoint says which
-    if wanted == "auto":
-        return profiles.find(key)
-    path = Path(wanted).expanduser()
-    found = profiles.read(path)
-    profiles.check(found, key, path)
-    return found
-
-
-def find_pair(
-    target: str | Path | None, drafter: str | Path | Literal[False] | None, weights: bool = True
-) -> tuple[Path, Path | None]:
-    """The folders of a target and its drafter, as `load` takes them; without `weights` only their descriptions."""
-    if target is None:
-        target, drafter = DEMO / "target", DEMO / "drafter" if drafter is None else drafter
-    folder = hub.find(target, weights)
-    if drafter is None:
-        return folder, hub.find_drafter(target, weights)
-    return folder, hub.find(drafter, weights) if drafter else None
 
 
 class MTPModel:
@@ -164,7 +132,7 @@ class MTPModel:
                     drafter_folder, self.config, position, dtype, quantize
                 )
         self.defaults = checkpoint.read_generation(folder)
-        self.kv_budget, cache_bytes = sizes.kv_budget(_held_bytes(self._target, self._drafter), cache_bytes)
+        self.kv_budget, cache_bytes = sizes.kv_budget(sizes.held_bytes(self._target, self._drafter), cache_bytes)
         self._most_rows = profile.rows if profile else MAX_ROWS
         self._scheduler = Scheduler(
             self._target,
@@ -257,7 +225,7 @@ class MTPModel:
             MemoryBudgetError: The KV of a prompt doesn't fit even alone.
         """
         options["seed"] = secrets.randbits(32) if options.get("seed") is None else options["seed"]
-        answers = [self._one_of_many(i, prompt, options) for i, prompt in enumerate(prompts)]
+        answers = [self._one_of_many(i, prompt, options) for i, prompt in enumerate(_several(prompts))]
         for _ in self._together(iter(answers), self._batch_size(batch_size)):
             pass
         return [answer.generation() for answer in answers]
@@ -279,7 +247,7 @@ class MTPModel:
         index: dict[int, int] = {}
 
         def answers() -> Iterator[Answer | tuple[int, MTPError]]:
-            for i, prompt in enumerate(prompts):
+            for i, prompt in enumerate(_several(prompts)):
                 try:
                     answer = self._one_of_many(i, prompt, options)
                 except MTPError as error:
@@ -334,6 +302,7 @@ class MTPModel:
         ignore_eos: bool = False,
     ) -> Answer:
         """Checks options, which are those of `generate`, and prepares an answer."""
+        scheduler = self._scheduler  # `close` in another thread may take it away
         self._check_open()
         defaults = self.defaults
         sampling = SamplingOptions(
@@ -351,7 +320,7 @@ class MTPModel:
             exactness=exactness,
             stop_tokens=frozenset() if ignore_eos else frozenset(defaults.stop_tokens),
         )
-        self._scheduler.check(request)
+        scheduler.check(request)
         stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
         if not isinstance(stops, Sequence) or not all(isinstance(text, str) for text in stops):
             raise PromptError(f"stop must be a string or a list of strings, not {stop!r}")
@@ -392,6 +361,7 @@ class MTPModel:
 
         Raises:
             PromptError: The prompt can't be used.
+            MemoryBudgetError: Its KV doesn't fit.
             OSError: The file can't be written.
         """
         tokens = self.encode(prompt)
@@ -416,12 +386,14 @@ class MTPModel:
         """Records what host and device do meanwhile, as a Chrome trace; see `decode.trace`.
 
         Raises:
+            MTPError: Another trace is being recorded.
             OSError: The file can't be written.
         """
-        trace = Trace(path)
+        with self._turn():
+            if self._scheduler.trace:
+                raise MTPError("a trace is being recorded already, and there can be only one at a time")
+            trace = self._scheduler.trace = Trace(path)
         try:
-            with self._turn():
-                self._scheduler.trace = trace
             yield
         finally:
             if not self._closed:
@@ -612,14 +584,15 @@ class MTPModel:
         return batch_size
 
 
+def _several(prompts: Iterable[T]) -> Iterable[T]:
+    """Prompts, checked to be no single one, whose letters would be taken for prompts."""
+    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+        raise PromptError("expected a list of prompts: generate takes a single one")
+    return prompts
+
+
 def _ids(tokens: Sequence[int]) -> Sequence[int]:
     """Token ids, checked to be that."""
     if not isinstance(tokens, Sequence) or not all(is_int(token) for token in tokens):
         raise PromptError("expected a list of token ids (ints): lm.encode(prompt) gives them")
     return tokens
-
-
-def _held_bytes(target: Target, drafter: Drafter | None) -> int:
-    """Bytes of the models in memory."""
-    parameters = [model.parameters() for model in (target, drafter) if model is not None]
-    return sum(array.nbytes for _, array in cast("list[tuple[str, mx.array]]", tree_flatten(parameters)))

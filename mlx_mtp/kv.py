@@ -127,18 +127,19 @@ class KVBuffers:
         written: Upper bound of the positions ever written, plus one; see `can_rewind`.
     """
 
-    def __init__(self, config: TextConfig, batch: int, dtype: mx.Dtype, longest_block: int):
-        """Makes empty buffers.
+    def __init__(self, config: TextConfig, batch: int, dtype: mx.Dtype, longest_block: int, positions: int = 0):
+        """Makes empty buffers; they take no memory before they are written to.
 
         Args:
             config: The target's.
             batch: Number of rows.
             dtype: Type of keys and values.
             longest_block: Longest block that will ever be written, in tokens.
+            positions: Positions a row that there is room for at once.
         """
         self.window = config.sliding_window
         self.ring = ring_slots(self.window, longest_block)
-        self.capacity = CAPACITY_STEP
+        self.capacity = _capacity(positions)
         self.written = 0
         self._sliding = {i: layer.sliding for i, layer in enumerate(config.layers) if layer.kv_owner == i}
         self.lenders = {sliding: config.lender(sliding) for sliding in set(self._sliding.values())}

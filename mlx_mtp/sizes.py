@@ -131,6 +131,12 @@ def kv_read_bytes(config: TextConfig, tokens: int, dtype_bytes: int) -> int:
     ) * dtype_bytes  # fmt: skip
 
 
+def held_bytes(*models: nn.Module | None) -> int:
+    """Bytes of loaded models in memory."""
+    parameters = [model.parameters() for model in models if model is not None]
+    return sum(array.nbytes for _, array in cast("list[tuple[str, mx.array]]", tree_flatten(parameters)))
+
+
 def memory_for_models() -> int:
     """Bytes of memory that models may take: on a Mac what Metal recommends, elsewhere the machine's memory."""
     if sys.platform == "darwin" and mx.metal.is_available():

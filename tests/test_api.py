@@ -133,6 +133,11 @@ def test_bad_prompts_in_a_batch(lm: mlx_mtp.MTPModel):
     assert [isinstance(each[i], PromptError) for i in range(6)] == [False, True, True, True, True, False]
     assert "temprature" in str(each[3])
     assert lm.generate_batch([]) == []
+    for single in (QUESTION, {"prompt": QUESTION}, None):
+        with pytest.raises(PromptError, match="a list of prompts"):
+            lm.generate_batch(single)
+        with pytest.raises(PromptError, match="a list of prompts"):
+            next(lm.generate_each(single))
     for size in (0, -1, "many", 1.5):
         with pytest.raises(PromptError, match="batch_size"):
             lm.generate_batch(["x"], batch_size=size)
@@ -257,6 +262,12 @@ def test_a_trace_shows_host_and_device(lm: mlx_mtp.MTPModel, tmp_path: Path, pro
     assert list(tmp_path.iterdir()) == [file]
     with pytest.raises(OSError), lm.trace(tmp_path / "no" / "trace.json"):
         pass
+    with lm.trace(file):
+        with pytest.raises(MTPError, match="only one"), lm.trace(tmp_path / "other.json"):
+            pass
+        lm.generate(QUESTION, max_tokens=5)
+    assert any(e["name"] == "prefill" for e in json.loads(file.read_text())["traceEvents"])
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_asyncio(lm: mlx_mtp.MTPModel):

@@ -21,7 +21,7 @@ from mlx_mtp.decode.scheduler import Scheduler
 from mlx_mtp.errors import MemoryBudgetError
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
-from mlx_mtp.sizes import kv_bytes
+from mlx_mtp.sizes import kv_bytes, row_bytes
 
 Pair = tuple[Target, Drafter]
 
@@ -84,6 +84,20 @@ def test_rows_join_and_are_cancelled_at_any_moment(pair: Pair):
     assert len(rows) == 14 and not any(map(differs, rows, texts))
     assert any(row.tokens for row in rows if len(row.tokens) < row.limit)
     assert len({row.stats.mean_accepted for row in rows if row.stats.drafted}) > 4
+
+
+def test_the_only_running_row_is_cancelled_during_a_step(e2b: Pair, monkeypatch: pytest.MonkeyPatch):
+    """By another thread, while the thread that waits for a long prompt runs it."""
+    scheduler = Scheduler(*e2b)
+    row = scheduler.submit(Request([3] * 4, 200))
+    scheduler.step()
+    other = scheduler.submit(Request([4] * (5 * WINDOW), 10))
+    with monkeypatch.context() as patch:
+        regroup = scheduler._engine.regroup
+        patch.setattr(scheduler._engine, "regroup", lambda *joining: (regroup(*joining), row.cancel()))
+        scheduler.step()
+    run(scheduler, [other])
+    assert other.tokens == alone(e2b[0], other.request)
 
 
 def test_large_buffers_are_handed_over_late(e2b: Pair, monkeypatch: pytest.MonkeyPatch):
@@ -185,6 +199,16 @@ def test_the_budget_admits_what_fits(e2b: Pair):
     assert [row.tokens for row in rows] == [alone(e2b[0], row.request) for row in rows]
     with pytest.raises(MemoryBudgetError, match="need .* of KV"):
         Scheduler(target, drafter, kv_budget=one - 1).submit(Request([1], 50))
+
+
+def test_the_budget_holds_for_rows_near_their_end(e2b: Pair):
+    """They needn't be drafted for any more, but get as many drafts as the others."""
+    budget = 4 * row_bytes(e2b[0].config, 200, 4)
+    scheduler = Scheduler(*e2b, kv_budget=budget, cache_bytes=0)
+    rows = [scheduler.submit(Request([i] * 5, 235 if i % 3 else 100, draft_length=15)) for i in range(6)]
+    while not all(row.done for row in rows):
+        scheduler.step()
+        assert not scheduler._engine.kv or scheduler._engine.kv.nbytes <= budget
 
 
 def test_growing_holds_no_second_copy(e2b: Pair):

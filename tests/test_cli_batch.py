@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,12 +63,13 @@ def test_answers_come_in_the_order_of_the_lines(tmp_path: Path):
 
 def test_a_bad_line_is_recorded_and_the_rest_goes_on(tmp_path: Path):
     lines = ["{not json", *LINES[:1], "[1, 2]", {"prompt": ""}, {"prompt": "x", "max_tokens": 0}, "", *LINES[2:3],
-             {"prompt": "x", "stop": 5}, {"prompt": 5}, {"prompt": None}, {"prompt": "x", "seed": "y"}]  # fmt: skip
+             {"prompt": "x", "stop": 5}, {"prompt": 5}, {"prompt": None}, {"prompt": "x", "seed": "y"},
+             '{"prompt": "x", "id": NaN}']  # fmt: skip
     done = batch(write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl")
-    assert done.returncode == 1 and "8 of 10 lines" in done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "9 of 11 lines" in done.stderr.splitlines()[-1]
     answers = read(tmp_path / "out.jsonl")
-    assert [a["index"] for a in answers] == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
-    assert [a["index"] for a in answers if "error" in a] == [0, 2, 3, 4, 7, 8, 9, 10]
+    assert [a["index"] for a in answers] == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
+    assert [a["index"] for a in answers if "error" in a] == [0, 2, 3, 4, 7, 8, 9, 10, 11]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
@@ -106,6 +108,18 @@ def read_whole(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().rpartition("\n")[0].splitlines()]
 
 
+def test_lines_with_an_error_are_tried_again(tmp_path: Path):
+    """They may be the model's fault: here it has no tokenizer."""
+    source, output = write(tmp_path / "in.jsonl", [*LINES[:1], {"prompt": ""}]), tmp_path / "out.jsonl"
+    model = shutil.copytree(mlx_mtp.api.DEMO / "target", tmp_path / "model")
+    (model / "tokenizer.json").unlink()
+    assert batch(source, output, "--model", model, "--no-draft").returncode == 1
+    assert ["error" in answer for answer in read(output)] == [True, True]
+    done = batch(source, output)
+    assert done.returncode == 1 and "1 of 2 lines" in done.stderr
+    assert ["error" in answer for answer in read(output)] == [False, True]
+
+
 def test_lines_that_changed_are_answered_again(tmp_path: Path):
     source, output = write(tmp_path / "in.jsonl", LINES[:1]), tmp_path / "out.jsonl"
     assert batch(source, output).returncode == 0
@@ -127,7 +141,9 @@ def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path, text: str):
 def test_lines_end_where_json_says(tmp_path: Path):
     odd = {"prompt": "Who are you?\u2028\u0085", "id": "\u2028"}
     source = tmp_path / "in.jsonl"
-    source.write_text(json.dumps(odd, ensure_ascii=False) + "\n" + '{"prompt": "x", "id": "\\ud800"}\n' + "[" * 100_000)
+    source.write_text(
+        "\ufeff" + json.dumps(odd, ensure_ascii=False) + "\r\n" + '{"prompt": "x", "id": "\\ud800"}\n' + "[" * 100_000
+    )
     output = tmp_path / "out.jsonl"
     for _ in range(2):  # the second run finds what the first has written
         done = batch(source, output, "--max-tokens", 3)
@@ -145,8 +161,10 @@ def test_the_output_stays_what_it_was(tmp_path: Path):
     before = source.read_text()
     same = batch(source, source)
     assert same.returncode == 1 and "is the input" in same.stderr and source.read_text() == before
-    device = batch(source, Path("/dev/null"))
-    assert device.returncode == 1 and "no plain file" in device.stderr and Path("/dev/null").is_char_device()
+    for device in ("/dev/null", "/dev/stdout", "-"):
+        refused = batch(source, Path(device))
+        assert refused.returncode == 1 and "no plain file" in refused.stderr and not refused.stdout
+    assert Path("/dev/null").is_char_device()
     # Answers to another input, and a model that isn't there: nothing is lost.
     kept = real.read_text()
     other = batch(write(tmp_path / "other.jsonl", LINES[1:2]), real)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from random import Random
 
+import mlx.core as mx
 import pytest
 from random_requests import alone
 from tiny_checkpoints import VOCAB, make_pair
@@ -17,6 +19,7 @@ from mlx_mtp.decode.scheduler import Scheduler
 from mlx_mtp.errors import CheckpointError, MemoryBudgetError
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
+from mlx_mtp.sizes import kv_bytes, row_bytes
 
 Pair = tuple[Target, Drafter]
 SAMPLED = SamplingOptions(temperature=1.0, top_k=40, seed=4)
@@ -101,6 +104,18 @@ def test_beginnings_of_beginnings(pair: Pair):
             assert row.tokens == alone(target, row.request), (seed, end, row.stats.cached_tokens)
 
 
+def test_a_short_beginning_of_a_long_text_is_no_copy_of_it(pair: Pair):
+    scheduler, common = Scheduler(*pair), words(60, 1)
+    for i in range(2):
+        run(scheduler, common + words(1500, 10 + i))
+    scheduler.step()  # the last row leaves the batch
+    before, one = mx.get_active_memory(), kv_bytes(pair[0].config, 1500, 4)
+    mx.reset_peak_memory()
+    (row,) = run(scheduler, [*common, 7])
+    assert mx.get_peak_memory() - before < one / 2
+    assert row.stats.cached_tokens == 60 and row.tokens == alone(pair[0], row.request)
+
+
 def test_a_prefill_that_is_given_up_keeps_what_it_has_taken(pair: Pair):
     scheduler, prompt = Scheduler(*pair), words(100, 0)
     run(scheduler, prompt)
@@ -123,6 +138,31 @@ def test_a_saved_prompt_outlives_the_process(pair: Pair, tmp_path: Path):
         Scheduler(*pair, cache_bytes=1000).load_prompt(file)
 
 
+def with_fact(file: bytes, name: str, value: object) -> bytes:
+    """A safetensors file with other metadata."""
+    size = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:size])
+    header["__metadata__"][name] = json.dumps(value)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + file[size:]
+
+
+def test_a_prompt_that_is_loaded_again_is_there_once(pair: Pair, tmp_path: Path):
+    file, scheduler = tmp_path / "prompt.safetensors", Scheduler(*pair)
+    scheduler.save_prompt(words(50, 1), file)
+    scheduler.load_prompt(file)
+    once = scheduler.cache.nbytes
+    scheduler.load_prompt(file)
+    assert scheduler.cache.nbytes == once > 0
+
+
+def test_a_prompt_too_large_to_be_saved(pair: Pair, tmp_path: Path):
+    scheduler = Scheduler(*pair, kv_budget=row_bytes(pair[0].config, 100, 4))
+    with pytest.raises(MemoryBudgetError, match="need .* of KV"):
+        scheduler.save_prompt(words(500, 1), tmp_path / "prompt.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_files_that_cannot_be_used(tmp_path: Path):
     file = tmp_path / "prompt.safetensors"
     with mlx_mtp.load() as lm:
@@ -141,6 +181,10 @@ def test_files_that_cannot_be_used(tmp_path: Path):
         file.write_bytes(whole[:-10])
         with pytest.raises(CheckpointError, match="truncated"):
             lm.load_prompt(file)
+        for name, value in (("written", 10**9), ("written", -1), ("capacity", 10**9), ("tokens", [0.5])):
+            file.write_bytes(with_fact(whole, name, value))
+            with pytest.raises(CheckpointError, match="is damaged"):
+                lm.load_prompt(file)
         file.write_bytes(whole)
     target_folder, _ = make_pair("e2b", tmp_path / "other")
     with mlx_mtp.load(target_folder, drafter=False) as other, pytest.raises(CheckpointError, match="another model"):

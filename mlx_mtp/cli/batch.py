@@ -48,20 +48,22 @@ def batch(
 
     A line of IN.jsonl has "prompt" (text, messages or token ids), and may have "id" and options of its own:
     max_tokens, temperature, top_k, top_p, min_p, seed, draft_length, exactness, stop, thinking, tools, ignore_eos.
-    A line of OUT.jsonl has its "index" and "id", and text, tokens, finish_reason and stats, or "error".
+    A line of OUT.jsonl has its "index" and "id", and text, tokens, finish_reason and stats, or "error"; lines with an
+    error are tried again by the next run.
     """
     o.check_decoding(draft_length, exactness)
     size = _size(batch_size)
     try:
-        lines = source.read_text("utf-8").split("\n")
+        lines = source.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise PromptError(f"{source} isn't UTF-8") from None
+    if str(output) == "-" or (output.exists() and not output.is_file()):
+        raise PromptError(f"{output} is no plain file, which it takes to go on after a stop: name one for the answers")
     output = output.resolve()  # a link stays one
     if output == source.resolve():
         raise PromptError(f"{output} is the input: choose another name for the answers")
-    if output.exists() and not output.is_file():
-        raise PromptError(f"{output} is no plain file")
-    done = _finished(output, lines)
+    # What went wrong may have been the model's or an option's fault.
+    done = {i: answer for i, answer in _finished(output, lines).items() if "error" not in answer}
     todo = [i for i, line in enumerate(lines) if line.strip() and i not in done]
     given = {
         "draft_length": draft_length, "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k,
@@ -123,7 +125,7 @@ def _parse(line: str) -> dict[str, Any]:
         PromptError: It is no JSON object with a prompt.
     """
     try:
-        item = json.loads(line)
+        item = json.loads(line, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise PromptError(f"not JSON: {error}") from None
     if not isinstance(item, dict) or "prompt" not in item:
@@ -135,10 +137,15 @@ def _parse(line: str) -> dict[str, Any]:
 def _head(index: int, line: str) -> dict[str, Any]:
     """What identifies an answer: its line's number from 0, the line's own id, and a hash of the line."""
     try:
-        name = json.loads(line).get("id")
+        name = json.loads(line, parse_constant=_no_constant).get("id")
     except (ValueError, AttributeError, RecursionError):
         name = None
     return {"index": index, "id": name, "line_sha256": hashlib.sha256(line.encode()).hexdigest()}
+
+
+def _no_constant(name: str) -> None:
+    """NaN and the infinities, which Python reads and JSON doesn't have."""
+    raise ValueError(f"{name} is no JSON value")
 
 
 def _finished(output: Path, lines: list[str]) -> dict[int, dict[str, Any]]:

@@ -151,7 +151,7 @@ def _prepare(
     """What is to be done: the conversion of the model itself, and that of its drafter."""
     from weights_convert import Format, Scheme, prepare
 
-    from ..api import find_pair
+    from ..pair import find_pair
 
     bits = (4 if scheme else None) if drafter_bits is None else drafter_bits
     with _value_of("--drafter-bits"):

@@ -62,12 +62,12 @@ def describe(
         CheckpointError: A config.json is missing or isn't Gemma 4's, or weights that are here can't be loaded.
     """
     from .. import checkpoint, sizes
-    from ..api import find_pair
     from ..config import check_pair
     from ..errors import PairingError
     from ..models.drafter import POSITIONS, Drafter
     from ..models.target import Target
     from ..names import drafter_table, target_table
+    from ..pair import find_pair
 
     target_folder, drafter_folder = find_pair(model, drafter, weights=False)
     raw, config = checkpoint.read_target(target_folder)

@@ -367,9 +367,9 @@ def _configs(
     model: str, drafter: str | None, no_draft: bool, quantize: int | None
 ) -> tuple[TargetConfig, DrafterConfig | None, int | None]:
     """The configurations of a folder or repository and of its drafter, if it has one, and the target's bits."""
-    from ..api import find_pair
     from ..checkpoint import read_drafter, read_quantization, read_target
     from ..names import target_table
+    from ..pair import find_pair
 
     folder, drafter_folder = find_pair(model, False if no_draft else drafter, weights=False)
     raw, target = read_target(folder)

@@ -212,7 +212,8 @@ class Engine:
         """Tokens to draft in the next round, and the policy that was asked."""
         if self._drafter is None:
             return 0, None
-        running = [row for row in self.rows if not row.done]
+        # All of them may have been cancelled just now, by another thread.
+        running = [row for row in self.rows if not row.done] or self.rows
         lengths = [int(row.request.draft_length) for row in running if row.request.draft_length != "auto"]
         policy = self._policy() if len(lengths) < len(running) else None
         if policy:

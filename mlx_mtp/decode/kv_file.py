@@ -23,6 +23,7 @@ from ..kv import KVBuffers, longest_block
 from ..models.target import Target
 from .prompt_cache import Entry
 from .request import check_prompt
+from .sampling import is_int
 
 VERSION = "1"
 
@@ -59,7 +60,7 @@ def save_entry(path: Path, entry: Entry, target: Target) -> None:
 
 
 def load_entry(path: Path, target: Target) -> Entry:
-    """Reads an entry.
+    """Reads an entry; its arrays are read when they are evaluated.
 
     Raises:
         CheckpointError: No such file, not one of ours, damaged, or written by another model. Numbers that have changed
@@ -75,13 +76,15 @@ def load_entry(path: Path, target: Target) -> Entry:
         raise CheckpointError(f"{path} is no prompt that this version of mlx_mtp has saved: save it again")
     if facts.get("model") != fingerprint(target):
         raise CheckpointError(f"{path} was saved by another model: save it again with this one")
-    kv = KVBuffers(target.config, 1, target.dtype, longest_block(target.config))
     try:
-        tokens, written = json.loads(facts["tokens"]), int(facts["written"])
+        tokens = json.loads(facts["tokens"])
+        if not isinstance(tokens, list) or not all(map(is_int, tokens)):
+            raise ValueError("its tokens are no list of token ids")
         check_prompt(tokens, target.config)
-        kv.reserve(written)
-        if kv.capacity != int(facts["capacity"]) or written < len(tokens):
+        kv = KVBuffers(target.config, 1, target.dtype, longest_block(target.config), len(tokens))
+        if [kv.capacity, len(tokens)] != [int(facts[name]) for name in ("capacity", "written")]:
             raise ValueError("its sizes don't fit together")
+        kv.written = len(tokens)
         for kind, buffers in (("keys", kv.keys), ("values", kv.values)):
             for layer, expected in buffers.items():
                 array = arrays.pop(f"{kind}.{layer}")
@@ -92,7 +95,6 @@ def load_entry(path: Path, target: Target) -> Entry:
             raise ValueError(f"nothing is known of {min(arrays)}")
     except (KeyError, TypeError, ValueError, PromptError) as error:
         raise CheckpointError(f"{path} is damaged ({one_line(error)}): save it again") from error
-    mx.eval(kv.arrays())
     return Entry(tokens, kv, (kv.checkpoint(len(tokens)),), len(tokens), stays=True)
 
 

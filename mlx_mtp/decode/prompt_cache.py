@@ -86,7 +86,7 @@ class PromptCache:
         return sum(entry.nbytes for entry in self._entries)
 
     def put(self, entry: Entry, beside: int = 0) -> None:
-        """Adds an entry, in place of those that it continues; lets go of others if it must.
+        """Adds an entry, in place of those that it continues (or, if it stays, equals); lets go of others if it must.
 
         Args:
             entry: What to add; too large a one isn't.
@@ -94,7 +94,11 @@ class PromptCache:
         """
         if entry.nbytes + beside > self.limit:
             return
-        self._entries = [e for e in self._entries if e.stays or entry.tokens[: len(e.tokens)] != e.tokens]
+        again = entry.tokens if entry.stays else None
+        self._entries = [
+            e for e in self._entries
+            if (e.tokens != again if e.stays else entry.tokens[: len(e.tokens)] != e.tokens)
+        ]  # fmt: skip
         self._entries.append(entry)
         while self.nbytes + beside > self.limit:
             del self._entries[0]
@@ -114,7 +118,8 @@ class PromptCache:
         self._entries.remove(found)
         if found.stays or best < found.prompt - 1:
             self._entries.append(found)
-        kv = found.kv.row(0, found.kv.written)
+        # What lies above a checkpoint isn't wanted, and would be copied, and attended to, in vain.
+        kv = found.kv.row(0, where.written if where else found.kv.written)
         if where:
             kv.rewind(where)
         return Hit(kv, best, tuple(c for c in found.checkpoints if c.length <= best))

@@ -22,7 +22,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import MemoryBudgetError
-from ..kv import Checkpoint, KVBuffers, longest_block
+from ..kv import LONGEST_VERIFY, Checkpoint, KVBuffers, longest_block
 from ..models.drafter import Drafter
 from ..models.target import Target
 from ..sizes import in_words, row_bytes
@@ -166,8 +166,8 @@ class Scheduler:
         self.cache.clear()
 
     def save_prompt(self, prompt: Sequence[int], path: Path) -> None:
-        """Prefills a prompt and writes its KV to a file, see `kv_file`."""
-        check_prompt(prompt, self._target.config)
+        """Prefills a prompt and writes its KV to a file, see `kv_file`; errors as in `check`."""
+        self.check(Request(prompt, 1))
         kv, _ = prefill(self._target, prompt)
         save_entry(path, Entry(list(prompt), kv.row(0, kv.written), (), len(prompt)), self._target)
 
@@ -179,6 +179,7 @@ class Scheduler:
                 f"{path} has {in_words(entry.nbytes)} of KV, and {in_words(self.cache.limit)} are kept for prompts: "
                 "raise cache_bytes"
             )
+        mx.eval(entry.kv.arrays())
         self.cache.put(entry)
         return len(entry.tokens)
 
@@ -319,6 +320,9 @@ class Scheduler:
     def _kv_bytes(self, requests: Sequence[Request]) -> int:
         """Bytes of the KV of some rows when all of them have reached their full length."""
         longest = max(len(request.prompt) + self._limit(request) for request in requests)
+        if len(requests) > 1:
+            # Drafts are as long as the row with most to go wants them: one near its end has no use for them, but room.
+            longest += LONGEST_VERIFY
         return len(requests) * row_bytes(self._target.config, longest, self._target.dtype.size)
 
     def _limit(self, request: Request) -> int:
