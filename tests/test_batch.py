@@ -19,6 +19,7 @@ from mlx_mtp.decode.request import Request, Row
 from mlx_mtp.decode.sampling import SamplingOptions
 from mlx_mtp.decode.scheduler import Scheduler
 from mlx_mtp.errors import MemoryBudgetError
+from mlx_mtp.kv import longest_block
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
 from mlx_mtp.sizes import kv_bytes, row_bytes
@@ -170,6 +171,19 @@ def test_equal_prompts_are_prefilled_once(e2b: Pair, monkeypatch: pytest.MonkeyP
     assert sum(b * width for b, width in blocks if width > 3) == len(prompt)
     assert [row.tokens for row in rows] == [alone(e2b[0], row.request) for row in rows]
     assert len({tuple(row.tokens) for row in rows}) == 4
+
+
+def test_a_first_block_of_many_prompts_is_bounded(e2b: Pair, monkeypatch: pytest.MonkeyPatch):
+    """A block's activations are memory that the budget doesn't count."""
+    target, drafter = e2b
+    widest = []
+    call = Target.__call__
+    monkeypatch.setattr(Target, "__call__", lambda *args: widest.append(args[1].size) or call(*args))
+    scheduler = Scheduler(target, drafter, max_rows=40)
+    rows = [scheduler.submit(Request([i + 3] * 12, 6, draft_length=2)) for i in range(40)]
+    run(scheduler, rows)
+    assert max(widest) <= 8 * longest_block(target.config) < 40 * 12
+    assert [row.tokens for row in rows] == [alone(target, row.request) for row in rows]
 
 
 @pytest.mark.parametrize("exactness", ["invariant", "stepwise"])

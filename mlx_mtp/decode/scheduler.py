@@ -278,9 +278,10 @@ class Scheduler:
         return self._budget is None or self._kv_bytes([it.request for it in (*rows, row)]) <= self._budget
 
     def _fits_block(self, groups: list[list[Row]], idle: bool) -> bool:
-        """Whether prompts can be prefilled in one block: of a chunk's tokens, or a chunk each if nobody has to wait."""
-        lengths = [len(group[0].request.prompt) for group in groups]
-        return max(lengths) * (1 if idle else len(lengths)) <= self._chunk
+        """Whether prompts can be prefilled in one block: of a chunk's tokens, or of several if nobody has to wait."""
+        longest = max(len(group[0].request.prompt) for group in groups)
+        # No more than a few: the block's activations take memory that nobody has counted.
+        return longest <= self._chunk and longest * len(groups) <= self._chunk * (MAX_ROWS if idle else 1)
 
     def _parting(self, prompt: Sequence[int], start: int) -> int:
         """Where the prompt parts from an entry that couldn't be taken up there."""
