@@ -49,7 +49,7 @@ def batch(
     A line of IN.jsonl has "prompt" (text, messages or token ids), and may have "id" and options of its own:
     max_tokens, temperature, top_k, top_p, min_p, seed, draft_length, exactness, stop, thinking, tools, ignore_eos.
     A line of OUT.jsonl has its "index" and "id", and text, tokens, finish_reason and stats, or "error"; lines with an
-    error are tried again by the next run.
+    error are tried again by the next run, and answers stay, with whatever options they were made.
     """
     o.check_decoding(draft_length, exactness)
     size = _size(batch_size)

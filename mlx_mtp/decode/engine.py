@@ -4,9 +4,10 @@ A row keeps what it earns: lengths, acceptance, sampling options, limits and sto
 the one it would get alone. Rows join with a prefilled prompt and leave when they are done; both regroup the buffers.
 
 The host builds round n + 1 while round n runs, and hands it over before it reads the tokens of round n, in one read
-for all rows; it learns of a stop token one round late and drops the surplus. Handing over early has a price: MLX
-writes a buffer in place only while nothing in flight reads it, and copies it otherwise. So when the buffers are
-large, round n + 1 is built early but handed over only once round n is done.
+for all rows (and one more for the first tokens of rows that have just joined); it learns of a stop token one round late
+and drops the surplus. Handing over early has a price: MLX writes a buffer in place only while nothing in flight reads
+it, and copies it otherwise. So when the buffers are large, round n + 1 is built early but handed over only once round n
+is done.
 
 Not here: who joins and when, prefill (scheduler.py), text (api.py).
 """
