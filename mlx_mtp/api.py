@@ -65,7 +65,8 @@ def load(
         target: A folder or a hub repository ("google/gemma-4-E4B-it"); None for the embedded demo pair.
         drafter: The same for the drafter. None finds the target's "-assistant" sibling, if there is one; False
             loads none.
-        quantize: Bits (2, 3, 4, 5, 6 or 8) to quantise both models to while loading; None takes them as stored.
+        quantize: Bits (2, 3, 4, 5, 6 or 8) to quantise both models to while loading; a drafter that is quantised
+            already stays as it is. None takes both as stored.
         dtype: "float32", "bfloat16" or "float16" for activations and unquantised weights. None is the checkpoint's
             own; on the CPU, where 16-bit arithmetic is slow, float32.
         profile: What `mlx-mtp tune` measured for this pair here: "auto" for the saved one, if there is one; a file;

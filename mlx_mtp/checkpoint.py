@@ -183,7 +183,8 @@ def load_drafter(
         target: The target's config.
         position: One of `models.drafter.POSITIONS`.
         dtype: As for `load_target`; should be what the target runs in.
-        quantize: As for `load_target`; never inherited from the target's config.
+        quantize: As for `load_target`; never inherited from the target's config. A drafter that is quantised already
+            stays as it is: whoever has one beside an original means this for the target.
 
     Raises:
         CheckpointError: See `errors.CheckpointError`.
@@ -192,6 +193,7 @@ def load_drafter(
     """
     raw, config = read_drafter(folder)
     check_pair(target, config)
+    quantize = drafter_bits(raw, config, folder, quantize)
     model = Drafter(config, position)
     stored = dict(tensors(folder))
     if config.num_clusters:
@@ -199,6 +201,16 @@ def load_drafter(
     assign(model, stored, drafter_table(config), folder, raw, dtype, quantize)
     _read(model, folder)
     return config, model
+
+
+def drafter_bits(raw: dict[str, Any], config: DrafterConfig, folder: Path, quantize: int | None) -> int | None:
+    """To how many bits a drafter is quantised while loading, if this is asked for a pair; None if it is already.
+
+    Args:
+        raw, config: Its config.json, as it is and as it is understood.
+        folder, quantize: As for `load_drafter`.
+    """
+    return None if read_quantization(raw, drafter_table(config), folder, None) else quantize
 
 
 def in_cluster_order(config: dict[str, Any]) -> bool:

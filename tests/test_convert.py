@@ -121,6 +121,23 @@ def test_quantised_on_disk_or_while_loading_is_the_same(kind: str, tmp_path: Pat
     assert mx.array_equal(logits(folder, dtype="float32"), logits(source, dtype="float32", quantize=4))
 
 
+def test_a_drafter_that_is_quantised_already_stays_as_it_is(tmp_path: Path):
+    """Beside a target that is quantised while loading; a target can't be quantised twice."""
+    target, drafter = make_pair("e2b", tmp_path)
+    small = convert(drafter, tmp_path / "small", scheme(8))
+    proposed = mlx_mtp.load(target, small, quantize=4).propose(TOKENS, 6)
+    folder = convert(target, tmp_path / "target4", scheme(4))
+    assert proposed == mlx_mtp.load(folder, small).propose(TOKENS, 6)
+    done = mlx_mtp_command("info", target, "--drafter", small, "--quantize", 4, "--json")
+    facts = json.loads(done.stdout)
+    assert facts["target"]["stored_as"] == "float32, quantised to 4 bits while loading"
+    assert facts["drafter"]["stored_as"] == "8 bits, affine"
+    assert [choice["quantize"] for choice in facts["machine"]["choices"]] == [None, 8, 6, 4]
+    assert facts["machine"]["needed"] == facts["target"]["bytes_in_memory"] + facts["drafter"]["bytes_in_memory"]
+    with pytest.raises(CheckpointError, match="target4 is quantised already"):
+        mlx_mtp.load(folder, small, quantize=4)
+
+
 def test_router_and_overrides(tmp_path: Path):
     """The router has 8 bits unless it is named; the last pattern that matches counts; mlx-lm reads all of it."""
     source, _ = make_pair("26b", tmp_path)

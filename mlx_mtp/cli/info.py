@@ -105,8 +105,9 @@ def describe(
     if drafter_folder is not None:
         drafter_raw, config_d = checkpoint.read_drafter(drafter_folder)
         table = drafter_table(config_d)
-        pair.append((drafter_raw, checkpoint.read_quantization(drafter_raw, table, drafter_folder, quantize)))
-        own = sizes.drafter_sizes(config_d, *_storage(*pair[1], quantize))
+        pair.append((drafter_raw, checkpoint.read_quantization(drafter_raw, table, drafter_folder, None)))
+        own_bits = checkpoint.drafter_bits(drafter_raw, config_d, drafter_folder, quantize)
+        own = sizes.drafter_sizes(config_d, *_storage(*pair[1], own_bits))
         try:
             check_pair(config, config_d)
             pairing = _FITS
@@ -116,8 +117,8 @@ def describe(
             "folder": str(drafter_folder),
             "model_type": config_d.model_type,
             "head": f"{config_d.num_clusters} clusters" if config_d.num_clusters else "dense",
-            "stored_as": _stored_as(*pair[1], quantize),
-            **_on_disk(drafter_folder, Drafter(config_d, POSITIONS[0]), table, drafter_raw, quantize),
+            "stored_as": _stored_as(*pair[1], own_bits),
+            **_on_disk(drafter_folder, Drafter(config_d, POSITIONS[0]), table, drafter_raw, own_bits),
             "parameters": own.parameters,
             "bytes_in_memory": own.weights,
             "bytes_read_per_draft": own.read_per_token,
@@ -141,7 +142,7 @@ def describe(
 
     asked = fit(quantize)
     facts["machine"] = {"memory": have, **asked, "fits": asked["longest_context"] > 0, "choices": []}
-    if not any(how for _, how in pair):
+    if not stored:
         facts["machine"]["choices"] = [fit(bits) for bits in (None, 8, 6, 4)]
     facts["expected"] = None
     if chip:
