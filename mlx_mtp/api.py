@@ -88,7 +88,7 @@ def load(
         raise MTPError("target and drafter must be folders or repository names: strings or paths")
     if drafter_position not in (*POSITIONS, "auto"):
         raise MTPError(f"drafter_position must be auto, {' or '.join(POSITIONS)}, not {drafter_position!r}")
-    folder, drafter_folder = find_pair(target, drafter)
+    folder, drafter_folder = find_pair(target, drafter, check=lambda it: checkpoint.check_config(it, dtype, quantize))
     tuned = find_profile(profile, folder, drafter_folder, quantize, dtype)
     if drafter_position == "auto":
         drafter_position = (tuned and tuned.drafter_position) or "committed"

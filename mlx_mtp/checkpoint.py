@@ -21,13 +21,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from . import quantization, sizes
-from .config import DrafterConfig, TargetConfig, check_pair, drafter_config, target_config
+from .config import DRAFTER_TYPES, DrafterConfig, TargetConfig, check_pair, drafter_config, target_config
 from .errors import CheckpointError, MemoryBudgetError, one_line
 from .models.drafter import Drafter
 from .models.elementwise import on_gpu
 from .models.target import Target
 from .names import VISION_AND_AUDIO, Source, Table, drafter_table, of_vision_or_audio, target_table
-from .quantization import Format, Scheme, Stored
+from .quantization import Format, Rule, Scheme, Stored
 
 log = logging.getLogger(__name__)
 
@@ -203,6 +203,71 @@ def load_drafter(
     return config, model
 
 
+def check_config(folder: Path, dtype: str | None = None, quantize: int | None = None) -> None:
+    """Checks what config.json alone can tell, which is worth knowing before weights are downloaded.
+
+    Args:
+        folder: A target's or a drafter's folder; it needs no weights.
+        dtype, quantize: As for `load_target`.
+
+    Raises:
+        CheckpointError, MemoryBudgetError: The model couldn't be loaded.
+    """
+    check_dtype(dtype)
+    raw = read_json(folder / "config.json")
+    if raw.get("model_type") in DRAFTER_TYPES:
+        _, config = read_drafter(folder)
+        stored = read_quantization(raw, drafter_table(config), folder, None)
+        check_memory(sizes.drafter_sizes(config, *in_memory(raw, stored, quantize, dtype)).weights, folder)
+    else:
+        text = read_target(folder)[1].text
+        stored = read_quantization(raw, target_table(text), folder, quantize)
+        check_memory(sizes.target_sizes(text, *in_memory(raw, stored, quantize, dtype)).weights, folder)
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Checks an argument `dtype`.
+
+    Raises:
+        CheckpointError: There is no such type.
+    """
+    if dtype not in (None, *DTYPES):
+        raise CheckpointError(f"dtype {dtype!r} isn't supported: expected one of {', '.join(DTYPES)}")
+
+
+def check_memory(needed: int, folder: Path) -> None:
+    """Checks that weights of `needed` bytes fit in this machine's memory.
+
+    Raises:
+        MemoryBudgetError: They don't.
+    """
+    if needed > (have := sizes.memory_for_models()):
+        raise MemoryBudgetError(
+            f"{folder} needs {sizes.in_words(needed)} for its weights, and models can have {sizes.in_words(have)} "
+            "here: quantise it (quantize=4, --quantize 4) or take a smaller model"
+        )
+
+
+def named_dtype(raw: dict[str, Any]) -> str | None:
+    """The type that a config.json names for what isn't quantised."""
+    return raw.get("dtype") or raw.get("torch_dtype") or raw.get("text_config", {}).get("dtype")
+
+
+def in_memory(
+    raw: dict[str, Any], stored: Stored | None, quantize: int | None, dtype: str | None = None
+) -> tuple[int, Rule | None]:
+    """Bytes of an unquantised parameter once loaded here, and how the others are quantised: as `sizes` takes them.
+
+    Args:
+        raw: A config.json.
+        stored: How it says that weights are quantised.
+        dtype, quantize: As for `load_target`.
+    """
+    rule = stored.rule() if stored else Scheme(Format(quantize)).rule() if quantize else None
+    own = DTYPES.get(named_dtype(raw) or "", mx.bfloat16)
+    return (DTYPES[dtype] if dtype else activation_dtype(own)).size, rule
+
+
 def drafter_bits(raw: dict[str, Any], config: DrafterConfig, folder: Path, quantize: int | None) -> int | None:
     """To how many bits a drafter is quantised while loading, if this is asked for a pair; None if it is already.
 
@@ -333,8 +398,7 @@ def assign(
     Raises:
         CheckpointError: See `errors.CheckpointError`.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise CheckpointError(f"dtype {dtype!r} isn't supported: expected one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     section = read_quantization(config, table, folder, quantize)
     with about(folder):
         layout = table.layout(stored)
@@ -362,12 +426,7 @@ def assign(
 def _read(model: nn.Module, folder: Path) -> None:
     """Reads the weights that a model was assigned, and brings them into the form they run in."""
     # Nothing has been read so far: sizes are known, weights aren't in memory.
-    needed = sum(array.nbytes for _, array in _parameters(model))
-    if needed > (have := sizes.memory_for_models()):
-        raise MemoryBudgetError(
-            f"{folder} needs {sizes.in_words(needed)} for its weights, and models can have {sizes.in_words(have)} "
-            "here: quantise it (quantize=4, --quantize 4) or take a smaller model"
-        )
+    check_memory(sum(array.nbytes for _, array in _parameters(model)), folder)
     for part in model.modules():
         if hasattr(part, "prepare"):
             part.prepare()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from .checkpoint import INDEX, weight_files
@@ -21,15 +22,21 @@ _SIZES = {size.lower(): size for size in ("E2B", "E4B", "12B", "26B-A4B", "31B")
 _SIZE = re.compile(rf"/gemma-4-({'|'.join(_SIZES)})-it(?![a-z])", re.IGNORECASE)
 
 
-def find(name: str | Path, weights: bool = True) -> Path:
+Check = Callable[[Path], object]
+"""Told the folder that has what describes a model; raises what speaks against downloading its weights."""
+
+
+def find(name: str | Path, weights: bool = True, check: Check = lambda folder: None) -> Path:
     """The folder of a checkpoint: `name` itself, or the local copy of the hub repository of that name.
 
     Args:
         name: Folder or repository.
         weights: Whether a repository's weights are wanted, or only what describes them.
+        check: Called before a repository's weights are downloaded.
 
     Raises:
         CheckpointError: No such folder, or a repository that can't be had.
+        MTPError: What `check` raises.
     """
     try:
         path = Path(name).expanduser()
@@ -44,6 +51,7 @@ def find(name: str | Path, weights: bool = True) -> Path:
     folder = _download(str(name), ["*.json", "*.jinja"])
     if not weights:
         return folder
+    check(folder)
     commit = folder.name  # of the files that are there now
     if (folder / INDEX).is_file():
         wanted = [path.name for path in weight_files(folder)]
@@ -54,12 +62,12 @@ def find(name: str | Path, weights: bool = True) -> Path:
     return folder
 
 
-def find_drafter(target: str | Path, weights: bool = True) -> Path | None:
+def find_drafter(target: str | Path, weights: bool = True, check: Check = lambda folder: None) -> Path | None:
     """The drafter that belongs to a target, by its name; None, with a warning for repositories, if there is none.
 
     Args:
         target: Folder or repository. Folders are looked for beside it.
-        weights: As for `find`.
+        weights, check: As for `find`.
     """
     path = Path(target).expanduser()
     if path.is_dir():
@@ -69,9 +77,11 @@ def find_drafter(target: str | Path, weights: bool = True) -> Path | None:
     why: dict[str, str] = {}
     for name in drafter_names(str(target)):
         try:
-            return find(name, weights)
+            folder = find(name, weights=False)
         except CheckpointError as error:
             why[name] = str(error)
+        else:
+            return find(name, check=check) if weights else folder
     log.warning("no drafter, so plain decoding: tried %s; %s", ", ".join(why), next(iter(why.values())))
     return None
 

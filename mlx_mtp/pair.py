@@ -13,15 +13,18 @@ DEMO = Path(__file__).parent / "demo"
 
 
 def find_pair(
-    target: str | Path | None, drafter: str | Path | Literal[False] | None, weights: bool = True
+    target: str | Path | None,
+    drafter: str | Path | Literal[False] | None,
+    weights: bool = True,
+    check: hub.Check = lambda folder: None,
 ) -> tuple[Path, Path | None]:
-    """The folders of a target and its drafter, as `load` takes them; without `weights` only their descriptions."""
+    """The folders of a target and its drafter, as `load` takes them; `weights` and `check` as for `hub.find`."""
     if target is None:
         target, drafter = DEMO / "target", DEMO / "drafter" if drafter is None else drafter
-    folder = hub.find(target, weights)
+    folder = hub.find(target, weights, check)
     if drafter is None:
-        return folder, hub.find_drafter(target, weights)
-    return folder, hub.find(drafter, weights) if drafter else None
+        return folder, hub.find_drafter(target, weights, check)
+    return folder, hub.find(drafter, weights, check) if drafter else None
 
 
 def find_profile(

@@ -39,10 +39,15 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     for name in ("model-8bit", "copies-4bit"):  # under the same rule as mlx-community's conversions
         (root / "org" / name).mkdir()
         shutil.copy(model / "config.json", root / "org" / name)
-    (root / "org" / "copies").mkdir()
-    (root / "org" / "copies" / "config.json").write_text("{}")
-    for name in ("model.safetensors", "consolidated.safetensors"):
-        (root / "org" / "copies" / name).write_bytes(b"x")
+    config = json.loads((model / "config.json").read_text())
+    quantised = {"quantization": {"bits": 4, "group_size": 64}}
+    for repository, description in (
+        ("copies", config), ("llama", {"model_type": "llama"}), ("quantised", config | quantised)
+    ):  # fmt: skip
+        (root / "org" / repository).mkdir()
+        (root / "org" / repository / "config.json").write_text(json.dumps(description))
+        for name in ("model.safetensors", "consolidated.safetensors"):
+            (root / "org" / repository / name).write_bytes(b"x")
     for junk in (TOWERS, "pytorch_model.bin", "model.gguf", "README.md", "onnx/config.json", "copy/model.safetensors"):
         (model / junk).parent.mkdir(exist_ok=True)
         (model / junk).write_bytes(b"not to be read")
@@ -100,6 +105,24 @@ def test_weights_come_without_what_is_not_used(hub: Hub, run: Run):
 def test_one_copy_of_the_weights_is_enough(hub: Hub, run: Run):
     assert run("-c", FIND, "org/copies").returncode == 0
     assert hub.names() == {"config.json", "model.safetensors"}
+
+
+SMALL = "import mlx_mtp, mlx_mtp.sizes; mlx_mtp.sizes.memory_for_models = lambda: 10**5; mlx_mtp.load('org/model')"
+
+
+@pytest.mark.parametrize("command, culprit", [
+    (["-m", "mlx_mtp", "generate", "x", "--model", "org/llama"], "model_type 'llama' isn't supported"),
+    (["-m", "mlx_mtp", "generate", "x", "--model", "org/quantised", "--quantize", "4"], "is quantised already"),
+    (["-m", "mlx_mtp", "generate", "x", "--drafter", "org/llama"], "model_type 'llama' isn't supported"),
+    (["-m", "mlx_mtp", "convert", "org/llama", "new"], "model_type 'llama' isn't supported"),
+    (["-m", "mlx_mtp", "convert", "org/quantised", "new"], "is quantised already"),
+    (["-m", "mlx_mtp", "convert", "org/model", "/"], "/ exists already"),
+    (["-c", SMALL], "for its weights, and models can have 100.00 kB here"),
+])  # fmt: skip
+def test_what_cannot_be_used_is_not_downloaded(hub: Hub, run: Run, command: list[str], culprit: str):
+    done = run(*command)
+    assert done.returncode == 1 and culprit in done.stderr.splitlines()[-1], done.stderr
+    assert not [name for name in hub.names() if name.endswith(".safetensors")]
 
 
 @pytest.mark.parametrize("target, drafter", [

@@ -24,7 +24,7 @@ from mlx_mtp.quantization import Scheme
 from mlx_mtp.sizes import in_words
 
 from . import files
-from .plan import FINGERPRINT, Plan, file_bytes, make_plan
+from .plan import FINGERPRINT, Plan, file_bytes, make_plan, read_description
 
 log = logging.getLogger("mlx_mtp.convert")
 
@@ -113,11 +113,16 @@ def prepare(
     Raises:
         CheckpointError: The source can't be used, or the destination is something else or a part of the source.
     """
-    folder, destination = hub.find(source), Path(destination).expanduser()
+    destination = Path(destination).expanduser()
+    taken = destination.exists() and (not destination.is_dir() or any(destination.iterdir()))
+    in_the_way = CheckpointError(f"{destination} exists already, from something else: choose another name")
+    if taken and not (destination / files.SUMS).is_file():
+        raise in_the_way  # before anything is downloaded
+    folder = hub.find(source, check=read_description)
     plan = make_plan(folder, scheme, dtype)
     done = _is_result(destination, plan)
-    if not done and destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise CheckpointError(f"{destination} exists already, from something else: choose another name")
+    if taken and not done:
+        raise in_the_way
     if destination.resolve().is_relative_to(folder.resolve()):
         raise CheckpointError(f"{destination} lies in the folder that is to be converted: choose another place")
     return Conversion(folder, destination, plan, done)

@@ -147,13 +147,8 @@ def make_plan(folder: Path, scheme: Scheme | None, dtype: str | None) -> Plan:
     Raises:
         CheckpointError: The source can't be used.
     """
-    if dtype is not None and dtype not in checkpoint.DTYPES:
-        raise CheckpointError(f"dtype {dtype!r} isn't supported: expected one of {', '.join(checkpoint.DTYPES)}")
-    config = checkpoint.read_json(folder / "config.json")
-    if config.get("quantization") or config.get("quantization_config"):
-        raise CheckpointError(f"{folder} is quantised already: convert the original")
-    with checkpoint.about(folder):
-        table, model, vocab = _model(config)
+    checkpoint.check_dtype(dtype)
+    config, table, model, vocab = read_description(folder)
     stored = find_tensors(folder)
     parameters = _parameters(folder, config, table, model, stored, scheme, dtype)
     if order := next((p.sources[0] for p in parameters.values() if p.name.endswith("token_ordering")), None):
@@ -171,6 +166,19 @@ def make_plan(folder: Path, scheme: Scheme | None, dtype: str | None) -> Plan:
         ours.removesuffix(".weight") for ours, p in parameters.items() if _is_matrix(ours, p.shape, p.dtype)
     )
     return Plan(files, modules, new_config, fingerprint)
+
+
+def read_description(folder: Path) -> tuple[dict[str, Any], Table, nn.Module, int]:
+    """What a source's config.json says: itself, and what `_model` makes of it. Needs no weights.
+
+    Raises:
+        CheckpointError: The source can't be converted.
+    """
+    config = checkpoint.read_json(folder / "config.json")
+    if config.get("quantization") or config.get("quantization_config"):
+        raise CheckpointError(f"{folder} is quantised already: convert the original")
+    with checkpoint.about(folder):
+        return config, *_model(config)
 
 
 def _model(config: dict[str, Any]) -> tuple[Table, nn.Module, int]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ..config import DrafterConfig, TargetConfig
     from ..names import Table
-    from ..quantization import Rule, Stored
+    from ..quantization import Stored
     from ..tuning.chips import Chip
 
 _PREDICTED_AT = 1024
@@ -74,7 +74,7 @@ def describe(
     text = config.text
     table = target_table(text)
     stored = checkpoint.read_quantization(raw, table, target_folder, quantize)
-    dtype_bytes, rule = _storage(raw, stored, quantize)
+    dtype_bytes, rule = checkpoint.in_memory(raw, stored, quantize)
     target = sizes.target_sizes(text, dtype_bytes, rule)
     owners = [layer for i, layer in enumerate(text.layers) if layer.kv_owner == i]
     facts: dict[str, Any] = {
@@ -107,7 +107,7 @@ def describe(
         table = drafter_table(config_d)
         pair.append((drafter_raw, checkpoint.read_quantization(drafter_raw, table, drafter_folder, None)))
         own_bits = checkpoint.drafter_bits(drafter_raw, config_d, drafter_folder, quantize)
-        own = sizes.drafter_sizes(config_d, *_storage(*pair[1], own_bits))
+        own = sizes.drafter_sizes(config_d, *checkpoint.in_memory(*pair[1], own_bits))
         try:
             check_pair(config, config_d)
             pairing = _FITS
@@ -128,11 +128,11 @@ def describe(
 
     def fit(bits: int | None) -> dict[str, Any]:
         """What the pair takes if it is quantised like this while loading."""
-        dtype_bytes, rule = _storage(raw, stored, bits)
+        dtype_bytes, rule = checkpoint.in_memory(raw, stored, bits)
         target = sizes.target_sizes(text, dtype_bytes, rule)
         needed = target.weights
         if config_d is not None:
-            needed += sizes.drafter_sizes(config_d, *_storage(*pair[1], bits)).weights
+            needed += sizes.drafter_sizes(config_d, *checkpoint.in_memory(*pair[1], bits)).weights
         return {
             "quantize": bits,
             "needed": needed,
@@ -190,24 +190,12 @@ def _lengths(longest: int) -> list[int]:
     return [n for n in (1024, 8192, 32768, 131072) if n < longest] + [longest]
 
 
-def _dtype(raw: dict[str, Any]) -> str | None:
-    """The type that a config.json names for what isn't quantised."""
-    return raw.get("dtype") or raw.get("torch_dtype") or raw.get("text_config", {}).get("dtype")
-
-
-def _storage(raw: dict[str, Any], stored: Stored | None, quantize: int | None) -> tuple[int, Rule | None]:
-    """Bytes of an unquantised parameter once loaded here, and how the others are quantised."""
-    from .. import checkpoint, quantization
-
-    rule = stored.rule() if stored else quantization.Scheme(quantization.Format(quantize)).rule() if quantize else None
-    dtype = checkpoint.DTYPES.get(_dtype(raw) or "", checkpoint.DTYPES["bfloat16"])
-    return checkpoint.activation_dtype(dtype).size, rule
-
-
 def _stored_as(raw: dict[str, Any], stored: Stored | None, quantize: int | None) -> str:
     if stored:
         return f"{stored.common.bits} bits, {stored.common.mode}"
-    dtype = _dtype(raw) or "unknown type"
+    from ..checkpoint import named_dtype
+
+    dtype = named_dtype(raw) or "unknown type"
     return f"{dtype}, quantised to {quantize} bits while loading" if quantize else dtype
 
 
