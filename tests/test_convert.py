@@ -16,8 +16,8 @@ from tiny_checkpoints import KINDS, VOCAB, make_pair
 
 import mlx_mtp
 import weights_convert.plan
-from mlx_mtp.errors import CheckpointError, MTPError
-from weights_convert import Format, Scheme, convert, prepare, verify_sums
+from mlx_mtp.errors import CheckpointError, MemoryBudgetError, MTPError
+from weights_convert import Format, Scheme, compare, convert, prepare, verify_sums
 
 TOKENS = list(range(7, 47))
 LARGEST_ERROR = {
@@ -352,6 +352,14 @@ def test_the_command_checks(tmp_path: Path):
     assert f"delete the folder {tmp_path / 'new'} and convert again" in broken.stderr
     shutil.rmtree(tmp_path / "new")
     assert mlx_mtp_command(*command).stdout == done.stdout
+
+
+def test_an_original_too_large_to_compare_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source, _ = make_pair("e2b", tmp_path)
+    folder = convert(source, tmp_path / "new", scheme(4))
+    monkeypatch.setattr(mlx_mtp.sizes, "memory_for_models", lambda: 10**6)
+    with pytest.raises(MemoryBudgetError, match="target doesn't fit in memory here, so nothing can be compared"):
+        compare(source, folder)
 
 
 @pytest.mark.parametrize(

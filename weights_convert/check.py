@@ -8,11 +8,12 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import mlx.core as mx
 
 import mlx_mtp
-from mlx_mtp.errors import CheckpointError
+from mlx_mtp.errors import CheckpointError, MemoryBudgetError
 
 SAMPLES = (
     "A river that has carried snow down from the mountains all summer is lowest in the first weeks of autumn. Then the "
@@ -69,7 +70,7 @@ def compare(source: Path, result: Path, samples: tuple[str, ...] = SAMPLES) -> A
         CheckpointError: There is no tokenizer, or a model can't be loaded.
         MemoryBudgetError: The original doesn't fit in memory.
     """
-    with closing(mlx_mtp.load(source, drafter=False)) as original:
+    with closing(_original(source, drafter=False)) as original:
         if original.tokenizer is None:
             raise CheckpointError(f"{source} has no tokenizer.json: there is no text to compare models on")
         texts = [original.tokenizer.encode(text) for text in samples]
@@ -90,11 +91,19 @@ def acceptance(target: Path, drafter: Path, questions: tuple[str, ...] = QUESTIO
     Raises:
         CheckpointError: A model can't be loaded.
         PairingError: They are no pair.
+        MemoryBudgetError: The target doesn't fit in memory.
     """
-    with closing(mlx_mtp.load(target, drafter=drafter)) as lm:
+    with closing(_original(target, drafter)) as lm:
         options = {"max_tokens": _LONGEST_ANSWER, "temperature": 0, "draft_length": DRAFTS}
         stats = [answer.stats for answer in lm.generate_batch(list(questions), **options)]
     return sum(s.accepted for s in stats) / max(1, sum(s.rounds for s in stats))
+
+
+def _original(folder: Path, drafter: Path | Literal[False]) -> mlx_mtp.MTPModel:
+    try:
+        return mlx_mtp.load(folder, drafter)
+    except MemoryBudgetError as error:  # whose advice is for those who want to use the model
+        raise MemoryBudgetError(f"{folder} doesn't fit in memory here, so nothing can be compared with it") from error
 
 
 def _log_probabilities(lm: mlx_mtp.MTPModel, tokens: list[int]) -> mx.array:

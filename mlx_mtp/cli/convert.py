@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, MemoryBudgetError
 from . import options as o
 
 if TYPE_CHECKING:
@@ -203,19 +203,27 @@ def _compared(conversion: Conversion, target: Path) -> str:
         conversion: What was made.
         target: Folder of the original target, if `conversion` is its drafter's.
     """
-    from weights_convert.check import DRAFTS, acceptance, compare
     from weights_convert.files import verify_sums
 
     made = conversion.destination
-    count = verify_sums(made)
+    whole = f"{made}: {verify_sums(made)} files as they were written"
+    try:
+        return f"{whole}; {_difference(conversion, target)}"
+    except MemoryBudgetError as error:
+        raise MemoryBudgetError(f"{whole}; {error}") from error
+
+
+def _difference(conversion: Conversion, target: Path) -> str:
+    """What has become of the model; arguments as for `_compared`."""
+    from weights_convert.check import DRAFTS, acceptance, compare
+
+    made = conversion.destination
     if not _is_drafter(conversion):
         found = compare(conversion.source, made)
-        result = (
+        return (
             f"KL divergence {found.kl:.4f} nats a token, top-1 agreement {found.top1:.1%}, over {found.tokens} tokens"
         )
-    elif target != conversion.source:
-        before, after = acceptance(target, conversion.source), acceptance(target, made)
-        result = f"{after:.2f} of {DRAFTS} drafts accepted a round, {before:.2f} before"
-    else:
-        result = "convert it with its target to see how many drafts are accepted"
-    return f"{made}: {count} files as they were written; {result}"
+    if target == conversion.source:
+        return "convert it with its target to see how many drafts are accepted"
+    before, after = acceptance(target, conversion.source), acceptance(target, made)
+    return f"{after:.2f} of {DRAFTS} drafts accepted a round, {before:.2f} before"
