@@ -1,8 +1,7 @@
 """Where a checkpoint lies: a folder, or the local copy of a hub repository.
 
 Of a repository only what is used is downloaded: what describes the model first, then those safetensors files that hold
-a tensor of the text model. huggingface_hub shows the progress, tries again when the connection is lost, and keeps the
-files that are complete.
+a tensor of the text model. How: download.py.
 """
 
 from __future__ import annotations
@@ -12,8 +11,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from . import download
 from .checkpoint import INDEX, weight_files
-from .errors import CheckpointError, one_line
+from .errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
@@ -48,17 +48,16 @@ def find(name: str | Path, weights: bool = True, check: Check = lambda folder: N
         raise CheckpointError(f"{path} is a file: give the folder it lies in")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
         raise CheckpointError(f"there is no folder {str(name)!r}")
-    folder = _download(str(name), ["*.json", "*.jinja"])
+    folder = download.description(str(name))
     if not weights:
         return folder
     check(folder)
-    commit = folder.name  # of the files that are there now
     if (folder / INDEX).is_file():
-        wanted = [path.name for path in weight_files(folder)]
-        return _download(str(name), wanted, commit)
-    _download(str(name), ["model*.safetensors"], commit)
+        download.weights(str(name), folder, [path.name for path in weight_files(folder)])
+        return folder
+    download.weights(str(name), folder, ["model*.safetensors"])
     if not any(folder.glob("model*.safetensors")):  # else others are copies in another layout
-        _download(str(name), ["*.safetensors"], commit)
+        download.weights(str(name), folder, ["*.safetensors"])
     return folder
 
 
@@ -100,35 +99,3 @@ def drafter_names(target: str) -> list[str]:
     if size := _SIZE.search(target):
         names.append(f"google/gemma-4-{_SIZES[size[1].lower()]}-it-assistant")
     return list(dict.fromkeys(names))
-
-
-def _download(repository: str, patterns: list[str], commit: str | None = None) -> Path:
-    """The local copy of a repository, with the files of its top folder that match one of the patterns."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        # Patterns match across folders: those below hold the model in other formats.
-        folder = snapshot_download(repository, revision=commit, allow_patterns=patterns, ignore_patterns=["*/*"])
-    except GatedRepoError:
-        raise CheckpointError(
-            f"{repository} wants its terms accepted: do so on its page on the hub, then log in with `hf auth login`"
-        ) from None
-    except RepositoryNotFoundError:
-        raise CheckpointError(f"{repository} is neither a folder nor a repository you can read on the hub") from None
-    except HFValidationError:
-        raise CheckpointError(f"there is no folder {repository!r}, and no repository can have this name") from None
-    except LocalEntryNotFoundError:  # it wasn't found out what there is, for whatever reason
-        raise CheckpointError(
-            f"{repository} is not a folder, and there is no connection to the hub: check the network or give a folder"
-        ) from None
-    except Exception as error:  # its own, and those of two HTTP clients and of the file system
-        raise CheckpointError(
-            f"{repository} is not a folder, and can't be downloaded ({one_line(error)}); what is complete is kept"
-        ) from None
-    return Path(folder)

@@ -78,6 +78,8 @@ def run(hub: Hub, tmp_path: Path) -> Run:
 
 
 FIND = "import sys, mlx_mtp.hub; print(mlx_mtp.hub.find(*sys.argv[1:]))"
+SMALL_CHUNKS = "import huggingface_hub.constants as hub; hub.DOWNLOAD_CHUNK_SIZE = 4096;"
+"""What comes is written in pieces; those of huggingface_hub are larger than the files here."""
 
 
 def test_info_needs_no_weights(hub: Hub, run: Run):
@@ -164,14 +166,35 @@ def test_no_drafter_is_one_line(hub: Hub, run: Run):
 
 
 def test_an_interrupted_download_goes_on(hub: Hub, run: Run):
-    hub.cut, other = sorted(SHARDS)
+    other, hub.cut = sorted(SHARDS)
     broken = run("-m", "mlx_mtp", "generate", "x", "--model", "org/model")
     assert broken.returncode == 1
     assert "can't be downloaded" in broken.stderr and "Traceback" not in broken.stderr
     assert other in hub.names()
+    run("-c", SMALL_CHUNKS + FIND, "org/model")
     broken_off, hub.cut = hub.cut, None
-    assert run("-c", FIND, "org/model").returncode == 0
+    hub.names()
+    done = run("-c", FIND, "org/model")
+    assert done.returncode == 0, done.stderr
     assert hub.names() == {broken_off}
+    served = hub.root / "org" / "model" / broken_off
+    assert served.stat().st_size // 4 < hub.begun[broken_off], "it goes on where it was broken off"
+    assert (Path(done.stdout.strip()) / broken_off).read_bytes() == served.read_bytes()
+
+
+def test_what_came_damaged_is_not_used(hub: Hub, run: Run, tmp_path: Path):
+    """As when the machine lost its power: the beginning that is there isn't the file's."""
+    hub.cut, _ = sorted(SHARDS)
+    run("-c", SMALL_CHUNKS + FIND, "org/model")
+    (partial,) = (path for path in tmp_path.rglob("*.incomplete") if path.stat().st_size)
+    partial.write_bytes(bytes(partial.stat().st_size))
+    hub.cut = None
+    damaged = run("-c", FIND, "org/model")
+    assert damaged.returncode == 1 and "its checksum is wrong" in damaged.stderr
+    done = run("-c", FIND, "org/model")
+    assert done.returncode == 0, done.stderr
+    for name in SHARDS:
+        assert (Path(done.stdout.strip()) / name).read_bytes() == (hub.root / "org" / "model" / name).read_bytes()
 
 
 @pytest.mark.parametrize("repository, gated, culprit", [

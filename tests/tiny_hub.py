@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,9 @@ class Hub:
 
     Attributes:
         url: Its address, for HF_ENDPOINT.
-        cut: Name of a file whose downloads break off, as when the connection is lost.
+        root: The folder with its repositories.
+        cut: Name of a file of which only the first half can be had, as when the connection is lost.
+        begun: By name, at which byte the latest download of a file began.
         gated: Whether only those may read who have accepted the terms.
     """
 
@@ -27,7 +30,8 @@ class Hub:
         """Serves the folders `owner/name` below a folder."""
         self.cut: str | None = None
         self.gated = False
-        self._root, self._sent = repositories, set[str]()
+        self.begun: dict[str, int] = {}
+        self.root, self._sent = repositories, set[str]()
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -50,7 +54,7 @@ class Hub:
     def _answer(self, request: BaseHTTPRequestHandler) -> None:
         parts = unquote(urlsplit(request.path).path).strip("/").split("/")
         api = parts[:2] == ["api", "models"]
-        repository, rest = self._root / "/".join(parts[2:4] if api else parts[:2]), parts[4:] if api else parts[2:]
+        repository, rest = self.root / "/".join(parts[2:4] if api else parts[:2]), parts[4:] if api else parts[2:]
         if self.gated or not repository.is_dir():
             error = "GatedRepo" if self.gated else "RepoNotFound"
             self._send(request, 403 if self.gated else 404, b"{}", {"X-Error-Code": error, "X-Error-Message": "no"})
@@ -73,10 +77,19 @@ class Hub:
 
     def _file(self, request: BaseHTTPRequestHandler, path: Path) -> None:
         data = path.read_bytes()
-        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        wanted = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
+        begin = int(wanted[1]) if wanted else 0
         if request.command == "GET":
             self._sent.add(path.name)
-        self._send(request, 200, data, headers, len(data) // 2 if path.name == self.cut else None)
+            self.begun[path.name] = begin
+        if begin:
+            headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
+        cut = path.name == self.cut
+        if cut and begin:
+            self._send(request, 503, b"")
+        else:
+            self._send(request, 206 if begin else 200, data[begin:], headers, len(data) // 2 if cut else None)
 
     @staticmethod
     def _send(

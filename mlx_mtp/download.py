@@ -1,0 +1,146 @@
+"""Downloads files of hub repositories into the cache of huggingface_hub.
+
+Newer versions of that library begin a file that was broken off from its start again, and a model's files have up to
+50 GB. So weights are fetched here, over plain HTTP, into a file beside the place where the library looks for them: the
+next attempt goes on with it. All else is the library's, progress and further tries when the connection is lost
+included.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from .errors import CheckpointError, one_line
+
+_LARGEST = 50 * 10**9
+"""What hubs send over plain HTTP; larger files are left to huggingface_hub."""
+
+
+def description(repository: str) -> Path:
+    """The local copy of a repository, with what describes the model.
+
+    Raises:
+        CheckpointError: It can't be had.
+    """
+    with _clear_errors(repository):
+        return _snapshot(repository, None, ["*.json", "*.jinja"])
+
+
+def weights(repository: str, folder: Path, patterns: list[str]) -> None:
+    """Adds those files of a repository's top folder that match one of the patterns.
+
+    Args:
+        repository: The repository.
+        folder: Its local copy, from `description`.
+        patterns: File names, or patterns of them.
+
+    Raises:
+        CheckpointError: They can't be had. What came of them is kept.
+    """
+    commit = folder.name  # of the files that are there now
+    with _clear_errors(repository):
+        for name in _missing(repository, folder, patterns):
+            _fetch(repository, commit, name)
+        _snapshot(repository, commit, patterns)
+
+
+def _snapshot(repository: str, commit: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    # Patterns match across folders: those below hold the model in other formats.
+    return Path(snapshot_download(repository, revision=commit, allow_patterns=patterns, ignore_patterns=["*/*"]))
+
+
+def _missing(repository: str, folder: Path, patterns: list[str]) -> list[str]:
+    """Names of the files that match and aren't there."""
+    from huggingface_hub import constants, list_repo_files
+
+    if constants.HF_HUB_OFFLINE:
+        return []
+    names = patterns
+    if any("*" in pattern for pattern in patterns):
+        if any(path.exists() for pattern in patterns for path in folder.glob(pattern)):
+            return []  # without an index there is one file
+        files = list_repo_files(repository, revision=folder.name)
+        names = [name for name in files if "/" not in name and any(fnmatchcase(name, p) for p in patterns)]
+    return [name for name in names if not (folder / name).exists()]
+
+
+def _fetch(repository: str, commit: str, name: str) -> None:
+    """Brings a file into the cache, going on with what an earlier attempt has left."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get, repo_folder_name
+    from huggingface_hub.utils import build_hf_headers
+
+    url, headers = hf_hub_url(repository, name, revision=commit), build_hf_headers()
+    known = get_hf_file_metadata(url, headers=headers)
+    if not known.etag or known.size is None or known.size > _LARGEST:
+        return
+    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model") / "blobs"
+    blobs.mkdir(parents=True, exist_ok=True)
+    whole, partial = blobs / known.etag, blobs / f"{known.etag}.mlx-mtp.incomplete"
+    with partial.open("ab") as file:
+        with suppress(OSError):  # some file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)  # another process may be at it
+        if whole.exists():
+            partial.unlink(missing_ok=True)
+            return
+        begin = file.seek(0, os.SEEK_END)
+        if begin > known.size:
+            begin = file.truncate(0)
+        http_get(url, file, resume_size=begin, headers=headers, expected_size=known.size, displayed_filename=name)
+        file.flush()
+        if not _has_checksum(partial, known.etag):
+            partial.unlink()
+            raise CheckpointError(f"{repository}: {name} has come damaged, its checksum is wrong: download it again")
+        partial.rename(whole)
+
+
+def _has_checksum(path: Path, etag: str) -> bool:
+    """Whether a file has the contents that an etag names; those of large files are their SHA-256."""
+    if not re.fullmatch(r"[0-9a-f]{64}", etag):
+        return True
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest() == etag
+
+
+@contextmanager
+def _clear_errors(repository: str) -> Iterator[None]:
+    """Says in one line what went wrong with a repository."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except GatedRepoError:
+        raise CheckpointError(
+            f"{repository} wants its terms accepted: do so on its page on the hub, then log in with `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise CheckpointError(f"{repository} is neither a folder nor a repository you can read on the hub") from None
+    except HFValidationError:
+        raise CheckpointError(f"there is no folder {repository!r}, and no repository can have this name") from None
+    except LocalEntryNotFoundError:  # it wasn't found out what there is, for whatever reason
+        raise CheckpointError(
+            f"{repository} is not a folder, and there is no connection to the hub: check the network or give a folder"
+        ) from None
+    except Exception as error:  # its own, and those of two HTTP clients and of the file system
+        raise CheckpointError(
+            f"{repository} is not a folder, and can't be downloaded ({one_line(error)}); what has come is kept"
+        ) from None
