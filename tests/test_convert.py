@@ -153,6 +153,8 @@ def test_router_and_overrides(tmp_path: Path):
     assert bits(f"{layer}.0.experts.switch_glu.down_proj", 64) == 4
     assert bits("language_model.model.embed_tokens", 128) == 8
     assert f"{layer}.0.self_attn.o_proj.scales" not in tensors
+    described = json.loads(mlx_mtp_command("info", folder, "--no-draft", "--json").stdout)["target"]
+    assert described["bytes_in_memory"] == sum(tensor.nbytes for tensor in tensors.values()), "config.json says it all"
     assert mx.abs(logits(folder, dtype="float32") - theirs(folder)).max() <= 1e-3
     folder = convert(source, tmp_path / "no router", scheme(4, ("*.router.proj", None)))
     assert f"{layer}.0.router.proj.scales" not in stored(folder)

@@ -259,12 +259,11 @@ def _new_config(
 ) -> dict[str, Any]:
     new = deepcopy(config)
     if scheme:
-        # Entries name what isn't as all others: mlx-lm takes them as they are, and finds unquantised modules by
-        # their lack of scales.
+        # Entries name what isn't as all others; mlx-lm takes them as they are.
         special = {
-            p.name.removesuffix(".weight"): asdict(p.format)
-            for p in parameters.values()
-            if p.format and p.format != scheme.common
+            p.name.removesuffix(".weight"): asdict(p.format) if p.format else False
+            for ours, p in parameters.items()
+            if p.format != scheme.common and _is_matrix(ours, p.shape, p.dtype)
         }
         new["quantization"] = asdict(scheme.common) | special
     if dtype:
