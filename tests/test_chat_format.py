@@ -218,6 +218,17 @@ def test_a_folder_s_own_template_comes_first(small: Tokenizer, tmp_path: Path):
     assert Tokenizer.from_folder(tmp_path).render([user("x")]) == "from the file"
 
 
+def test_templates_of_fine_tunes(tmp_path: Path):
+    """With what transformers' renderer knows besides Jinja."""
+    write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% endfor %}{{ tools | tojson(separators=(',', ':')) }}"
+    )
+    tools = [{"b": "<é>", "a": [1, 2]}]
+    assert Tokenizer.from_folder(tmp_path).render([user("x"), user("y")], tools=tools) == 'x[{"b":"<é>","a":[1,2]}]'
+
+
 def test_tools_reach_the_prompt_whoever_asks(small: Tokenizer):
     question = [user("To Rome!")]
     expected = len(small.chat(question, tools=[ROUTE]))
