@@ -356,6 +356,19 @@ def test_the_command_checks(tmp_path: Path):
     assert mlx_mtp_command(*command).stdout == done.stdout
 
 
+def test_models_are_compared_on_texts_that_begin_as_texts_do(tmp_path: Path):
+    pair = Path(mlx_mtp.__file__).parent / "demo"
+    folder = convert(pair / "target", tmp_path / "new", scheme(6))
+    found = compare(pair / "target", folder, ("A fox ran away.", "2 + 2 = 4"))
+    lm = mlx_mtp.load(pair / "target")
+    assert lm.tokenizer is not None
+    texts = [lm.tokenizer.encode(f"<bos>{text}") for text in ("A fox ran away.", "2 + 2 = 4")]
+    assert found.tokens == sum(map(len, texts))
+    with mlx_mtp.load(folder, drafter=False) as other:
+        same = sum(int((lm.logits(t).argmax(-1) == other.logits(t).argmax(-1)).sum()) for t in texts)
+    assert found.top1 == same / found.tokens
+
+
 def test_an_original_too_large_to_compare_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     source, _ = make_pair("e2b", tmp_path)
     folder = convert(source, tmp_path / "new", scheme(4))

@@ -73,7 +73,9 @@ def compare(source: Path, result: Path, samples: tuple[str, ...] = SAMPLES) -> A
     with closing(_original(source, drafter=False)) as original:
         if original.tokenizer is None:
             raise CheckpointError(f"{source} has no tokenizer.json: there is no text to compare models on")
-        texts = [original.tokenizer.encode(text) for text in samples]
+        # All that Gemma has learnt from begins with this token; without it models are far from what they do in use.
+        begin = original.tokenizer.encode("<bos>") if original.tokenizer.token_id("<bos>") is not None else []
+        texts = [begin + original.tokenizer.encode(text) for text in samples]
         expected = [_log_probabilities(original, tokens) for tokens in texts]
     divergence, agreed = 0.0, 0
     with closing(mlx_mtp.load(result, drafter=False)) as converted:
