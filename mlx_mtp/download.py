@@ -46,8 +46,10 @@ def weights(repository: str, folder: Path, patterns: list[str]) -> None:
     """
     commit = folder.name  # of the files that are there now
     with _clear_errors(repository):
-        for name in _missing(repository, folder, patterns):
-            _fetch(repository, commit, name)
+        # The parts of the library that this uses have no promise to stay: without them it does all by itself.
+        with suppress(ImportError, AttributeError, TypeError):
+            for name in _missing(repository, folder, patterns):
+                _fetch(repository, commit, name)
         _snapshot(repository, commit, patterns)
 
 

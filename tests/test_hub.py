@@ -182,6 +182,13 @@ def test_an_interrupted_download_goes_on(hub: Hub, run: Run):
     assert (Path(done.stdout.strip()) / broken_off).read_bytes() == served.read_bytes()
 
 
+def test_a_library_without_the_parts_used_here_downloads_by_itself(hub: Hub, run: Run):
+    other = "from huggingface_hub import list_repo_files, snapshot_download, utils; utils.build_hf_headers = None;"
+    done = run("-c", other + FIND, "org/model")
+    assert done.returncode == 0, done.stderr
+    assert SHARDS <= hub.names()
+
+
 def test_what_came_damaged_is_not_used(hub: Hub, run: Run, tmp_path: Path):
     """As when the machine lost its power: the beginning that is there isn't the file's."""
     hub.cut, _ = sorted(SHARDS)
