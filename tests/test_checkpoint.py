@@ -141,6 +141,9 @@ def test_unknown_model_type(pair: tuple[Path, Path]) -> None:
         ("attention_bias", True),
         ("hidden_activation", "silu"),
         ("use_bidirectional_attention", "all"),
+        ("per_layer_config", {"1": {"sliding_window": 8}}),
+        ("per_layer_config", {"one": {}}),
+        ("per_layer_config", [1]),
     ],
 )
 def test_field_of_the_text_config(pair: tuple[Path, Path], field: str, value: object) -> None:
