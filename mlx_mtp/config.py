@@ -221,6 +221,16 @@ def _positive(config: Json, name: str, default: float | None = None) -> float:
     return float(value)
 
 
+def _rope(given: Json) -> RopeConfig:
+    kind, factor = given.get("rope_type") or "default", given.get("factor") or 1
+    if kind not in ("default", "proportional") or factor != 1:
+        raise CheckpointError(f"rope_type {kind!r} with factor {factor} isn't supported: no Gemma 4 model has that")
+    rotated = _positive(given, "partial_rotary_factor", 1.0)
+    if rotated > 1:
+        raise CheckpointError(f"config.json: partial_rotary_factor is {rotated}, expected at most 1")
+    return RopeConfig(_positive(given, "rope_theta"), rotated)
+
+
 def _text_config(config: Json, own_kv: bool) -> TextConfig:
     if not isinstance(config, Mapping):
         raise CheckpointError(f"config.json: text_config is {config!r}, expected an object")
@@ -234,10 +244,7 @@ def _text_config(config: Json, own_kv: bool) -> TextConfig:
     try:
         layers = _layers(config, own_kv)
         experts = _size(config, "num_experts") if config.get("enable_moe_block") else 0
-        rope = {
-            kind: RopeConfig(_positive(p, "rope_theta"), _positive(p, "partial_rotary_factor", 1.0))
-            for kind, p in _field(config, "rope_parameters").items()
-        }
+        rope = {kind: _rope(given) for kind, given in _field(config, "rope_parameters").items()}
         text = TextConfig(
             vocab_size=_size(config, "vocab_size"),
             hidden_size=_size(config, "hidden_size"),

@@ -153,6 +153,12 @@ def test_field_of_the_text_config(pair: tuple[Path, Path], field: str, value: ob
     assert culprit in message and message.startswith(str(pair[0]))
 
 
+@pytest.mark.parametrize("change", [{"rope_type": "yarn"}, {"factor": 4.0}, {"partial_rotary_factor": 2}], ids=str)
+def test_rotary_embedding_of_another_kind(pair: tuple[Path, Path], change: dict[str, object]) -> None:
+    edit_json(pair[0] / "config.json", lambda c: c["text_config"]["rope_parameters"]["full_attention"].update(change))
+    assert next(iter(change)) in failure(CheckpointError, pair[0])
+
+
 @pytest.mark.parametrize("value", [None, 3, []])
 def test_text_config_that_is_no_object(pair: tuple[Path, Path], value: object) -> None:
     edit_json(pair[0] / "config.json", lambda c: c.update(text_config=value))
@@ -239,6 +245,11 @@ def test_unknown_tensor(pair: tuple[Path, Path]) -> None:
 def test_tensor_of_the_wrong_shape(pair: tuple[Path, Path]) -> None:
     edit_tensors(pair[0], lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ][:-1]}))
     assert "layers.3.self_attn.q_proj.weight is [511, 64] instead of [512, 64]" in failure(CheckpointError, pair[0])
+
+
+def test_tensor_of_the_wrong_type(pair: tuple[Path, Path]) -> None:
+    edit_tensors(pair[0], lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].astype(mx.int8)}))
+    assert "layers.3.self_attn.q_proj.weight is stored as int8" in failure(CheckpointError, pair[0])
 
 
 @pytest.mark.parametrize("name", ["masked_embedding.token_ordering", "model.embed_tokens.weight", "model.norm.weight"])
