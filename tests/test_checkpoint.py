@@ -317,3 +317,8 @@ def test_drafter_for_another_window_or_vocabulary(pair: tuple[Path, Path], field
 @pytest.mark.parametrize(("option", "value"), [("dtype", "float8"), ("quantize", 7)])
 def test_unusable_option(pair: tuple[Path, Path], option: str, value: object) -> None:
     assert str(value) in failure(CheckpointError, pair[0], **{option: value})
+
+
+def test_a_profile_that_is_none() -> None:
+    with pytest.raises(mlx_mtp.ProfileError, match="profile must be 'auto', a file or None, not 5"):
+        mlx_mtp.load(profile=5)  # type: ignore[arg-type]
