@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .answer import Chunk, Generation
     from .api import MTPModel, load
     from .chat import Chat
-    from .errors import CheckpointError, MemoryBudgetError, MTPError, PairingError, PromptError
+    from .errors import CheckpointError, MemoryBudgetError, MTPError, PairingError, ProfileError, PromptError
 
 __version__ = "0.1.0"
 
@@ -23,7 +23,9 @@ _HOMES = {
     **dict.fromkeys(("load", "MTPModel"), "api"),
     **dict.fromkeys(("Generation", "Chunk"), "answer"),
     "Chat": "chat",
-    **dict.fromkeys(("MTPError", "CheckpointError", "PairingError", "PromptError", "MemoryBudgetError"), "errors"),
+    **dict.fromkeys(
+        ("MTPError", "CheckpointError", "PairingError", "ProfileError", "PromptError", "MemoryBudgetError"), "errors"
+    ),
 }
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "MTPModel",
     "MemoryBudgetError",
     "PairingError",
+    "ProfileError",
     "PromptError",
     "__version__",
     "load",

@@ -412,6 +412,7 @@ def assign(
     if section:
         nn.quantize(model, class_predicate=section.rule(weights))
     check_complete(model, found, folder)
+    _check_types(model, weights, folder)
 
     own = weights["norm.weight"].dtype
     model.load_weights(list(weights.items()))
@@ -421,6 +422,16 @@ def assign(
         scheme = Scheme(Format(quantize))
         nn.quantize(model, class_predicate=scheme.rule())  # in the stored type, as a conversion does it
     model.set_dtype(DTYPES[dtype] if dtype else activation_dtype(own))
+
+
+def _check_types(model: nn.Module, weights: dict[str, mx.array], folder: Path) -> None:
+    """Checks that numbers are numbers, and packed bits and indices are integers."""
+    for name, own in _parameters(model):
+        dtype = weights[name].dtype
+        if mx.issubdtype(dtype, mx.floating) != mx.issubdtype(own.dtype, mx.floating):
+            raise CheckpointError(
+                f"{folder} doesn't fit its config.json: {name} is stored as {str(dtype).removeprefix('mlx.core.')}"
+            )
 
 
 def _read(model: nn.Module, folder: Path) -> None:

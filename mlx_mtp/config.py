@@ -20,6 +20,9 @@ TARGET_TYPES = ("gemma4", "gemma4_unified", "gemma4_text", "gemma4_unified_text"
 DRAFTER_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 SLIDING, FULL = "sliding_attention", "full_attention"
 
+_OVERRIDES = ("head_dim", "num_key_value_heads")
+"""Fields that `per_layer_config` gives to some layers."""
+
 Json = Mapping[str, Any]
 
 
@@ -218,6 +221,16 @@ def _positive(config: Json, name: str, default: float | None = None) -> float:
     return float(value)
 
 
+def _rope(given: Json) -> RopeConfig:
+    kind, factor = given.get("rope_type") or "default", given.get("factor") or 1
+    if kind not in ("default", "proportional") or factor != 1:
+        raise CheckpointError(f"rope_type {kind!r} with factor {factor} isn't supported: no Gemma 4 model has that")
+    rotated = _positive(given, "partial_rotary_factor", 1.0)
+    if rotated > 1:
+        raise CheckpointError(f"config.json: partial_rotary_factor is {rotated}, expected at most 1")
+    return RopeConfig(_positive(given, "rope_theta"), rotated)
+
+
 def _text_config(config: Json, own_kv: bool) -> TextConfig:
     if not isinstance(config, Mapping):
         raise CheckpointError(f"config.json: text_config is {config!r}, expected an object")
@@ -231,10 +244,7 @@ def _text_config(config: Json, own_kv: bool) -> TextConfig:
     try:
         layers = _layers(config, own_kv)
         experts = _size(config, "num_experts") if config.get("enable_moe_block") else 0
-        rope = {
-            kind: RopeConfig(_positive(p, "rope_theta"), _positive(p, "partial_rotary_factor", 1.0))
-            for kind, p in _field(config, "rope_parameters").items()
-        }
+        rope = {kind: _rope(given) for kind, given in _field(config, "rope_parameters").items()}
         text = TextConfig(
             vocab_size=_size(config, "vocab_size"),
             hidden_size=_size(config, "hidden_size"),
@@ -270,16 +280,16 @@ def _layers(config: Json, own_kv: bool) -> tuple[LayerConfig, ...]:
     if own_kv and not set(kinds) <= set(kinds[:first_shared]):
         raise CheckpointError("config.json shares KV among layers of a kind none of which has KV of its own")
     k_eq_v = bool(config.get("attention_k_eq_v"))
-    overrides = config.get("per_layer_config") or {}
+    overrides = _overrides(config)
 
     layers = []
     for i, kind in enumerate(kinds):
         sliding = kind == SLIDING
         head_dim, kv_heads = _size(config, "head_dim"), _size(config, "num_key_value_heads")
-        if not sliding and "per_layer_config" not in config:
+        if not sliding and overrides is None:
             head_dim = _size(config, "global_head_dim", least=0) or head_dim
             kv_heads = (_size(config, "num_global_key_value_heads", least=0) if k_eq_v else 0) or kv_heads
-        override = overrides.get(str(i)) or overrides.get(i) or {}
+        override = (overrides or {}).get(i, {})
         shared = i >= first_shared
         # All layers of a drafter read the target's KV, so none of them has an owner in its own stack.
         owner = max(j for j in range(first_shared) if kinds[j] == kind) if shared and own_kv else i
@@ -295,3 +305,18 @@ def _layers(config: Json, own_kv: bool) -> tuple[LayerConfig, ...]:
             )
         )
     return tuple(layers)
+
+
+def _overrides(config: Json) -> dict[int, Json] | None:
+    """What `per_layer_config` says, by layer; None where the published fields say it."""
+    given = config.get("per_layer_config")
+    if given is None:
+        return None
+    try:
+        overrides = {int(i): dict(fields) for i, fields in given.items()}  # "04", if there is a layer 10
+    except (TypeError, ValueError, AttributeError):
+        raise CheckpointError(f"config.json: per_layer_config is {given!r}, expected objects by layer") from None
+    for i, fields in overrides.items():
+        if odd := [name for name, value in fields.items() if name not in _OVERRIDES and value != config.get(name)]:
+            raise CheckpointError(f"config.json: per_layer_config gives layer {i} its own {odd[0]}: not supported")
+    return overrides

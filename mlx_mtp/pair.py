@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from . import hub
+from .errors import ProfileError
 from .tuning import profile as profiles
 
 DEMO = Path(__file__).parent / "demo"
@@ -33,6 +34,8 @@ def find_profile(
     """The profile that `load` is to use, see there."""
     if wanted is None:
         return None
+    if not isinstance(wanted, str | Path):
+        raise ProfileError(f"profile must be 'auto', a file or None, not {wanted!r}")
     try:
         key = profiles.key_of(folder, drafter_folder, quantize, dtype)
     except OSError:

@@ -141,6 +141,9 @@ def test_unknown_model_type(pair: tuple[Path, Path]) -> None:
         ("attention_bias", True),
         ("hidden_activation", "silu"),
         ("use_bidirectional_attention", "all"),
+        ("per_layer_config", {"1": {"sliding_window": 8}}),
+        ("per_layer_config", {"one": {}}),
+        ("per_layer_config", [1]),
     ],
 )
 def test_field_of_the_text_config(pair: tuple[Path, Path], field: str, value: object) -> None:
@@ -148,6 +151,12 @@ def test_field_of_the_text_config(pair: tuple[Path, Path], field: str, value: ob
     culprit = value[0] if value == ["linear_attention"] * 6 else field
     message = failure(CheckpointError, pair[0])
     assert culprit in message and message.startswith(str(pair[0]))
+
+
+@pytest.mark.parametrize("change", [{"rope_type": "yarn"}, {"factor": 4.0}, {"partial_rotary_factor": 2}], ids=str)
+def test_rotary_embedding_of_another_kind(pair: tuple[Path, Path], change: dict[str, object]) -> None:
+    edit_json(pair[0] / "config.json", lambda c: c["text_config"]["rope_parameters"]["full_attention"].update(change))
+    assert next(iter(change)) in failure(CheckpointError, pair[0])
 
 
 @pytest.mark.parametrize("value", [None, 3, []])
@@ -238,6 +247,11 @@ def test_tensor_of_the_wrong_shape(pair: tuple[Path, Path]) -> None:
     assert "layers.3.self_attn.q_proj.weight is [511, 64] instead of [512, 64]" in failure(CheckpointError, pair[0])
 
 
+def test_tensor_of_the_wrong_type(pair: tuple[Path, Path]) -> None:
+    edit_tensors(pair[0], lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].astype(mx.int8)}))
+    assert "layers.3.self_attn.q_proj.weight is stored as int8" in failure(CheckpointError, pair[0])
+
+
 @pytest.mark.parametrize("name", ["masked_embedding.token_ordering", "model.embed_tokens.weight", "model.norm.weight"])
 def test_missing_tensor_of_a_drafter(pair: tuple[Path, Path], name: str) -> None:
     edit_tensors(pair[1], lambda tensors: tensors.pop(name))
@@ -303,3 +317,8 @@ def test_drafter_for_another_window_or_vocabulary(pair: tuple[Path, Path], field
 @pytest.mark.parametrize(("option", "value"), [("dtype", "float8"), ("quantize", 7)])
 def test_unusable_option(pair: tuple[Path, Path], option: str, value: object) -> None:
     assert str(value) in failure(CheckpointError, pair[0], **{option: value})
+
+
+def test_a_profile_that_is_none() -> None:
+    with pytest.raises(mlx_mtp.ProfileError, match="profile must be 'auto', a file or None, not 5"):
+        mlx_mtp.load(profile=5)  # type: ignore[arg-type]

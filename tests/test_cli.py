@@ -345,6 +345,15 @@ def test_what_is_not_utf8():
     assert chat.returncode == 0 and "UTF-8" in chat.stderr and chat.stdout.strip()
 
 
+def test_a_terminal_that_is_not_utf8():
+    """Whatever it can't show doesn't end the answer; JSON loses nothing."""
+    options = ("generate", "x", "--temperature", 3, "--seed", 1, "--max-tokens", 200)
+    utf8, ascii = (mlx_mtp(*options, PYTHONIOENCODING=encoding) for encoding in ("utf-8", "ascii"))
+    assert ascii.returncode == 0 and not utf8.stdout.isascii()
+    assert ascii.stdout == utf8.stdout.encode("ascii", "replace").decode()
+    assert json.loads(mlx_mtp(*options, "--json", PYTHONIOENCODING="ascii").stdout)["text"] + "\n" == utf8.stdout
+
+
 @pytest.mark.parametrize("command", [("generate", "x", "--model"), ("chat",), ("info",)])
 def test_truncated_weights(command: tuple[str, ...], tmp_path: Path):
     target, _ = make_pair("e2b", tmp_path)

@@ -12,10 +12,12 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 import reference
+from real_tensors import SIZES, target_config
 from tiny_checkpoints import KINDS, VOCAB, WINDOW, make_pair
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 import mlx_mtp
+import mlx_mtp.config
 from mlx_mtp import checkpoint
 from mlx_mtp.decode.prefill import prefill
 
@@ -120,6 +122,17 @@ def test_saved_again_by_transformers(both: Both, tmp_path: Path) -> None:
     again = load(tmp_path / "target", tmp_path / "drafter")
     assert mx.array_equal(again.logits(both.prompt), both.ours.logits(both.prompt))
     assert again.propose(both.prompt, 6) == both.ours.propose(both.prompt, 6)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_real_configs_saved_again(name: str) -> None:
+    """Models of real depth say the same in `per_layer_config`, whose layers are "04" where there is a layer 10."""
+    published = target_config(name)
+    fields = published["text_config"]
+    text = AutoConfig.for_model("gemma4_unified_text" if SIZES[name].unified else "gemma4_text", **fields).to_dict()
+    assert "per_layer_config" in text and "global_head_dim" not in text
+    read = mlx_mtp.config.target_config
+    assert read(published | {"text_config": text}) == read(published)
 
 
 @pytest.mark.parametrize("bits", [None, 4])

@@ -64,6 +64,8 @@ def main() -> None:
         sys.stdin = open(os.devnull)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments; the tokenizer refuses what isn't UTF-8
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that isn't UTF-8 lacks characters
     try:
         sys.exit(app(standalone_mode=False))
     except (MTPError, _UsageError) as error:

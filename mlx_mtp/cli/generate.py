@@ -60,7 +60,7 @@ def generate(
             if as_json:
                 answer = lm.generate(messages, **given)
                 assert not isinstance(answer, list)
-                print(json.dumps(answer.as_dict(), ensure_ascii=False))
+                print(json.dumps(answer.as_dict()))  # ASCII, which is the same in every encoding
                 return
             chunks = o.show(lm.stream(messages, **given))
         except KeyboardInterrupt:
