@@ -5,11 +5,14 @@
     mlx-vlm  our decoding with the drafter / mlx-vlm's, same pair and draft length (with --mlx-vlm, see peer_mlx_vlm.py)
     rounds   tokens a row gets out of a round, and the same over what these prompts get one by one
 
+In these batches all rows begin together, and all have the same length, past the end of their texts: plain decoding runs
+in step from the first token to the last. The queue is how it is used: 40 prompts, 8 at a time, each to its own end.
+
 Pairs: the embedded one on chat prompts, and two of medium size, dense and mixture of experts, on random prompts; their
 weights are made such that the drafter is right now and then (medium_pair.py). Every ratio is the median over
 repetitions in which all variants take turns. Needs the `bench` extra (mlx-lm).
 
-    python scripts/bench_batch.py [--repeats 5] [--draft-length 4] [--mlx-vlm PYTHON] [--json]
+    python scripts/bench_batch.py [--repeats 5] [--draft-length 4] [--mlx-vlm PYTHON] [--part queue] [--json]
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 from typing import Annotated, Any
 
 from mlx_mtp.blas import use_openblas
@@ -40,6 +44,7 @@ from mlx_mtp.api import DEMO  # noqa: E402
 
 SIZES = (1, 2, 4, 8)
 TOKENS = 120
+PARTS = ("queue", "embedded", "dense", "MoE")
 PROMPTS = (
     "What is a drafter?",
     "Tell me a short story about a fox and a lantern.",
@@ -143,20 +148,49 @@ def measure(
     return rows
 
 
+def queue(prompts: list[list[int]], k: int, repeats: int) -> dict[str, list[float]]:
+    """Ratios for the embedded pair with prompts that wait for a free row, and texts of their own lengths."""
+    rows: dict[str, list[float]] = {}
+    waiting = 5 * prompts
+    Random(0).shuffle(waiting)
+
+    def tokens_per_second(draft_length: int | str) -> float:
+        started = time.perf_counter()
+        results = lm.generate_batch(waiting, 8, max_tokens=2 * TOKENS, temperature=0, draft_length=draft_length)
+        return sum(len(result.tokens) for result in results) / (time.perf_counter() - started)
+
+    with mlx_mtp.load(dtype="float32", profile=None, cache_bytes=0) as lm:
+        for repeat in range(repeats + 1):
+            plain, mtp, auto = map(tokens_per_second, (0, k, "auto"))
+            if repeat:  # the first time warms up
+                rows.setdefault(f"queue, 8 rows: MTP ({k}) / plain", []).append(mtp / plain)
+                rows.setdefault("queue, 8 rows: MTP (auto) / plain", []).append(auto / plain)
+    return rows
+
+
 def main(
     repeats: Annotated[int, typer.Option(help="Repetitions of every variant.")] = 5,
     draft_length: Annotated[int, typer.Option(help="Tokens to draft a round.")] = 4,
     mlx_vlm: Annotated[Path | None, typer.Option(help="Python of an environment with mlx-vlm.")] = None,
+    part: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(PARTS)}. Default: all.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Runs the benchmark and prints its table."""
+    if unknown := set(part or ()) - set(PARTS):
+        raise typer.BadParameter(f"unknown part {', '.join(unknown)}: expected some of {', '.join(PARTS)}")
+    parts = part or PARTS
     rows: dict[str, Any] = {}
     with mlx_mtp.load() as lm:
         chat = [lm.encode(text) for text in PROMPTS]
     random = [mx.random.randint(0, VOCAB, (10 + 7 * i,), key=mx.random.key(i)).tolist() for i in range(8)]
-    rows |= measure("embedded", (DEMO / "target", DEMO / "drafter"), chat, draft_length, repeats, mlx_vlm)
+    if "queue" in parts:
+        rows |= queue(chat, draft_length, repeats)
+    if "embedded" in parts:
+        rows |= measure("embedded", (DEMO / "target", DEMO / "drafter"), chat, draft_length, repeats, mlx_vlm)
     with tempfile.TemporaryDirectory() as folder:
         for name, kind in (("dense", "31b"), ("MoE", "26b")):
+            if name not in parts:
+                continue
             rows |= measure(name, make_medium_pair(kind, Path(folder) / kind), random, draft_length, repeats, mlx_vlm)
     if as_json:
         print(json.dumps({name: statistics.median(values) for name, values in rows.items()} | {"blas": BLAS}))
