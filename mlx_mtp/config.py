@@ -320,3 +320,15 @@ def _overrides(config: Json) -> dict[int, Json] | None:
         if odd := [name for name, value in fields.items() if name not in _OVERRIDES and value != config.get(name)]:
             raise CheckpointError(f"config.json: per_layer_config gives layer {i} its own {odd[0]}: not supported")
     return overrides
+
+
+def in_published_fields(config: Json) -> dict[str, Any]:
+    """A text config without `per_layer_config`: the same in the fields of published ones, which every reader knows."""
+    new = {name: value for name, value in config.items() if name != "per_layer_config"}
+    if overrides := _overrides(config):
+        full = overrides.get(list(config["layer_types"]).index(FULL), {}) if FULL in config["layer_types"] else {}
+        new["global_head_dim"] = full.get("head_dim", config["head_dim"])
+        if config.get("attention_k_eq_v"):
+            new["num_global_key_value_heads"] = full.get("num_key_value_heads", config["num_key_value_heads"])
+    # Published fields can't say everything: layers of a kind are alike there.
+    return new if _layers(new, own_kv=False) == _layers(config, own_kv=False) else dict(config)

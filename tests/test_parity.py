@@ -19,7 +19,9 @@ from transformers import AutoConfig, PreTrainedModel
 import mlx_mtp
 import mlx_mtp.config
 from mlx_mtp import checkpoint
+from mlx_mtp.config import in_published_fields
 from mlx_mtp.decode.prefill import prefill
+from weights_convert import convert
 
 TOLERANCE = 1e-4
 DECODED = 200
@@ -124,6 +126,15 @@ def test_saved_again_by_transformers(both: Both, tmp_path: Path) -> None:
     assert again.propose(both.prompt, 6) == both.ours.propose(both.prompt, 6)
 
 
+def test_saved_again_and_converted(both: Both, tmp_path: Path) -> None:
+    """mlx-lm doesn't read `per_layer_config`, and can load what is made of it."""
+    both.target.save_pretrained(tmp_path / "target")
+    folder = convert(tmp_path / "target", tmp_path / "mlx")
+    # Versions before 0.32 don't know "gemma4_unified".
+    model, _ = mlx_lm.utils.load_model(folder, model_config={"vocab_size": VOCAB, "model_type": "gemma4"})
+    assert mx.abs(load(folder).logits(both.prompt) - model(mx.array([both.prompt]))[0]).max() <= TOLERANCE
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_real_configs_saved_again(name: str) -> None:
     """Models of real depth say the same in `per_layer_config`, whose layers are "04" where there is a layer 10."""
@@ -133,6 +144,8 @@ def test_real_configs_saved_again(name: str) -> None:
     assert "per_layer_config" in text and "global_head_dim" not in text
     read = mlx_mtp.config.target_config
     assert read(published | {"text_config": text}) == read(published)
+    back = in_published_fields(text)
+    assert "per_layer_config" not in back and read(published | {"text_config": back}) == read(published)
 
 
 @pytest.mark.parametrize("bits", [None, 4])

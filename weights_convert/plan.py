@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp import checkpoint
-from mlx_mtp.config import DRAFTER_TYPES, drafter_config, target_config
+from mlx_mtp.config import DRAFTER_TYPES, drafter_config, in_published_fields, target_config
 from mlx_mtp.errors import CheckpointError
 from mlx_mtp.models.drafter import POSITIONS, Drafter
 from mlx_mtp.models.target import Target
@@ -258,6 +258,10 @@ def _new_config(
     clustered: bool,
 ) -> dict[str, Any]:
     new = deepcopy(config)
+    if "text_config" in new:
+        new["text_config"] = in_published_fields(new["text_config"])
+    else:
+        new = in_published_fields(new)
     if scheme:
         # Entries name what isn't as all others; mlx-lm takes them as they are.
         special = {
