@@ -198,7 +198,8 @@ def main(
     print(
         f"{platform.machine()} {platform.system()}, mlx {mx.__version__} on {mx.default_device()}, BLAS {BLAS}, float32"
     )
-    print(f"{TOKENS} tokens a row, greedy, {repeats} repetitions; median (lowest to highest)")
+    lengths = f"{TOKENS} tokens a row (queue: up to {2 * TOKENS})"
+    print(f"{lengths}, greedy, {repeats} repetitions; median (lowest to highest)")
     for name, values in rows.items():
         print(f"  {name:44} {statistics.median(values):5.2f}   ({min(values):.2f} to {max(values):.2f})")
 

@@ -129,6 +129,7 @@ def measured(tokens: int, repeats: int) -> dict[str, dict[str, list[float]]]:
             oracle = Oracle(own, scripts(name, text, len(prompt), target.config.vocab_size, rows))
             label = f"{name}, {rows} rows" if rows > 1 else name
             found = results.setdefault(label, {"auto / plain": [], "auto / best fixed": []})
+            print(label, file=sys.stderr)  # half an hour in all
             for _ in range(repeats):
                 speeds = race(target, oracle, prompt, tokens, rows)
                 found["auto / plain"].append(speeds["auto"] / speeds[0])
