@@ -125,7 +125,7 @@ def test_a_reader_that_goes_away():
     (("chat",), "stderr"),
 ])  # fmt: skip
 def test_control_c_ends_generate_and_a_chat_that_reads_a_pipe(args: tuple[str, ...], begun: str):
-    for _ in range(3):  # a loaded machine may let the answer end before the signal is sent
+    for _ in range(5):
         running = subprocess.Popen(
             [sys.executable, "-m", "mlx_mtp", *args],
             stdin=subprocess.PIPE,
@@ -138,7 +138,7 @@ def test_control_c_ends_generate_and_a_chat_that_reads_a_pipe(args: tuple[str, .
         running.send_signal(signal.SIGINT)
         _, errors = running.communicate(timeout=60)
         assert b"Traceback" not in errors
-        if running.returncode:
+        if b"tok/s" not in errors:  # else the answer was short, and the signal met a program that was ending
             break
     assert running.returncode == 130
 
@@ -231,7 +231,7 @@ def test_control_c_stops_the_answer_and_not_the_chat():
         wait_for("> ")
         os.write(main, b"/stats\n")
         wait_for("no answer yet")
-        for _ in range(3):  # a loaded machine may let the answer end before the signal is sent
+        for _ in range(5):
             wait_for("> ")
             os.write(main, b"Tell me a long story about a fox, a bear and a bird.\n")
             wait_for("bird.\r\n")
