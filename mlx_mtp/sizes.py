@@ -138,9 +138,11 @@ def held_bytes(*models: nn.Module | None) -> int:
 
 
 def memory_for_models() -> int:
-    """Bytes of memory that models may take: on a Mac what Metal recommends, elsewhere the machine's memory."""
+    """Bytes that models may take: on a Mac what Metal recommends, with CUDA the GPU's memory, else the machine's."""
     if sys.platform == "darwin" and mx.metal.is_available():
         return int(mx.device_info()["max_recommended_working_set_size"])
+    if mx.default_device() == mx.gpu and "total_memory" in (gpu := mx.device_info()):
+        return int(gpu["total_memory"])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -19,12 +19,10 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_flatten
+from random_weights import with_random_weights
 
 from mlx_mtp.checkpoint import activation_dtype
 from mlx_mtp.config import DrafterConfig, TextConfig, drafter_config, target_config
@@ -34,7 +32,7 @@ from mlx_mtp.decode.scheduler import Scheduler
 from mlx_mtp.kv import KVBuffers, longest_block
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
-from mlx_mtp.quantization import Format, Scheme
+from mlx_mtp.sizes import held_bytes
 
 BITS, VOCAB = 4, 262_144
 PREFILL, VERIFY = 128, 5
@@ -104,39 +102,6 @@ def _kinds(layers: str, shared: int) -> dict[str, Any]:
     }
 
 
-def with_random_weights(model: nn.Module) -> None:
-    """Gives a model that holds nothing yet quantised weights that keep activations at their size."""
-    # Lazily: what it makes of nothing is never computed.
-    nn.quantize(model, class_predicate=Scheme(Format(BITS)).rule())
-    dtype, random = activation_dtype(mx.bfloat16), np.random.default_rng(0)
-    for module in model.modules():
-        bits = getattr(module, "bits", None)
-        for name, old in module.items():
-            if not isinstance(old, mx.array) or name.startswith("_") or old.dtype == mx.int32:
-                continue
-            if bits is None:
-                module[name] = mx.ones(old.shape, dtype)
-            elif name == "weight":
-                module[name] = mx.array(random.integers(0, 2**32, old.shape, dtype=np.uint32))
-            else:
-                # Evenly spread codes around 0; outputs as large as inputs.
-                codes, inputs = 2**bits, old.shape[-1] * cast(Any, module).group_size
-                step = (12 / inputs) ** 0.5 / codes
-                module[name] = mx.full(old.shape, step if name == "scales" else -step * (codes - 1) / 2, dtype)
-            mx.eval(module[name])
-    for part in model.modules():
-        if hasattr(part, "prepare"):
-            part.prepare()
-            mx.eval(part.parameters())
-    mx.eval(model.parameters())
-    mx.clear_cache()
-
-
-def nbytes(model: nn.Module) -> int:
-    """Bytes of a model's weights."""
-    return sum(array.nbytes for _, array in cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters())))
-
-
 def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
     """Wall-clock seconds of a call, and its result."""
     started = time.perf_counter()
@@ -149,7 +114,7 @@ def layers(size: str) -> None:
     shares = "hidden_size_per_layer_input" in SIZES[size]
     config = text_config(size, "sfsf" if shares else "sf", 2 if shares else 0, vocab=1024)
     target = Target(config)
-    with_random_weights(target)
+    with_random_weights(target, BITS, activation_dtype(mx.bfloat16))
     tokens = mx.random.randint(0, config.vocab_size, (PREFILL + VERIFY,)).tolist()
     kv = KVBuffers(config, 1, target.dtype, longest_block(config))
     prefill, _ = seconds(lambda: prefill_block(target, kv, [tokens[:PREFILL]], 0))
@@ -160,7 +125,7 @@ def layers(size: str) -> None:
     if not apart < 1e-3 * mx.abs(block).max().item():  # NaN fails too
         raise SystemExit(f"{size}: a verify block and single steps differ by {apart}")
     row(
-        f"{size.upper()}, {len(config.layers)} layers", nbytes(target), prefill, min(s for s, _ in steps), verify,
+        f"{size.upper()}, {len(config.layers)} layers", held_bytes(target), prefill, min(s for s, _ in steps), verify,
         f"verify = steps to {apart:.0e}",
     )  # fmt: skip
 
@@ -169,7 +134,8 @@ def pair() -> None:
     """Decodes with a whole E2B and its drafter, and prints a row for plain decoding and one for drafting."""
     config = text_config("e2b", "ssssf" * 7, 20, vocab=VOCAB)
     target, drafter = Target(config), Drafter(e2b_drafter(), "committed")
-    made, _ = seconds(lambda: (with_random_weights(target), with_random_weights(drafter)))
+    dtype = activation_dtype(mx.bfloat16)
+    made, _ = seconds(lambda: [with_random_weights(model, BITS, dtype) for model in (target, drafter)])
     prompt = mx.random.randint(0, VOCAB, (PROMPT,)).tolist()
     texts = []
     for drafts in (0, DRAFTS):
@@ -180,8 +146,8 @@ def pair() -> None:
         label = f"E2B and drafter, {drafts} drafts" if drafts else "E2B, plain"
         each = stats.generation_seconds / stats.rounds
         note = f"{stats.generated_tokens} tokens in {stats.rounds} rounds; made in {made:.0f} s"
-        held = nbytes(target) + nbytes(drafter)
-        row(label, held, stats.prompt_seconds, None if drafts else each, each if drafts else None, note)
+        step, verify = (None, each) if drafts else (each, None)
+        row(label, held_bytes(target, drafter), stats.prompt_seconds, step, verify, note)
     if texts[0] != texts[1]:
         raise SystemExit(f"drafting changed the tokens: {texts}")
 

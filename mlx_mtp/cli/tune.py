@@ -133,9 +133,9 @@ def _tune(
             except OSError as error:  # what took minutes to measure is shown nevertheless
                 failed = error
         if as_json:
-            print(json.dumps(_facts(found, options, choices, saved, lm.config.text)))
+            print(json.dumps(facts(found, options, choices, saved, lm.config.text)))
         else:
-            print(_report(found, options, choices, lm.config.text))
+            print(tables(found, options, choices, lm.config.text))
         if saved and not as_json:
             print(f"\nsaved for {objective} in {saved}")
         elif options and not as_json and not failed:
@@ -183,8 +183,8 @@ def _read_prompts(path: Path) -> list[Any]:
     return found
 
 
-def _report(found: Measurement, options: list[Option], choices: list[Choice], config: TextConfig) -> str:
-    """All that was measured, as tables."""
+def tables(found: Measurement, options: list[Option], choices: list[Choice], config: TextConfig) -> str:
+    """All that was measured and chosen, for people."""
     from ..tuning import choose
     from ..tuning.cost_model import distinct_experts
 
@@ -254,13 +254,14 @@ def _report(found: Measurement, options: list[Option], choices: list[Choice], co
     return "\n".join(lines)
 
 
-def _facts(
+def facts(
     found: Measurement,
     options: list[Option],
     choices: list[Choice],
     saved: Path | None,
     config: TextConfig,
 ) -> dict[str, Any]:
+    """All that was measured and chosen, for JSON."""
     from ..tuning import choose
     from ..tuning.cost_model import distinct_experts
 
@@ -355,9 +356,9 @@ def _simulation(
         raise typer.BadParameter(f"the model's own is {longest:,} tokens", param_hint="--contexts")
     if as_json:
         predicted = [report.simulation_facts(machine, pair, context, batches, objective) for context in contexts]
-        facts = {"predicted": True, "chip": machine.name, "model": name, "bits": bits, "objective": objective}
+        about = {"predicted": True, "chip": machine.name, "model": name, "bits": bits, "objective": objective}
         accepted = list(cost_model.PUBLISHED_ACCEPTANCE) if pair.drafter else []
-        return json.dumps({**facts, "acceptance": accepted, "contexts": predicted})
+        return json.dumps({**about, "acceptance": accepted, "contexts": predicted})
     return "\n\n".join(
         report.simulation(machine, name, pair, context, batches=batches, objective=objective) for context in contexts
     )

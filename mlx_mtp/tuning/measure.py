@@ -173,37 +173,75 @@ def measure(
     texts = _answers(lm, result, prompts)
     progress("acceptance")
     # Sampling from a large vocabulary takes its time too, and what most requests do is what the model says.
-    defaults, config = lm.defaults, lm.config.text
+    defaults = lm.defaults
     sampling = SamplingOptions(defaults.temperature, defaults.top_k, defaults.top_p, defaults.min_p)
     with lm.models() as (target, drafter):
-        for context in contexts:
-            room = context + max(lengths)
-            if room > target.config.max_positions:
-                result.skipped.append(f"context {context:,}: the model's own is {target.config.max_positions:,} tokens")
-                for _ in batches:
-                    progress("left out")
-                continue
-            fitting = [b for b in batches if _needed(target, b, room) <= lm.kv_budget]
-            for rows in batches:
-                if rows not in fitting:
-                    result.skipped.append(
-                        f"batch {rows} at context {context:,}: needs {in_words(_needed(target, rows, room))}, "
-                        f"and {in_words(lm.kv_budget)} are left"
-                    )
-                    progress("left out")
-            rows_of_text = [_row_of_text(texts, i, room) for i in range(max(fitting, default=0))]
-            prefilled = []
-            for tokens in rows_of_text:
-                started = time.perf_counter()
-                prefilled.append(prefill(target, tokens[:context]))
-                result.prefill_tps[context] = context / (time.perf_counter() - started)  # the last one is warm
-            for rows in fitting:
-                sampler = Sampler([sampling] * rows, config.logit_softcap, defaults.suppress_tokens, config.vocab_size)
-                result.steps.append(_step(target, drafter, sampler, prefilled[:rows], rows_of_text, context, lengths))
-                progress(f"batch {rows}, context {context}")
+        measure_costs(
+            target, drafter, texts, sampling, lm.kv_budget, result, batches, lengths, contexts, progress,
+            defaults.suppress_tokens,
+        )  # fmt: skip
+    result.complete = True
+
+
+def measure_costs(
+    target: Target,
+    drafter: Drafter | None,
+    texts: Sequence[Sequence[int]],
+    sampling: SamplingOptions,
+    kv_budget: int,
+    result: Measurement,
+    batches: Sequence[int] = BATCHES,
+    lengths: Sequence[int] = LENGTHS,
+    contexts: Sequence[int] = CONTEXTS,
+    progress: Progress = lambda done: None,
+    suppress_tokens: Sequence[int] = (),
+) -> None:
+    """Measures what prefill and rounds cost, and what a mixture of experts is asked for: all but acceptance.
+
+    Args:
+        target: The target.
+        drafter: Its drafter, or None.
+        texts: Token ids that rows consist of, over and over; each row begins at another place.
+        sampling: How every row chooses tokens.
+        kv_budget: Bytes that the KV of all rows may take.
+        result: Takes what is measured, at once.
+        batches: As for `measure`, and so are the next three.
+        lengths: See there.
+        contexts: See there.
+        progress: See there; not called for acceptance.
+        suppress_tokens: Token ids that are never chosen.
+
+    Raises:
+        MemoryBudgetError: Not even one row fits in memory.
+    """
+    config = target.config
+    for context in contexts:
+        room = context + max(lengths)
+        if room > config.max_positions:
+            result.skipped.append(f"context {context:,}: the model's own is {config.max_positions:,} tokens")
+            for _ in batches:
+                progress("left out")
+            continue
+        fitting = [b for b in batches if _needed(target, b, room) <= kv_budget]
+        for rows in batches:
+            if rows not in fitting:
+                result.skipped.append(
+                    f"batch {rows} at context {context:,}: needs {in_words(_needed(target, rows, room))}, "
+                    f"and {in_words(kv_budget)} are left"
+                )
+                progress("left out")
+        rows_of_text = [_row_of_text(texts, i, room) for i in range(max(fitting, default=0))]
+        prefilled = []
+        for tokens in rows_of_text:
+            started = time.perf_counter()
+            prefilled.append(prefill(target, tokens[:context]))
+            result.prefill_tps[context] = context / (time.perf_counter() - started)  # the last one is warm
+        for rows in fitting:
+            sampler = Sampler([sampling] * rows, config.logit_softcap, suppress_tokens, config.vocab_size)
+            result.steps.append(_step(target, drafter, sampler, prefilled[:rows], rows_of_text, context, lengths))
+            progress(f"batch {rows}, context {context}")
     if not result.steps:
         raise MemoryBudgetError("nothing could be measured: " + "; ".join(result.skipped))
-    result.complete = True
 
 
 def _answers(lm: MTPModel, result: Measurement, prompts: Mapping[str, Sequence[Any]]) -> list[list[int]]:

@@ -1,0 +1,53 @@
+"""Fills models of real shapes with random weights, quantised or not, without ever holding a table in other bits.
+
+They say what work costs and whether it runs; nothing about acceptance, nor about the text.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_mtp.quantization import Format, Scheme
+
+
+def with_random_weights(model: nn.Module, bits: int | None, dtype: mx.Dtype) -> None:
+    """Gives a model that holds nothing yet weights that keep activations at their size.
+
+    Args:
+        model: A target or a drafter, as constructed.
+        bits: Bits of its matrices, in groups of 64 (the router: 8), or None for `dtype`.
+        dtype: Of everything else, and of the activations.
+    """
+    if bits:
+        # Lazily: what it makes of nothing is never computed.
+        nn.quantize(model, class_predicate=Scheme(Format(bits)).rule())
+    random = np.random.default_rng(0)
+    for module in model.modules():
+        own = getattr(module, "bits", None)
+        for name, old in module.items():
+            if not isinstance(old, mx.array) or name.startswith("_") or old.dtype == mx.int32:
+                continue
+            if own is None:
+                # The same spread as of quantised ones, and outputs as large as inputs.
+                bound = (3 / old.shape[-1]) ** 0.5
+                module[name] = (
+                    mx.ones(old.shape, dtype) if old.ndim == 1 else mx.random.uniform(-bound, bound, old.shape, dtype)
+                )
+            elif name == "weight":
+                module[name] = mx.array(random.integers(0, 2**32, old.shape, dtype=np.uint32))
+            else:
+                # Evenly spread codes around 0.
+                codes, inputs = 2**own, old.shape[-1] * cast(Any, module).group_size
+                step = (12 / inputs) ** 0.5 / codes
+                module[name] = mx.full(old.shape, step if name == "scales" else -step * (codes - 1) / 2, dtype)
+            mx.eval(module[name])
+    for part in model.modules():
+        if hasattr(part, "prepare"):
+            part.prepare()
+            mx.eval(part.parameters())
+    mx.eval(model.parameters())
+    mx.clear_cache()

@@ -1,0 +1,86 @@
+"""Runs the tuner for a published Gemma 4 size without its weights: real shapes, filled at random.
+
+What verify passes, drafts and prefill cost is measured as `mlx-mtp tune` does. Random weights accept nothing, and a
+router of random weights spreads tokens evenly: so acceptance is assumed, as it was published for 26B-A4B
+(`mlx_mtp.tuning.cost_model.PUBLISHED_ACCEPTANCE`, further drafts continued), and the experts are those of independent
+tokens. A real model must be tuned with its own weights; nothing is saved for it here.
+
+    python scripts/tune_random_weights.py 26B-A4B --bits 4 [--json FILE] [--plot FILE]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import mlx.core as mx
+import typer
+from random_weights import with_random_weights
+
+from mlx_mtp.checkpoint import activation_dtype
+from mlx_mtp.cli.tune import facts, tables
+from mlx_mtp.decode.draft_length import MAX_AUTO_LENGTH
+from mlx_mtp.decode.sampling import SamplingOptions
+from mlx_mtp.models.drafter import Drafter
+from mlx_mtp.models.target import Target
+from mlx_mtp.sizes import held_bytes, in_words, kv_budget
+from mlx_mtp.tuning import OBJECTIVES, choose, measure, profile
+from mlx_mtp.tuning.cost_model import acceptance_for
+from mlx_mtp.tuning.known_models import known_pair
+from mlx_mtp.tuning.plot import check_plot, write_plot
+
+SAMPLING = SamplingOptions(temperature=1.0, top_k=64, top_p=0.95)
+"""As generation_config.json of the published models has it."""
+
+TEXTS, TOKENS = 12, 4096
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="E2B, E4B, 12B, 26B-A4B or 31B.")],
+    bits: Annotated[int | None, typer.Option(help="Bits of the weights. Default: bfloat16.")] = None,
+    batch_sizes: Annotated[str, typer.Option(help="Batches to measure.")] = ",".join(map(str, measure.BATCHES)),
+    contexts: Annotated[str, typer.Option(help="Context lengths to measure.")] = ",".join(map(str, measure.CONTEXTS)),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write what was measured.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Where to draw tokens per second against batch.")] = None,
+) -> None:
+    """Measures, chooses, and prints the tuner's tables."""
+    if plot:
+        check_plot(plot)
+    target_config, drafter_config = known_pair(model)
+    target, drafter = Target(target_config.text), Drafter(drafter_config, "committed")
+    dtype, begun = activation_dtype(mx.bfloat16), time.perf_counter()
+    mx.random.seed(0)
+    for part in (target, drafter):
+        with_random_weights(part, bits, dtype)
+    held, name = held_bytes(target, drafter), f"{model}, {f'{bits} bits' if bits else str(dtype).split('.')[-1]}"
+    print(
+        f"{name}, random weights of {in_words(held)}, made in {time.perf_counter() - begun:.0f} s; mlx "
+        f"{version('mlx')} on {profile.device()}\n",
+        flush=True,
+    )
+    texts = mx.random.randint(0, target_config.text.vocab_size, (TEXTS, TOKENS)).tolist()
+    assumed = list(acceptance_for(MAX_AUTO_LENGTH))
+    found = measure.Measurement(acceptance={"assumed": assumed}, drafter_position="committed")
+    batches, lengths = ([int(number) for number in text.split(",")] for text in (batch_sizes, contexts))
+    begun = time.perf_counter()
+    measure.measure_costs(
+        target, drafter, texts, SAMPLING, kv_budget(held)[0], found, batches, contexts=lengths,
+        progress=lambda what: print(f"{time.perf_counter() - begun:6.1f} s  {what}", file=sys.stderr, flush=True),
+    )  # fmt: skip
+    found.complete = True
+    options = choose.options(found)
+    choices = [choose.choose(options, objective) for objective in OBJECTIVES]
+    print(tables(found, options, choices, target_config.text))
+    print(f"\nmeasured in {time.perf_counter() - begun:.0f} s; peak {in_words(mx.get_peak_memory())}")
+    if json_file:
+        json_file.write_text(json.dumps(facts(found, options, choices, None, target_config.text)))
+    if plot:
+        write_plot(options, plot, f"{name} (random weights) on {profile.device()}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
