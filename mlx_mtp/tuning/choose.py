@@ -23,8 +23,7 @@ from .measure import Measurement, Step
 from .report import BALANCED_SHARE
 
 _RESTLESS = 1.3
-"""A block that takes so many times what a wider one takes is no property of the machine; kernels that change with the
-width explain less."""
+"""A block that takes so many times what a wider one takes, and not each time it is run, was disturbed."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +69,16 @@ def round_seconds(steps: Sequence[Step], rows: int) -> dict[int, float]:
 
 
 def restless(steps: Sequence[Step]) -> str | None:
-    """Why times can't be trusted, for people: a block that took much longer than a wider one. None if there is none."""
+    """Why times can't be trusted, for people, or None: a block that took much longer than a wider one.
+
+    If it took as long whenever it was run, it isn't that: MLX has other kernels for wider blocks, some much faster.
+    """
     worst, why = _RESTLESS, None
     for step in steps:
         for narrow, wide in combinations(sorted(step.verify), 2):
-            ratio = step.verify[narrow].median / step.verify[wide].median
-            if ratio > worst:
+            own = step.verify[narrow]
+            ratio = own.median / step.verify[wide].median
+            if ratio > worst and own.high > _RESTLESS * own.low:
                 worst = ratio
                 why = (
                     f"at batch {step.rows} and context {step.context:,} a block of {narrow} took {ratio:.1f} times as "
