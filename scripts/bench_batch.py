@@ -113,7 +113,13 @@ def mlx_lm(model: nn.Module, prompts: Sequence[list[int]]) -> float:
 
 
 def measure(
-    name: str, folders: tuple[Path, Path], prompts: list[list[int]], k: int, repeats: int, vlm: Path | None
+    name: str,
+    folders: tuple[Path, Path],
+    prompts: list[list[int]],
+    sizes: Sequence[int],
+    k: int,
+    repeats: int,
+    vlm: Path | None,
 ) -> dict[str, list[float]]:
     """Ratios for one pair, by batch size."""
     target, drafter = folders
@@ -124,9 +130,9 @@ def measure(
         theirs, _ = load_model(target, model_config={"vocab_size": lm.config.text.vocab_size})
         theirs.set_dtype(mx.float32)
         # All texts have the same length, so that the mean over texts is one over rounds too.
-        alone = [1 / ours(lm, [prompt], k)[1] for prompt in prompts]
+        alone = [1 / ours(lm, [prompt], k)[1] for prompt in prompts[: max(sizes)]]
         for repeat in range(repeats + 1):
-            for size in SIZES:
+            for size in sizes:
                 batch = prompts[:size]
                 plain, _ = ours(lm, batch, 0)
                 mtp, tokens = ours(lm, batch, k)
@@ -173,12 +179,15 @@ def main(
     draft_length: Annotated[int, typer.Option(help="Tokens to draft a round.")] = 4,
     mlx_vlm: Annotated[Path | None, typer.Option(help="Python of an environment with mlx-vlm.")] = None,
     part: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(PARTS)}. Default: all.")] = None,
+    size: Annotated[list[int] | None, typer.Option(help="Some rows of a batch, 1 to 8. Default: 1, 2, 4, 8.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Runs the benchmark and prints its table."""
     if unknown := set(part or ()) - set(PARTS):
         raise typer.BadParameter(f"unknown part {', '.join(unknown)}: expected some of {', '.join(PARTS)}")
-    parts = part or PARTS
+    if not all(1 <= rows <= max(SIZES) for rows in size or ()):
+        raise typer.BadParameter(f"expected 1 to {max(SIZES)}", param_hint="--size")
+    parts, sizes = part or PARTS, size or SIZES
     rows: dict[str, Any] = {}
     with mlx_mtp.load() as lm:
         chat = [lm.encode(text) for text in PROMPTS]
@@ -186,12 +195,13 @@ def main(
     if "queue" in parts:
         rows |= queue(chat, draft_length, repeats)
     if "embedded" in parts:
-        rows |= measure("embedded", (DEMO / "target", DEMO / "drafter"), chat, draft_length, repeats, mlx_vlm)
+        rows |= measure("embedded", (DEMO / "target", DEMO / "drafter"), chat, sizes, draft_length, repeats, mlx_vlm)
     with tempfile.TemporaryDirectory() as folder:
         for name, kind in (("dense", "31b"), ("MoE", "26b")):
             if name not in parts:
                 continue
-            rows |= measure(name, make_medium_pair(kind, Path(folder) / kind), random, draft_length, repeats, mlx_vlm)
+            pair = make_medium_pair(kind, Path(folder) / kind)
+            rows |= measure(name, pair, random, sizes, draft_length, repeats, mlx_vlm)
     if as_json:
         print(json.dumps({name: statistics.median(values) for name, values in rows.items()} | {"blas": BLAS}))
         return
