@@ -25,6 +25,7 @@ from mlx_mtp.checkpoint import activation_dtype
 from mlx_mtp.cli.tune import facts, tables
 from mlx_mtp.decode.draft_length import MAX_AUTO_LENGTH
 from mlx_mtp.decode.sampling import SamplingOptions
+from mlx_mtp.errors import MTPError
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
 from mlx_mtp.sizes import held_bytes, in_words, kv_budget
@@ -50,7 +51,11 @@ def main(
     """Measures, chooses, and prints the tuner's tables."""
     if plot:
         check_plot(plot)
-    target_config, drafter_config = known_pair(model)
+    try:
+        target_config, drafter_config = known_pair(model)
+        batches, lengths = ([int(number) for number in text.split(",")] for text in (batch_sizes, contexts))
+    except (MTPError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
     target, drafter = Target(target_config.text), Drafter(drafter_config, "committed")
     dtype, begun = activation_dtype(mx.bfloat16), time.perf_counter()
     mx.random.seed(0)
@@ -65,7 +70,6 @@ def main(
     texts = mx.random.randint(0, target_config.text.vocab_size, (TEXTS, TOKENS)).tolist()
     assumed = list(acceptance_for(MAX_AUTO_LENGTH))
     found = measure.Measurement(acceptance={"assumed": assumed}, drafter_position="committed")
-    batches, lengths = ([int(number) for number in text.split(",")] for text in (batch_sizes, contexts))
     begun = time.perf_counter()
     measure.measure_costs(
         target, drafter, texts, SAMPLING, kv_budget(held)[0], found, batches, contexts=lengths,

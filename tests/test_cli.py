@@ -195,7 +195,7 @@ def test_a_file_that_cannot_be_saved_is_left_as_it_is(tmp_path: Path):
     assert pipe.is_fifo() and link.is_symlink() and json.loads(kept.read_text()) == []
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="macOS has no device that is always full")
 def test_a_full_disk_is_one_line():
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "mlx_mtp", "generate", "x", "--max-tokens", "5"]
@@ -231,7 +231,7 @@ def test_control_c_stops_the_answer_and_not_the_chat():
         wait_for("> ")
         os.write(main, b"/stats\n")
         wait_for("no answer yet")
-        for _ in range(5):
+        for _ in range(3):  # a loaded machine may let the answer end before the signal is sent
             wait_for("> ")
             os.write(main, b"Tell me a long story about a fox, a bear and a bird.\n")
             wait_for("bird.\r\n")
