@@ -21,6 +21,7 @@ import json
 import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -89,6 +90,11 @@ class MlxVlm:
         self._process.stdin.flush()
 
 
+def begun(name: str, repeat: int, repeats: int, facts: str = "") -> None:
+    """Says how far it is: some parts take many minutes."""
+    print(f"{name}{facts}: " + (f"repetition {repeat} of {repeats}" if repeat else "warming up"), file=sys.stderr)
+
+
 def ours(lm: mlx_mtp.MTPModel, prompts: Sequence[list[int]], draft_length: int | str) -> tuple[float, float]:
     """Tokens per second of a batch, prefill included, and tokens a row got out of a round."""
     started = time.perf_counter()
@@ -133,6 +139,7 @@ def measure(
         alone = [1 / ours(lm, [prompt], k)[1] for prompt in prompts[: max(sizes)]]
         for repeat in range(repeats + 1):
             for size in sizes:
+                begun(name, repeat, repeats, f", {size} rows")
                 batch = prompts[:size]
                 plain, _ = ours(lm, batch, 0)
                 mtp, tokens = ours(lm, batch, k)
@@ -167,6 +174,7 @@ def queue(prompts: list[list[int]], k: int, repeats: int) -> dict[str, list[floa
 
     with mlx_mtp.load(dtype="float32", profile=None, cache_bytes=0) as lm:
         for repeat in range(repeats + 1):
+            begun("queue", repeat, repeats)
             plain, mtp, auto = map(tokens_per_second, (0, k, "auto"))
             if repeat:  # the first time warms up
                 rows.setdefault(f"queue, 8 rows: MTP ({k}) / plain", []).append(mtp / plain)
