@@ -4,13 +4,15 @@
     right      one that is always right
     switching  right for 200 tokens, wrong for the next 200
     mixed      right for 7 tokens of 10, at random and for each row at other ones, so that rows go on at their own pace
+    different  rows of the kinds above, one after the other, so that some are done long before others
 
 First on this machine, with the embedded pair. The drafter does all its work, but what it proposes is replaced by the
 right or a wrong token, so that its price is real and its luck isn't. Every variant has a scheduler of its own, which
 knows nothing of costs when it begins.
 
 Then on a simulated clock, with published prices of rounds (tests/simulated_clock.py has their sources), those included
-with which drafting never pays.
+with which drafting never pays, and with batches of 8 rows that all reach their limits ("limits"), end anywhere
+("stops"), or make room for others ("queue").
 
     python scripts/bench_never_slower.py [--tokens 2000] [--repeats 1] [--json]
 """
@@ -23,6 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
@@ -38,7 +41,14 @@ import typer  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from simulated_clock import COSTS, TEXTS, against_fixed  # noqa: E402
+from simulated_clock import (  # noqa: E402
+    BATCH_COSTS,
+    COSTS,
+    ROWS,
+    TEXTS,
+    against_fixed,
+    batch_against_fixed,
+)
 
 import mlx_mtp  # noqa: E402
 from mlx_mtp.decode.draft_length import AutoLength  # noqa: E402
@@ -55,16 +65,22 @@ SLICE = 50
 
 
 class Oracle:
-    """A drafter that works as the one it has, and then proposes what a script says."""
+    """A drafter that works as the one it has, and then proposes what a script says.
+
+    Attributes:
+        rows: The rows that it drafts for, in the order of their scripts.
+    """
 
     def __init__(self, drafter: Drafter, scripts: Sequence[Sequence[int]]):
         """Takes a script for each row: token ids by absolute position, the prompt's included."""
+        self.rows: list[Row] = []
         self._drafter, self._scripts = drafter, mx.array([list(script) for script in scripts], dtype=mx.int32)
-        self._step, self._lengths = 0, self._scripts
+        self._step, self._lengths, self._running = 0, self._scripts, self._scripts
 
     def borrow(self, kv: KVBuffers, lengths: mx.array) -> Lent:
         """Starts a round."""
         self._step, self._lengths = 0, lengths
+        self._running = self._scripts[mx.array([i for i, row in enumerate(self.rows) if not row.done])]
         return self._drafter.borrow(kv, lengths)
 
     def __call__(self, embedded: mx.array, hidden: mx.array, lent: Lent) -> tuple[mx.array, mx.array, mx.array]:
@@ -72,7 +88,7 @@ class Oracle:
         self._step += 1
         logits, _, hidden = self._drafter(embedded, hidden, lent)
         at = (self._lengths + self._step)[:, None] % self._scripts.shape[1]
-        token = mx.take_along_axis(self._scripts[: at.shape[0]], at, axis=1)
+        token = mx.take_along_axis(self._running, at, axis=1)
         (token,) = mx.depends([token], [logits.max()])
         return mx.zeros(token.shape), token, hidden
 
@@ -81,24 +97,31 @@ def scripts(kind: str, text: Sequence[int], start: int, vocab: int, rows: int) -
     """What the drafter proposes, by row, from the text that the target writes; before `start` it is the prompt."""
     rng = Random(0)
     good = {
-        "wrong": lambda i: False,
         "right": lambda i: True,
-        "switching": lambda i: (i - start) // 200 % 2 == 0,
+        "wrong": lambda i: False,
         "mixed": lambda i: rng.random() < 0.7,
-    }[kind]
-    return [[token if good(i) else (token + 1) % vocab for i, token in enumerate(text)] for _ in range(rows)]
+        "switching": lambda i: (i - start) // 200 % 2 == 0,
+    }
+    kinds = [*good] if kind == "different" else [kind]
+    return [
+        [token if good[kinds[row % len(kinds)]](i) else (token + 1) % vocab for i, token in enumerate(text)]
+        for row in range(rows)
+    ]
 
 
-def race(target: Target, drafter: Any, prompt: list[int], tokens: int, rows: int) -> dict[int | str, float]:
-    """Tokens per second, from the first token on, of some rows with the same prompt, by draft length.
+def race(
+    target: Target, drafter: Drafter, scripts: Sequence[Sequence[int]], prompt: list[int], tokens: int
+) -> dict[int | str, float]:
+    """Tokens per second, from the first token on, of a row for each script with the same prompt, by draft length.
 
     All run side by side, a slice of the text each in turn, so that a moment in which the machine has other work to do
     is nobody's alone.
     """
-    runs: dict[int | str, tuple[Scheduler, list[Row]]] = {}
+    rows, runs = len(scripts), dict[int | str, tuple[Scheduler, list[Row]]]()
     for length in (0, *FIXED, "auto"):
-        scheduler = Scheduler(target, drafter)
-        running = [scheduler.submit(Request(prompt, tokens, draft_length=length)) for _ in range(rows)]
+        oracle = Oracle(drafter, scripts)
+        scheduler: Scheduler = Scheduler(target, oracle)  # type: ignore[arg-type]
+        oracle.rows = running = [scheduler.submit(Request(prompt, tokens, draft_length=length)) for _ in range(rows)]
         while not all(row.tokens for row in running):
             scheduler.step()
         runs[length] = scheduler, running
@@ -124,21 +147,21 @@ def measured(tokens: int, repeats: int) -> dict[str, dict[str, list[float]]]:
         plain = Scheduler(target, None).stream(Request(prompt, tokens, draft_length=0))
         text = prompt + [token for new in plain for token in new]
         cases = [(name, 1) for name in ("wrong", "right", "switching")]
-        cases += [(name, rows) for name in ("wrong", "mixed") for rows in BATCHES]
+        cases += [(name, rows) for name in ("wrong", "mixed", "different") for rows in BATCHES]
         for name, rows in cases:
-            oracle = Oracle(own, scripts(name, text, len(prompt), target.config.vocab_size, rows))
+            told = scripts(name, text, len(prompt), target.config.vocab_size, rows)
             label = f"{name}, {rows} rows" if rows > 1 else name
             found = results.setdefault(label, {"auto / plain": [], "auto / best fixed": []})
-            print(label, file=sys.stderr)  # half an hour in all
+            print(label, file=sys.stderr)  # most of an hour in all
             for _ in range(repeats):
-                speeds = race(target, oracle, prompt, tokens, rows)
+                speeds = race(target, own, told, prompt, tokens)
                 found["auto / plain"].append(speeds["auto"] / speeds[0])
                 found["auto / best fixed"].append(speeds["auto"] / max(speeds[k] for k in (0, *FIXED)))
     return results
 
 
 def simulated() -> dict[str, dict[str, Any]]:
-    """The same ratios on the simulated clock, by cost curve and text."""
+    """The same ratios on the simulated clock, by cost curve and text, or rows and how they end."""
     cases = {(cost, text): [TEXTS[text]] for cost in COSTS for text in TEXTS}
     cases |= {
         (cost, f"mixed, {rows} rows"): [list(TEXTS.values())[i % len(TEXTS)] for i in range(rows)]
@@ -149,6 +172,10 @@ def simulated() -> dict[str, dict[str, Any]]:
     for (cost, text), chances in cases.items():
         of_plain, of_best, best = against_fixed(AutoLength, COSTS[cost], chances)
         results[f"{cost}: {text}"] = {"auto / plain": of_plain, "auto / best fixed": of_best, "best fixed": best}
+    for cost, rows, kind in product(BATCH_COSTS, ROWS, ("limits", "stops", "queue")):
+        of_plain, of_best, best = batch_against_fixed(BATCH_COSTS[cost], ROWS[rows], kind, seeds=8)
+        label = f"{cost}: {rows}, {kind}"
+        results[label] = {"auto / plain": of_plain, "auto / best fixed": of_best, "best fixed": best}
     return results
 
 
@@ -172,7 +199,7 @@ def main(
     for label, found in machine.items():
         cells = (f"{statistics.median(v):5.2f} ({min(v):.2f} to {max(v):.2f})" for v in found.values())
         print(f"  {label:20}" + "    ".join(f"{cell:20}" for cell in cells))
-    print("simulated clock; means of 8 runs of 2,000 tokens")
+    print("simulated clock; means of 8 runs of 2,000 tokens (batches of 8 whose rows end: about 300 a row)")
     print(f"  {'':32}{'auto / plain':>14}{'auto / best fixed':>19}{'best fixed':>12}")
     for label, facts in clock.items():
         print(f"  {label:32}{facts['auto / plain']:14.3f}{facts['auto / best fixed']:19.3f}{facts['best fixed']:12d}")

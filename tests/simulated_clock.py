@@ -9,10 +9,15 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from mlx_mtp.decode.draft_length import MAX_AUTO_LENGTH
+from mlx_mtp.decode.batch_length import BatchLength
+from mlx_mtp.decode.beliefs import MAX_AUTO_LENGTH
+from mlx_mtp.decode.request import Request, Row, Stats
 
 Cost = Callable[[int], float]
 """Seconds of a round by draft length, in plain steps."""
+
+BatchCost = Callable[[int, int], float]
+"""Seconds of a round by number of rows and draft length."""
 
 Chance = Callable[[int, int], float]
 """Chance that draft j is kept if those before it were, at a position of the text."""
@@ -74,6 +79,18 @@ COSTS: dict[str, Cost] = {
 }
 """Prices of a round; sources in the comments, the first two made up."""
 
+BATCH_COSTS: dict[str, BatchCost] = {
+    # Most of the time goes into reading weights, however many tokens are verified.
+    "bandwidth": lambda rows, k: 1 + 0.03 * rows * (k + 1) + 0.06 * k,
+    # Most of it into arithmetic.
+    "arithmetic": lambda rows, k: 1 + 0.22 * rows * (k + 1) + (0.12 + 0.05 * rows) * k,
+    # A product in 4 bits pays by the token, up to about ten.
+    "kernel step": lambda rows, k: 1 + 0.25 * min(rows * (k + 1) - 1, 9) + 0.01 * rows * (k + 1) + 0.06 * k,
+    # More tokens touch more experts.
+    "experts": lambda rows, k: 1 + 0.25 * (rows * (k + 1)) ** 0.7 + 0.05 * k,
+}
+"""Prices of rounds of batches, made up for what they may depend on."""
+
 TEXTS: dict[str, Chance] = {
     "wrong": lambda position, j: 0.0,
     "right": lambda position, j: 1.0,
@@ -84,6 +101,15 @@ TEXTS: dict[str, Chance] = {
     "switching": lambda position, j: 0.97 if position // 200 % 2 == 0 else 0.05,
 }
 """How predictable a text is."""
+
+ROWS: dict[str, list[float]] = {
+    "alike": [0.7] * 8,
+    "spread": [0.95, 0.9, 0.85, 0.8, 0.6, 0.5, 0.4, 0.2],
+    "one hard": [0.9] * 7 + [0.1],
+    "one easy": [0.3] * 7 + [0.97],
+    "half hard": [0.9] * 4 + [0.2] * 4,
+}
+"""Chances that a draft is kept, of the rows of a batch."""
 
 
 def speed(
@@ -111,10 +137,7 @@ def speed(
     while sum(positions) < tokens * len(chances):
         # As in the engine: the next length is chosen before this round's result is known.
         length, following = following, policy.next()
-        kept = [
-            next((j for j in range(length) if rng.random() >= chance(position, j)), length)
-            for chance, position in zip(chances, positions, strict=True)
-        ]
+        kept = [_kept(chance, position, length, rng) for chance, position in zip(chances, positions, strict=True)]
         dearer = 1 + growth * sum(positions) / len(positions) / 1000
         taken = cost(length) * dearer * max(0.5, 1 + noise * rng.gauss(0, 1)) * (5 if rng.random() < noise / 5 else 1)
         seconds += taken
@@ -153,3 +176,98 @@ def against_fixed(
     ]
     own, best = mean_speed(make, cost, chances, seeds, tokens, growth, noise), max(fixed)
     return own / fixed[0], own / best, fixed.index(best)
+
+
+def batch_seconds(
+    length: int | BatchLength,
+    cost: BatchCost,
+    chances: Sequence[Chance],
+    seed: int,
+    limit: int,
+    ends: Sequence[int] | None = None,
+    places: int = 8,
+) -> float:
+    """Seconds until all rows are done, of which some decode together and the others wait for a place.
+
+    Args:
+        length: A fixed draft length, or what chooses it.
+        cost: What a round takes.
+        chances: One for each row.
+        seed: Of the noise and of the drafts' luck.
+        limit: Tokens that each row may generate.
+        ends: Where each row comes upon a stop token; None for rows that have none.
+        places: Most rows that decode together.
+    """
+    rng, stop = random.Random(seed), frozenset({1} if ends else ())
+    waiting = [Row(Request([0], limit, stop_tokens=stop), Stats(), limit) for _ in chances]
+    chance = {row.number: it for row, it in zip(waiting, chances, strict=True)}
+    end = {row.number: it for row, it in zip(waiting, ends or [limit] * len(chances), strict=True)}
+    running: list[Row] = []
+    seconds, in_flight = 0.0, None
+    while running or waiting:
+        joining = [waiting.pop(0) for _ in range(min(places - len(running), len(waiting)))]
+        running += joining
+        if isinstance(length, BatchLength):
+            k, policy = length.next(running, len(running), bool(waiting))
+        else:
+            k, policy = length, None
+        k = min(k, max(row.remaining for row in running) - 1)
+        # As in the engine: a round's outcome is known once the next length has been chosen.
+        if in_flight:
+            kept, drafted, taken, told = in_flight
+            for row in running:
+                if row.number in kept:
+                    _receive(row, kept[row.number], drafted, end[row.number])
+                    if row.done and isinstance(length, BatchLength):
+                        length.done(row)
+            running = [row for row in running if not row.done]
+            if told:
+                alive = {row.number: kept[row.number] for row in running if row.number in kept}
+                told.observe(drafted, alive, taken if k == drafted and not joining else None)
+            in_flight = None
+        if running:
+            kept = {row.number: _kept(chance[row.number], len(row.tokens), k, rng) for row in running}
+            taken = cost(len(running), k) * max(0.5, 1 + 0.05 * rng.gauss(0, 1))
+            seconds += taken
+            in_flight = kept, k, taken, policy
+    return seconds
+
+
+def batch_against_fixed(
+    cost: BatchCost, chances: Sequence[float], kind: str, tokens: int = 300, seeds: int = 4
+) -> tuple[float, float, int]:
+    """Automatic lengths' speed over plain decoding's and over the best fixed length's, and that length.
+
+    Args:
+        cost: What a round takes.
+        chances: By row, that a draft is kept.
+        kind: "limits": all rows end at their limit. "stops": each comes upon a stop token somewhere. "queue": the same,
+            with four times as many rows as places.
+        tokens: A row, in the mean if it ends by itself.
+        seeds: Runs of which this is the mean; two more before them, in which automatic lengths learn what rounds cost.
+    """
+    rows = [lambda position, j, it=it: it for it in chances] * (4 if kind == "queue" else 1)
+
+    def seconds(length: int | BatchLength, seeds: Sequence[int]) -> float:
+        total = 0.0
+        for seed in seeds:
+            rng = random.Random(f"ends {seed}")
+            ends = None if kind == "limits" else [max(2, int(rng.expovariate(1 / tokens))) for _ in rows]
+            limit = tokens if kind == "limits" else 2 * tokens
+            total += batch_seconds(length, cost, rows, seed, limit, ends, len(chances))
+        return total
+
+    fixed = [seconds(k, range(seeds)) for k in range(MAX_AUTO_LENGTH + 1)]
+    auto = BatchLength()
+    seconds(auto, range(seeds, seeds + 2))
+    own, best = seconds(auto, range(seeds)), min(fixed)
+    return fixed[0] / own, best / own, fixed.index(best)
+
+
+def _kept(chance: Chance, position: int, drafted: int, rng: random.Random) -> int:
+    return next((j for j in range(drafted) if rng.random() >= chance(position, j)), drafted)
+
+
+def _receive(row: Row, kept: int, drafted: int, end: int) -> None:
+    """A row's share of a round, with a stop token where its text ends."""
+    row.receive([int(len(row.tokens) + i + 1 == end) for i in range(kept + 1)], kept, drafted)

@@ -200,7 +200,7 @@ def test_nothing_is_lost_when_a_step_fails(monkeypatch: pytest.MonkeyPatch):
             for _ in range(3):
                 next(streams[1])
 
-            def fail(*_: object) -> None:
+            def fail(*_: object, **__: object) -> None:
                 raise MemoryError("no room")
 
             with monkeypatch.context() as broken:

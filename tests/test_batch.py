@@ -276,7 +276,7 @@ def test_an_error_ends_what_runs_and_nothing_else(e2b: Pair, monkeypatch: pytest
     scheduler.step()
     scheduler.step()
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:

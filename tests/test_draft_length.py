@@ -5,9 +5,23 @@ from __future__ import annotations
 import random
 
 import pytest
-from simulated_clock import COSTS, TEXTS, FixedLength, against_fixed, curve, mean_speed, speed
+from simulated_clock import (
+    BATCH_COSTS,
+    COSTS,
+    ROWS,
+    TEXTS,
+    FixedLength,
+    against_fixed,
+    batch_against_fixed,
+    curve,
+    mean_speed,
+    speed,
+)
 
+from mlx_mtp.decode.batch_length import BatchLength
+from mlx_mtp.decode.beliefs import MAX_DRAFT_LENGTH
 from mlx_mtp.decode.draft_length import AutoLength
+from mlx_mtp.decode.request import Request, Row, Stats
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -37,6 +51,16 @@ def test_batches_of_mixed_rows(cost: str, rows: int):
 def test_batches_of_equal_rows(cost: str, text: str):
     of_plain, of_best, _ = against_fixed(AutoLength, COSTS[cost], [TEXTS[text]] * 8, seeds=4, tokens=1000)
     assert of_plain >= 0.965 and of_best >= 0.95
+
+
+@pytest.mark.parametrize("kind", ["limits", "stops", "queue"])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("cost", BATCH_COSTS)
+def test_batches_whose_rows_end(cost: str, rows: str, kind: str):
+    """Rows leave and the batch shrinks, or others take their places: what is won early may be lost late."""
+    few = {"tokens": 200, "seeds": 2} if kind == "queue" else {}
+    of_plain, of_best, _ = batch_against_fixed(BATCH_COSTS[cost], ROWS[rows], kind, **few)
+    assert of_plain >= 0.95 and of_best >= 0.94
 
 
 @pytest.mark.parametrize("text", ["wrong", "right", "published", "switching"])
@@ -108,6 +132,67 @@ def test_a_text_that_ends_takes_its_luck_with_it():
     smaller = AutoLength()
     smaller.begin([0], policy)
     assert smaller.next() == 7
+
+
+def test_rows_that_become_hard_are_noticed_at_once():
+    """Not only where nothing at all is kept any more."""
+    cost, policy = BATCH_COSTS["arithmetic"], AutoLength()
+    policy.begin(range(4))
+    for _ in range(40):
+        length = policy.next()
+        policy.observe(length, dict.fromkeys(range(4), length), cost(4, length))
+    assert policy.next() >= 5
+    lengths = []
+    for _ in range(6):
+        lengths.append(policy.next())
+        policy.observe(lengths[-1], dict.fromkeys(range(4), min(1, lengths[-1])), cost(4, lengths[-1]))
+    assert lengths[0] >= 5 and max(lengths[-2:]) <= 2, lengths
+
+
+def test_the_last_row_decides_when_nobody_waits():
+    """Seven easy rows and a hard one, where a round's price depends little on how many rows share it."""
+
+    def next_length(waiting: bool, stops: bool) -> int:
+        batch, stop = BatchLength(), frozenset({1} if stops else ())
+        rows = [Row(Request([0], 4000, stop_tokens=stop), Stats(), 4000) for _ in range(8)]
+        for _ in range(40):
+            length, policy = batch.next(rows, 8, waiting)
+            kept = {row.number: length for row in rows[:7]} | {rows[7].number: 0}
+            policy.observe(length, kept, BATCH_COSTS["bandwidth"](8, length))
+        return batch.next(rows, 8, waiting)[0]
+
+    assert next_length(waiting=True, stops=False) == 7, "whoever is done makes room"
+    assert next_length(waiting=False, stops=False) == 0, "the hard row ends last, and drafts only hold it up"
+    assert next_length(waiting=False, stops=True) > 0, "it may as well end first"
+
+
+def test_stop_tokens_that_never_come_are_counted_on_less():
+    batch = BatchLength()
+    rows = [Row(Request([0], 400, stop_tokens=frozenset({1})), Stats(), 400) for _ in range(8)]
+
+    def next_length() -> int:
+        for _ in range(40):
+            length, policy = batch.next(rows, 8)
+            kept = {row.number: length for row in rows[:7]} | {rows[7].number: 0}
+            policy.observe(length, kept, BATCH_COSTS["bandwidth"](8, length))
+        return batch.next(rows, 8)[0]
+
+    assert next_length() > 0
+    for _ in range(100):
+        done = Row(Request([0], 400, stop_tokens=frozenset({1})), Stats(), 400)
+        done.receive([0] * 400, 399, 399)
+        batch.done(done)
+    assert next_length() == 0
+
+
+def test_a_batch_with_a_longer_draft_of_its_own():
+    """A row that asks for more than is ever chosen has all rows draft as much."""
+    policy = AutoLength()
+    policy.begin([0, 1])
+    for _ in range(20):
+        policy.next()
+        policy.observe(MAX_DRAFT_LENGTH, {0: MAX_DRAFT_LENGTH, 1: 9}, 3.0)
+    assert max(policy.next() for _ in range(4)) == 7
 
 
 def test_answers_of_a_chat():

@@ -15,7 +15,7 @@ Not here: who joins and when, prefill (scheduler.py), text (api.py).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
@@ -25,7 +25,9 @@ import mlx.core as mx
 from ..kv import LONGEST_VERIFY, KVBuffers, Snapshot
 from ..models.drafter import Drafter
 from ..models.target import Target
-from .draft_length import MAX_DRAFT_LENGTH, AutoLength
+from .batch_length import BatchLength, Costs
+from .beliefs import MAX_DRAFT_LENGTH
+from .draft_length import AutoLength
 from .request import INVARIANT_WIDTH, Row
 from .round import RoundState, decode_round, first_state, regroup
 from .sampling import Sampler
@@ -35,9 +37,6 @@ COPY_LIMIT = 32 * 2**20
 """Bytes of KV from which copying them costs more than the gap left by handing a round over late."""
 
 assert MAX_DRAFT_LENGTH < LONGEST_VERIFY
-
-Costs = Callable[[int], Mapping[int, float]]
-"""For a number of rows, the seconds of a round by draft length, as they were measured earlier."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +92,7 @@ class Engine:
         self._sampler: Sampler
         self._flights: list[_Flight] = []
         self._clock = _Clock()
-        # What rounds cost depends on the number of rows and on the exactness; it is learnt once for all requests.
-        self._costs = costs
-        self._auto: dict[tuple[int, str], AutoLength] = {}
-        self._used: AutoLength | None = None
+        self._auto = BatchLength(costs)
 
     def regroup(self, joining: Sequence[Prefilled] = ()) -> None:
         """Lets go of rows that are done, and takes in others."""
@@ -127,8 +123,6 @@ class Engine:
             report = mx.concatenate([tokens, mx.zeros_like(tokens)], axis=1)
             mx.async_eval(report)
             self._flights.append(_Flight(report, new, None, None))
-            if self._drafter:
-                self._policy(begin=True)
 
     def clear(self) -> None:
         """Forgets all rows."""
@@ -140,12 +134,16 @@ class Engine:
         # A round that was handed over, but interrupted before it could be noted, may have written more.
         return self.kv.row(index, self._reach(self.rows[index]) + LONGEST_VERIFY)
 
-    def round(self) -> None:
-        """Builds the next round and reads the tokens of the one before; there must be rows that aren't done."""
+    def round(self, waiting: bool = False) -> None:
+        """Builds the next round and reads the tokens of the one before; there must be rows that aren't done.
+
+        Args:
+            waiting: Whether others wait for the places of rows that are done.
+        """
         assert self.kv is not None and self._state is not None
         self._clock.resume()
         kv, exactness = self.kv, self.rows[0].request.exactness
-        k, policy = self._next_length()
+        k, policy = self._next_length(waiting)
         width = INVARIANT_WIDTH if exactness == "invariant" else None
         kv.reserve(max(map(self._reach, self.rows)) + (width or k + 1))
         before: Snapshot | None = kv.snapshot()
@@ -201,6 +199,8 @@ class Engine:
             for row, (*choices, count) in zip(flight.rows, report, strict=True):
                 if not row.done:
                     row.receive(choices, count, None if flight.k is None else row.drafts(flight.k))
+                    if row.done:
+                        self._auto.done(row)
                     if row.request.draft_length == "auto":
                         kept[row.number] = count
             if flight.policy and flight.k is not None:
@@ -209,16 +209,17 @@ class Engine:
                 own = len(flights) == 1 and flight.k == next_length
                 flight.policy.observe(flight.k, kept, seconds if own else None)
 
-    def _next_length(self) -> tuple[int, AutoLength | None]:
+    def _next_length(self, waiting: bool) -> tuple[int, AutoLength | None]:
         """Tokens to draft in the next round, and the policy that was asked."""
         if self._drafter is None:
             return 0, None
         # All of them may have been cancelled just now, by another thread.
         running = [row for row in self.rows if not row.done] or self.rows
         lengths = [int(row.request.draft_length) for row in running if row.request.draft_length != "auto"]
-        policy = self._policy() if len(lengths) < len(running) else None
-        if policy:
-            lengths.append(policy.next())
+        policy = None
+        if auto := [row for row in running if row.request.draft_length == "auto"]:
+            length, policy = self._auto.next(auto, len(self.rows), waiting)
+            lengths.append(length)
         # The round in flight may yield no more than one token a row.
         return max(0, min(max(lengths), max(row.remaining for row in running) - 1)), policy
 
@@ -231,18 +232,6 @@ class Engine:
         """Positions that may have been written for the row once everything handed over so far has run."""
         flying = (f.report.shape[1] - 1 for f in self._flights if f.k is not None and row in f.rows)
         return max(row.written, row.committed + sum(flying))
-
-    def _policy(self, begin: bool = False) -> AutoLength:
-        """The policy for as many rows as there are now; with `begin`, some of them are new."""
-        key = len(self.rows), self.rows[0].request.exactness
-        if key not in self._auto:
-            self._auto[key] = AutoLength(self._costs(key[0]) if self._costs and key[1] == "fast" else None)
-        policy, before = self._auto[key], self._used
-        if begin or policy is not before:
-            rows = [row.number for row in self.rows if row.request.draft_length == "auto" and not row.done]
-            policy.begin(rows, before if before is not policy else None)
-            self._used = policy
-        return policy
 
     def _first(self, prompt: Prefilled) -> RoundState:
         count = len(prompt.rows)

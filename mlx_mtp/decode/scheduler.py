@@ -26,7 +26,8 @@ from ..kv import LONGEST_VERIFY, Checkpoint, KVBuffers, longest_block
 from ..models.drafter import Drafter
 from ..models.target import Target
 from ..sizes import in_words, row_bytes
-from .engine import Costs, Engine, Prefilled
+from .batch_length import Costs
+from .engine import Engine, Prefilled
 from .kv_file import load_entry, save_entry
 from .prefill import prefill, prefill_block
 from .prompt_cache import Entry, PromptCache
@@ -151,7 +152,7 @@ class Scheduler:
             if not self._prefill:
                 self._admitted = []
             if self._engine.rows:
-                self._engine.round()
+                self._engine.round(waiting=bool(self._waiting))
         except BaseException as error:
             self._abandon(error)
             raise

@@ -21,7 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..decode.draft_length import MAX_AUTO_LENGTH
+from ..decode.beliefs import MAX_AUTO_LENGTH
 from ..decode.engine import COPY_LIMIT
 from ..decode.prefill import prefill
 from ..decode.request import check_prompt
