@@ -14,7 +14,7 @@ Then on a simulated clock, with published prices of rounds (tests/simulated_cloc
 with which drafting never pays, and with batches of 8 rows that all reach their limits ("limits"), end anywhere
 ("stops"), or make room for others ("queue").
 
-    python scripts/bench_never_slower.py [--tokens 2000] [--repeats 1] [--json]
+    python scripts/bench_never_slower.py [--tokens 2000] [--repeats 1] [--text wrong] [--json]
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ from mlx_mtp.models.target import Target  # noqa: E402
 
 FIXED = (2, 4, 7)
 BATCHES = (2, 4, 8)
+KINDS = ("wrong", "right", "switching", "mixed", "different")
 SLICE = 50
 """Tokens of a row after which the next variant has its turn."""
 
@@ -138,7 +139,7 @@ def race(
     return {length: (rows * tokens - had[length]) / seconds[length] for length in runs}
 
 
-def measured(tokens: int, repeats: int) -> dict[str, dict[str, list[float]]]:
+def measured(tokens: int, repeats: int, kinds: Sequence[str]) -> dict[str, dict[str, list[float]]]:
     """Ratios on this machine, by text and batch: automatic over plain, and over the best fixed length."""
     results: dict[str, dict[str, list[float]]] = {}
     with mlx_mtp.load(profile=None) as lm, lm.models() as (target, own):
@@ -148,7 +149,7 @@ def measured(tokens: int, repeats: int) -> dict[str, dict[str, list[float]]]:
         text = prompt + [token for new in plain for token in new]
         cases = [(name, 1) for name in ("wrong", "right", "switching")]
         cases += [(name, rows) for name in ("wrong", "mixed", "different") for rows in BATCHES]
-        for name, rows in cases:
+        for name, rows in [case for case in cases if case[0] in kinds]:
             told = scripts(name, text, len(prompt), target.config.vocab_size, rows)
             label = f"{name}, {rows} rows" if rows > 1 else name
             found = results.setdefault(label, {"auto / plain": [], "auto / best fixed": []})
@@ -182,11 +183,13 @@ def simulated() -> dict[str, dict[str, Any]]:
 def main(
     tokens: Annotated[int, typer.Option(help="Tokens of a text.", min=400)] = 2000,
     repeats: Annotated[int, typer.Option(help="Repetitions of every variant.", min=1)] = 1,
+    text: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(KINDS)}. Default: all.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Runs both benchmarks and prints their tables."""
-    clock = simulated()
-    machine = measured(tokens, repeats)
+    if unknown := set(text or ()) - set(KINDS):
+        raise typer.BadParameter(f"unknown text {', '.join(unknown)}: expected some of {', '.join(KINDS)}")
+    machine, clock = measured(tokens, repeats, text or KINDS), simulated()
     if as_json:
         print(json.dumps({"mlx": mx.__version__, "blas": BLAS, "measured": machine, "simulated": clock}))
         return
