@@ -129,8 +129,11 @@ def race(
     mx.synchronize()
     had = {length: sum(len(row.tokens) for row in running) for length, (_, running) in runs.items()}
     seconds: dict[int | str, float] = dict.fromkeys(runs, 0.0)
+    rng, order = Random(0), [*runs]
     for end in range(SLICE, tokens + SLICE, SLICE):
-        for length, (scheduler, running) in runs.items():
+        rng.shuffle(order)  # none always comes after the same other one
+        for length in order:
+            scheduler, running = runs[length]
             begun = time.perf_counter()
             while sum(len(row.tokens) for row in running) < rows * min(end, tokens):
                 scheduler.step()
