@@ -37,10 +37,11 @@ class Acceptance:
         # By row, [tried, kept] for each position. None for the prior and texts that have ended.
         self._counts: dict[int | None, list[list[float]]] = {None: _nothing()}
         self._chances: list[float] = []
+        # The same by row.
+        self._own: dict[int, list[float]] = {}
         # Expected tokens of a round by draft length: the mean over rows, and by row.
         self._mean: list[float] = []
         self._each: dict[int, list[float]] = {}
-        self._own: dict[int, list[float]] = {}
         self._add_prior()
         self._pool()
 
