@@ -23,7 +23,7 @@ from random_weights import with_random_weights
 
 from mlx_mtp.checkpoint import activation_dtype
 from mlx_mtp.cli.tune import facts, tables
-from mlx_mtp.decode.beliefs import MAX_AUTO_LENGTH
+from mlx_mtp.decode.limits import MAX_AUTO_LENGTH
 from mlx_mtp.decode.sampling import SamplingOptions
 from mlx_mtp.errors import MTPError
 from mlx_mtp.models.drafter import Drafter

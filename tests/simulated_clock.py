@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from mlx_mtp.decode.batch_length import BatchLength
-from mlx_mtp.decode.beliefs import MAX_AUTO_LENGTH
+from mlx_mtp.decode.limits import MAX_AUTO_LENGTH
 from mlx_mtp.decode.request import Request, Row, Stats
 
 Cost = Callable[[int], float]

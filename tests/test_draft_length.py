@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from simulated_clock import (
     BATCH_COSTS,
@@ -19,8 +20,8 @@ from simulated_clock import (
 )
 
 from mlx_mtp.decode.batch_length import BatchLength
-from mlx_mtp.decode.beliefs import MAX_DRAFT_LENGTH
-from mlx_mtp.decode.draft_length import AutoLength
+from mlx_mtp.decode.draft_length import AutoLength, Ends
+from mlx_mtp.decode.limits import MAX_DRAFT_LENGTH
 from mlx_mtp.decode.request import Request, Row, Stats
 
 
@@ -143,10 +144,42 @@ def test_rows_that_become_hard_are_noticed_at_once():
         policy.observe(length, dict.fromkeys(range(4), length), cost(4, length))
     assert policy.next() >= 5
     lengths = []
-    for _ in range(6):
+    for _ in range(7):
         lengths.append(policy.next())
         policy.observe(lengths[-1], dict.fromkeys(range(4), min(1, lengths[-1])), cost(4, lengths[-1]))
     assert lengths[0] >= 5 and max(lengths[-2:]) <= 2, lengths
+
+
+def test_a_row_that_becomes_hard_is_noticed_beside_easy_ones():
+    """Rows of a batch change one after the other; where nobody waits, the slowest of them is what matters."""
+    batch, cost = BatchLength(), BATCH_COSTS["bandwidth"]
+    rows = [Row(Request([0], 4000), Stats(), 4000) for _ in range(8)]
+
+    def rounds(count: int, hard: int) -> list[int]:
+        lengths = []
+        for _ in range(count):
+            length, policy = batch.next(rows, 8)
+            policy.observe(
+                length, {row.number: 0 if i < hard else length for i, row in enumerate(rows)}, cost(8, length)
+            )
+            lengths.append(length)
+        return lengths
+
+    assert rounds(40, hard=0)[-1] == 7
+    assert rounds(10, hard=1)[-1] <= 2
+
+
+def test_a_row_that_joins_while_nothing_is_drafted():
+    """A trial in flight, of which it has no part, may show that the others became easy."""
+    dear, policy = COSTS["4-bit product"], AutoLength()
+    policy.begin([0])
+    for _ in range(200):
+        length = policy.next()
+        policy.observe(length, {0: 0}, dear(length))
+    policy.begin([0, 1])
+    assert policy.next() == 0
+    policy.observe(2, {0: 2}, dear(2))
+    assert policy.next(lambda: Ends({0: 90, 1: 100}, 1.0, np.array([1.0, 1.1]))) in range(8)
 
 
 def test_the_last_row_decides_when_nobody_waits():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..blas import use_openblas
-from ..decode.beliefs import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH
+from ..decode.limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH
 
 if TYPE_CHECKING:
     from ..api import Chunk, MTPModel

@@ -71,4 +71,4 @@ class BatchLength:
         policies = {size: self._policy(size, rows[0].request.exactness) for size in all_sizes}
         known = [size for size in all_sizes if policies[size].settled(0)] or [len(rows)]
         plain = np.interp(all_sizes, known, [policies[size].seconds(0) for size in known])
-        return Ends({row.number: max(1, row.remaining) for row in rows}, sum(sure) / len(sure), plain.tolist())
+        return Ends({row.number: max(1, row.remaining) for row in rows}, sum(sure) / len(sure), plain)

@@ -5,22 +5,24 @@ Counts and arithmetic; what is made of them is decided elsewhere (draft_length.p
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from copy import deepcopy
 from math import log
-from operator import mul
 
-MAX_DRAFT_LENGTH = 15
-"""Longest draft that can be asked for."""
+import numpy as np
 
-MAX_AUTO_LENGTH = 7
-"""Longest draft chosen by itself: with the newest token, the 8 rows that the fused attention kernels on Metal take."""
+from .limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH
 
 
 class Acceptance:
     """Chance that draft j is kept if those before it were, in the rows that run, with exponential forgetting.
 
-    Counted row by row: when a text ends, the others' chances are what they were, however it fared.
+    Counted row by row: when a text ends, the others' chances are what they were, however it fared. And a text may
+    change: once fewer drafts of a row are kept than foreseen for long enough, what it had shown before no longer counts
+    (a cumulative sum, E. S. Page, Continuous Inspection Schemes, 1954).
+
+    Attributes:
+        rows: Those that run, by number.
     """
 
     # What is left of a count after a round. (Of a round, not of a row: a large batch would remember two of them.)
@@ -32,106 +34,114 @@ class Acceptance:
     _PRIOR, _PRIOR_WEIGHT = 0.8, 1.5
     # What the mean over all rows is worth in the chances of one of them, in rounds.
     _LEAN = 2.0
+    # How much likelier a row's latest rounds must be where drafts are kept half as often, as a logarithm: five hundred
+    # to one. Of a single round, ten to one at most: where the most predictable text takes a turn, nothing is kept
+    # either.
+    _CHANGED, _SAY = 6.2, log(10)
 
-    def __init__(self) -> None:
-        # By row, [tried, kept] for each position. None for the prior and texts that have ended.
-        self._counts: dict[int | None, list[list[float]]] = {None: _nothing()}
-        self._chances: list[float] = []
-        # The same by row.
-        self._own: dict[int, list[float]] = {}
-        # Expected tokens of a round by draft length: the mean over rows, and by row.
-        self._mean: list[float] = []
-        self._each: dict[int, list[float]] = {}
-        self._add_prior()
-        self._pool()
+    def __init__(self, rows: Sequence[int] = ()) -> None:
+        """Nothing was seen yet of these rows."""
+        self.rows = [*rows]
+        # The prior and texts that have ended: [tried or kept, position].
+        self._past = np.zeros((2, MAX_AUTO_LENGTH))
+        # The same by row, of all its rounds and of those since it is in doubt: [row, all or since, ...].
+        self._counts = np.zeros((len(rows), 2, 2, MAX_AUTO_LENGTH))
+        # By row, see `_CHANGED`.
+        self._doubts = [0.0] * len(rows)
+        self._add_prior(1.0)
+        self._estimate()
 
     def copy(self) -> Acceptance:
         """One that learns on its own from here on."""
-        other = Acceptance()
-        other._counts = {row: [list(count) for count in counts] for row, counts in self._counts.items()}
-        return other
+        return deepcopy(self)
 
     def begin(self, rows: Collection[int]) -> None:
         """These rows run from here on; of new ones only the prior says something, and hints from those that ended."""
-        ended = [self._counts.pop(row) for row in [*self._counts] if row is not None and row not in rows]
-        if any(row not in self._counts for row in rows):
-            past = self._counts[None]
-            for count, *others in zip(past, *ended, strict=True):
-                count[:] = (self._HINT * sum(values) for values in zip(count, *others, strict=True))
-            self._add_prior()
-        for row in rows:
-            self._counts.setdefault(row, _nothing())
-        self._pool()
+        if any(row not in self.rows for row in rows):
+            ended = [i for i, row in enumerate(self.rows) if row not in rows]
+            self._past = self._HINT * (self._past + self._counts[ended, 0].sum(axis=0))
+            self._add_prior(1.0)
+        self._arrange(rows)
 
-    def _add_prior(self) -> None:
-        first = self._counts[None][0]
-        first[:] = first[0] + self._PRIOR_WEIGHT, first[1] + self._PRIOR_WEIGHT * self._PRIOR
+    def _arrange(self, rows: Collection[int]) -> None:
+        """Keeps these rows, and makes place for those that are new."""
+        # The last, which is added, is what is known of a new one.
+        counts, doubts = np.pad(self._counts, [(0, 1), (0, 0), (0, 0), (0, 0)]), [*self._doubts, 0.0]
+        places = [self.rows.index(row) if row in self.rows else -1 for row in rows]
+        self.rows, self._counts, self._doubts = [*rows], counts[places], [doubts[i] for i in places]
+        self._estimate()
 
-    def observe(self, drafted: int, kept: Mapping[int, int]) -> None:
-        """Learns of a round, by row."""
+    def _add_prior(self, weight: float) -> None:
+        self._past[:, 0] += weight * self._PRIOR_WEIGHT, weight * self._PRIOR_WEIGHT * self._PRIOR
+
+    def observe(self, drafted: int, kept: Mapping[int, int], trial: bool = False) -> float:
+        """Learns of a round.
+
+        Args:
+            drafted: Drafts made a row.
+            kept: Drafts kept, by row.
+            trial: Nothing is drafted otherwise, so that there is little that could become less.
+
+        Returns:
+            The share of the rows whose texts seem to have changed.
+        """
+        if new := [row for row in kept if row not in self.rows]:
+            self._arrange([*self.rows, *new])
         # Draft j was put to the test only if all drafts before it were kept.
         tested = min(drafted, max(kept.values()) + 1, MAX_AUTO_LENGTH)
-        for counts in self._counts.values():
-            for count in counts[:tested]:
-                count[:] = self._FORGET * count[0], self._FORGET * count[1]
-        for row, many in kept.items():
-            counts = self._counts.setdefault(row, _nothing())
-            for j, count in enumerate(counts[: min(tested, many + 1)]):
-                count[0] += 1
-                count[1] += many > j
-        self._pool()
+        self._past[:, :tested] *= self._FORGET
+        self._counts[..., :tested] *= self._FORGET
+        many = [kept.get(row, -1) for row in self.rows]
+        reached = np.minimum([(count + 1, count) for count in many], tested)
+        self._counts += (np.arange(MAX_AUTO_LENGTH) < reached[..., None])[:, None]
+        changed = 0
+        for i, count in enumerate(many):
+            if count >= 0 and not trial:
+                self._doubts[i] += self._say(self._own[i], drafted, count)
+            if self._doubts[i] >= self._CHANGED:
+                self._counts[i, 0], self._doubts[i] = self._counts[i, 1], 0.0
+                changed += 1
+            if trial or self._doubts[i] <= 0:
+                self._counts[i, 1], self._doubts[i] = 0.0, 0.0
+        if changed:
+            # Nor does their share of the past count, but for the prior.
+            share = changed / len(self.rows)
+            self._past *= 1 - share
+            self._add_prior(share)
+        self._estimate()
+        return changed / len(kept)
 
-    def _pool(self) -> None:
-        """The chances in the mean over all rows."""
-        chance = self._PRIOR
-        self._chances = []
-        for position in zip(*self._counts.values(), strict=True):
-            tried, kept = map(sum, zip(*position, strict=True))
-            weight = self._PRIOR_WEIGHT if self._chances else 0.0
-            chance = (kept + weight * chance) / (tried + weight)
-            self._chances.append(chance)
-        self._mean = _tokens(self._chances)
-        self._own = {row: self._chances_of(row) for row in self._counts if row is not None}
-        self._each = {row: _tokens(chances) for row, chances in self._own.items()}
+    def _say(self, chances: Sequence[float], drafted: int, kept: int) -> float:
+        """How much likelier a row's round is if its chances are half of what they seem, as a logarithm."""
+        ratio = kept * log(0.5)
+        if kept < min(drafted, MAX_AUTO_LENGTH):
+            chance = min(chances[kept], 1 - 1e-9)
+            ratio += log((1 - 0.5 * chance) / (1 - chance))
+        return min(ratio, self._SAY)
 
-    def _chances_of(self, row: int) -> list[float]:
-        """A row's chances, from its own counts and its share of the past's; they lean on the mean over rows."""
-        share, chances = 1 / (len(self._counts) - 1), []
-        for own, past, mean in zip(self._counts[row], self._counts[None], self._chances, strict=True):
-            tried, kept = own[0] + share * past[0], own[1] + share * past[1]
-            chances.append((kept + self._LEAN * mean) / (tried + self._LEAN))
-        return chances
+    def _estimate(self) -> None:
+        """Chances and expected tokens, from the counts."""
+        tried, kept = (self._past + self._counts[:, 0].sum(axis=0)).tolist()
+        mean, chance = list[float](), self._PRIOR
+        for j in range(MAX_AUTO_LENGTH):
+            weight = self._PRIOR_WEIGHT if j else 0.0
+            chance = (kept[j] + weight * chance) / (tried[j] + weight)
+            mean.append(chance)
+        # A row's own counts and its share of the past's; they lean on the mean over rows. Without rows, the past's.
+        own = self._counts[:, 0] + self._past / len(self.rows) if self.rows else self._past[None]
+        chances = (own[:, 1] + self._LEAN * np.array(mean)) / (own[:, 0] + self._LEAN)
+        self._own = chances.tolist()
+        self._tokens = np.ones((len(own), MAX_AUTO_LENGTH + 1))
+        self._tokens[:, 1:] += chances.cumprod(axis=1).cumsum(axis=1)
 
-    def doubt(self, drafted: int, kept: Mapping[int, int]) -> float:
-        """How much likelier a round is where drafts are kept half as often as here, as a logarithm (Page's test).
+    @property
+    def tokens(self) -> np.ndarray:
+        """Expected tokens of a round for a row, the bonus token included, by draft length: the mean over rows."""
+        return self._tokens.mean(axis=0)  # type: ignore[no-any-return]
 
-        A row has a say of ten to one at most: where the most predictable text takes a turn, nothing is kept either.
-        """
-        total = 0.0
-        for row, many in kept.items():
-            ratio = many * log(0.5)
-            if many < min(drafted, MAX_AUTO_LENGTH):
-                chance = self._own.get(row, self._chances)[many]
-                ratio += log((1 - 0.5 * chance) / (1 - chance)) if chance < 1 else log(10)
-            total += min(ratio, log(10))
-        return total
-
-    def tokens(self, length: int) -> float:
-        """Expected tokens of a round for a row, the bonus token included: the mean over rows."""
-        return self._mean[min(length, MAX_AUTO_LENGTH)]
-
-    def tokens_of(self, row: int, length: int) -> float:
-        """The same for one of them."""
-        return self._each.get(row, self._mean)[min(length, MAX_AUTO_LENGTH)]
-
-
-def _tokens(chances: Sequence[float]) -> list[float]:
-    """Expected tokens of a round by draft length."""
-    return [1.0, *(1 + kept for kept in accumulate(accumulate(chances, mul)))]
-
-
-def _nothing() -> list[list[float]]:
-    return [[0.0, 0.0] for _ in range(MAX_AUTO_LENGTH)]
+    def tokens_of(self, rows: Iterable[int]) -> np.ndarray:
+        """The same by row: [rows, MAX_AUTO_LENGTH + 1]."""
+        return self._tokens[[self.rows.index(row) for row in rows]]
 
 
 class RoundCosts:
@@ -148,7 +158,7 @@ class RoundCosts:
     _OWN, _OWN_LEAST = 0.5, 0.03
     # The machine may pause: no round counts for more than this times what was expected, and a length's only round for
     # no more than this times what shorter ones let expect.
-    _MOST, _MOST_ONCE = 1.25, 1.5
+    _MOST, _MOST_ONCE = 1.25, 2.0
     # Rounds of a length after which its price is known well enough to tell the scale by it.
     _KNOWN = 4
     # Of the seconds of a plain step, for each draft, until measured.
@@ -156,9 +166,10 @@ class RoundCosts:
 
     def __init__(self, known: Mapping[int, float]) -> None:
         self._prices, self._scale = dict(known), 1.0
-        self._prior = [1 + self._PRIOR_SLOPE * k for k in range(MAX_DRAFT_LENGTH + 1)]
+        self._prior = np.array([1 + self._PRIOR_SLOPE * k for k in range(MAX_DRAFT_LENGTH + 1)])
         self._seen = dict.fromkeys(known, self._KNOWN)
         self._measured = dict.fromkeys(known, 0)
+        self._estimate()
 
     def observe(self, drafted: int, seconds: float, now: int) -> None:
         """Learns of a round."""
@@ -174,6 +185,7 @@ class RoundCosts:
         self._seen[drafted] = seen + 1
         # A length measured only once counts as never measured for `age`.
         self._measured[drafted] = now if drafted in self._measured else -1
+        self._estimate()
 
     def begin(self) -> None:
         """The count of rounds starts again; lengths measured before are due."""
@@ -181,7 +193,8 @@ class RoundCosts:
 
     def resemble(self, other: RoundCosts) -> None:
         """What was never measured is expected to compare as it does in a batch of another size."""
-        self._prior = [other.seconds(k) for k in range(len(self._prior))]
+        self._prior = np.array([other.seconds(k) for k in range(len(self._prior))])
+        self._estimate()
 
     def settled(self, length: int) -> bool:
         """Whether a length was measured more than once: a single round may have met a pause of the machine."""
@@ -193,35 +206,33 @@ class RoundCosts:
 
     def seconds(self, length: int) -> float:
         """Expected seconds of a round."""
-        return self._scale * self._price(length)
+        return self._scale * self._line[length]
 
-    def _price(self, length: int) -> float:
-        if length not in self._prices:
-            return self._line(length)
-        if self.settled(length):
-            return self._prices[length]
-        # More drafts never take less time, and a few more not a multiple of it.
-        bounds = [price for k, price in self._prices.items() if k >= length]
-        if shorter := [k for k in self._prices if k < length]:
-            bounds.append(self._MOST_ONCE * self._by_prior(max(shorter), length))
-        return min(bounds)
-
-    def _by_prior(self, known: int, length: int) -> float:
-        return self._price(known) * self._prior[length] / self._prior[known]
-
-    def _line(self, length: int) -> float:
-        """The price of a length that wasn't measured."""
-        below = [k for k in sorted(self._prices) if k < length]
-        above = [k for k in sorted(self._prices) if k > length]
-        if not below and not above:
-            return self._prior[length]
-        if len(below) + len(above) == 1:
-            return self._by_prior((below or above)[0], length)
-        if below and above:
-            one, two = below[-1], above[0]
-        else:
-            one, two = below[-2:] or above[:2]
-        low, high = self._price(one), self._price(two)
-        line = low + (length - one) / (two - one) * (high - low)
-        # Past the last, no less than that one; before the first, no less than a fraction of it.
-        return max(line, high) if not above else max(line, 0.1 * low)
+    def _estimate(self) -> None:
+        """The price of every length."""
+        known, lengths = sorted(self._prices), range(len(self._prior))
+        if not known:
+            self._line = self._prior.tolist()
+            return
+        prices = list[float]()
+        for k in known:
+            # More drafts never take less time, and a few more not a multiple of it.
+            bounds = [self._prices[k]]
+            if not self.settled(k):
+                bounds += [self._prices[longer] for longer in known if longer > k]
+                if prices:
+                    before = known[len(prices) - 1]
+                    bounds.append(self._MOST_ONCE * prices[-1] * self._prior[k] / self._prior[before])
+            prices.append(min(bounds))
+        if len(known) == 1:
+            self._line = (prices[0] / self._prior[known[0]] * self._prior).tolist()
+            return
+        line = np.interp(lengths, known, prices).tolist()
+        # Before the first, no less than a fraction of it; past the last, no less than that one.
+        slope = (prices[1] - prices[0]) / (known[1] - known[0])
+        for k in range(known[0]):
+            line[k] = max(0.1 * prices[0], prices[0] + (k - known[0]) * slope)
+        slope = (prices[-1] - prices[-2]) / (known[-1] - known[-2])
+        for k in range(known[-1] + 1, len(line)):
+            line[k] = prices[-1] + max(0.0, (k - known[-1]) * slope)
+        self._line = line

@@ -13,56 +13,60 @@ Knows nothing of models; it is told of finished rounds and asked for the next le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from .beliefs import MAX_AUTO_LENGTH, Acceptance, RoundCosts
+import numpy as np
+
+from .beliefs import Acceptance, RoundCosts
+from .limits import MAX_AUTO_LENGTH
 
 
 @dataclass(frozen=True)
 class Ends:
-    """What is known of the ends of a batch's rows, whose places nobody waits for.
+    """What is known of the ends of a batch's rows, two or more, whose places nobody waits for.
 
     Attributes:
-        left: Tokens that each of them, two or more, has to go at most; by its number, see `AutoLength.observe`.
+        left: Tokens that each of them has to go at most; by its number, see `AutoLength.observe`.
         sure: Chance that they go that far: a stop token may come first.
-        plain: Seconds of a plain round by number of rows, from one to all.
+        plain: Seconds of a plain round by number of rows, from one to all: [rows].
     """
 
     left: Mapping[int, int]
     sure: float
-    plain: Sequence[float]
+    plain: np.ndarray
 
-    def saved(self, gain: Callable[[int], float]) -> float:
-        """Seconds of plain decoding that a round saves.
+    def saved(self, gains: np.ndarray) -> np.ndarray:
+        """Seconds of plain decoding that a round saves, by draft length.
 
         Args:
-            gain: Tokens that a round yields a row.
+            gains: Tokens that a round yields by row, in the order of `left`, and draft length: [rows, lengths].
         """
-        gains = [gain(row) for row in self.left]
-        return self.sure * self._saved_to_limits(gains) + (1 - self.sure) * self._saved_to_stops(gains)
+        total = np.zeros(gains.shape[1])
+        if self.sure > 0:
+            total += self.sure * self._saved_to_limits(gains)
+        if self.sure < 1:
+            total += (1 - self.sure) * self._saved_to_stops(gains)
+        return total
 
-    def _saved_to_limits(self, gains: Sequence[float]) -> float:
+    def _saved_to_limits(self, gains: np.ndarray) -> np.ndarray:
         """If all rows reach their limits: the mean over the rounds until the first of them does."""
-        left = list(self.left.values())
-        rounds = min(tokens / gain for tokens, gain in zip(left, gains, strict=True))
-        after = [tokens - rounds * gain for tokens, gain in zip(left, gains, strict=True)]
-        return (self._seconds(left) - self._seconds(after)) / rounds
+        left = np.array([*self.left.values()])[:, None]
+        rounds = (left / gains).min(axis=0)
+        # The row with the most to go pays for rounds of one row, the next for what two rows take more, and so on.
+        prices = self.plain - np.concatenate([[0.0], self.plain[:-1]])
+        return prices @ (np.sort(left, axis=0) - np.sort(left - rounds * gains, axis=0))[::-1] / rounds
 
-    def _saved_to_stops(self, gains: Sequence[float]) -> float:
+    def _saved_to_stops(self, gains: np.ndarray) -> np.ndarray:
         """If each row may end anywhere.
 
         The slower one is, the more likely it is the last, which alone decides how often the batch's fixed cost is paid:
         the chance of it goes as one over the gain, which makes the harmonic mean of them.
         """
-        each = (self.plain[-1] - self.plain[0]) / (len(gains) - 1)
-        fixed = self.plain[-1] - len(gains) * each
-        return fixed * len(gains) / sum(1 / gain for gain in gains) + each * sum(gains)
-
-    def _seconds(self, left: Iterable[float]) -> float:
-        """Seconds of plain decoding until all rows are done, from the tokens that each has to go."""
-        going = sorted(left, reverse=True)
-        return sum((more - less) * cost for more, less, cost in zip(going, [*going[1:], 0.0], self.plain, strict=True))
+        rows = len(gains)
+        each = (self.plain[-1] - self.plain[0]) / (rows - 1)
+        fixed = self.plain[-1] - rows * each
+        return fixed * rows / (1 / gains).sum(axis=0) + each * gains.sum(axis=0)
 
 
 class AutoLength:
@@ -82,8 +86,6 @@ class AutoLength:
     _STALE_OFF = 256
     # While nothing is drafted: what a trial drafts, and the rounds between trials, so that plain ones can be timed.
     _PROBE, _APART = 2, 8
-    # Doubt, see `Acceptance.doubt`, from which the past is forgotten: five hundred to one.
-    _CHANGED = 6.2
 
     def __init__(self, costs: Mapping[int, float] | None = None) -> None:
         """Begins with nothing known, or with what was measured earlier.
@@ -94,12 +96,11 @@ class AutoLength:
         self._costs, self._acceptance = RoundCosts(costs or {}), Acceptance()
         self._rounds = 0
         self._trials: set[int] = set()
-        self._ends: Ends | None = None
         self._again: int | None = None
         self._asked = self._tried = 0
-        self._doubt, self._doubted = 0.0, list[tuple[int, Mapping[int, int]]]()
         self._spent = self._elapsed = 0.0
-        self._best, self._learnt = 0, True
+        # The best length, and what a round saves by length, as of the last choice.
+        self._best, self._saved, self._learnt = 0, list[float](), True
 
     def begin(self, rows: Collection[int], other: AutoLength | None = None) -> None:
         """The batch has changed: texts begin, or others have ended. Costs stay.
@@ -114,7 +115,7 @@ class AutoLength:
             self._costs.resemble(other._costs)
         self._acceptance.begin(rows)
         self._asked = self._tried = self._rounds = 0
-        self._doubt, self._doubted, self._again = 0.0, [], None
+        self._again = None
         self._trials.clear()
         self._costs.begin()
         self._learnt = True
@@ -128,7 +129,7 @@ class AutoLength:
         self._asked += 1
         # On a CPU the host's time isn't hidden behind the device's: while nothing is drafted, there is little to learn.
         if self._best or self._learnt or self._asked % self._APART == 0:
-            self._ends, self._learnt = ends() if ends else None, False
+            self._saved, self._learnt = self._saved_by_length(ends() if ends else None), False
             self._best = max(range(MAX_AUTO_LENGTH + 1), key=self._worth)
         best = self._best
         trial = self._again if self._again is not None else self._trial(best)
@@ -157,8 +158,9 @@ class AutoLength:
         if kept and self._elapsed + (seconds or 0.0):
             took = self.seconds(drafted) if seconds is None else seconds
             if self._rounds in self._trials or drafted != self._best:
-                luck = (sum(kept.values()) / len(kept) + 1) / self._acceptance.tokens(drafted)
-                lost = took - luck * self._saved(drafted) / self._worth(self._best)
+                length = min(drafted, MAX_AUTO_LENGTH)
+                luck = (sum(kept.values()) / len(kept) + 1) / self._acceptance.tokens[length]
+                lost = took - luck * self._saved[length] / self._worth(self._best)
                 self._spent = max(0.0, self._spent + lost)
             self._elapsed += took
         if kept and seconds is not None:
@@ -166,22 +168,12 @@ class AutoLength:
         self._trials.discard(self._rounds)
         if off and drafted and kept and min(kept.values()) == drafted:
             # The text may have become predictable: what was seen before no longer counts.
-            self._acceptance = Acceptance()
+            self._acceptance = Acceptance(self._acceptance.rows)
         if not drafted or not kept:
             return
-        # Little can become less where nothing is drafted as it is.
-        self._doubt = 0.0 if off else max(0.0, self._doubt + self._acceptance.doubt(drafted, kept))
-        self._doubted = [*self._doubted, (drafted, kept)] if self._doubt else []
-        if self._doubt < self._CHANGED:
-            self._acceptance.observe(drafted, kept)
-            return
-        # The same the other way round: only what was seen since the change counts.
-        self._acceptance = Acceptance()
-        for before in self._doubted:
-            self._acceptance.observe(*before)
-        self._doubt, self._doubted = 0.0, []
+        changed = self._acceptance.observe(drafted, kept, trial=off)
         # It may have been bad luck after all: two probes soon will tell.
-        self._spent = max(0.0, self._spent - 2 * self.seconds(self._PROBE))
+        self._spent = max(0.0, self._spent - changed * 2 * self.seconds(self._PROBE))
 
     def seconds(self, drafted: int) -> float:
         """What a round is expected to take."""
@@ -191,15 +183,14 @@ class AutoLength:
         """Whether that was measured."""
         return self._costs.settled(drafted)
 
-    def _saved(self, length: int) -> float:
+    def _saved_by_length(self, ends: Ends | None) -> list[float]:
         """Seconds of plain decoding that a round saves."""
-        if ends := self._ends:
-            return ends.saved(lambda row: self._acceptance.tokens_of(row, length))
-        return self.seconds(0) * self._acceptance.tokens(length)
+        saved = ends.saved(self._acceptance.tokens_of(ends.left)) if ends else self.seconds(0) * self._acceptance.tokens
+        return saved.tolist()  # type: ignore[no-any-return]
 
     def _worth(self, length: int) -> float:
-        """The same for each second that the round takes."""
-        return self._saved(length) / self.seconds(length)
+        """Seconds of plain decoding that a round saves for each second that it takes."""
+        return self._saved[length] / self.seconds(length)
 
     def _trial(self, best: int) -> int | None:
         """A length to try instead of the best, if one is due and can be afforded."""
@@ -212,7 +203,7 @@ class AutoLength:
         if not due or self._trials or not self._elapsed:
             return None
         trial = max(due, key=lambda k: self._costs.age(k, self._rounds))
-        loss = (2 if best else 1) * (self.seconds(trial) - self._saved(trial) / self._worth(best))
+        loss = (2 if best else 1) * (self.seconds(trial) - self._saved[trial] / self._worth(best))
         allowed = self._BUDGET * self._elapsed + self._ALLOWANCE * self.seconds(best)
         return trial if self._spent + loss <= allowed else None
 

@@ -26,8 +26,8 @@ from ..kv import LONGEST_VERIFY, KVBuffers, Snapshot
 from ..models.drafter import Drafter
 from ..models.target import Target
 from .batch_length import BatchLength, Costs
-from .beliefs import MAX_DRAFT_LENGTH
 from .draft_length import AutoLength
+from .limits import MAX_DRAFT_LENGTH
 from .request import INVARIANT_WIDTH, Row
 from .round import RoundState, decode_round, first_state, regroup
 from .sampling import Sampler

@@ -12,7 +12,7 @@ import mlx.core as mx
 from ..config import TextConfig
 from ..errors import PromptError
 from ..kv import Checkpoint
-from .beliefs import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH
+from .limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH
 from .sampling import SamplingOptions, is_int
 
 EXACTNESS = ("fast", "invariant", "stepwise")

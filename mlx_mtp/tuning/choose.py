@@ -16,7 +16,7 @@ from statistics import fmean
 
 import numpy as np
 
-from ..decode.beliefs import MAX_AUTO_LENGTH
+from ..decode.limits import MAX_AUTO_LENGTH
 from ..errors import MTPError
 from .cost_model import tokens_per_round
 from .measure import Measurement, Step

@@ -21,8 +21,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..decode.beliefs import MAX_AUTO_LENGTH
 from ..decode.engine import COPY_LIMIT
+from ..decode.limits import MAX_AUTO_LENGTH
 from ..decode.prefill import prefill
 from ..decode.request import check_prompt
 from ..decode.round import RoundState, draft, verify
