@@ -75,8 +75,8 @@ class AutoLength:
 
     What it believes: the seconds of a round by draft length (`RoundCosts`), and per position the chance that a draft is
     kept if those before it were (`Acceptance`). Other lengths than the best are tried on a budget: all the time that
-    trials have lost, against the best length, stays under a small share of the time spent, a smaller one in a
-    batch for which nothing is drafted. This bounds how much slower than plain decoding a useless drafter can make it.
+    trials have lost, against the best length, stays under a small share of the time spent, in a batch an even smaller
+    one. This bounds how much slower than plain decoding a useless drafter can make it.
     """
 
     _BUDGET = 0.007
@@ -206,9 +206,8 @@ class AutoLength:
         trial = max(due, key=lambda k: self._costs.age(k, self._rounds))
         loss = (2 if best else 1) * (self.seconds(trial) - self._saved[trial] / self._worth(best))
         allowed = self._BUDGET * self._elapsed + self._ALLOWANCE * self.seconds(best)
-        if best == 0:
-            # A round of a batch shows as much as a round of each of its rows: fewer of them tell the same.
-            allowed /= sqrt(max(1, len(self._acceptance.rows)))
+        # A round of a batch shows as much as a round of each of its rows: fewer of them tell the same.
+        allowed /= sqrt(max(1, len(self._acceptance.rows)))
         return trial if self._spent + loss <= allowed else None
 
     def _may_win(self, length: int) -> bool:
