@@ -6,10 +6,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import TextConfig
-from .elementwise import gelu_times
+from .elementwise import gelu_times, on_gpu
 
-SORT_FROM = 64
-"""Token-expert pairs from which sorting them by expert pays: neighbours then read the same weights."""
+SORT_FROM, SORT_FROM_CUDA = 64, 600
+"""Token-expert pairs from which sorting them by expert pays: neighbours then read the same weights.
+
+MLX's CUDA product for sorted experts that aren't quantised is slow for few tokens; on an H100, at 26B-A4B's sizes, it
+meets the one for unsorted ones here (docs/measurements/cuda.md).
+"""
 
 
 class Router(nn.Module):
@@ -101,7 +105,7 @@ class Experts(nn.Module):
             [B, L, hidden].
         """
         chosen = experts.shape[-1]
-        if experts.size < SORT_FROM:
+        if experts.size < self._sort_from():
             out = self._mlp(x[..., None, None, :], experts, in_order=False).squeeze(-2)
         else:
             flat = experts.flatten()
@@ -110,6 +114,10 @@ class Experts(nn.Module):
             out = self._mlp(rows, flat[order], in_order=True).squeeze(-2)
             out = out[mx.argsort(order)].reshape(*experts.shape, -1)
         return (out * weights[..., None]).sum(axis=-2)
+
+    def _sort_from(self) -> int:
+        quantized = isinstance(self.gate_proj, QuantizedExpertLinear)
+        return SORT_FROM if quantized or not on_gpu() or mx.metal.is_available() else SORT_FROM_CUDA
 
     def _mlp(self, x: mx.array, experts: mx.array, in_order: bool) -> mx.array:
         gate, up = self.gate_proj(x, experts, in_order), self.up_proj(x, experts, in_order)

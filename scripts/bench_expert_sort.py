@@ -1,0 +1,63 @@
+"""From how many token-expert pairs does sorting them by expert pay? (`SORT_FROM` in mlx_mtp/models/moe.py)
+
+One layer's experts of 26B-A4B with random weights, tokens that choose experts independently; microseconds of a call,
+unsorted and sorted, medians.
+
+    python scripts/bench_expert_sort.py [--bits 4]
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import mlx.core as mx  # noqa: E402
+import typer  # noqa: E402
+from random_weights import with_random_weights  # noqa: E402
+
+from mlx_mtp.checkpoint import activation_dtype  # noqa: E402
+from mlx_mtp.models import moe  # noqa: E402
+from mlx_mtp.tuning import profile  # noqa: E402
+from mlx_mtp.tuning.known_models import known_pair  # noqa: E402
+
+TOKENS = (1, 2, 3, 4, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 40, 48, 64, 72, 96, 128, 256, 512)
+CALLS, LAPS = 10, 8
+
+
+def microseconds(experts: moe.Experts, x: mx.array, chosen: mx.array, weights: mx.array, sort: bool) -> float:
+    """Of a call, in the median of some laps."""
+    moe.SORT_FROM = moe.SORT_FROM_CUDA = 0 if sort else 10**9
+    laps = []
+    for _ in range(LAPS):
+        begun, y = time.perf_counter(), x
+        for _ in range(CALLS):
+            y = experts(y, chosen, weights)
+        mx.eval(y)
+        laps.append((time.perf_counter() - begun) / CALLS)
+    return 1e6 * statistics.median(laps[2:])
+
+
+def main(bits: Annotated[int | None, typer.Option(help="Bits of the weights. Default: bfloat16.")] = None) -> None:
+    """Measures and prints a table."""
+    mx.random.seed(0)
+    config, dtype = known_pair("26B-A4B")[0].text, activation_dtype(mx.bfloat16)
+    experts = moe.Experts(config)
+    with_random_weights(experts, bits, dtype)
+    print(f"{f'{bits} bits' if bits else dtype} on {profile.device()}\n  tokens  pairs  unsorted    sorted")
+    for tokens in TOKENS:
+        scores = mx.random.uniform(shape=(1, tokens, config.num_experts))
+        chosen = mx.argsort(scores, axis=-1)[..., : config.experts_per_token]
+        x = mx.random.normal((1, tokens, config.hidden_size)).astype(dtype)
+        weights = mx.full(chosen.shape, 1 / config.experts_per_token, dtype)
+        mx.eval(chosen, x, weights)
+        unsorted, in_order = (microseconds(experts, x, chosen, weights, sort) for sort in (False, True))
+        print(f"  {tokens:6}{chosen.size:7}{unsorted:10.0f}{in_order:10.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
