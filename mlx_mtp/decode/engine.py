@@ -170,6 +170,7 @@ class Engine:
             self._hand_over("draft and verify" if k else "verify", report, state.lengths, state.hidden)
         self._state = state
         self._flights.append(_Flight(report, self.rows, k, policy))
+        self._clock.leave()
 
     def disturb(self) -> None:
         """Something else than a round took the device's time."""
@@ -258,11 +259,15 @@ class _Clock:
     """Times rounds as the host sees them finish."""
 
     def __init__(self) -> None:
-        self._last = self._resumed = self._waited_from = time.perf_counter()
+        self._last = self._left = self._resumed = self._waited_from = time.perf_counter()
         self._disturbed = True
 
+    def leave(self) -> None:
+        """The consumer of the tokens has its turn."""
+        self._left = time.perf_counter()
+
     def resume(self) -> None:
-        """The consumer of the tokens has come back."""
+        """The consumer has come back."""
         self._resumed = time.perf_counter()
 
     def disturb(self) -> None:
@@ -276,7 +281,7 @@ class _Clock:
     def lap(self) -> float | None:
         """The round is there: seconds since the one before, or None if something else took most of them."""
         now = time.perf_counter()
-        lap, waited, paused = now - self._last, now - self._waited_from, self._resumed - self._last
+        lap, waited, paused = now - self._last, now - self._waited_from, self._resumed - self._left
         disturbed, self._last, self._disturbed = self._disturbed, now, False
         if waited < 0.05 * lap:
             lap -= paused  # the consumer's time wasn't hidden behind the round's
