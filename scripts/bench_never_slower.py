@@ -2,19 +2,20 @@
 
     wrong      a drafter that is always wrong
     right      one that is always right
-    switching  right for 200 tokens, wrong for the next 200
+    switching  right for 200 tokens, wrong for the next 200; the rows of a batch don't do so at the same time
     mixed      right for 7 tokens of 10, at random and for each row at other ones, so that rows go on at their own pace
     different  rows of the kinds above, one after the other, so that some are done long before others
+    queue      texts of these kinds, four to a place and about a quarter as long; who is done makes room for the next
 
-First on this machine, with the embedded pair. The drafter does all its work, but what it proposes is replaced by the
-right or a wrong token, so that its price is real and its luck isn't. Every variant has a scheduler of its own, which
-knows nothing of costs when it begins.
+First on this machine, with the embedded pair or one of medium size (`--pair`: see medium_pair.py). The drafter does all
+its work, but what it proposes is replaced by the right or a wrong token, so that its price is real and its luck isn't.
+Every variant has a scheduler of its own, which knows nothing of costs when it begins.
 
 Then on a simulated clock, with published prices of rounds (tests/simulated_clock.py has their sources), those included
 with which drafting never pays, and with batches of 8 rows that all reach their limits ("limits"), end anywhere
 ("stops"), or make room for others ("queue").
 
-    python scripts/bench_never_slower.py [--tokens 2000] [--repeats 1] [--text wrong] [--json]
+    python scripts/bench_never_slower.py [--tokens 2000] [--repeats 1] [--text wrong] [--pair MoE] [--json]
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -38,6 +41,7 @@ BLAS = use_openblas()  # before MLX is imported
 
 import mlx.core as mx  # noqa: E402
 import typer  # noqa: E402
+from medium_pair import make_medium_pair  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -59,8 +63,12 @@ from mlx_mtp.models.drafter import Drafter, Lent  # noqa: E402
 from mlx_mtp.models.target import Target  # noqa: E402
 
 FIXED = (2, 4, 7)
-BATCHES = (2, 4, 8)
-KINDS = ("wrong", "right", "switching", "mixed", "different")
+BATCHES = (1, 2, 4, 8)
+KINDS = ("wrong", "right", "switching", "mixed", "different", "queue")
+QUEUED = 4
+"""Texts to a place of a queue."""
+PAIRS = {"dense": "31b", "MoE": "26b"}
+"""Of medium size, by name."""
 SLICE = 50
 """Tokens of a row after which the next variant has its turn."""
 
@@ -69,7 +77,7 @@ class Oracle:
     """A drafter that works as the one it has, and then proposes what a script says.
 
     Attributes:
-        rows: The rows that it drafts for, in the order of their scripts.
+        rows: Those that it drafts for and those that wait, in the order of their scripts.
     """
 
     def __init__(self, drafter: Drafter, scripts: Sequence[Sequence[int]]):
@@ -81,7 +89,8 @@ class Oracle:
     def borrow(self, kv: KVBuffers, lengths: mx.array) -> Lent:
         """Starts a round."""
         self._step, self._lengths = 0, lengths
-        self._running = self._scripts[mx.array([i for i, row in enumerate(self.rows) if not row.done])]
+        running = [i for i, row in enumerate(self.rows) if not row.done][: lengths.size]
+        self._running = self._scripts[mx.array(running)]
         return self._drafter.borrow(kv, lengths)
 
     def __call__(self, embedded: mx.array, hidden: mx.array, lent: Lent) -> tuple[mx.array, mx.array, mx.array]:
@@ -98,67 +107,90 @@ def scripts(kind: str, text: Sequence[int], start: int, vocab: int, rows: int) -
     """What the drafter proposes, by row, from the text that the target writes; before `start` it is the prompt."""
     rng = Random(0)
     good = {
-        "right": lambda i: True,
-        "wrong": lambda i: False,
-        "mixed": lambda i: rng.random() < 0.7,
-        "switching": lambda i: (i - start) // 200 % 2 == 0,
+        "right": lambda row, i: True,
+        "wrong": lambda row, i: False,
+        "mixed": lambda row, i: rng.random() < 0.7,
+        "switching": lambda row, i: (i - start + (400 * row // rows if kind == "switching" else 0)) // 200 % 2 == 0,
     }
-    kinds = [*good] if kind == "different" else [kind]
+    kinds = [kind]
+    if kind in ("different", "queue"):
+        kinds = [*good]
+    if kind == "queue":
+        rows *= QUEUED
+        kinds = kinds * (rows // len(kinds))
+        Random(1).shuffle(kinds)
     return [
-        [token if good[kinds[row % len(kinds)]](i) else (token + 1) % vocab for i, token in enumerate(text)]
+        [token if good[kinds[row % len(kinds)]](row, i) else (token + 1) % vocab for i, token in enumerate(text)]
         for row in range(rows)
     ]
 
 
 def race(
-    target: Target, drafter: Drafter, scripts: Sequence[Sequence[int]], prompt: list[int], tokens: int
+    target: Target,
+    drafter: Drafter,
+    scripts: Sequence[Sequence[int]],
+    prompt: list[int],
+    tokens: Sequence[int],
+    places: int,
 ) -> dict[int | str, float]:
     """Tokens per second, from the first token on, of a row for each script with the same prompt, by draft length.
+
+    Each has its number of tokens. Some of them decode together and the others wait for a place.
 
     All run side by side, a slice of the text each in turn, so that a moment in which the machine has other work to do
     is nobody's alone.
     """
-    rows, runs = len(scripts), dict[int | str, tuple[Scheduler, list[Row]]]()
+    total, runs = sum(tokens), dict[int | str, tuple[Scheduler, list[Row]]]()
     for length in (0, *FIXED, "auto"):
         oracle = Oracle(drafter, scripts)
-        scheduler: Scheduler = Scheduler(target, oracle)  # type: ignore[arg-type]
-        oracle.rows = running = [scheduler.submit(Request(prompt, tokens, draft_length=length)) for _ in range(rows)]
-        while not all(row.tokens for row in running):
+        scheduler: Scheduler = Scheduler(target, oracle, max_rows=places)  # type: ignore[arg-type]
+        oracle.rows = rows = [scheduler.submit(Request(prompt, count, draft_length=length)) for count in tokens]
+        while not all(row.tokens for row in rows[:places]):
             scheduler.step()
-        runs[length] = scheduler, running
+        runs[length] = scheduler, rows
     mx.synchronize()
-    had = {length: sum(len(row.tokens) for row in running) for length, (_, running) in runs.items()}
+    had = {length: sum(len(row.tokens) for row in rows) for length, (_, rows) in runs.items()}
     seconds: dict[int | str, float] = dict.fromkeys(runs, 0.0)
     rng, order = Random(0), [*runs]
-    for end in range(SLICE, tokens + SLICE, SLICE):
+    for end in range(SLICE * places, total + SLICE * places, SLICE * places):
         rng.shuffle(order)  # none always comes after the same other one
         for length in order:
-            scheduler, running = runs[length]
+            scheduler, rows = runs[length]
             begun = time.perf_counter()
-            while sum(len(row.tokens) for row in running) < rows * min(end, tokens):
+            while sum(len(row.tokens) for row in rows) < min(end, total):
                 scheduler.step()
             mx.synchronize()
             seconds[length] += time.perf_counter() - begun
-    return {length: (rows * tokens - had[length]) / seconds[length] for length in runs}
+    return {length: (total - had[length]) / seconds[length] for length in runs}
 
 
-def measured(tokens: int, repeats: int, kinds: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+def measured(
+    pair: str, tokens: int, repeats: int, kinds: Sequence[str], batches: Sequence[int]
+) -> dict[str, dict[str, list[float]]]:
     """Ratios on this machine, by text and batch: automatic over plain, and over the best fixed length."""
     results: dict[str, dict[str, list[float]]] = {}
-    with mlx_mtp.load(profile=None) as lm, lm.models() as (target, own):
+    with ExitStack() as stack:
+        folders = []
+        if pair in PAIRS:
+            folders = [*make_medium_pair(PAIRS[pair], Path(stack.enter_context(TemporaryDirectory())))]
+        lm = stack.enter_context(mlx_mtp.load(*folders, dtype="float32", profile=None))
+        target, own = stack.enter_context(lm.models())
         assert own
-        prompt = lm.encode("Tell me a short story about a fox.")
+        prompt = [*range(40)] if folders else lm.encode("Tell me a short story about a fox.")
         plain = Scheduler(target, None).stream(Request(prompt, tokens, draft_length=0))
         text = prompt + [token for new in plain for token in new]
-        cases = [(name, 1) for name in ("wrong", "right", "switching")]
-        cases += [(name, rows) for name in ("wrong", "mixed", "different") for rows in BATCHES]
+        cases = [(name, rows) for name in KINDS[:3] for rows in batches if rows == 1]
+        cases += [(name, rows) for name in KINDS if name != "right" for rows in batches if rows > 1]
         for name, rows in [case for case in cases if case[0] in kinds]:
             told = scripts(name, text, len(prompt), target.config.vocab_size, rows)
             label = f"{name}, {rows} rows" if rows > 1 else name
             found = results.setdefault(label, {"auto / plain": [], "auto / best fixed": []})
             print(label, file=sys.stderr)  # most of an hour in all
             for _ in range(repeats):
-                speeds = race(target, own, told, prompt, tokens)
+                # In a queue each has another length, so that no variant's rows begin and end together.
+                few, rng = tokens // QUEUED, Random(0)
+                each = [rng.randint(few // 2, 3 * few // 2) if name == "queue" else tokens for _ in told]
+                speeds = race(target, own, told, prompt, each, rows)
                 found["auto / plain"].append(speeds["auto"] / speeds[0])
                 found["auto / best fixed"].append(speeds["auto"] / max(speeds[k] for k in (0, *FIXED)))
     return results
@@ -170,7 +202,7 @@ def simulated() -> dict[str, dict[str, Any]]:
     cases |= {
         (cost, f"mixed, {rows} rows"): [list(TEXTS.values())[i % len(TEXTS)] for i in range(rows)]
         for cost in COSTS
-        for rows in BATCHES
+        for rows in BATCHES[1:]
     }
     results = {}
     for (cost, text), chances in cases.items():
@@ -187,19 +219,25 @@ def main(
     tokens: Annotated[int, typer.Option(help="Tokens of a text.", min=400)] = 2000,
     repeats: Annotated[int, typer.Option(help="Repetitions of every variant.", min=1)] = 1,
     text: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(KINDS)}. Default: all.")] = None,
+    rows: Annotated[list[int] | None, typer.Option(help="Some of 1, 2, 4, 8. Default: all.")] = None,
+    pair: Annotated[str, typer.Option(help=f"embedded, {' or '.join(PAIRS)}.")] = "embedded",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Runs both benchmarks and prints their tables."""
     if unknown := set(text or ()) - set(KINDS):
         raise typer.BadParameter(f"unknown text {', '.join(unknown)}: expected some of {', '.join(KINDS)}")
-    machine, clock = measured(tokens, repeats, text or KINDS), simulated()
+    if not set(rows or ()) <= set(BATCHES):
+        raise typer.BadParameter("expected some of 1, 2, 4, 8", param_hint="--rows")
+    if pair not in ("embedded", *PAIRS):
+        raise typer.BadParameter(f"expected embedded, {' or '.join(PAIRS)}", param_hint="--pair")
+    machine, clock = measured(pair, tokens, repeats, text or KINDS, rows or BATCHES), simulated()
     if as_json:
         print(json.dumps({"mlx": mx.__version__, "blas": BLAS, "measured": machine, "simulated": clock}))
         return
     print(
         f"{platform.machine()} {platform.system()}, mlx {mx.__version__} on {mx.default_device()}, BLAS {BLAS}, "
         "float32\n"
-        f"embedded pair, {tokens} tokens, greedy, {repeats} repetitions; median (lowest to highest)"
+        f"{pair} pair, {tokens} tokens, greedy, {repeats} repetitions; median (lowest to highest)"
     )
     print(f"  {'':20}{'auto / plain':24}auto / best of 0, {', '.join(map(str, FIXED))}")
     for label, found in machine.items():

@@ -10,14 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from mlx_mtp.decode.batch_length import BatchLength
+from mlx_mtp.decode.draft_length import alike
 from mlx_mtp.decode.limits import MAX_AUTO_LENGTH
 from mlx_mtp.decode.request import Request, Row, Stats
 
-Cost = Callable[[int], float]
-"""Seconds of a round by draft length, in plain steps."""
+Cost = Callable[[float, float], float]
+"""Seconds of a round by steps of the drafter and drafts verified a row, in plain steps."""
 
-BatchCost = Callable[[int, int], float]
-"""Seconds of a round by number of rows and draft length."""
+BatchCost = Callable[[int, int, int], float]
+"""Seconds of a round by number of rows, steps of the drafter and tokens verified in all."""
 
 Chance = Callable[[int, int], float]
 """Chance that draft j is kept if those before it were, at a position of the text."""
@@ -26,10 +27,13 @@ Chance = Callable[[int, int], float]
 class Policy(Protocol):
     """What chooses draft lengths, see `mlx_mtp.decode.draft_length.AutoLength`."""
 
-    def next(self) -> int:
-        """Tokens to draft in the next round."""
+    def begin(self, rows: Sequence[int]) -> None:
+        """Texts begin."""
 
-    def observe(self, drafted: int, kept: Mapping[int, int], seconds: float | None) -> None:
+    def next(self, rows: Sequence[int]) -> dict[int, int]:
+        """Tokens to draft in the next round, by row."""
+
+    def observe(self, drafted: Mapping[int, int], kept: Mapping[int, int], seconds: float | None) -> None:
         """Learns of a finished round."""
 
 
@@ -39,11 +43,14 @@ class FixedLength:
     def __init__(self, length: int):
         self._length = length
 
-    def next(self) -> int:
-        """The length."""
-        return self._length
+    def begin(self, rows: Sequence[int]) -> None:
+        """Doesn't matter."""
 
-    def observe(self, drafted: int, kept: Mapping[int, int], seconds: float | None) -> None:
+    def next(self, rows: Sequence[int]) -> dict[int, int]:
+        """The length."""
+        return dict.fromkeys(rows, self._length)
+
+    def observe(self, drafted: Mapping[int, int], kept: Mapping[int, int], seconds: float | None) -> None:
         """Doesn't matter."""
 
 
@@ -51,16 +58,16 @@ def curve(verify: dict[int, float], draft: float) -> Cost:
     """A cost from the seconds of verify passes at some block widths, the rest on lines between, and of a draft."""
     widths = sorted(verify)
 
-    def cost(k: int) -> float:
-        width = k + 1
+    def cost(steps: float, mean: float) -> float:
+        width = mean + 1
         below = max((w for w in widths if w <= width), default=widths[0])
         above = min((w for w in widths if w >= width), default=widths[-1])
         if above == below:
             # Past the last width, on with the last slope.
             slope = (verify[widths[-1]] - verify[widths[-2]]) / (widths[-1] - widths[-2])
-            return verify[below] + max(0, width - below) * slope + k * draft
+            return verify[below] + max(0, width - below) * slope + steps * draft
         share = (width - below) / (above - below)
-        return verify[below] * (1 - share) + verify[above] * share + k * draft
+        return verify[below] * (1 - share) + verify[above] * share + steps * draft
 
     return cost
 
@@ -81,13 +88,13 @@ COSTS: dict[str, Cost] = {
 
 BATCH_COSTS: dict[str, BatchCost] = {
     # Most of the time goes into reading weights, however many tokens are verified.
-    "bandwidth": lambda rows, k: 1 + 0.03 * rows * (k + 1) + 0.06 * k,
+    "bandwidth": lambda rows, steps, tokens: 1 + 0.03 * tokens + 0.06 * steps,
     # Most of it into arithmetic.
-    "arithmetic": lambda rows, k: 1 + 0.22 * rows * (k + 1) + (0.12 + 0.05 * rows) * k,
+    "arithmetic": lambda rows, steps, tokens: 1 + 0.22 * tokens + (0.12 + 0.05 * rows) * steps,
     # A product in 4 bits pays by the token, up to about ten.
-    "kernel step": lambda rows, k: 1 + 0.25 * min(rows * (k + 1) - 1, 9) + 0.01 * rows * (k + 1) + 0.06 * k,
+    "kernel step": lambda rows, steps, tokens: 1 + 0.25 * min(tokens - 1, 9) + 0.01 * tokens + 0.06 * steps,
     # More tokens touch more experts.
-    "experts": lambda rows, k: 1 + 0.25 * (rows * (k + 1)) ** 0.7 + 0.05 * k,
+    "experts": lambda rows, steps, tokens: 1 + 0.25 * tokens**0.7 + 0.05 * steps,
 }
 """Prices of rounds of batches, made up for what they may depend on."""
 
@@ -132,18 +139,21 @@ def speed(
         growth: What all rounds gain in price over 1,000 tokens of context, as a share of it.
         noise: Standard deviation of a round's price, as a share of it; a fifth of it is the chance of a pause.
     """
-    rng, policy = random.Random(seed), make()
-    seconds, positions, following = 0.0, [0] * len(chances), policy.next()
+    rng, policy, rows = random.Random(seed), make(), range(len(chances))
+    policy.begin(rows)
+    seconds, positions, following = 0.0, [0] * len(chances), policy.next(rows)
     while sum(positions) < tokens * len(chances):
-        # As in the engine: the next length is chosen before this round's result is known.
-        length, following = following, policy.next()
-        kept = [_kept(chance, position, length, rng) for chance, position in zip(chances, positions, strict=True)]
+        # As in the engine: the next lengths are chosen before this round's result is known.
+        lengths, following = following, policy.next(rows)
+        kept = [_kept(chances[row], positions[row], lengths[row], rng) for row in rows]
         dearer = 1 + growth * sum(positions) / len(positions) / 1000
-        taken = cost(length) * dearer * max(0.5, 1 + noise * rng.gauss(0, 1)) * (5 if rng.random() < noise / 5 else 1)
+        taken = cost(max(lengths.values()), sum(lengths.values()) / len(rows)) * dearer
+        taken *= max(0.5, 1 + noise * rng.gauss(0, 1)) * (5 if rng.random() < noise / 5 else 1)
         seconds += taken
         positions = [position + count + 1 for position, count in zip(positions, kept, strict=True)]
-        # As in the engine as well: next to a round of another length the time isn't known.
-        policy.observe(length, dict(enumerate(kept)), taken if length == following else None)
+        # As in the engine as well: next to a round of other lengths the time isn't known.
+        timed = alike([*lengths.values()], [*following.values()])
+        policy.observe(lengths, dict(enumerate(kept)), taken if timed else None)
     return sum(positions) / seconds
 
 
@@ -208,28 +218,31 @@ def batch_seconds(
         joining = [waiting.pop(0) for _ in range(min(places - len(running), len(waiting)))]
         running += joining
         if isinstance(length, BatchLength):
-            k, policy = length.next(running, len(running), bool(waiting))
+            chosen, policy = length.next(running, waiting=bool(waiting))
         else:
-            k, policy = length, None
-        k = min(k, max(row.remaining for row in running) - 1)
+            chosen, policy = {row.number: length for row in running}, None
+        lengths = {row.number: min(chosen[row.number], row.remaining - 1) for row in running}
         # As in the engine: a round's outcome is known once the next length has been chosen.
         if in_flight:
             kept, drafted, taken, told = in_flight
             for row in running:
                 if row.number in kept:
-                    _receive(row, kept[row.number], drafted, end[row.number])
+                    _receive(row, kept[row.number], drafted[row.number], end[row.number])
                     if row.done and isinstance(length, BatchLength):
                         length.done(row)
             running = [row for row in running if not row.done]
             if told:
                 alive = {row.number: kept[row.number] for row in running if row.number in kept}
-                told.observe(drafted, alive, taken if k == drafted and not joining else None)
+                timed = alike([*drafted.values()], [*lengths.values()]) and not joining
+                told.observe(drafted, alive, taken if timed else None)
             in_flight = None
         if running:
-            kept = {row.number: _kept(chance[row.number], len(row.tokens), k, rng) for row in running}
-            taken = cost(len(running), k) * max(0.5, 1 + 0.05 * rng.gauss(0, 1))
+            lengths = {row.number: lengths[row.number] for row in running}
+            kept = {row.number: _kept(chance[row.number], len(row.tokens), lengths[row.number], rng) for row in running}
+            verified = sum(lengths.values()) + len(running)
+            taken = cost(len(running), max(lengths.values()), verified) * max(0.5, 1 + 0.05 * rng.gauss(0, 1))
             seconds += taken
-            in_flight = kept, k, taken, policy
+            in_flight = kept, lengths, taken, policy
     return seconds
 
 

@@ -11,6 +11,7 @@ from simulated_clock import (
     COSTS,
     ROWS,
     TEXTS,
+    BatchCost,
     FixedLength,
     against_fixed,
     batch_against_fixed,
@@ -23,6 +24,19 @@ from mlx_mtp.decode.batch_length import BatchLength
 from mlx_mtp.decode.draft_length import AutoLength, Ends
 from mlx_mtp.decode.limits import MAX_DRAFT_LENGTH
 from mlx_mtp.decode.request import Request, Row, Stats
+
+
+def one_row() -> AutoLength:
+    policy = AutoLength()
+    policy.begin([0])
+    return policy
+
+
+def run_round(batch: BatchLength, rows: list[Row], hard: int, cost: BatchCost, waiting: bool = False) -> None:
+    """A round in which the first few rows keep nothing and the others everything."""
+    lengths, policy = batch.next(rows, waiting=waiting)
+    kept = {row.number: 0 if i < hard else lengths[row.number] for i, row in enumerate(rows)}
+    policy.observe(lengths, kept, cost(len(rows), max(lengths.values()), len(rows) + sum(lengths.values())))
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -84,7 +98,7 @@ def test_a_restless_machine(cost: str, text: str):
 def test_measured_costs_are_a_good_beginning(text: str):
     """With a profile even a short text is close to the best fixed length."""
     cost = COSTS["mlxcel 31B"]
-    known = {k: cost(k) for k in range(8)}
+    known = {k: cost(k, k) for k in range(8)}
     _, with_profile, _ = against_fixed(lambda: AutoLength(known), cost, [TEXTS[text]], seeds=40, tokens=100)
     _, without, _ = against_fixed(AutoLength, cost, [TEXTS[text]], seeds=40, tokens=100)
     assert with_profile >= 0.88 and with_profile >= without - 0.02
@@ -100,22 +114,22 @@ def test_no_pause_stops_drafting_for_good(cost: str):
 
 def test_curves():
     cost = curve({1: 1.0, 2: 2.0, 4: 3.0}, 0.5)
-    assert [cost(k) for k in range(6)] == [1.0, 2.5, 3.5, 4.5, 5.5, 6.5]
+    assert [cost(k, k) for k in range(6)] == [1.0, 2.5, 3.5, 4.5, 5.5, 6.5]
+    assert cost(4, 1) == 4.0 and cost(4, 1.5) == 4.25, "four drafts, of which one or every other second is verified"
 
 
 def test_a_batch_of_another_size_begins_where_the_one_before_was():
     """Costs of a new size are unknown, but how they compare isn't."""
     dear = COSTS["4-bit product"]
-    before = AutoLength()
+    before = one_row()
     for _ in range(200):
-        length = before.next()
-        before.observe(length, {0: 0}, dear(length))
-    assert before.next() == 0
-    after = AutoLength()
-    assert after.next() > 0, "without anything known it would draft"
+        lengths = before.next([0])
+        before.observe(lengths, {0: 0}, dear(lengths[0], lengths[0]))
+    assert before.next([0]) == {0: 0}
+    assert one_row().next([0])[0] > 0, "without anything known it would draft"
     after = AutoLength()
     after.begin([0], before)
-    assert after.next() == 0
+    assert after.next([0]) == {0: 0}
 
 
 def test_a_text_that_ends_takes_its_luck_with_it():
@@ -124,30 +138,30 @@ def test_a_text_that_ends_takes_its_luck_with_it():
     policy = AutoLength()
     policy.begin(kept)
     for _ in range(60):
-        length = policy.next()
-        policy.observe(length, {row: int(share * length) for row, share in kept.items()}, cost(length))
-    assert policy.next() > 0, "three of four rows are worth drafting for"
+        lengths = policy.next([*kept])
+        taken = cost(max(lengths.values()), sum(lengths.values()) / 4)
+        policy.observe(lengths, {row: int(share * lengths[row]) for row, share in kept.items()}, taken)
+    lengths = policy.next([*kept])
+    assert lengths[0] == 7 and lengths[3] <= 1, "three of four rows are worth drafting for"
     smaller = AutoLength()
     smaller.begin([3], policy)
-    assert smaller.next() == 0
+    assert smaller.next([3]) == {3: 0}
     smaller = AutoLength()
     smaller.begin([0], policy)
-    assert smaller.next() == 7
+    assert smaller.next([0]) == {0: 7}
 
 
 def test_rows_that_become_hard_are_noticed_at_once():
     """Not only where nothing at all is kept any more."""
     cost, policy = BATCH_COSTS["arithmetic"], AutoLength()
     policy.begin(range(4))
-    for _ in range(40):
-        length = policy.next()
-        policy.observe(length, dict.fromkeys(range(4), length), cost(4, length))
-    assert policy.next() >= 5
-    lengths = []
-    for _ in range(7):
-        lengths.append(policy.next())
-        policy.observe(lengths[-1], dict.fromkeys(range(4), min(1, lengths[-1])), cost(4, lengths[-1]))
-    assert lengths[0] >= 5 and max(lengths[-2:]) <= 2, lengths
+    longest = []
+    for most in [7] * 40 + [1] * 7:
+        lengths = policy.next(range(4))
+        longest.append(max(lengths.values()))
+        taken = cost(4, longest[-1], 4 + sum(lengths.values()))
+        policy.observe(lengths, {row: min(most, length) for row, length in lengths.items()}, taken)
+    assert longest[40] >= 5 and max(longest[-2:]) <= 2, longest
 
 
 def test_a_row_that_becomes_hard_is_noticed_beside_easy_ones():
@@ -155,18 +169,13 @@ def test_a_row_that_becomes_hard_is_noticed_beside_easy_ones():
     batch, cost = BatchLength(), BATCH_COSTS["bandwidth"]
     rows = [Row(Request([0], 4000), Stats(), 4000) for _ in range(8)]
 
-    def rounds(count: int, hard: int) -> list[int]:
-        lengths = []
+    def longest(count: int, hard: int) -> int:
         for _ in range(count):
-            length, policy = batch.next(rows, 8)
-            policy.observe(
-                length, {row.number: 0 if i < hard else length for i, row in enumerate(rows)}, cost(8, length)
-            )
-            lengths.append(length)
-        return lengths
+            run_round(batch, rows, hard, cost)
+        return max(batch.next(rows)[0].values())
 
-    assert rounds(40, hard=0)[-1] == 7
-    assert rounds(10, hard=1)[-1] <= 2
+    assert longest(40, hard=0) == 7
+    assert longest(10, hard=1) <= 2
 
 
 def test_a_row_that_joins_while_nothing_is_drafted():
@@ -174,58 +183,80 @@ def test_a_row_that_joins_while_nothing_is_drafted():
     dear, policy = COSTS["4-bit product"], AutoLength()
     policy.begin([0])
     for _ in range(200):
-        length = policy.next()
-        policy.observe(length, {0: 0}, dear(length))
+        lengths = policy.next([0])
+        policy.observe(lengths, {0: 0}, dear(lengths[0], lengths[0]))
     policy.begin([0, 1])
-    assert policy.next() == 0
-    policy.observe(2, {0: 2}, dear(2))
-    assert policy.next(lambda: Ends({0: 90, 1: 100}, 1.0, np.array([1.0, 1.1]))) in range(8)
+    assert policy.next([0, 1]) == {0: 0, 1: 0}
+    policy.observe({0: 2}, {0: 2}, dear(2, 2))
+    assert policy.next([0, 1], ends=lambda: Ends([90, 100], 1.0, np.array([1.0, 1.1]))).keys() == {0, 1}
 
 
 def test_the_last_row_decides_when_nobody_waits():
     """Seven easy rows and a hard one, where a round's price depends little on how many rows share it."""
 
-    def next_length(waiting: bool, stops: bool) -> int:
+    def longest(waiting: bool, stops: bool) -> int:
         batch, stop = BatchLength(), frozenset({1} if stops else ())
         rows = [Row(Request([0], 4000, stop_tokens=stop), Stats(), 4000) for _ in range(8)]
         for _ in range(40):
-            length, policy = batch.next(rows, 8, waiting)
-            kept = {row.number: length for row in rows[:7]} | {rows[7].number: 0}
-            policy.observe(length, kept, BATCH_COSTS["bandwidth"](8, length))
-        return batch.next(rows, 8, waiting)[0]
+            run_round(batch, rows, 1, BATCH_COSTS["bandwidth"], waiting)
+        return max(batch.next(rows, waiting=waiting)[0].values())
 
-    assert next_length(waiting=True, stops=False) == 7, "whoever is done makes room"
-    assert next_length(waiting=False, stops=False) == 0, "the hard row ends last, and drafts only hold it up"
-    assert next_length(waiting=False, stops=True) > 0, "it may as well end first"
+    assert longest(waiting=True, stops=False) == 7, "whoever is done makes room"
+    assert longest(waiting=False, stops=False) == 0, "the hard row ends last, and drafts only hold it up"
+    assert longest(waiting=False, stops=True) > 0, "it may as well end first"
 
 
 def test_stop_tokens_that_never_come_are_counted_on_less():
     batch = BatchLength()
     rows = [Row(Request([0], 400, stop_tokens=frozenset({1})), Stats(), 400) for _ in range(8)]
 
-    def next_length() -> int:
+    def longest() -> int:
         for _ in range(40):
-            length, policy = batch.next(rows, 8)
-            kept = {row.number: length for row in rows[:7]} | {rows[7].number: 0}
-            policy.observe(length, kept, BATCH_COSTS["bandwidth"](8, length))
-        return batch.next(rows, 8)[0]
+            run_round(batch, rows, 1, BATCH_COSTS["bandwidth"])
+        return max(batch.next(rows)[0].values())
 
-    assert next_length() > 0
+    assert longest() > 0
     for _ in range(100):
         done = Row(Request([0], 400, stop_tokens=frozenset({1})), Stats(), 400)
         done.receive([0] * 400, 399, 399)
         batch.done(done)
-    assert next_length() == 0
+    assert longest() == 0
 
 
-def test_a_batch_with_a_longer_draft_of_its_own():
-    """A row that asks for more than is ever chosen has all rows draft as much."""
-    policy = AutoLength()
+@pytest.mark.parametrize("waiting", [True, False])
+def test_only_rows_whose_drafts_are_kept_pay_for_them(waiting: bool):
+    """Where verifying costs by the token; if nobody waits, as long as the hard rows aren't the last."""
+    batch = BatchLength()
+    rows = [Row(Request([0], limit), Stats(), limit) for limit in [4000] * 4 + [400] * 4]
+    for _ in range(60):
+        run_round(batch, rows[::-1], 4, BATCH_COSTS["experts"], waiting)
+    lengths, _ = batch.next(rows[::-1], waiting=waiting)
+    assert min(lengths[row.number] for row in rows[:4]) >= 5
+    assert sum(lengths[row.number] for row in rows[4:]) <= 4
+
+
+def test_a_hard_row_that_becomes_easy_is_noticed():
+    """Nothing is seen of a row for which nothing is drafted, so it must be tried again."""
+    batch = BatchLength()
+    rows = [Row(Request([0], 4000), Stats(), 4000) for _ in range(8)]
+    for _ in range(60):
+        run_round(batch, rows, 4, BATCH_COSTS["experts"], waiting=True)
+    for _ in range(80):
+        run_round(batch, rows, 0, BATCH_COSTS["experts"], waiting=True)
+    assert min(batch.next(rows, waiting=True)[0].values()) >= 5
+
+
+@pytest.mark.parametrize("drafts", [0, 4, MAX_DRAFT_LENGTH])
+def test_beside_rows_with_a_length_of_their_own(drafts: int):
+    """They have their drafts whatever is chosen for the others, who pay for what comes on top."""
+    policy, cost = AutoLength(), BATCH_COSTS["experts"]
     policy.begin([0, 1])
-    for _ in range(20):
-        policy.next()
-        policy.observe(MAX_DRAFT_LENGTH, {0: MAX_DRAFT_LENGTH, 1: 9}, 3.0)
-    assert max(policy.next() for _ in range(4)) == 7
+    for _ in range(40):
+        lengths = policy.next([0, 1], [drafts, drafts])
+        both = lengths | {2: drafts, 3: drafts}
+        policy.observe(both, {0: lengths[0], 1: 0}, cost(4, max(both.values()), 4 + sum(both.values())))
+    lengths = policy.next([0, 1], [drafts, drafts])
+    assert lengths[0] == 7 and lengths[1] <= (7 if drafts > 7 else 2)
 
 
 def test_answers_of_a_chat():
@@ -235,15 +266,14 @@ def test_answers_of_a_chat():
         rng, cost = random.Random(seed), COSTS["mlxcel 31B"]
         seconds = tokens = 0.0
         for text in range(30):
-            if isinstance(policy, AutoLength):
-                policy.begin([text])
-            position, following = 0, policy.next()
+            policy.begin([text])
+            position, following = 0, policy.next([text])[text]
             while position < 80:
-                length, following = following, policy.next()
+                length, following = following, policy.next([text])[text]
                 foreseen = ((position + j) % 30 >= 4 and rng.random() < 0.97 for j in range(length))
                 kept = next((j for j, good in enumerate(foreseen) if not good), length)
-                taken = cost(length) * (1 + 0.05 * rng.gauss(0, 1))
-                policy.observe(length, {text: kept}, taken if length == following else None)
+                taken = cost(length, length) * (1 + 0.05 * rng.gauss(0, 1))
+                policy.observe({text: length}, {text: kept}, taken if length == following else None)
                 seconds, position = seconds + taken, position + kept + 1
             tokens += position
         return tokens / seconds
@@ -259,15 +289,15 @@ def test_many_short_texts_cost_no_more_than_a_long_one():
     for text in range(40):
         policy.begin([text])
         for _ in range(50):
-            length = policy.next()
-            policy.observe(length, {text: 0}, cost(length))
-            taken, plain = taken + cost(length), plain + cost(0)
+            length = policy.next([text])[text]
+            policy.observe({text: length}, {text: 0}, cost(length, length))
+            taken, plain = taken + cost(length, length), plain + cost(0, 0)
     assert plain / taken >= 0.95
 
 
 def test_unmeasured_rounds_are_no_reason_to_stop():
-    policy = AutoLength()
+    policy = one_row()
     for _ in range(100):
-        length = policy.next()
-        policy.observe(length, {0: length}, None)
-    assert policy.next() > 0
+        lengths = policy.next([0])
+        policy.observe(lengths, lengths, None)
+    assert policy.next([0])[0] > 0

@@ -34,22 +34,27 @@ class BatchLength:
         self._rows: set[int] = set()
         self._stops, self._tokens = 1, _ANSWER
 
-    def next(self, rows: Sequence[Row], size: int, waiting: bool = False) -> tuple[int, AutoLength]:
+    def next(
+        self, rows: Sequence[Row], others: Sequence[int] = (), waiting: bool = False
+    ) -> tuple[dict[int, int], AutoLength]:
         """Tokens to draft in the next round, and the policy that must be told of it (`AutoLength.observe`).
 
         Args:
             rows: Those that ask for "auto", at least one.
-            size: Rows of the whole batch.
+            others: Draft lengths of the batch's other rows.
             waiting: Whether others wait for the places of rows that are done.
+
+        Returns:
+            Draft lengths by the row's number, and the policy.
         """
         exactness = rows[0].request.exactness
-        policy, numbers = self._policy(size, exactness), {row.number for row in rows}
-        if policy is not self._used or not numbers <= self._rows:
+        policy, numbers = self._policy(len(rows) + len(others), exactness), [row.number for row in rows]
+        if policy is not self._used or not self._rows.issuperset(numbers):
             policy.begin(numbers, self._used if self._used is not policy else None)
-        self._used, self._rows = policy, numbers
+        self._used, self._rows = policy, {*numbers}
         # Rows with a length of their own go on at a pace that nobody chooses.
-        known = 1 < len(rows) == size and not waiting
-        return policy.next((lambda: self._ends(rows)) if known else None), policy
+        known = len(rows) > 1 and not others and not waiting
+        return policy.next(numbers, others, (lambda: self._ends(rows)) if known else None), policy
 
     def done(self, row: Row) -> None:
         """A row has reached its end."""
@@ -71,4 +76,4 @@ class BatchLength:
         policies = {size: self._policy(size, rows[0].request.exactness) for size in all_sizes}
         known = [size for size in all_sizes if policies[size].settled(0)] or [len(rows)]
         plain = np.interp(all_sizes, known, [policies[size].seconds(0) for size in known])
-        return Ends({row.number: max(1, row.remaining) for row in rows}, sum(sure) / len(sure), plain)
+        return Ends([max(1, row.remaining) for row in rows], sum(sure) / len(sure), plain)

@@ -74,30 +74,29 @@ class Acceptance:
     def _add_prior(self, weight: float) -> None:
         self._past[:, 0] += weight * self._PRIOR_WEIGHT, weight * self._PRIOR_WEIGHT * self._PRIOR
 
-    def observe(self, drafted: int, kept: Mapping[int, int], trial: bool = False) -> float:
+    def observe(self, drafted: Mapping[int, int], kept: Mapping[int, int], trial: bool = False) -> float:
         """Learns of a round.
 
         Args:
-            drafted: Drafts made a row.
-            kept: Drafts kept, by row.
+            drafted: Drafts verified, by row.
+            kept: Drafts kept, by row; only these count.
             trial: Nothing is drafted otherwise, so that there is little that could become less.
 
         Returns:
             The share of the rows whose texts seem to have changed.
         """
-        if new := [row for row in kept if row not in self.rows]:
-            self._arrange([*self.rows, *new])
+        lengths = [drafted[row] if row in kept else 0 for row in self.rows]
+        many = [kept.get(row, 0) for row in self.rows]
         # Draft j was put to the test only if all drafts before it were kept.
-        tested = min(drafted, max(kept.values()) + 1, MAX_AUTO_LENGTH)
+        reached = [(min(count + 1, length), count) for count, length in zip(many, lengths, strict=True)]
+        tested = min(max(reached)[0], MAX_AUTO_LENGTH)
         self._past[:, :tested] *= self._FORGET
         self._counts[..., :tested] *= self._FORGET
-        many = [kept.get(row, -1) for row in self.rows]
-        reached = np.minimum([(count + 1, count) for count in many], tested)
-        self._counts += (np.arange(MAX_AUTO_LENGTH) < reached[..., None])[:, None]
+        self._counts += (np.arange(MAX_AUTO_LENGTH) < np.array(reached)[..., None])[:, None]
         changed = 0
-        for i, count in enumerate(many):
-            if count >= 0 and not trial:
-                self._doubts[i] += self._say(self._own[i], drafted, count)
+        for i, (length, count) in enumerate(zip(lengths, many, strict=True)):
+            if length and not trial:
+                self._doubts[i] += self._say(self._own[i], length, count)
             if self._doubts[i] >= self._CHANGED:
                 self._counts[i, 0], self._doubts[i] = self._counts[i, 1], 0.0
                 changed += 1
@@ -129,23 +128,32 @@ class Acceptance:
             mean.append(chance)
         # A row's own counts and its share of the past's; they lean on the mean over rows. Without rows, the past's.
         own = self._counts[:, 0] + self._past / len(self.rows) if self.rows else self._past[None]
-        chances = (own[:, 1] + self._LEAN * np.array(mean)) / (own[:, 0] + self._LEAN)
+        weights, kept_own = own[:, 0] + self._LEAN, own[:, 1]
+        chances = (kept_own + self._LEAN * np.array(mean)) / weights
+        if len(own) > 1:
+            # A row that keeps first drafts more often than the others, by odds, will so keep those after them.
+            odds = _odds(np.array(mean))
+            odds = odds * _odds(chances[:, :1]) / odds[0]
+            chances[:, 1:] = (kept_own + self._LEAN * odds / (1 + odds))[:, 1:] / weights[:, 1:]
         self._own = chances.tolist()
         self._tokens = np.ones((len(own), MAX_AUTO_LENGTH + 1))
         self._tokens[:, 1:] += chances.cumprod(axis=1).cumsum(axis=1)
 
-    @property
-    def tokens(self) -> np.ndarray:
-        """Expected tokens of a round for a row, the bonus token included, by draft length: the mean over rows."""
-        return self._tokens.mean(axis=0)  # type: ignore[no-any-return]
-
-    def tokens_of(self, rows: Iterable[int]) -> np.ndarray:
-        """The same by row: [rows, MAX_AUTO_LENGTH + 1]."""
+    def tokens(self, rows: Iterable[int]) -> np.ndarray:
+        """Expected tokens of a round, the bonus token included, by row and draft length [rows, MAX_AUTO_LENGTH + 1]."""
         return self._tokens[[self.rows.index(row) for row in rows]]
+
+
+def _odds(chances: np.ndarray) -> np.ndarray:
+    chances = np.clip(chances, 1e-6, 1 - 1e-6)
+    return chances / (1 - chances)
 
 
 class RoundCosts:
     """Seconds of a round by draft length; lengths never tried lie on the line through those that were.
+
+    Where rows have different lengths, as many tokens are verified as with their mean, and more drafted: a round takes
+    what one of the mean length does, and for each step of the drafter that it has more, a price of its own.
 
     Rounds of all lengths become dearer together as the context grows, or when the machine has other work. So a length's
     seconds are its price times a scale that all share: a length long not tried keeps its place among the others.
@@ -161,18 +169,42 @@ class RoundCosts:
     _MOST, _MOST_ONCE = 1.25, 2.0
     # Rounds of a length after which its price is known well enough to tell the scale by it.
     _KNOWN = 4
-    # Of the seconds of a plain step, for each draft, until measured.
-    _PRIOR_SLOPE = 0.2
+    # Of the seconds of a plain step, for each draft, until measured; and the drafter's part of it.
+    _PRIOR_SLOPE, _PRIOR_DRAFT = 0.2, 0.1
+    # Of what a round of different lengths took more or less than expected, the part that goes into the drafter's price.
+    _DRAFT = 0.05
 
     def __init__(self, known: Mapping[int, float]) -> None:
         self._prices, self._scale = dict(known), 1.0
         self._prior = np.array([1 + self._PRIOR_SLOPE * k for k in range(MAX_DRAFT_LENGTH + 1)])
         self._seen = dict.fromkeys(known, self._KNOWN)
         self._measured = dict.fromkeys(known, 0)
+        # Of a step of the drafter, in plain steps.
+        self._draft = self._PRIOR_DRAFT
         self._estimate()
 
-    def observe(self, drafted: int, seconds: float, now: int) -> None:
-        """Learns of a round."""
+    def observe(self, steps: int, mean: float, seconds: float, now: int) -> None:
+        """Learns of a round.
+
+        Args:
+            steps: The drafter's, which is the longest draft length.
+            mean: Drafts verified a row.
+            seconds: What it took.
+            now: The round's number.
+        """
+        if steps > mean:
+            self._observe_uneven(steps, mean, seconds)
+        else:
+            self._observe_even(steps, seconds, now)
+
+    def _observe_uneven(self, steps: int, mean: float, seconds: float) -> None:
+        expected = self.seconds(steps, mean)
+        change = min(seconds / expected, self._MOST) - 1
+        self._draft += self._DRAFT * change * expected / self.seconds(0, 0) / max(1.0, steps - mean)
+        self._draft = max(0.0, self._draft)
+        self._scale *= 1 + (self._COMMON * change if self._prices else seconds / expected - 1)
+
+    def _observe_even(self, drafted: int, seconds: float, now: int) -> None:
         seen, price = self._seen.get(drafted, 0), seconds / self._scale
         if seen < 2:
             # The first round of a kind may pay for building kernels, and any may have met a pause of the machine.
@@ -187,13 +219,13 @@ class RoundCosts:
         self._measured[drafted] = now if drafted in self._measured else -1
         self._estimate()
 
-    def begin(self) -> None:
-        """The count of rounds starts again; lengths measured before are due."""
-        self._measured = dict.fromkeys(self._measured, -(10**3))
+    def begin(self, now: int, again: bool) -> None:
+        """The count of rounds, which was at `now`, starts again; with `again` all lengths are due to be measured."""
+        self._measured = {length: -(10**3) if again else last - now for length, last in self._measured.items()}
 
     def resemble(self, other: RoundCosts) -> None:
         """What was never measured is expected to compare as it does in a batch of another size."""
-        self._prior = np.array([other.seconds(k) for k in range(len(self._prior))])
+        self._prior, self._draft = np.array([other.seconds(k, k) for k in range(len(self._prior))]), other._draft
         self._estimate()
 
     def settled(self, length: int) -> bool:
@@ -204,9 +236,18 @@ class RoundCosts:
         """Rounds since a length was last measured."""
         return now - self._measured.get(length, -(10**6))
 
-    def seconds(self, length: int) -> float:
-        """Expected seconds of a round."""
-        return self._scale * self._line[length]
+    def seconds(self, steps: int, mean: float) -> float:
+        """Expected seconds of a round with so many steps of the drafter and so many drafts verified a row."""
+        if steps == mean:
+            return self._scale * self._line[steps]
+        return float(self.seconds_of(np.array(steps), np.array(mean)))
+
+    def seconds_of(self, steps: np.ndarray, mean: np.ndarray) -> np.ndarray:
+        """The same for arrays of them."""
+        even = np.interp(mean, range(len(self._line)), self._line)
+        # No dearer than if all rows had the longest length.
+        most = np.interp(steps, range(len(self._line)), self._line)
+        return self._scale * np.minimum(even + (steps - mean) * self._draft * self._line[0], np.maximum(most, even))
 
     def _estimate(self) -> None:
         """The price of every length."""

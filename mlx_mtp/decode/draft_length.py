@@ -1,19 +1,22 @@
-"""How many tokens to draft in the next round.
+"""How many tokens to draft in the next round, row by row.
 
-`AutoLength` weighs, from what it sees while running, the tokens a round is expected to yield a row against the time
-it is expected to take, and chooses the length with the best ratio, 0 (plain decoding) included. It only changes
-speed, never the text.
+`AutoLength` weighs, from what it sees while running, the tokens a round is expected to yield against the time it is
+expected to take, and chooses the lengths with the best ratio, 0 (plain decoding) included. It only changes speed, never
+the text.
+
+The rows of a batch need not have the same length. Each token that is verified has its price; where a row's next draft
+isn't worth it, the row has fewer of them. The drafter's steps are shared, as many as the longest length.
 
 In a batch all tokens are worth the same while others wait for a place: a row that is done early makes room. When nobody
 does, what easy rows gain leaves places empty behind them, and a round is worth the time of plain decoding that it saves
 until the last row is done (`Ends`).
 
-Knows nothing of models; it is told of finished rounds and asked for the next length. What it believes is in beliefs.py.
+Knows nothing of models; it is told of finished rounds and asked for the next lengths. Its beliefs are in beliefs.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -23,25 +26,35 @@ from .beliefs import Acceptance, RoundCosts
 from .limits import MAX_AUTO_LENGTH
 
 
+def alike(lengths: Sequence[int], others: Sequence[int]) -> bool:
+    """Whether rounds with these draft lengths, by row, take about the same time."""
+    verified = sum(lengths) + len(lengths)
+    return (
+        len(lengths) == len(others)
+        and max(lengths) == max(others)
+        and 8 * abs(sum(lengths) - sum(others)) <= verified
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Ends:
     """What is known of the ends of a batch's rows, two or more, whose places nobody waits for.
 
     Attributes:
-        left: Tokens that each of them has to go at most; by its number, see `AutoLength.observe`.
+        left: Tokens that each of them has to go at most, in the order in which they were named to `AutoLength.next`.
         sure: Chance that they go that far: a stop token may come first.
         plain: Seconds of a plain round by number of rows, from one to all: [rows].
     """
 
-    left: Mapping[int, int]
+    left: Sequence[int]
     sure: float
     plain: np.ndarray
 
     def saved(self, gains: np.ndarray) -> np.ndarray:
-        """Seconds of plain decoding that a round saves, by draft length.
+        """Seconds of plain decoding that a round saves, by choice of draft lengths.
 
         Args:
-            gains: Tokens that a round yields by row, in the order of `left`, and draft length: [rows, lengths].
+            gains: Tokens that a round yields by row, in the order of `left`, and choice: [rows, choices].
         """
         total = np.zeros(gains.shape[1])
         if self.sure > 0:
@@ -52,7 +65,7 @@ class Ends:
 
     def _saved_to_limits(self, gains: np.ndarray) -> np.ndarray:
         """If all rows reach their limits: the mean over the rounds until the first of them does."""
-        left = np.array([*self.left.values()])[:, None]
+        left = np.array(self.left)[:, None]
         rounds = (left / gains).min(axis=0)
         # The row with the most to go pays for rounds of one row, the next for what two rows take more, and so on.
         prices = self.plain - np.concatenate([[0.0], self.plain[:-1]])
@@ -71,15 +84,18 @@ class Ends:
 
 
 class AutoLength:
-    """The length that saves the most time, against plain decoding, for the time that its round takes.
+    """The lengths that save the most time, against plain decoding, for the time that their round takes.
 
-    What it believes: the seconds of a round by draft length (`RoundCosts`), and per position the chance that a draft is
-    kept if those before it were (`Acceptance`). Other lengths than the best are tried on a budget: all the time that
-    trials have lost, against the best length, stays under a small share of the time spent, in a batch an even smaller
-    one. This bounds how much slower than plain decoding a useless drafter can make it.
+    What it believes: the seconds of a round by draft lengths (`RoundCosts`), and per row and position the chance that a
+    draft is kept if those before it were (`Acceptance`). Other lengths than the best are tried, for all rows together,
+    on a budget: all the time that trials have lost, against the best, stays under a small share of the time spent, in a
+    batch an even smaller one. This bounds how much slower than plain decoding a useless drafter can make it.
     """
 
     _BUDGET = 0.007
+    # However much was spent: while nothing is drafted in a batch, a trial that alone loses no more than this share of
+    # the time since the last one. First rounds of short texts may have taken it all, and what they said may be wrong.
+    _SELDOM = 0.004
     # In rounds of the best length, granted at the start.
     _ALLOWANCE = 4.0
     # A length's cost is measured again after this many rounds; more of them while nothing is drafted.
@@ -87,127 +103,189 @@ class AutoLength:
     _STALE_OFF = 256
     # While nothing is drafted: what a trial drafts, and the rounds between trials, so that plain ones can be timed.
     _PROBE, _APART = 2, 8
+    # Chances of being kept below which a row's drafts may be left out.
+    _DOUBTFUL = (0.08, 0.15, 0.25, 0.35, 0.5, 0.65, 0.8)
+    # What lengths that differ by row must promise more than one for all: of so many, some look better by luck.
+    _LUCK = 0.02
+    # Once chosen they are kept while nothing is better by more than this share: rounds can be timed only next to their
+    # like.
+    _BETTER = 0.01
 
     def __init__(self, costs: Mapping[int, float] | None = None) -> None:
         """Begins with nothing known, or with what was measured earlier.
 
         Args:
-            costs: Seconds of a round by draft length, as a tuner's profile has them; replaced by what is seen.
+            costs: Seconds of a round by draft length, the same for all rows, as a tuner's profile has them; replaced by
+                what is seen.
         """
         self._costs, self._acceptance = RoundCosts(costs or {}), Acceptance()
         self._rounds = 0
         self._trials: set[int] = set()
         self._again: int | None = None
         self._asked = self._tried = 0
-        self._spent = self._elapsed = 0.0
-        # The best length, and what a round saves by length, as of the last choice.
-        self._best, self._saved, self._learnt = 0, list[float](), True
+        self._spent = self._elapsed = self._changed = 0.0
+        self._learnt = True
+        # As of the last weighing: whose lengths were chosen; the choices, of which the first are the same length for
+        # all rows, from 0 on; the seconds that each takes and saves; and the best one's index.
+        self._rows: Sequence[int] = ()
+        self._choices = self._seconds = self._saved = np.zeros(0)
+        self._best = 0
 
     def begin(self, rows: Collection[int], other: AutoLength | None = None) -> None:
         """The batch has changed: texts begin, or others have ended. Costs stay.
 
         Args:
-            rows: Those that it chooses for from here on, see `observe`.
+            rows: Those that it chooses for from here on, by a number that is a row's own for as long as it runs.
             other: What has chosen so far, if the batch had another size. Its acceptance is taken over, and its costs
                 say how those not measured here may compare.
         """
         if other:
             self._acceptance = other._acceptance.copy()
             self._costs.resemble(other._costs)
+        # Next to other texts lengths may compare otherwise; where only some rows are new they hardly do, and what a
+        # tuner has measured holds for the first text.
+        again = self._rounds > 0 and not set(rows) & set(self._acceptance.rows)
+        self._costs.begin(self._rounds, again)
         self._acceptance.begin(rows)
         self._asked = self._tried = self._rounds = 0
         self._again = None
         self._trials.clear()
-        self._costs.begin()
         self._learnt = True
 
-    def next(self, ends: Callable[[], Ends] | None = None) -> int:
-        """Tokens to draft in the next round.
+    def next(
+        self, rows: Sequence[int], others: Sequence[int] = (), ends: Callable[[], Ends] | None = None
+    ) -> dict[int, int]:
+        """Tokens to draft in the next round, by row.
 
         Args:
+            rows: Those to choose for, at least one of those it began with.
+            others: Draft lengths of the batch's other rows.
             ends: Says what is known of the ends of the rows; None if others wait for their places.
         """
         self._asked += 1
         # On a CPU the host's time isn't hidden behind the device's: while nothing is drafted, there is little to learn.
-        if self._best or self._learnt or self._asked % self._APART == 0:
-            self._saved, self._learnt = self._saved_by_length(ends() if ends else None), False
-            self._best = max(range(MAX_AUTO_LENGTH + 1), key=self._worth)
-        best = self._best
-        trial = self._again if self._again is not None else self._trial(best)
-        if trial is None:
-            return best
-        # Twice where it is about costs: the time of a round next to one of another length may be unknown. Where it is
-        # about acceptance, now and then too: drafting must not stay off for what a pause has made of its cost.
-        costs = best or self._costs.age(trial, self._rounds) > self._STALE_OFF
-        self._again = trial if costs and self._again is None else None
-        self._tried = self._asked
-        # Rounds are observed in the order in which they were asked for, one round late.
-        self._trials.add(self._asked)
-        return trial
+        if self._best or self._learnt or self._asked % self._APART == 0 or self._rows != rows:
+            self._weigh(rows, others, ends() if ends else None)
+            self._learnt = False
+        trial = self._again if self._again is not None else self._trial(bool(others))
+        if trial is not None:
+            # Twice where it is about costs: the time of a round next to one of another length may be unknown. Where it
+            # is about acceptance, now and then too: drafting must not stay off for what a pause has made of its cost.
+            costs = self._best or self._costs.age(trial, self._rounds) > self._STALE_OFF
+            self._again = trial if costs and self._again is None else None
+            self._tried = self._asked
+            # Rounds are observed in the order in which they were asked for, one round late.
+            self._trials.add(self._asked)
+        return self._lengths(self._best if trial is None else trial)
 
-    def observe(self, drafted: int, kept: Mapping[int, int], seconds: float | None) -> None:
+    def observe(self, drafted: Mapping[int, int], kept: Mapping[int, int], seconds: float | None) -> None:
         """Learns of a finished round.
 
         Args:
-            drafted: Drafts made a row.
-            kept: Drafts kept, by a number that is a row's own for as long as it runs; rows not in it have ended.
+            drafted: Draft lengths of all rows of the batch, by row.
+            kept: Drafts kept, by row; rows not in it have ended, or have lengths of their own.
             seconds: Time taken; None if it couldn't be measured.
         """
         self._rounds += 1
-        self._learnt |= drafted > 0
+        steps, mean = max(drafted.values()), sum(drafted.values()) / len(drafted)
+        self._learnt |= steps > 0
         off = self._best == 0
         if kept and self._elapsed + (seconds or 0.0):
-            took = self.seconds(drafted) if seconds is None else seconds
-            if self._rounds in self._trials or drafted != self._best:
-                length = min(drafted, MAX_AUTO_LENGTH)
-                luck = (sum(kept.values()) / len(kept) + 1) / self._acceptance.tokens[length]
-                lost = took - luck * self._saved[length] / self._worth(self._best)
-                self._spent = max(0.0, self._spent + lost)
+            took = self._costs.seconds(steps, mean) if seconds is None else seconds
+            if self._rounds in self._trials or (steps == mean and drafted != self._lengths(self._best)):
+                length = min(steps, MAX_AUTO_LENGTH)
+                luck = (sum(kept.values()) + len(kept)) / self._acceptance.tokens(kept)[:, length].sum()
+                self._spent = max(0.0, self._spent + took - luck * self._saved[length] / self._worth(self._best))
             self._elapsed += took
         if kept and seconds is not None:
-            self._costs.observe(drafted, seconds, self._rounds)
+            self._costs.observe(steps, mean, seconds, self._rounds)
         self._trials.discard(self._rounds)
-        if off and drafted and kept and min(kept.values()) == drafted:
+        if off and kept and all(0 < drafted[row] == kept[row] for row in kept):
             # The text may have become predictable: what was seen before no longer counts.
             self._acceptance = Acceptance(self._acceptance.rows)
-        if not drafted or not kept:
+        if not any(drafted[row] for row in kept):
             return
-        changed = self._acceptance.observe(drafted, kept, trial=off)
-        # It may have been bad luck after all: two probes soon will tell.
-        self._spent = max(0.0, self._spent - changed * 2 * self.seconds(self._PROBE))
+        self._changed += self._acceptance.observe(drafted, kept, trial=off)
 
-    def seconds(self, drafted: int) -> float:
-        """What a round is expected to take."""
-        return self._costs.seconds(drafted)
+    def seconds(self, length: int) -> float:
+        """What a round is expected to take with the same draft length for all rows."""
+        return self._costs.seconds(length, length)
 
-    def settled(self, drafted: int) -> bool:
+    def settled(self, length: int) -> bool:
         """Whether that was measured."""
-        return self._costs.settled(drafted)
+        return self._costs.settled(length)
 
-    def _saved_by_length(self, ends: Ends | None) -> list[float]:
-        """Seconds of plain decoding that a round saves."""
-        saved = ends.saved(self._acceptance.tokens_of(ends.left)) if ends else self.seconds(0) * self._acceptance.tokens
-        return saved.tolist()  # type: ignore[no-any-return]
+    def _weigh(self, rows: Sequence[int], others: Sequence[int], ends: Ends | None) -> None:
+        """Finds the best choice of lengths."""
+        tokens = self._acceptance.tokens(rows)
+        last = self._lengths(self._best) if self._best > MAX_AUTO_LENGTH and self._rows == rows else None
+        choices = np.broadcast_to(np.arange(MAX_AUTO_LENGTH + 1), tokens.shape)
+        if len(rows) > 1:
+            choices = np.concatenate([choices, self._uneven(tokens)], axis=1)
+        if last:
+            choices = np.concatenate([choices, np.array([*last.values()])[:, None]], axis=1)
+        gains = np.take_along_axis(tokens, choices, axis=1)
+        self._rows, self._choices = rows, choices
+        self._saved = ends.saved(gains) if ends else self.seconds(0) * gains.mean(axis=0)
+        steps = np.maximum(choices.max(axis=0), max(others, default=0))
+        mean = (choices.sum(axis=0) + sum(others)) / (len(rows) + len(others))
+        self._seconds = self._costs.seconds_of(steps, mean)
+        worth = self._saved / self._seconds
+        worth[MAX_AUTO_LENGTH + 1 :] *= 1 - self._LUCK
+        self._best = int(worth.argmax())
+        if self._best == 0:
+            # If that is because texts have changed, it may have been bad luck: two probes soon will tell.
+            self._spent = max(0.0, self._spent - self._changed * 2 * self.seconds(self._PROBE))
+        self._changed = 0.0
+        if last and (1 + self._BETTER) * worth[-1] > worth[self._best]:
+            self._best = len(worth) - 1
 
-    def _worth(self, length: int) -> float:
+    def _uneven(self, tokens: np.ndarray) -> np.ndarray:
+        """Choices of lengths that leave out a row's doubtful drafts: [rows, choices].
+
+        Args:
+            tokens: Expected tokens by row and length.
+        """
+        kept = np.diff(tokens, axis=1)
+        enough = np.stack([(kept >= chance).sum(axis=1) for chance in self._DOUBTFUL], axis=1)
+        return np.concatenate([np.minimum(enough, k) for k in range(1, MAX_AUTO_LENGTH + 1)], axis=1)
+
+    def _lengths(self, choice: int) -> dict[int, int]:
+        return dict(zip(self._rows, self._choices[:, choice].tolist(), strict=True))
+
+    def _worth(self, choice: int) -> float:
         """Seconds of plain decoding that a round saves for each second that it takes."""
-        return self._saved[length] / self.seconds(length)
+        return float(self._saved[choice] / self._seconds[choice])
 
-    def _trial(self, best: int) -> int | None:
-        """A length to try instead of the best, if one is due and can be afforded."""
-        if best == 0:
+    def _trial(self, others: bool) -> int | None:
+        """A length to try, instead of the best, if one is due and can be afforded.
+
+        Args:
+            others: Whether the batch has rows that it doesn't choose for: rounds of one length can't be had then.
+        """
+        since = self._asked - self._tried
+        if self._best == 0:
             # Acceptance can't be seen while nothing is drafted.
-            due = [self._PROBE] if self._asked - self._tried > self._APART else []
+            due = [self._PROBE] if since > self._APART else []
+        elif others:
+            due = []
         else:
-            near = (k for k in (0, best - 1, best + 1) if 0 <= k <= MAX_AUTO_LENGTH)
-            due = [k for k in near if self._costs.age(k, self._rounds) > self._STALE and self._may_win(k)]
+            close = round(self._choices[:, self._best].mean())
+            near = {0, close - 1, close, close + 1}
+            due = [
+                k
+                for k in sorted(near - {self._best})
+                if 0 <= k <= MAX_AUTO_LENGTH and self._costs.age(k, self._rounds) > self._STALE and self._may_win(k)
+            ]
         if not due or self._trials or not self._elapsed:
             return None
         trial = max(due, key=lambda k: self._costs.age(k, self._rounds))
-        loss = (2 if best else 1) * (self.seconds(trial) - self._saved[trial] / self._worth(best))
-        allowed = self._BUDGET * self._elapsed + self._ALLOWANCE * self.seconds(best)
+        loss = (2 if self._best else 1) * (self._seconds[trial] - self._saved[trial] / self._worth(self._best))
+        allowed = self._BUDGET * self._elapsed + self._ALLOWANCE * self._seconds[self._best]
         # A round of a batch shows as much as a round of each of its rows: fewer of them tell the same.
         allowed /= sqrt(max(1, len(self._acceptance.rows)))
+        if self._best == 0 and len(self._rows) > 1 and loss <= self._SELDOM * self._seconds[0] * since:
+            return trial
         return trial if self._spent + loss <= allowed else None
 
     def _may_win(self, length: int) -> bool:

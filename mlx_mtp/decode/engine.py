@@ -26,7 +26,7 @@ from ..kv import LONGEST_VERIFY, KVBuffers, Snapshot
 from ..models.drafter import Drafter
 from ..models.target import Target
 from .batch_length import BatchLength, Costs
-from .draft_length import AutoLength
+from .draft_length import AutoLength, alike
 from .limits import MAX_DRAFT_LENGTH
 from .request import INVARIANT_WIDTH, Row
 from .round import RoundState, decode_round, first_state, regroup
@@ -61,13 +61,13 @@ class _Flight:
     Attributes:
         report: int32 [B, width + 1], see `round.decode_round`.
         rows: The batch's rows when it was built.
-        k: Tokens drafted; None for the first tokens after a prefill.
-        policy: What chose k, if any row left that open.
+        lengths: Draft lengths of the rows; None for the first tokens after a prefill.
+        policy: What chose lengths, if any row left that open.
     """
 
     report: mx.array
     rows: list[Row]
-    k: int | None
+    lengths: list[int] | None
     policy: AutoLength | None
 
 
@@ -91,7 +91,7 @@ class Engine:
         self._state: RoundState | None = None
         self._sampler: Sampler
         self._flights: list[_Flight] = []
-        self._clock = _Clock()
+        self._clock, self._late = _Clock(), False
         self._auto = BatchLength(costs)
 
     def regroup(self, joining: Sequence[Prefilled] = ()) -> None:
@@ -143,16 +143,19 @@ class Engine:
         assert self.kv is not None and self._state is not None
         self._clock.resume()
         kv, exactness = self.kv, self.rows[0].request.exactness
-        k, policy = self._next_length(waiting)
+        lengths, policy = self._next_lengths(waiting)
+        k = max(lengths)
         width = INVARIANT_WIDTH if exactness == "invariant" else None
         kv.reserve(max(map(self._reach, self.rows)) + (width or k + 1))
         before: Snapshot | None = kv.snapshot()
         with self._span("build", rows=len(self.rows), drafts=k):
             state, report, drafts = decode_round(
-                self._target, self._drafter, kv, self._sampler, self._state, k, width, exactness == "stepwise",
-                self._most(k),
-            )  # fmt: skip
+                self._target, self._drafter, kv, self._sampler, self._state, lengths, width, exactness == "stepwise"
+            )
         late = kv.nbytes > COPY_LIMIT
+        if late is not self._late:
+            self._clock.disturb()
+            self._late = late
         if not late:
             before = None
             if self.trace and k:
@@ -161,7 +164,7 @@ class Engine:
         with self._span("wait and read"):
             reports = self._read()
         with self._span("deliver"):
-            self._deliver(*reports, k)
+            self._deliver(*reports, lengths)
         if before and all(row.done for row in self.rows):
             kv.restore(before)  # the round built ahead was never handed over: forget it
             return
@@ -169,7 +172,7 @@ class Engine:
             before = None  # lets go of the buffers, so that they are written in place
             self._hand_over("draft and verify" if k else "verify", report, state.lengths, state.hidden)
         self._state = state
-        self._flights.append(_Flight(report, self.rows, k, policy))
+        self._flights.append(_Flight(report, self.rows, lengths, policy))
         self._clock.leave()
 
     def disturb(self) -> None:
@@ -186,52 +189,48 @@ class Engine:
         reports = [_host(flight.report) for flight in self._flights]
         return reports, self._clock.lap()
 
-    def _deliver(self, reports: list[list[list[int]]], seconds: float | None, next_length: int) -> None:
+    def _deliver(self, reports: list[list[list[int]]], seconds: float | None, next_lengths: list[int]) -> None:
         """Gives every row its tokens, and the policy what it can learn from a round.
 
         Args:
             reports: See `_read`.
             seconds: See `_read`.
-            next_length: Tokens drafted in the round that was handed over meanwhile.
+            next_lengths: Draft lengths of the round that was handed over meanwhile.
         """
         flights, self._flights = self._flights, []
         for flight, report in zip(flights, reports, strict=True):
             kept: dict[int, int] = {}
-            for row, (*choices, count) in zip(flight.rows, report, strict=True):
+            for i, (row, (*choices, count)) in enumerate(zip(flight.rows, report, strict=True)):
                 if not row.done:
-                    row.receive(choices, count, None if flight.k is None else row.drafts(flight.k))
+                    row.receive(choices, count, flight.lengths[i] if flight.lengths else None)
                     if row.done:
                         self._auto.done(row)
-                    if row.request.draft_length == "auto":
+                    if row.draft_length is None:
                         kept[row.number] = count
-            if flight.policy and flight.k is not None:
+            if flight.policy and flight.lengths is not None:
                 # The time counts only if all of it was this round's. On a CPU much of it is the next round's: work is
                 # done while it is handed over.
-                own = len(flights) == 1 and flight.k == next_length
-                flight.policy.observe(flight.k, kept, seconds if own else None)
+                own = len(flights) == 1 and alike(flight.lengths, next_lengths)
+                drafted = {row.number: length for row, length in zip(flight.rows, flight.lengths, strict=True)}
+                flight.policy.observe(drafted, kept, seconds if own else None)
 
-    def _next_length(self, waiting: bool) -> tuple[int, AutoLength | None]:
-        """Tokens to draft in the next round, and the policy that was asked."""
+    def _next_lengths(self, waiting: bool) -> tuple[list[int], AutoLength | None]:
+        """Tokens to draft for each row in the next round, and the policy that was asked."""
         if self._drafter is None:
-            return 0, None
-        # All of them may have been cancelled just now, by another thread.
-        running = [row for row in self.rows if not row.done] or self.rows
-        lengths = [int(row.request.draft_length) for row in running if row.request.draft_length != "auto"]
+            return [0] * len(self.rows), None
+        # Rows may have been cancelled just now, by another thread.
+        given = {row.number: 0 if row.done else row.draft_length for row in self.rows}
+        lengths = {number: length for number, length in given.items() if length is not None}
         policy = None
-        if auto := [row for row in running if row.request.draft_length == "auto"]:
-            length, policy = self._auto.next(auto, len(self.rows), waiting)
-            lengths.append(length)
+        if auto := [row for row in self.rows if given[row.number] is None]:
+            chosen, policy = self._auto.next(auto, [*lengths.values()], waiting)
+            lengths |= chosen
         # The round in flight may yield no more than one token a row.
-        return max(0, min(max(lengths), max(row.remaining for row in running) - 1)), policy
-
-    def _most(self, k: int) -> mx.array | None:
-        """How many of k drafts each row may keep; None if all may keep all."""
-        most = [row.drafts(k) for row in self.rows]
-        return mx.array(most, dtype=mx.int32) if min(most) < k else None
+        return [max(0, min(lengths[row.number], row.remaining - 1)) for row in self.rows], policy
 
     def _reach(self, row: Row) -> int:
         """Positions that may have been written for the row once everything handed over so far has run."""
-        flying = (f.report.shape[1] - 1 for f in self._flights if f.k is not None and row in f.rows)
+        flying = (f.report.shape[1] - 1 for f in self._flights if f.lengths is not None and row in f.rows)
         return max(row.written, row.committed + sum(flying))
 
     def _first(self, prompt: Prefilled) -> RoundState:
@@ -279,10 +278,11 @@ class _Clock:
         self._waited_from = time.perf_counter()
 
     def lap(self) -> float | None:
-        """The round is there: seconds since the one before, or None if something else took most of them."""
+        """The round is there: seconds since the one before, or None if something else took a good part of them."""
         now = time.perf_counter()
         lap, waited, paused = now - self._last, now - self._waited_from, self._resumed - self._left
         disturbed, self._last, self._disturbed = self._disturbed, now, False
-        if waited < 0.05 * lap:
-            lap -= paused  # the consumer's time wasn't hidden behind the round's
-        return None if disturbed or paused > lap else lap
+        if disturbed or 2 * paused > lap:
+            return None
+        # Where nothing is left to wait for, the consumer's time wasn't hidden behind the round's.
+        return lap - paused if waited < 0.05 * lap else lap

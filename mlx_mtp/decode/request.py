@@ -160,9 +160,10 @@ class Row:
         """Tokens it may still generate."""
         return self.limit - len(self.tokens)
 
-    def drafts(self, k: int) -> int:
-        """How many of a round's k drafts this row asked for."""
-        return k if self.request.draft_length == "auto" else min(k, int(self.request.draft_length))
+    @property
+    def draft_length(self) -> int | None:
+        """The draft length that it asked for; None for "auto"."""
+        return None if self.request.draft_length == "auto" else int(self.request.draft_length)
 
     def receive(self, choices: Sequence[int], kept: int, k: int | None) -> None:
         """Takes a round's outcome.

@@ -1,7 +1,7 @@
 """One round: draft, verify, accept. Pure functions on a small state; no host read, no loop over tokens of text.
 
     draft    K steps of the drafter from the last token and the target's last hidden state
-    verify   one forward pass of the target over [last token, K drafts]
+    verify   one forward pass of the target over [last token, K drafts], or in each row only the first few of them
     accept   the drafts up to the first one that the target didn't choose itself, plus the target's choice there
 
 All of it is one lazily built graph. The tokens kept are the target's own choices in the verify pass, whoever drafted
@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from ..kv import KVBuffers
 from ..models.drafter import Drafter
+from ..models.packing import Packing
 from ..models.target import Target
 from .sampling import Sampler
 
@@ -71,7 +72,13 @@ def draft(target: Target, drafter: Drafter, kv: KVBuffers, sampler: Sampler, sta
 
 
 def verify(
-    target: Target, kv: KVBuffers, sampler: Sampler, lengths: mx.array, block: mx.array, stepwise: bool = False
+    target: Target,
+    kv: KVBuffers,
+    sampler: Sampler,
+    lengths: mx.array,
+    block: mx.array,
+    stepwise: bool = False,
+    counts: Sequence[int] | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Runs the target over a block and chooses the token after each of its positions.
 
@@ -79,11 +86,20 @@ def verify(
         lengths: int32 [B], committed tokens.
         block: int32 [B, L], the newest token and the drafts.
         stepwise: Run the block token by token, as plain decoding would.
+        counts: How many tokens of each row to look at, one at least, in some row all L; None for all of all rows.
+            What stands at the other places of the results has no meaning.
 
     Returns:
         Choices int32 [B, L], and the hidden states [B, L, hidden].
     """
     width = block.shape[1]
+    positions = lengths[:, None] + mx.arange(1, width + 1, dtype=mx.int32)
+    if counts is not None:
+        packing = Packing.of(counts)
+        line = target(packing.line(block), lengths, kv, packing)
+        each = sampler.of_rows(packing.rows)
+        choices = each.target(target.raw_logits(line).swapaxes(0, 1), packing.line(positions).T)
+        return packing.spread(choices.T), packing.spread(line)
     if stepwise:
         steps = [target(block[:, i : i + 1], lengths + i, kv) for i in range(width)]
         logits = mx.concatenate([target.raw_logits(hidden) for hidden in steps], axis=1)
@@ -91,23 +107,23 @@ def verify(
     else:
         hidden = target(block, lengths, kv)
         logits = target.raw_logits(hidden)
-    return sampler.target(logits, lengths[:, None] + mx.arange(1, width + 1, dtype=mx.int32)), hidden
+    return sampler.target(logits, positions), hidden
 
 
-def accept(drafts: mx.array, choices: mx.array, most: mx.array | None = None) -> mx.array:
+def accept(drafts: mx.array, choices: mx.array, most: Sequence[int] | None = None) -> mx.array:
     """How many drafts each row keeps.
 
     Args:
         drafts: int32 [B, k].
         choices: int32 [B, >= k], the target's.
-        most: int32 [B], drafts that each row may keep; None for all.
+        most: Drafts that each row may keep; None for all.
 
     Returns:
         int32 [B].
     """
     agreed = (drafts == choices[:, : drafts.shape[1]]).astype(mx.int32)
     kept = mx.cumprod(agreed, axis=1).sum(axis=1).astype(mx.int32)
-    return kept if most is None else mx.minimum(kept, most)
+    return kept if most is None else mx.minimum(kept, mx.array(list(most), dtype=mx.int32))
 
 
 def decode_round(
@@ -116,24 +132,25 @@ def decode_round(
     kv: KVBuffers,
     sampler: Sampler,
     state: RoundState,
-    k: int,
+    lengths: int | Sequence[int],
     width: int | None = None,
     stepwise: bool = False,
-    most: mx.array | None = None,
 ) -> tuple[RoundState, mx.array, mx.array]:
-    """One round for all rows; with k = 0 a plain decoding step.
+    """One round for all rows; where nothing is drafted, a plain decoding step.
 
     Args:
-        k: Tokens to draft.
-        width: Width of the verify block where it must not depend on k; at least k + 1. The rest is filled up with
+        lengths: Draft length of each row, or of all. With K the longest of them, K are drafted for every row, as one
+            step serves all, but of each row only its own number is verified.
+        width: Width of the verify block where it must not depend on K; at least K + 1. The rest is filled up with
             tokens that are never kept.
         stepwise: See `verify`.
-        most: See `accept`.
 
     Returns:
         The state after the round, and the report int32 [B, width + 1]: the target's choices, then the number n of
-        drafts kept. The row's new tokens are its first n + 1 choices. Last, the drafts int32 [B, k].
+        drafts kept. The row's new tokens are its first n + 1 choices. Last, the drafts int32 [B, K].
     """
+    each = [lengths] * len(state.tokens) if isinstance(lengths, int) else lengths
+    k, most = max(each), each if min(each) < max(each) else None
     block = state.tokens[:, None]
     if k:
         assert drafter is not None
@@ -141,7 +158,8 @@ def decode_round(
     drafts = block[:, 1:]
     if width is not None and width > k + 1:
         block = mx.pad(block, [(0, 0), (0, width - k - 1)])
-    choices, hidden = verify(target, kv, sampler, state.lengths, block, stepwise)
+    counts = [own + 1 for own in most] if most and width is None and not stepwise else None
+    choices, hidden = verify(target, kv, sampler, state.lengths, block, stepwise, counts)
     kept = accept(drafts, choices, most) if k else mx.zeros_like(state.lengths)
     last = kept[:, None]
     new = RoundState(

@@ -14,6 +14,7 @@ Rows are independent: each is chosen for as if it were alone.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
@@ -87,6 +88,15 @@ class Sampler:
             vocab_size: Needed with `suppress_tokens`.
         """
         self._softcap = logit_softcap
+        self._suppressed = None
+        if suppress_tokens:
+            banned = mx.array(list(suppress_tokens), dtype=mx.int32)
+            bias = mx.zeros((vocab_size,), mx.float32)
+            self._suppressed = mx.put_along_axis(bias, banned, mx.array(-mx.inf), axis=0)
+        self._arrange(rows)
+
+    def _arrange(self, rows: Sequence[SamplingOptions]) -> None:
+        self._rows = [*rows]
         kinds: dict[tuple[bool, int, bool], list[int]] = {}
         for i, row in enumerate(rows):
             kinds.setdefault(_kind(row), []).append(i)
@@ -94,11 +104,12 @@ class Sampler:
         # For several groups: the rows of each, and where each row then lies when the groups stand in line.
         self._members = [mx.array(members, dtype=mx.int32) for members in kinds.values()]
         self._place = mx.argsort(mx.concatenate(self._members)) if len(self._members) > 1 else None
-        self._suppressed = None
-        if suppress_tokens:
-            banned = mx.array(list(suppress_tokens), dtype=mx.int32)
-            bias = mx.zeros((vocab_size,), mx.float32)
-            self._suppressed = mx.put_along_axis(bias, banned, mx.array(-mx.inf), axis=0)
+
+    def of_rows(self, rows: Sequence[int]) -> Sampler:
+        """One that chooses for these rows, in this order; a row may be there more than once."""
+        other = copy.copy(self)
+        other._arrange([self._rows[row] for row in rows])
+        return other
 
     def target(self, logits: mx.array, positions: mx.array) -> mx.array:
         """Chooses the target's tokens.

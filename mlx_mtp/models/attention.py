@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from ..config import FULL, SLIDING, LayerConfig, TextConfig
 from .elementwise import gelu_times, on_gpu
+from .packing import Packing
 
 Rotation = mx.array | tuple[mx.array, mx.array]
 """From `Rope.at` for `Rope.rotate`: on a GPU offsets [B], else cosines and signed sines [B, 1, L, head_dim]."""
@@ -110,29 +111,55 @@ class Attention(nn.Module):
         self._norms = mx.stack(norms)
         mx.eval(self._norms)
 
-    def project(self, x: mx.array, rope: Rope, rotation: Rotation) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries, keys and values [B, heads, L, head_dim] of a block x [B, L, hidden]; no heads where it has none."""
+    def project(
+        self, x: mx.array, rope: Rope, rotation: Rotation, packing: Packing | None = None
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries, keys and values [B, heads, L, head_dim] of a block; no heads where it has none.
+
+        Args:
+            x: [B, L, hidden], or [1, N, hidden] with a packing.
+            rope: Rotary embedding.
+            rotation: Its rotation at the positions of [B, L].
+            packing: How N tokens make the block.
+        """
         # All heads are normalised and rotated together.
         heads = side_by_side(self, self._projections, x).reshape(*x.shape[:2], -1, self._head_dim)
         heads = mx.fast.rms_norm(heads, None, self._eps)
+        if packing:
+            heads = packing.spread(heads)
         rotated = rope.rotate((heads[:, :, : len(self._norms)] * self._norms).transpose(0, 2, 1, 3), rotation)
         # The last heads are the values; where these are the keys (`attention_k_eq_v`), keys before norm and rotation.
         values = heads[:, :, heads.shape[2] - self._kv_heads :].transpose(0, 2, 1, 3)
         return rotated[:, : self._heads], rotated[:, self._heads :], values
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, visible: mx.array) -> mx.array:
+    def attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, visible: mx.array, packing: Packing | None = None
+    ) -> mx.array:
         """Attends to KV buffers.
 
         Args:
             queries: [B, heads, L, head_dim], from `project`.
             keys, values: [B, kv_heads, slots, head_dim].
             visible: bool [B, 1, L, slots].
+            packing: See `project`.
 
         Returns:
-            [B, L, hidden].
+            [B, L, hidden], or [1, N, hidden] with a packing.
         """
-        out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=visible)
-        return self.o_proj(out.transpose(0, 2, 1, 3).flatten(2))
+        if packing and not on_gpu():
+            # On a CPU the places that no token fills would cost as much as others: row by row, without them.
+            rows = [
+                _attend(*(it[i : i + 1] for it in (queries[:, :, :count], keys, values, visible[:, :, :count])))
+                for i, count in enumerate(packing.counts)
+            ]
+            return self.o_proj(mx.concatenate(rows, axis=1))
+        out = _attend(queries, keys, values, visible)
+        return self.o_proj(packing.line(out) if packing else out)
+
+
+def _attend(queries: mx.array, keys: mx.array, values: mx.array, visible: mx.array) -> mx.array:
+    out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=visible)
+    return out.transpose(0, 2, 1, 3).flatten(2)
 
 
 class MLP(nn.Module):

@@ -22,6 +22,7 @@ from ..kv import Addresses, KVBuffers
 from .attention import MLP, Attention, Rope, Rotation, ropes
 from .elementwise import gelu_times, softcap
 from .moe import Experts, Router
+from .packing import Packing
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,13 @@ class Block:
         rope: Rotary embedding of this kind of layer.
         rotation: Its rotation at the block's positions.
         addresses: The block's place in the KV buffers.
+        packing: How its tokens make rows, if these have different numbers of them.
     """
 
     rope: Rope
     rotation: Rotation
     addresses: Addresses
+    packing: Packing | None
 
 
 class TargetLayer(nn.Module):
@@ -66,12 +69,16 @@ class TargetLayer(nn.Module):
         self.layer_scalar = mx.ones((1,))
 
     def __call__(self, h: mx.array, ple: mx.array | None, kv: KVBuffers, block: Block) -> mx.array:
-        """Runs a block h [B, L, hidden], with its per-layer embeddings ple [B, L, ple_size] if the model has them."""
-        queries, keys, values = self.self_attn.project(self.input_layernorm(h), block.rope, block.rotation)
+        """Runs a block h [B, L, hidden], with its per-layer embeddings ple [B, L, ple_size] if the model has them.
+
+        Both are [1, N, ...] if the block is packed.
+        """
+        packing = block.packing
+        queries, keys, values = self.self_attn.project(self.input_layernorm(h), block.rope, block.rotation, packing)
         if self._kv_owner == self._index:
             kv.write(self._index, keys, values, block.addresses.slots)
         keys, values = kv.keys[self._kv_owner], kv.values[self._kv_owner]
-        x = self.self_attn.attend(queries, keys, values, block.addresses.visible)
+        x = self.self_attn.attend(queries, keys, values, block.addresses.visible, packing)
         h = h + self.post_attention_layernorm(x)
 
         x = self.mlp(self.pre_feedforward_layernorm(h))
@@ -117,23 +124,25 @@ class Target(nn.Module):
         """Scaled embeddings [..., hidden] of token ids [...]."""
         return self.embed_tokens(tokens) * mx.array(self.config.hidden_size**0.5, self.dtype)
 
-    def __call__(self, tokens: mx.array, lengths: mx.array, kv: KVBuffers) -> mx.array:
+    def __call__(self, tokens: mx.array, lengths: mx.array, kv: KVBuffers, packing: Packing | None = None) -> mx.array:
         """Runs a block of tokens that follows the committed ones, and writes its KV.
 
         Args:
-            tokens: int32 [B, L].
+            tokens: int32 [B, L], or [1, N] with a packing.
             lengths: int32 [B], committed tokens of each row.
             kv: The buffers; room for the block must have been reserved.
+            packing: How N tokens make B rows of up to L, if these have different numbers of them.
 
         Returns:
-            Hidden states after the final norm [B, L, hidden]: what the head, and the drafter, read.
+            Hidden states after the final norm, [..., hidden] as the tokens came: what the head, and the drafter, read.
         """
+        width = packing.width if packing else tokens.shape[1]
         h = self.embed(tokens)
         ple = self._per_layer_embeddings(tokens, h) if self.config.ple_size else None
-        addresses = kv.addresses(lengths, tokens.shape[1])
-        positions = lengths[:, None] + mx.arange(tokens.shape[1], dtype=mx.int32)
+        addresses = kv.addresses(lengths, width)
+        positions = lengths[:, None] + mx.arange(width, dtype=mx.int32)
         blocks = {
-            sliding: Block(rope, rope.at(positions, self.dtype), addresses[sliding])
+            sliding: Block(rope, rope.at(positions, self.dtype), addresses[sliding], packing)
             for sliding, rope in self._ropes.items()
         }
         for i, (layer, spec) in enumerate(zip(self.layers, self.config.layers, strict=True)):
