@@ -107,8 +107,10 @@ class AutoLength:
     _DOUBTFUL = (0.08, 0.15, 0.25, 0.35, 0.5, 0.65, 0.8)
     # What lengths that differ by row must promise more than one for all: of so many, some look better by luck.
     _LUCK = 0.02
-    # Once chosen they are kept while nothing is better by more than this share: rounds can be timed only next to their
-    # like.
+    # Rounds of a row that say as much of it as the mean of all rows does, where the slowest one decides.
+    _FEW = 2.0
+    # Lengths that differ by row are kept while nothing is better by more than this share: rounds can be timed only next
+    # to their like.
     _BETTER = 0.01
 
     def __init__(self, costs: Mapping[int, float] | None = None) -> None:
@@ -218,6 +220,10 @@ class AutoLength:
     def _weigh(self, rows: Sequence[int], others: Sequence[int], ends: Ends | None) -> None:
         """Finds the best choice of lengths."""
         tokens = self._acceptance.tokens(rows)
+        if ends:
+            # The slowest row decides, and of several that have hardly been seen one looks slow by bad luck alone.
+            seen, mean = self._acceptance.seen(rows)[:, None], tokens.mean(axis=0)
+            tokens = mean + (tokens - mean) * seen / (seen + self._FEW)
         last = self._lengths(self._best) if self._best > MAX_AUTO_LENGTH and self._rows == rows else None
         choices = np.broadcast_to(np.arange(MAX_AUTO_LENGTH + 1), tokens.shape)
         if len(rows) > 1:
