@@ -48,7 +48,7 @@ class Acceptance:
         self._counts = np.zeros((len(rows), 2, 2, MAX_AUTO_LENGTH))
         # By row, see `_CHANGED`; and in how many rounds it has drafted.
         self._doubts = [0.0] * len(rows)
-        self._seen = np.zeros(len(rows))
+        self._rounds = np.zeros(len(rows))
         self._add_prior(1.0)
         self._estimate()
 
@@ -70,7 +70,7 @@ class Acceptance:
         counts, doubts = np.pad(self._counts, [(0, 1), (0, 0), (0, 0), (0, 0)]), [*self._doubts, 0.0]
         places = [self.rows.index(row) if row in self.rows else -1 for row in rows]
         self.rows, self._counts, self._doubts = [*rows], counts[places], [doubts[i] for i in places]
-        self._seen = np.append(self._seen, 0.0)[places]
+        self._rounds = np.append(self._rounds, 0.0)[places]
         self._estimate()
 
     def _add_prior(self, weight: float) -> None:
@@ -92,7 +92,7 @@ class Acceptance:
         # Draft j was put to the test only if all drafts before it were kept.
         reached = [(min(count + 1, length), count) for count, length in zip(many, lengths, strict=True)]
         tested = min(max(reached)[0], MAX_AUTO_LENGTH)
-        self._seen += np.array(lengths) > 0
+        self._rounds += np.array(lengths) > 0
         self._past[:, :tested] *= self._FORGET
         self._counts[..., :tested] *= self._FORGET
         self._counts += (np.arange(MAX_AUTO_LENGTH) < np.array(reached)[..., None])[:, None]
@@ -146,9 +146,9 @@ class Acceptance:
         """Expected tokens of a round, the bonus token included, by row and draft length [rows, MAX_AUTO_LENGTH + 1]."""
         return self._tokens[[self.rows.index(row) for row in rows]]
 
-    def seen(self, rows: Iterable[int]) -> np.ndarray:
+    def rounds(self, rows: Iterable[int]) -> np.ndarray:
         """Rounds in which each row has drafted: [rows]."""
-        return self._seen[[self.rows.index(row) for row in rows]]
+        return self._rounds[[self.rows.index(row) for row in rows]]
 
 
 def _odds(chances: np.ndarray) -> np.ndarray:

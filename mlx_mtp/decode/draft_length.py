@@ -104,7 +104,7 @@ class AutoLength:
     # While nothing is drafted: what a trial drafts, and the rounds between trials, so that plain ones can be timed.
     _PROBE, _APART = 2, 8
     # Chances of being kept below which a row's drafts may be left out.
-    _DOUBTFUL = (0.08, 0.15, 0.25, 0.35, 0.5, 0.65, 0.8)
+    _DOUBTFUL = np.array([0.08, 0.15, 0.25, 0.35, 0.5, 0.65, 0.8])
     # What lengths that differ by row must promise more than one for all: of so many, some look better by luck.
     _LUCK = 0.02
     # Rounds of a row that say as much of it as the mean of all rows does, where the slowest one decides.
@@ -222,15 +222,15 @@ class AutoLength:
         tokens = self._acceptance.tokens(rows)
         if ends:
             # The slowest row decides, and of several that have hardly been seen one looks slow by bad luck alone.
-            seen, mean = self._acceptance.seen(rows)[:, None], tokens.mean(axis=0)
-            tokens = mean + (tokens - mean) * seen / (seen + self._FEW)
+            rounds, mean = self._acceptance.rounds(rows)[:, None], tokens.mean(axis=0)
+            tokens = mean + (tokens - mean) * rounds / (rounds + self._FEW)
         last = self._lengths(self._best) if self._best > MAX_AUTO_LENGTH and self._rows == rows else None
         choices = np.broadcast_to(np.arange(MAX_AUTO_LENGTH + 1), tokens.shape)
         if len(rows) > 1:
             choices = np.concatenate([choices, self._uneven(tokens)], axis=1)
         if last:
             choices = np.concatenate([choices, np.array([*last.values()])[:, None]], axis=1)
-        gains = np.take_along_axis(tokens, choices, axis=1)
+        gains = tokens[np.arange(len(rows))[:, None], choices]
         self._rows, self._choices = rows, choices
         self._saved = ends.saved(gains) if ends else self.seconds(0) * gains.mean(axis=0)
         steps = np.maximum(choices.max(axis=0), max(others, default=0))
@@ -252,9 +252,9 @@ class AutoLength:
         Args:
             tokens: Expected tokens by row and length.
         """
-        kept = np.diff(tokens, axis=1)
-        enough = np.stack([(kept >= chance).sum(axis=1) for chance in self._DOUBTFUL], axis=1)
-        return np.concatenate([np.minimum(enough, k) for k in range(1, MAX_AUTO_LENGTH + 1)], axis=1)
+        kept = tokens[:, 1:] - tokens[:, :-1]
+        enough = (kept[:, None] >= self._DOUBTFUL[:, None]).sum(axis=2)
+        return np.minimum(enough[:, None], np.arange(1, MAX_AUTO_LENGTH + 1)[:, None]).reshape(len(tokens), -1)
 
     def _lengths(self, choice: int) -> dict[int, int]:
         return dict(zip(self._rows, self._choices[:, choice].tolist(), strict=True))
