@@ -185,7 +185,6 @@ def measured(
             told = scripts(name, text, len(prompt), target.config.vocab_size, rows)
             label = f"{name}, {rows} rows" if rows > 1 else name
             found = results.setdefault(label, {"auto / plain": [], "auto / best fixed": []})
-            print(label, file=sys.stderr)  # most of an hour in all
             for _ in range(repeats):
                 # In a queue each has another length, so that no variant's rows begin and end together.
                 few, rng = tokens // QUEUED, Random(0)
@@ -193,6 +192,9 @@ def measured(
                 speeds = race(target, own, told, prompt, each, rows)
                 found["auto / plain"].append(speeds["auto"] / speeds[0])
                 found["auto / best fixed"].append(speeds["auto"] / max(speeds[k] for k in (0, *FIXED)))
+                # It takes more than an hour in all: here is how far it is.
+                so_far = ", ".join(f"{facts} {ratios[-1]:.3f}" for facts, ratios in found.items())
+                print(f"{label}: {so_far}", file=sys.stderr)
     return results
 
 
