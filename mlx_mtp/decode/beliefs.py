@@ -188,7 +188,8 @@ class RoundCosts:
         self._measured = dict.fromkeys(known, 0)
         # Of a step of the drafter, in plain steps.
         self._draft = self._PRIOR_DRAFT
-        self._estimate()
+        # The price of every length, once it was asked for; None if something was learnt since.
+        self._line: list[float] | None = None
 
     def observe(self, steps: int, mean: float, seconds: float, now: int) -> None:
         """Learns of a round.
@@ -224,7 +225,7 @@ class RoundCosts:
         self._seen[drafted] = seen + 1
         # A length measured only once counts as never measured for `age`.
         self._measured[drafted] = now if drafted in self._measured else -1
-        self._estimate()
+        self._line = None
 
     def begin(self, now: int, again: bool) -> None:
         """The count of rounds, which was at `now`, starts again; with `again` all lengths are due to be measured."""
@@ -233,7 +234,7 @@ class RoundCosts:
     def resemble(self, other: RoundCosts) -> None:
         """What was never measured is expected to compare as it does in a batch of another size."""
         self._prior, self._draft = np.array([other.seconds(k, k) for k in range(len(self._prior))]), other._draft
-        self._estimate()
+        self._line = None
 
     def settled(self, length: int) -> bool:
         """Whether a length was measured more than once: a single round may have met a pause of the machine."""
@@ -246,22 +247,27 @@ class RoundCosts:
     def seconds(self, steps: int, mean: float) -> float:
         """Expected seconds of a round with so many steps of the drafter and so many drafts verified a row."""
         if steps == mean:
-            return self._scale * self._line[steps]
+            return self._scale * self._prices_of_all()[steps]
         return float(self.seconds_of(np.array(steps), np.array(mean)))
 
     def seconds_of(self, steps: np.ndarray, mean: np.ndarray) -> np.ndarray:
         """The same for arrays of them."""
-        even = np.interp(mean, range(len(self._line)), self._line)
+        line, lengths = self._prices_of_all(), range(len(self._prior))
+        even = np.interp(mean, lengths, line)
         # No dearer than if all rows had the longest length.
-        most = np.interp(steps, range(len(self._line)), self._line)
-        return self._scale * np.minimum(even + (steps - mean) * self._draft * self._line[0], np.maximum(most, even))
+        most = np.interp(steps, lengths, line)
+        return self._scale * np.minimum(even + (steps - mean) * self._draft * line[0], np.maximum(most, even))
 
-    def _estimate(self) -> None:
-        """The price of every length."""
+    def _prices_of_all(self) -> list[float]:
+        """The price of every length, measured or not."""
+        if self._line is None:
+            self._line = self._estimate()
+        return self._line
+
+    def _estimate(self) -> list[float]:
         known, lengths = sorted(self._prices), range(len(self._prior))
         if not known:
-            self._line = self._prior.tolist()
-            return
+            return self._prior.tolist()
         prices = list[float]()
         for k in known:
             # More drafts never take less time, and a few more not a multiple of it.
@@ -273,8 +279,7 @@ class RoundCosts:
                     bounds.append(self._MOST_ONCE * prices[-1] * self._prior[k] / self._prior[before])
             prices.append(min(bounds))
         if len(known) == 1:
-            self._line = (prices[0] / self._prior[known[0]] * self._prior).tolist()
-            return
+            return (prices[0] / self._prior[known[0]] * self._prior).tolist()
         line = np.interp(lengths, known, prices).tolist()
         # Before the first, no less than a fraction of it; past the last, no less than that one.
         slope = (prices[1] - prices[0]) / (known[1] - known[0])
@@ -283,4 +288,4 @@ class RoundCosts:
         slope = (prices[-1] - prices[-2]) / (known[-1] - known[-2])
         for k in range(known[-1] + 1, len(line)):
             line[k] = prices[-1] + max(0.0, (k - known[-1]) * slope)
-        self._line = line
+        return line

@@ -95,7 +95,7 @@ class AutoLength:
     _BUDGET = 0.007
     # However much was spent: while nothing is drafted in a batch, a trial that alone loses no more than this share of
     # the time since the last one. First rounds of short texts may have taken it all, and what they said may be wrong.
-    _SELDOM = 0.004
+    _SELDOM = 0.002
     # In rounds of the best length, granted at the start.
     _ALLOWANCE = 4.0
     # A length's cost is measured again after this many rounds; more of them while nothing is drafted.
@@ -103,6 +103,9 @@ class AutoLength:
     _STALE_OFF = 256
     # While nothing is drafted: what a trial drafts, and the rounds between trials, so that plain ones can be timed.
     _PROBE, _APART = 2, 8
+    # Rounds between weighings in a batch while something is drafted, once there were as many as the third says; and
+    # between those while nothing is.
+    _EVERY, _EVERY_OFF, _EARLY = 2, 64, 16
     # Chances of being kept below which a row's drafts may be left out.
     _DOUBTFUL = np.array([0.08, 0.15, 0.25, 0.35, 0.5, 0.65, 0.8])
     # What lengths that differ by row must promise more than one for all: of so many, some look better by luck.
@@ -122,16 +125,19 @@ class AutoLength:
         """
         self._costs, self._acceptance = RoundCosts(costs or {}), Acceptance()
         self._rounds = 0
+        # Rounds not learnt of yet: arguments of `observe`.
+        self._unread: list[tuple[Mapping[int, int], Mapping[int, int], float | None]] = []
         self._trials: set[int] = set()
         self._again: int | None = None
         self._asked = self._tried = 0
         self._spent = self._elapsed = self._changed = 0.0
-        self._learnt = True
+        self._due = True
         # As of the last weighing: whose lengths were chosen; the choices, of which the first are the same length for
         # all rows, from 0 on; the seconds that each takes and saves; and the best one's index.
         self._rows: Sequence[int] = ()
         self._choices = self._seconds = self._saved = np.zeros(0)
         self._best = 0
+        self._now: dict[int, int] = {}
 
     def begin(self, rows: Collection[int], other: AutoLength | None = None) -> None:
         """The batch has changed: texts begin, or others have ended. Costs stay.
@@ -141,7 +147,9 @@ class AutoLength:
             other: What has chosen so far, if the batch had another size. Its acceptance is taken over, and its costs
                 say how those not measured here may compare.
         """
+        self._digest()
         if other:
+            other._digest()
             self._acceptance = other._acceptance.copy()
             self._costs.resemble(other._costs)
         # Next to other texts lengths may compare otherwise; where only some rows are new they hardly do, and what a
@@ -152,7 +160,7 @@ class AutoLength:
         self._asked = self._tried = self._rounds = 0
         self._again = None
         self._trials.clear()
-        self._learnt = True
+        self._due = True
 
     def next(
         self, rows: Sequence[int], others: Sequence[int] = (), ends: Callable[[], Ends] | None = None
@@ -165,20 +173,28 @@ class AutoLength:
             ends: Says what is known of the ends of the rows; None if others wait for their places.
         """
         self._asked += 1
-        # On a CPU the host's time isn't hidden behind the device's: while nothing is drafted, there is little to learn.
-        if self._best or self._learnt or self._asked % self._APART == 0 or self._rows != rows:
+        # On a CPU the host's time isn't hidden behind the device's, and a weighing, whose code and data the model's
+        # weights have driven out of its caches, takes a percent of a small model's round.
+        every = (self._EVERY if len(rows) > 1 else 1) if self._best else self._EVERY_OFF
+        trial, self._again = self._again, None
+        weighed = trial is None and (self._due or self._asked % every == 0 or self._rows != rows)
+        if weighed:
+            self._digest()
             self._weigh(rows, others, ends() if ends else None)
-            self._learnt = False
-        trial = self._again if self._again is not None else self._trial(bool(others))
-        if trial is not None:
+            self._due = False
+        if weighed or (trial is None and self._best == 0 and self._asked % self._APART == 0):
+            self._digest()
+            trial = self._trial(bool(others))
             # Twice where it is about costs: the time of a round next to one of another length may be unknown. Where it
             # is about acceptance, now and then too: drafting must not stay off for what a pause has made of its cost.
-            costs = self._best or self._costs.age(trial, self._rounds) > self._STALE_OFF
-            self._again = trial if costs and self._again is None else None
-            self._tried = self._asked
-            # Rounds are observed in the order in which they were asked for, one round late.
-            self._trials.add(self._asked)
-        return self._lengths(self._best if trial is None else trial)
+            if trial is not None and (self._best or self._costs.age(trial, self._rounds) > self._STALE_OFF):
+                self._again = trial
+        if trial is None:
+            return self._now
+        self._tried = self._asked
+        # Rounds are observed in the order in which they were asked for, one round late.
+        self._trials.add(self._asked)
+        return self._lengths(trial)
 
     def observe(self, drafted: Mapping[int, int], kept: Mapping[int, int], seconds: float | None) -> None:
         """Learns of a finished round.
@@ -188,9 +204,21 @@ class AutoLength:
             kept: Drafts kept, by row; rows not in it have ended, or have lengths of their own.
             seconds: Time taken; None if it couldn't be measured.
         """
+        self._unread.append((drafted, kept, seconds))
+        number = self._rounds + len(self._unread)
+        if number < self._EARLY or number in self._trials or (self._best == 0 and max(drafted.values()) > 0):
+            self._due = True
+
+    def _digest(self) -> None:
+        """Learns of the rounds not learnt of yet."""
+        for drafted, kept, seconds in self._unread:
+            self._learn(drafted, kept, seconds)
+        self._unread.clear()
+
+    def _learn(self, drafted: Mapping[int, int], kept: Mapping[int, int], seconds: float | None) -> None:
+        """See `observe`."""
         self._rounds += 1
         steps, mean = max(drafted.values()), sum(drafted.values()) / len(drafted)
-        self._learnt |= steps > 0
         off = self._best == 0
         if kept and self._elapsed + (seconds or 0.0):
             took = self._costs.seconds(steps, mean) if seconds is None else seconds
@@ -211,10 +239,12 @@ class AutoLength:
 
     def seconds(self, length: int) -> float:
         """What a round is expected to take with the same draft length for all rows."""
+        self._digest()
         return self._costs.seconds(length, length)
 
     def settled(self, length: int) -> bool:
         """Whether that was measured."""
+        self._digest()
         return self._costs.settled(length)
 
     def _weigh(self, rows: Sequence[int], others: Sequence[int], ends: Ends | None) -> None:
@@ -245,6 +275,7 @@ class AutoLength:
         self._changed = 0.0
         if last and (1 + self._BETTER) * worth[-1] > worth[self._best]:
             self._best = len(worth) - 1
+        self._now = self._lengths(self._best)
 
     def _uneven(self, tokens: np.ndarray) -> np.ndarray:
         """Choices of lengths that leave out a row's doubtful drafts: [rows, choices].
