@@ -69,6 +69,9 @@ QUEUED = 4
 """Texts to a place of a queue."""
 PAIRS = {"dense": "31b", "MoE": "26b"}
 """Of medium size, by name."""
+AHEAD = 9
+"""Tokens that a row's prompt has more than that of the one before: in use no two have the same length, and rows that
+decode in step, which a batch without a drafter would, are faster."""
 SLICE = 50
 """Tokens of a row after which the next variant has its turn."""
 
@@ -129,13 +132,13 @@ def race(
     target: Target,
     drafter: Drafter,
     scripts: Sequence[Sequence[int]],
-    prompt: list[int],
+    prompts: Sequence[list[int]],
     tokens: Sequence[int],
     places: int,
 ) -> dict[int | str, float]:
-    """Tokens per second, from the first token on, of a row for each script with the same prompt, by draft length.
+    """Tokens per second, from the first token on, of a row for each script, by draft length.
 
-    Each has its number of tokens. Some of them decode together and the others wait for a place.
+    Each has its prompt and number of tokens. Some of them decode together and the others wait for a place.
 
     All run side by side, a slice of the text each in turn, so that a moment in which the machine has other work to do
     is nobody's alone.
@@ -144,7 +147,8 @@ def race(
     for length in (0, *FIXED, "auto"):
         oracle = Oracle(drafter, scripts)
         scheduler: Scheduler = Scheduler(target, oracle, max_rows=places)  # type: ignore[arg-type]
-        oracle.rows = rows = [scheduler.submit(Request(prompt, count, draft_length=length)) for count in tokens]
+        requests = [Request(*each, draft_length=length) for each in zip(prompts, tokens, strict=True)]
+        oracle.rows = rows = [scheduler.submit(request) for request in requests]
         while not all(row.tokens for row in rows[:places]):
             scheduler.step()
         runs[length] = scheduler, rows
@@ -177,7 +181,8 @@ def measured(
         target, own = stack.enter_context(lm.models())
         assert own
         prompt = [*range(40)] if folders else lm.encode("Tell me a short story about a fox.")
-        plain = Scheduler(target, None).stream(Request(prompt, tokens, draft_length=0))
+        longest = tokens + AHEAD * QUEUED * max(BATCHES)
+        plain = Scheduler(target, None).stream(Request(prompt, longest, draft_length=0))
         text = prompt + [token for new in plain for token in new]
         cases = [(name, rows) for name in KINDS[:3] for rows in batches if rows == 1]
         cases += [(name, rows) for name in KINDS if name != "right" for rows in batches if rows > 1]
@@ -185,11 +190,12 @@ def measured(
             told = scripts(name, text, len(prompt), target.config.vocab_size, rows)
             label = f"{name}, {rows} rows" if rows > 1 else name
             found = results.setdefault(label, {"auto / plain": [], "auto / best fixed": []})
+            prompts = [text[: len(prompt) + AHEAD * row] for row in range(len(told))]
             for _ in range(repeats):
                 # In a queue each has another length, so that no variant's rows begin and end together.
                 few, rng = tokens // QUEUED, Random(0)
                 each = [rng.randint(few // 2, 3 * few // 2) if name == "queue" else tokens for _ in told]
-                speeds = race(target, own, told, prompt, each, rows)
+                speeds = race(target, own, told, prompts, each, rows)
                 found["auto / plain"].append(speeds["auto"] / speeds[0])
                 found["auto / best fixed"].append(speeds["auto"] / max(speeds[k] for k in (0, *FIXED)))
                 # It takes more than an hour in all: here is how far it is.
