@@ -257,7 +257,7 @@ def test_beside_rows_with_a_length_of_their_own(drafts: int):
         policy.observe(both, {0: lengths[0], 1: 0}, cost(4, max(both.values()), 4 + sum(both.values())))
     lengths = policy.next([0, 1], [drafts, drafts])
     assert lengths[0] == 7
-    if drafts < MAX_DRAFT_LENGTH:  # beside those the price of seven more is no larger than what luck may promise
+    if drafts < MAX_DRAFT_LENGTH:  # where prices were never measured, those of the longest lengths are a guess
         assert lengths[1] <= 2
 
 
