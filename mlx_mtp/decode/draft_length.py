@@ -256,8 +256,11 @@ class AutoLength:
             tokens = mean + (tokens - mean) * rounds / (rounds + self._FEW)
         last = self._lengths(self._best) if self._best > MAX_AUTO_LENGTH and self._rows == rows else None
         choices = np.broadcast_to(np.arange(MAX_AUTO_LENGTH + 1), tokens.shape)
+        left_out = np.array([self._best > 0 and self._now.get(row) == 0 for row in rows])
         if len(rows) > 1:
-            choices = np.concatenate([choices, self._uneven(tokens)], axis=1)
+            uneven = self._uneven(tokens)
+            uneven[left_out] = np.minimum(uneven[left_out], 1)
+            choices = np.concatenate([choices, uneven], axis=1)
         if last:
             choices = np.concatenate([choices, np.array([*last.values()])[:, None]], axis=1)
         gains = tokens[np.arange(len(rows))[:, None], choices]
@@ -268,6 +271,9 @@ class AutoLength:
         self._seconds = self._costs.seconds_of(steps, mean)
         worth = self._saved / self._seconds
         worth[MAX_AUTO_LENGTH + 1 :] *= 1 - self._LUCK
+        if left_out.any():
+            # What is believed of those rows fades while nothing is drafted for them: one draft each will tell.
+            worth[2 : MAX_AUTO_LENGTH + 1] = 0.0
         self._best = int(worth.argmax())
         if self._best == 0:
             # If that is because texts have changed, it may have been bad luck: two probes soon will tell.
