@@ -305,3 +305,12 @@ def test_unmeasured_rounds_are_no_reason_to_stop():
         lengths = policy.next([0])
         policy.observe(lengths, lengths, None)
     assert policy.next([0])[0] > 0
+
+
+def test_rounds_of_different_lengths_make_no_others_seem_dearer():
+    """Sorting out which tokens are whose takes time; plain decoding does without."""
+    policy = AutoLength({k: 1 + 0.1 * k for k in range(8)})
+    policy.begin(range(4))
+    for _ in range(100):
+        policy.observe({0: 4, 1: 4, 2: 0, 3: 0}, {0: 4, 1: 4, 2: 0, 3: 0}, 1.8)
+    assert policy.seconds(0) == pytest.approx(1.0, abs=0.03)

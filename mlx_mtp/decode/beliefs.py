@@ -160,7 +160,8 @@ class RoundCosts:
     """Seconds of a round by draft length; lengths never tried lie on the line through those that were.
 
     Where rows have different lengths, as many tokens are verified as with their mean, and more drafted: a round takes
-    what one of the mean length does, and for each step of the drafter that it has more, a price of its own.
+    what one of the mean length does, and for each step of the drafter that it has more, a price of its own. Sorting out
+    which tokens are whose has its price as well, once a round.
 
     Rounds of all lengths become dearer together as the context grows, or when the machine has other work. So a length's
     seconds are its price times a scale that all share: a length long not tried keeps its place among the others.
@@ -178,16 +179,18 @@ class RoundCosts:
     _KNOWN = 4
     # Of the seconds of a plain step, for each draft, until measured; and the drafter's part of it.
     _PRIOR_SLOPE, _PRIOR_DRAFT = 0.2, 0.1
-    # Of what a round of different lengths took more or less than expected, the part that goes into the drafter's price.
-    _DRAFT = 0.05
+    # Of what a round of different lengths took more or less than expected: the least part that goes into the prices of
+    # such rounds alone, and the part that goes into the scale. Little, since they are known only roughly, and plain
+    # rounds, of which there may be none for long, must not seem dearer for it.
+    _UNEVEN_LEAST, _UNEVEN_COMMON = 0.1, 0.02
 
     def __init__(self, known: Mapping[int, float]) -> None:
         self._prices, self._scale = dict(known), 1.0
         self._prior = np.array([1 + self._PRIOR_SLOPE * k for k in range(MAX_DRAFT_LENGTH + 1)])
         self._seen = dict.fromkeys(known, self._KNOWN)
         self._measured = dict.fromkeys(known, 0)
-        # Of a step of the drafter, in plain steps.
-        self._draft = self._PRIOR_DRAFT
+        # In plain steps: of a step of the drafter, and of rows having different lengths. Rounds that told of them.
+        self._draft, self._sorting, self._seen_uneven = self._PRIOR_DRAFT, 0.0, 0
         # The price of every length, once it was asked for; None if something was learnt since.
         self._line: list[float] | None = None
 
@@ -206,11 +209,22 @@ class RoundCosts:
             self._observe_even(steps, seconds, now)
 
     def _observe_uneven(self, steps: int, mean: float, seconds: float) -> None:
-        expected = self.seconds(steps, mean)
+        expected, line = self.seconds(steps, mean), self._prices_of_all()
+        if not self._prices:
+            self._scale *= seconds / expected
+            return
         change = min(seconds / expected, self._MOST) - 1
-        self._draft += self._DRAFT * change * expected / self.seconds(0, 0) / max(1.0, steps - mean)
-        self._draft = max(0.0, self._draft)
-        self._scale *= 1 + (self._COMMON * change if self._prices else seconds / expected - 1)
+        self._seen_uneven += 1
+        # Both prices at once, each by its weight in the sum (normalised least mean squares); that of the drafter's
+        # steps has none where the sum has reached its bound.
+        extra = steps - mean
+        if np.interp(mean, range(len(line)), line) + extra * self._draft * line[0] >= line[steps]:
+            extra = 0.0
+        part = max(1 / self._seen_uneven, self._UNEVEN_LEAST) * change * expected / (self._scale * line[0])
+        part /= 1 + extra**2
+        self._sorting = max(0.0, self._sorting + part)
+        self._draft = max(0.0, self._draft + part * extra)
+        self._scale *= 1 + self._UNEVEN_COMMON * change
 
     def _observe_even(self, drafted: int, seconds: float, now: int) -> None:
         seen, price = self._seen.get(drafted, 0), seconds / self._scale
@@ -233,7 +247,8 @@ class RoundCosts:
 
     def resemble(self, other: RoundCosts) -> None:
         """What was never measured is expected to compare as it does in a batch of another size."""
-        self._prior, self._draft = np.array([other.seconds(k, k) for k in range(len(self._prior))]), other._draft
+        self._prior = np.array([other.seconds(k, k) for k in range(len(self._prior))])
+        self._draft, self._sorting = other._draft, other._sorting
         self._line = None
 
     def settled(self, length: int) -> bool:
@@ -254,9 +269,10 @@ class RoundCosts:
         """The same for arrays of them."""
         line, lengths = self._prices_of_all(), range(len(self._prior))
         even = np.interp(mean, lengths, line)
-        # No dearer than if all rows had the longest length.
+        # Sorting apart, no dearer than if all rows had the longest length.
         most = np.interp(steps, lengths, line)
-        return self._scale * np.minimum(even + (steps - mean) * self._draft * line[0], np.maximum(most, even))
+        price = np.minimum(even + (steps - mean) * self._draft * line[0], np.maximum(most, even))
+        return self._scale * (price + (steps > mean) * self._sorting * line[0])
 
     def _prices_of_all(self) -> list[float]:
         """The price of every length, measured or not."""
