@@ -38,6 +38,8 @@ class Acceptance:
     # to one. Of a single round, ten to one at most: where the most predictable text takes a turn, nothing is kept
     # either.
     _CHANGED, _SAY = 6.2, log(10)
+    # [n, position]: ones up to position n.
+    _UP_TO = np.tri(MAX_DRAFT_LENGTH + 2, MAX_AUTO_LENGTH, -1)
 
     def __init__(self, rows: Sequence[int] = ()) -> None:
         """Nothing was seen yet of these rows."""
@@ -47,8 +49,7 @@ class Acceptance:
         # The same by row, of all its rounds and of those since it is in doubt: [row, all or since, ...].
         self._counts = np.zeros((len(rows), 2, 2, MAX_AUTO_LENGTH))
         # By row, see `_CHANGED`; and in how many rounds it has drafted.
-        self._doubts = [0.0] * len(rows)
-        self._rounds = np.zeros(len(rows))
+        self._doubts, self._rounds = [0.0] * len(rows), [0] * len(rows)
         self._add_prior(1.0)
         self._estimate()
 
@@ -67,10 +68,11 @@ class Acceptance:
     def _arrange(self, rows: Collection[int]) -> None:
         """Keeps these rows, and makes place for those that are new."""
         # The last, which is added, is what is known of a new one.
-        counts, doubts = np.pad(self._counts, [(0, 1), (0, 0), (0, 0), (0, 0)]), [*self._doubts, 0.0]
+        counts = np.pad(self._counts, [(0, 1), (0, 0), (0, 0), (0, 0)])
+        doubts, rounds = [*self._doubts, 0.0], [*self._rounds, 0]
         places = [self.rows.index(row) if row in self.rows else -1 for row in rows]
-        self.rows, self._counts, self._doubts = [*rows], counts[places], [doubts[i] for i in places]
-        self._rounds = np.append(self._rounds, 0.0)[places]
+        self.rows, self._counts = [*rows], counts[places]
+        self._doubts, self._rounds = [doubts[i] for i in places], [rounds[i] for i in places]
         self._estimate()
 
     def _add_prior(self, weight: float) -> None:
@@ -92,25 +94,27 @@ class Acceptance:
         # Draft j was put to the test only if all drafts before it were kept.
         reached = [(min(count + 1, length), count) for count, length in zip(many, lengths, strict=True)]
         tested = min(max(reached)[0], MAX_AUTO_LENGTH)
-        self._rounds += np.array(lengths) > 0
         self._past[:, :tested] *= self._FORGET
         self._counts[..., :tested] *= self._FORGET
-        self._counts += (np.arange(MAX_AUTO_LENGTH) < np.array(reached)[..., None])[:, None]
-        changed = 0
+        self._counts += self._UP_TO[reached][:, None]
+        changed, sure = 0, list[int]()
         for i, (length, count) in enumerate(zip(lengths, many, strict=True)):
+            self._rounds[i] += length > 0
             if length and not trial:
                 self._doubts[i] += self._say(self._own[i], length, count)
             if self._doubts[i] >= self._CHANGED:
                 self._counts[i, 0], self._doubts[i] = self._counts[i, 1], 0.0
                 changed += 1
             if trial or self._doubts[i] <= 0:
-                self._counts[i, 1], self._doubts[i] = 0.0, 0.0
+                self._doubts[i] = 0.0
+                sure.append(i)
+        self._counts[sure, 1] = 0.0
         if changed:
             # Nor does their share of the past count, but for the prior.
             share = changed / len(self.rows)
             self._past *= 1 - share
             self._add_prior(share)
-        self._estimate()
+        self._told = True
         return changed / len(kept)
 
     def _say(self, chances: Sequence[float], drafted: int, kept: int) -> float:
@@ -122,7 +126,7 @@ class Acceptance:
         return min(ratio, self._SAY)
 
     def _estimate(self) -> None:
-        """Chances and expected tokens, from the counts."""
+        """Chances and expected tokens, from the counts, which may have been told of more since."""
         tried, kept = (self._past + self._counts[:, 0].sum(axis=0)).tolist()
         mean, chance = list[float](), self._PRIOR
         for j in range(MAX_AUTO_LENGTH):
@@ -138,17 +142,19 @@ class Acceptance:
             odds = _odds(np.array(mean))
             odds = odds * _odds(chances[:, :1]) / odds[0]
             chances[:, 1:] = (kept_own + self._LEAN * odds / (1 + odds))[:, 1:] / weights[:, 1:]
-        self._own = chances.tolist()
+        self._own, self._told = chances.tolist(), False
         self._tokens = np.ones((len(own), MAX_AUTO_LENGTH + 1))
         self._tokens[:, 1:] += chances.cumprod(axis=1).cumsum(axis=1)
 
     def tokens(self, rows: Iterable[int]) -> np.ndarray:
         """Expected tokens of a round, the bonus token included, by row and draft length [rows, MAX_AUTO_LENGTH + 1]."""
+        if self._told:
+            self._estimate()
         return self._tokens[[self.rows.index(row) for row in rows]]
 
     def rounds(self, rows: Iterable[int]) -> np.ndarray:
         """Rounds in which each row has drafted: [rows]."""
-        return self._rounds[[self.rows.index(row) for row in rows]]
+        return np.array([self._rounds[self.rows.index(row)] for row in rows])
 
 
 def _odds(chances: np.ndarray) -> np.ndarray:
@@ -254,6 +260,10 @@ class RoundCosts:
     def settled(self, length: int) -> bool:
         """Whether a length was measured more than once: a single round may have met a pause of the machine."""
         return self._seen.get(length, 0) > 1
+
+    def times(self, length: int) -> int:
+        """How often a length was measured, by two rounds each time; at least 1."""
+        return max(1, self._seen.get(length, 0) // 2)
 
     def age(self, length: int, now: int) -> float:
         """Rounds since a length was last measured."""

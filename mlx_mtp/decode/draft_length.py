@@ -93,14 +93,14 @@ class AutoLength:
     """
 
     _BUDGET = 0.007
-    # However much was spent: while nothing is drafted in a batch, a trial that alone loses no more than this share of
-    # the time since the last one. First rounds of short texts may have taken it all, and what they said may be wrong.
+    # However much was spent, in a batch: a trial that alone loses no more than this share of the time since the last
+    # one. First rounds of short texts may have taken it all, and what they said may be wrong.
     _SELDOM = 0.002
     # In rounds of the best length, granted at the start.
     _ALLOWANCE = 4.0
-    # A length's cost is measured again after this many rounds; more of them while nothing is drafted.
-    _STALE = 64
-    _STALE_OFF = 256
+    # A length's cost is measured again after this many rounds, after twice as many the next time, and so on up to the
+    # second; while nothing is drafted, always after as many as that.
+    _STALE, _STALE_MOST = 64, 256
     # While nothing is drafted: what a trial drafts, and the rounds between trials, so that plain ones can be timed.
     _PROBE, _APART = 2, 8
     # Rounds between weighings in a batch while something is drafted, once there were as many as the third says; and
@@ -187,7 +187,7 @@ class AutoLength:
             trial = self._trial(bool(others))
             # Twice where it is about costs: the time of a round next to one of another length may be unknown. Where it
             # is about acceptance, now and then too: drafting must not stay off for what a pause has made of its cost.
-            if trial is not None and (self._best or self._costs.age(trial, self._rounds) > self._STALE_OFF):
+            if trial is not None and (self._best or self._costs.age(trial, self._rounds) > self._STALE_MOST):
                 self._again = trial
         if trial is None:
             return self._now
@@ -222,7 +222,7 @@ class AutoLength:
         off = self._best == 0
         if kept and self._elapsed + (seconds or 0.0):
             took = self._costs.seconds(steps, mean) if seconds is None else seconds
-            if self._rounds in self._trials or (steps == mean and drafted != self._lengths(self._best)):
+            if self._rounds in self._trials or (steps == mean and drafted != self._now):
                 length = min(steps, MAX_AUTO_LENGTH)
                 luck = (sum(kept.values()) + len(kept)) / self._acceptance.tokens(kept)[:, length].sum()
                 self._spent = max(0.0, self._spent + took - luck * self._saved[length] / self._worth(self._best))
@@ -318,7 +318,9 @@ class AutoLength:
             due = [
                 k
                 for k in sorted(near - {self._best})
-                if 0 <= k <= MAX_AUTO_LENGTH and self._costs.age(k, self._rounds) > self._STALE and self._may_win(k)
+                if 0 <= k <= MAX_AUTO_LENGTH
+                and self._costs.age(k, self._rounds) > min(self._STALE * self._costs.times(k), self._STALE_MOST)
+                and self._may_win(k)
             ]
         if not due or self._trials or not self._elapsed:
             return None
@@ -327,7 +329,7 @@ class AutoLength:
         allowed = self._BUDGET * self._elapsed + self._ALLOWANCE * self._seconds[self._best]
         # A round of a batch shows as much as a round of each of its rows: fewer of them tell the same.
         allowed /= sqrt(max(1, len(self._acceptance.rows)))
-        if self._best == 0 and len(self._rows) > 1 and loss <= self._SELDOM * self._seconds[0] * since:
+        if len(self._rows) > 1 and loss <= self._SELDOM * self._seconds[self._best] * since:
             return trial
         return trial if self._spent + loss <= allowed else None
 
