@@ -74,6 +74,13 @@ class BatchLength:
         sure = [math.exp(-row.remaining * self._stops / self._tokens) if row.request.stop_tokens else 1 for row in rows]
         all_sizes = range(1, len(rows) + 1)
         policies = {size: self._policy(size, rows[0].request.exactness) for size in all_sizes}
-        known = [size for size in all_sizes if policies[size].settled(0)] or [len(rows)]
-        plain = np.interp(all_sizes, known, [policies[size].seconds(0) for size in known])
-        return Ends([max(1, row.remaining) for row in rows], sum(sure) / len(sure), plain)
+        known = {size: policies[size].seconds(0) for size in all_sizes if policies[size].settled(0)}
+        if not known:
+            known = {len(rows): policies[len(rows)].seconds(0)}
+        if 1 not in known:
+            # A row less is a token less to verify; and what all rows share is a part of it.
+            fewest, seconds = next(iter(known.items()))
+            known = {1: max(seconds / fewest, seconds - (fewest - 1) * policies[fewest].token(fewest)), **known}
+        plain = np.interp(all_sizes, [*known], [*known.values()])
+        left, had = [max(1, row.remaining) for row in rows], [len(row.tokens) for row in rows]
+        return Ends(left, had, sum(sure) / len(sure), plain)

@@ -38,6 +38,10 @@ class Acceptance:
     # to one. Of a single round, ten to one at most: where the most predictable text takes a turn, nothing is kept
     # either.
     _CHANGED, _SAY = 6.2, log(10)
+    # Rounds of a row before that, from which on its text counts as one that has changed.
+    _SHOWN = 4.0
+    # See `told_apart`.
+    _ERRORS = 1.5
     # [n, position]: ones up to position n.
     _UP_TO = np.tri(MAX_DRAFT_LENGTH + 2, MAX_AUTO_LENGTH, -1)
 
@@ -48,8 +52,8 @@ class Acceptance:
         self._past = np.zeros((2, MAX_AUTO_LENGTH))
         # The same by row, of all its rounds and of those since it is in doubt: [row, all or since, ...].
         self._counts = np.zeros((len(rows), 2, 2, MAX_AUTO_LENGTH))
-        # By row, see `_CHANGED`; and in how many rounds it has drafted.
-        self._doubts, self._rounds = [0.0] * len(rows), [0] * len(rows)
+        # By row, see `_CHANGED`; and how often its text has changed.
+        self._doubts, self._changes = [0.0] * len(rows), [0] * len(rows)
         self._add_prior(1.0)
         self._estimate()
 
@@ -65,14 +69,20 @@ class Acceptance:
             self._add_prior(1.0)
         self._arrange(rows)
 
+    def anew(self) -> Acceptance:
+        """One for the same rows, whose texts have all changed: what was seen of them before doesn't count."""
+        other = Acceptance(self.rows)
+        other._changes = [count + 1 for count in self._changes]
+        return other
+
     def _arrange(self, rows: Collection[int]) -> None:
         """Keeps these rows, and makes place for those that are new."""
         # The last, which is added, is what is known of a new one.
         counts = np.pad(self._counts, [(0, 1), (0, 0), (0, 0), (0, 0)])
-        doubts, rounds = [*self._doubts, 0.0], [*self._rounds, 0]
+        doubts, changes = [*self._doubts, 0.0], [*self._changes, 0]
         places = [self.rows.index(row) if row in self.rows else -1 for row in rows]
         self.rows, self._counts = [*rows], counts[places]
-        self._doubts, self._rounds = [doubts[i] for i in places], [rounds[i] for i in places]
+        self._doubts, self._changes = [doubts[i] for i in places], [changes[i] for i in places]
         self._estimate()
 
     def _add_prior(self, weight: float) -> None:
@@ -99,10 +109,12 @@ class Acceptance:
         self._counts += self._UP_TO[reached][:, None]
         changed, sure = 0, list[int]()
         for i, (length, count) in enumerate(zip(lengths, many, strict=True)):
-            self._rounds[i] += length > 0
             if length and not trial:
                 self._doubts[i] += self._say(self._own[i], length, count)
             if self._doubts[i] >= self._CHANGED:
+                # Not if it was no other before: what it hasn't kept was foreseen from the rest alone.
+                before = self._counts[i, 0, 0, 0] - self._counts[i, 1, 0, 0]
+                self._changes[i] += bool(before >= self._SHOWN)
                 self._counts[i, 0], self._doubts[i] = self._counts[i, 1], 0.0
                 changed += 1
             if trial or self._doubts[i] <= 0:
@@ -152,9 +164,27 @@ class Acceptance:
             self._estimate()
         return self._tokens[[self.rows.index(row) for row in rows]]
 
-    def rounds(self, rows: Iterable[int]) -> np.ndarray:
-        """Rounds in which each row has drafted: [rows]."""
-        return np.array([self._rounds[self.rows.index(row)] for row in rows])
+    def told_apart(self, rows: Iterable[int]) -> np.ndarray:
+        """The same, two rows at least, with no more difference between rows than luck alone doesn't explain.
+
+        Each row's tokens are drawn towards the mean, the more so the less they vary beyond what a few rounds' would by
+        themselves (W. James and C. Stein, Estimation with Quadratic Loss, 1961): of alike rows there is always one that
+        looks like the slowest. But none by more than one and a half of its own standard errors, as it may well be
+        unlike them (B. Efron and C. Morris, Limiting the Risk of Bayes and Empirical Bayes Estimators, 1972).
+        """
+        rows, tokens = [*rows], self.tokens(rows)
+        seen = self._counts[[self.rows.index(row) for row in rows], 0, 0, :1] + self._LEAN
+        # A round brings n tokens or more with the chance that the n-th adds to the mean.
+        more = np.diff(tokens, axis=1, prepend=0.0)
+        squares = (more * (2 * np.arange(1, MAX_AUTO_LENGTH + 2) - 1)).cumsum(axis=1)
+        luck = np.maximum(0.0, squares - tokens**2) / seen
+        varies, most = np.maximum(tokens.var(axis=0, ddof=1), 1e-12), self._ERRORS * np.sqrt(luck)
+        towards = (tokens.mean(axis=0) - tokens) * np.minimum(1.0, luck.mean(axis=0) / varies)
+        return tokens + np.clip(towards, -most, most)
+
+    def changes(self, rows: Iterable[int]) -> np.ndarray:
+        """How often each row's text has changed: [rows]."""
+        return np.array([self._changes[self.rows.index(row)] for row in rows])
 
 
 def _odds(chances: np.ndarray) -> np.ndarray:
@@ -268,6 +298,11 @@ class RoundCosts:
     def age(self, length: int, now: int) -> float:
         """Rounds since a length was last measured."""
         return now - self._measured.get(length, -(10**6))
+
+    def verified(self, drafts: int) -> float:
+        """Seconds that verifying so many drafts in every row is expected to add to a plain round."""
+        line = self._prices_of_all()
+        return self._scale * max(0.0, line[drafts] - (1 + drafts * self._draft) * line[0])
 
     def seconds(self, steps: int, mean: float) -> float:
         """Expected seconds of a round with so many steps of the drafter and so many drafts verified a row."""

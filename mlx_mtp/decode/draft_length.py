@@ -42,34 +42,48 @@ class Ends:
 
     Attributes:
         left: Tokens that each of them has to go at most, in the order in which they were named to `AutoLength.next`.
+        had: Tokens that each of them has so far.
         sure: Chance that they go that far: a stop token may come first.
         plain: Seconds of a plain round by number of rows, from one to all: [rows].
     """
 
     left: Sequence[int]
+    had: Sequence[int]
     sure: float
     plain: np.ndarray
 
-    def saved(self, gains: np.ndarray) -> np.ndarray:
+    # Changes of its text that are taken for granted of every row, and in so many tokens.
+    _CHANGES, _TOKENS = 0.02, 200
+
+    def saved(self, gains: np.ndarray, changes: np.ndarray) -> np.ndarray:
         """Seconds of plain decoding that a round saves, by choice of draft lengths.
 
         Args:
             gains: Tokens that a round yields by row, in the order of `left`, and choice: [rows, choices].
+            changes: How often each row's text has changed so far: [rows].
         """
         total = np.zeros(gains.shape[1])
         if self.sure > 0:
-            total += self.sure * self._saved_to_limits(gains)
+            total += self.sure * self._saved_to_limits(gains, changes)
         if self.sure < 1:
             total += (1 - self.sure) * self._saved_to_stops(gains)
         return total
 
-    def _saved_to_limits(self, gains: np.ndarray) -> np.ndarray:
-        """If all rows reach their limits: the mean over the rounds until the first of them does."""
+    def _saved_to_limits(self, gains: np.ndarray, changes: np.ndarray) -> np.ndarray:
+        """If all rows reach their limits: the mean over the rounds until the first of them does.
+
+        That is, if the row that decides, the last to get there, goes on as it is. Where its text changes first, as it
+        will the sooner the more often it has, any row may be the last, and all their tokens are worth the same.
+        """
         left = np.array(self.left)[:, None]
         rounds = (left / gains).min(axis=0)
         # The row with the most to go pays for rounds of one row, the next for what two rows take more, and so on.
         prices = self.plain - np.concatenate([[0.0], self.plain[:-1]])
-        return prices @ (np.sort(left, axis=0) - np.sort(left - rounds * gains, axis=0))[::-1] / rounds
+        saved = prices @ (np.sort(left, axis=0) - np.sort(left - rounds * gains, axis=0))[::-1] / rounds
+        # How often each row's text is expected to change; and of what is left to it, the part before that.
+        ahead = left[:, 0] * (self._CHANGES + changes) / (self._TOKENS + np.array(self.had))
+        same = ((1 - np.exp(-ahead)) / ahead)[(left / gains).argmax(axis=0)]
+        return same * saved + (1 - same) * self.plain[-1] * gains.mean(axis=0)
 
     def _saved_to_stops(self, gains: np.ndarray) -> np.ndarray:
         """If each row may end anywhere.
@@ -110,8 +124,6 @@ class AutoLength:
     _DOUBTFUL = np.array([0.08, 0.15, 0.25, 0.35, 0.5, 0.65, 0.8])
     # What lengths that differ by row must promise more than one for all: of so many, some look better by luck.
     _LUCK = 0.02
-    # Rounds of a row that say as much of it as the mean of all rows does, where the slowest one decides.
-    _FEW = 2.0
     # Lengths that differ by row are kept while nothing is better by more than this share: rounds can be timed only next
     # to their like.
     _BETTER = 0.01
@@ -232,7 +244,7 @@ class AutoLength:
         self._trials.discard(self._rounds)
         if off and kept and all(0 < drafted[row] == kept[row] for row in kept):
             # The text may have become predictable: what was seen before no longer counts.
-            self._acceptance = Acceptance(self._acceptance.rows)
+            self._acceptance = self._acceptance.anew()
         if not any(drafted[row] for row in kept):
             return
         self._changed += self._acceptance.observe(drafted, kept, trial=off)
@@ -242,6 +254,11 @@ class AutoLength:
         self._digest()
         return self._costs.seconds(length, length)
 
+    def token(self, rows: int) -> float:
+        """Seconds that a token more is expected to take in a plain round of so many rows."""
+        self._digest()
+        return self._costs.verified(1) / rows
+
     def settled(self, length: int) -> bool:
         """Whether that was measured."""
         self._digest()
@@ -249,11 +266,7 @@ class AutoLength:
 
     def _weigh(self, rows: Sequence[int], others: Sequence[int], ends: Ends | None) -> None:
         """Finds the best choice of lengths."""
-        tokens = self._acceptance.tokens(rows)
-        if ends:
-            # The slowest row decides, and of several that have hardly been seen one looks slow by bad luck alone.
-            rounds, mean = self._acceptance.rounds(rows)[:, None], tokens.mean(axis=0)
-            tokens = mean + (tokens - mean) * rounds / (rounds + self._FEW)
+        tokens = self._acceptance.told_apart(rows) if ends else self._acceptance.tokens(rows)
         last = self._lengths(self._best) if self._best > MAX_AUTO_LENGTH and self._rows == rows else None
         choices = np.broadcast_to(np.arange(MAX_AUTO_LENGTH + 1), tokens.shape)
         left_out = np.array([self._best > 0 and self._now.get(row) == 0 for row in rows])
@@ -265,7 +278,10 @@ class AutoLength:
             choices = np.concatenate([choices, np.array([*last.values()])[:, None]], axis=1)
         gains = tokens[np.arange(len(rows))[:, None], choices]
         self._rows, self._choices = rows, choices
-        self._saved = ends.saved(gains) if ends else self.seconds(0) * gains.mean(axis=0)
+        if ends:
+            self._saved = ends.saved(gains, self._acceptance.changes(rows))
+        else:
+            self._saved = self.seconds(0) * gains.mean(axis=0)
         steps = np.maximum(choices.max(axis=0), max(others, default=0))
         mean = (choices.sum(axis=0) + sum(others)) / (len(rows) + len(others))
         self._seconds = self._costs.seconds_of(steps, mean)
