@@ -7,15 +7,16 @@
     different  rows of the kinds above, one after the other, so that some are done long before others
     queue      texts of these kinds, four to a place and about a quarter as long; who is done makes room for the next
 
-First on this machine, with the embedded pair or one of medium size (`--pair`: see medium_pair.py). The drafter does all
-its work, but what it proposes is replaced by the right or a wrong token, so that its price is real and its luck isn't.
+First on this machine, with the embedded pair, one of medium size (`--pair MoE`, see medium_pair.py), or one of a
+published size with random weights (`--pair 26B-A4B`, in `--bits` 4 or 8 or else in bfloat16). The drafter does all its
+work, but what it proposes is replaced by the right or a wrong token, so that its price is real and its luck isn't.
 Every variant has a scheduler of its own, which knows nothing of costs when it begins.
 
 Then on a simulated clock, with published prices of rounds (tests/simulated_clock.py has their sources), those included
 with which drafting never pays, and with batches of 8 rows that all reach their limits ("limits"), end anywhere
 ("stops"), or make room for others ("queue").
 
-    python scripts/bench_never_slower.py [--tokens 2000] [--repeats 1] [--text wrong] [--pair MoE] [--json]
+    python scripts/bench_never_slower.py [--tokens 2000] [--repeats 1] [--text wrong] [--pair 26B-A4B --bits 4] [--json]
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -42,6 +43,7 @@ BLAS = use_openblas()  # before MLX is imported
 import mlx.core as mx  # noqa: E402
 import typer  # noqa: E402
 from medium_pair import make_medium_pair  # noqa: E402
+from random_weights import random_pair  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -60,7 +62,10 @@ from mlx_mtp.decode.request import Request, Row  # noqa: E402
 from mlx_mtp.decode.scheduler import Scheduler  # noqa: E402
 from mlx_mtp.kv import KVBuffers  # noqa: E402
 from mlx_mtp.models.drafter import Drafter, Lent  # noqa: E402
+from mlx_mtp.models.packing import Packing  # noqa: E402
 from mlx_mtp.models.target import Target  # noqa: E402
+from mlx_mtp.tuning import profile  # noqa: E402
+from mlx_mtp.tuning.known_models import KNOWN_MODELS  # noqa: E402
 
 FIXED = (2, 4, 7)
 BATCHES = (1, 2, 4, 8)
@@ -104,6 +109,33 @@ class Oracle:
         token = mx.take_along_axis(self._running, at, axis=1)
         (token,) = mx.depends([token], [logits.max()])
         return mx.zeros(token.shape), token, hidden
+
+
+class Told(Target):
+    """A target that does all its work, and then says what `after` makes of the token before.
+
+    What a random one would say depends on the last bits of its scores. The token is passed on to the head in the first
+    entries of the hidden state, in digits that every dtype holds exactly.
+    """
+
+    _BASE, _DIGITS = 64, 3
+
+    def __call__(self, tokens: mx.array, lengths: mx.array, kv: KVBuffers, packing: Packing | None = None) -> mx.array:
+        """As that of any target, but for the digits."""
+        hidden = super().__call__(tokens, lengths, kv, packing)
+        digits = mx.stack([tokens // self._BASE**i % self._BASE for i in range(self._DIGITS)], axis=-1)
+        return mx.concatenate([digits.astype(hidden.dtype), hidden[..., self._DIGITS :]], axis=-1)
+
+    def raw_logits(self, hidden: mx.array) -> mx.array:
+        """Its own, but for the best."""
+        digits = hidden[..., : self._DIGITS].astype(mx.int32)
+        token = (digits * mx.array([self._BASE**i for i in range(self._DIGITS)])).sum(axis=-1, keepdims=True)
+        logits = super().raw_logits(hidden)
+        return mx.put_along_axis(logits, self.after(token), mx.array(1e4, logits.dtype), axis=-1)
+
+    def after(self, token: Any) -> Any:
+        """The token after one, or after each of several."""
+        return (5 * token + 1) % self.config.vocab_size
 
 
 def scripts(kind: str, text: Sequence[int], start: int, vocab: int, rows: int) -> list[list[int]]:
@@ -168,22 +200,32 @@ def race(
     return {length: (total - had[length]) / seconds[length] for length in runs}
 
 
+def pair_and_text(
+    stack: ExitStack, pair: str, bits: int | None, tokens: int
+) -> tuple[Target, Drafter, list[int], list[int]]:
+    """Target, drafter, a prompt, and the text that the target writes: the prompt and so many tokens after it."""
+    if pair in KNOWN_MODELS:
+        target, drafter = random_pair(pair, bits, Told)
+        text = [*accumulate(range(1, 40 + tokens), lambda token, _: target.after(token), initial=7)]
+        return target, drafter, text[:40], text
+    folders = []
+    if pair in PAIRS:
+        folders = [*make_medium_pair(PAIRS[pair], Path(stack.enter_context(TemporaryDirectory())))]
+    lm = stack.enter_context(mlx_mtp.load(*folders, dtype="float32", profile=None))
+    target, drafter = stack.enter_context(lm.models())
+    prompt = [*range(40)] if folders else lm.encode("Tell me a short story about a fox.")
+    plain = Scheduler(target, None).stream(Request(prompt, tokens, draft_length=0))
+    return target, drafter, prompt, prompt + [token for new in plain for token in new]
+
+
 def measured(
-    pair: str, tokens: int, repeats: int, kinds: Sequence[str], batches: Sequence[int]
+    pair: str, bits: int | None, tokens: int, repeats: int, kinds: Sequence[str], batches: Sequence[int]
 ) -> dict[str, dict[str, list[float]]]:
     """Ratios on this machine, by text and batch: automatic over plain, and over the best fixed length."""
     results: dict[str, dict[str, list[float]]] = {}
     with ExitStack() as stack:
-        folders = []
-        if pair in PAIRS:
-            folders = [*make_medium_pair(PAIRS[pair], Path(stack.enter_context(TemporaryDirectory())))]
-        lm = stack.enter_context(mlx_mtp.load(*folders, dtype="float32", profile=None))
-        target, own = stack.enter_context(lm.models())
-        assert own
-        prompt = [*range(40)] if folders else lm.encode("Tell me a short story about a fox.")
         longest = tokens + AHEAD * QUEUED * max(BATCHES)
-        plain = Scheduler(target, None).stream(Request(prompt, longest, draft_length=0))
-        text = prompt + [token for new in plain for token in new]
+        target, own, prompt, text = pair_and_text(stack, pair, bits, longest)
         cases = [(name, rows) for name in KINDS[:3] for rows in batches if rows == 1]
         cases += [(name, rows) for name in KINDS if name != "right" for rows in batches if rows > 1]
         for name, rows in [case for case in cases if case[0] in kinds]:
@@ -228,7 +270,9 @@ def main(
     repeats: Annotated[int, typer.Option(help="Repetitions of every variant.", min=1)] = 1,
     text: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(KINDS)}. Default: all.")] = None,
     rows: Annotated[list[int] | None, typer.Option(help="Some of 1, 2, 4, 8. Default: all.")] = None,
-    pair: Annotated[str, typer.Option(help=f"embedded, {' or '.join(PAIRS)}.")] = "embedded",
+    pair: Annotated[str, typer.Option(help=f"embedded, {', '.join(PAIRS)}, {' or '.join(KNOWN_MODELS)}.")] = "embedded",
+    bits: Annotated[int | None, typer.Option(help="Bits of a published size. Default: bfloat16.")] = None,
+    clock: Annotated[bool, typer.Option(help="The simulated clock as well.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Runs both benchmarks and prints their tables."""
@@ -236,24 +280,29 @@ def main(
         raise typer.BadParameter(f"unknown text {', '.join(unknown)}: expected some of {', '.join(KINDS)}")
     if not set(rows or ()) <= set(BATCHES):
         raise typer.BadParameter("expected some of 1, 2, 4, 8", param_hint="--rows")
-    if pair not in ("embedded", *PAIRS):
-        raise typer.BadParameter(f"expected embedded, {' or '.join(PAIRS)}", param_hint="--pair")
-    machine, clock = measured(pair, tokens, repeats, text or KINDS, rows or BATCHES), simulated()
+    if pair not in (known := ("embedded", *PAIRS, *KNOWN_MODELS)):
+        raise typer.BadParameter(f"expected one of {', '.join(known)}", param_hint="--pair")
+    if bits and pair not in KNOWN_MODELS:
+        raise typer.BadParameter("only a published size has weights in bits", param_hint="--bits")
+    machine = measured(pair, bits, tokens, repeats, text or KINDS, rows or BATCHES)
+    virtual = simulated() if clock else {}
     if as_json:
-        print(json.dumps({"mlx": mx.__version__, "blas": BLAS, "measured": machine, "simulated": clock}))
+        print(json.dumps({"mlx": mx.__version__, "blas": BLAS, "measured": machine, "simulated": virtual}))
         return
+    kind = ("bfloat16" if bits is None else f"{bits} bits") if pair in KNOWN_MODELS else "float32"
     print(
-        f"{platform.machine()} {platform.system()}, mlx {mx.__version__} on {mx.default_device()}, BLAS {BLAS}, "
-        "float32\n"
-        f"{pair} pair, {tokens} tokens, greedy, {repeats} repetitions; median (lowest to highest)"
+        f"{platform.machine()} {platform.system()}, mlx {mx.__version__} on {profile.device()}, BLAS {BLAS}\n"
+        f"{pair} pair, {kind}, {tokens} tokens, greedy, {repeats} repetitions; median (lowest to highest)"
     )
     print(f"  {'':20}{'auto / plain':24}auto / best of 0, {', '.join(map(str, FIXED))}")
     for label, found in machine.items():
         cells = (f"{statistics.median(v):5.2f} ({min(v):.2f} to {max(v):.2f})" for v in found.values())
         print(f"  {label:20}" + "    ".join(f"{cell:20}" for cell in cells))
+    if not virtual:
+        return
     print("simulated clock; means of 8 runs of 2,000 tokens (batches of 8 whose rows end: about 300 a row)")
     print(f"  {'':32}{'auto / plain':>14}{'auto / best fixed':>19}{'best fixed':>12}")
-    for label, facts in clock.items():
+    for label, facts in virtual.items():
         print(f"  {label:32}{facts['auto / plain']:14.3f}{facts['auto / best fixed']:19.3f}{facts['best fixed']:12d}")
 
 

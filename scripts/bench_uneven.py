@@ -34,9 +34,9 @@ BLAS = use_openblas()  # before MLX is imported
 import mlx.core as mx  # noqa: E402
 import typer  # noqa: E402
 from medium_pair import make_medium_pair  # noqa: E402
-from random_weights import with_random_weights  # noqa: E402
+from random_weights import random_pair  # noqa: E402
 
-from mlx_mtp.checkpoint import activation_dtype, load_drafter, load_target  # noqa: E402
+from mlx_mtp.checkpoint import load_drafter, load_target  # noqa: E402
 from mlx_mtp.decode.prefill import prefill  # noqa: E402
 from mlx_mtp.decode.round import RoundState, draft, verify  # noqa: E402
 from mlx_mtp.decode.sampling import Sampler, SamplingOptions  # noqa: E402
@@ -44,7 +44,6 @@ from mlx_mtp.errors import MTPError  # noqa: E402
 from mlx_mtp.models.drafter import Drafter  # noqa: E402
 from mlx_mtp.models.target import Target  # noqa: E402
 from mlx_mtp.tuning import profile  # noqa: E402
-from mlx_mtp.tuning.known_models import known_pair  # noqa: E402
 
 CONTEXT, WIDEST = 256, 8
 SPREAD = [7, 6, 5, 4, 2, 1, 1, 0]
@@ -91,14 +90,9 @@ def models(model: str | None, bits: int | None) -> dict[str, tuple[Target, Draft
     """The pairs to measure, by name."""
     if model:
         try:
-            target_config, drafter_config = known_pair(model)
+            return {f"{model}, {f'{bits} bits' if bits else 'bfloat16'}": random_pair(model, bits)}
         except MTPError as error:
             raise typer.BadParameter(str(error)) from None
-        pair = Target(target_config.text), Drafter(drafter_config, "committed")
-        mx.random.seed(0)
-        for part in pair:
-            with_random_weights(part, bits, activation_dtype(mx.bfloat16))
-        return {f"{model}, {f'{bits} bits' if bits else 'bfloat16'}": pair}
     pairs = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, kind in (("dense", "31b"), ("MoE", "26b")):

@@ -11,7 +11,30 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_mtp.checkpoint import activation_dtype
+from mlx_mtp.models.drafter import Drafter
+from mlx_mtp.models.target import Target
 from mlx_mtp.quantization import Format, Scheme
+from mlx_mtp.tuning.known_models import known_pair
+
+
+def random_pair(name: str, bits: int | None, kind: type[Target] = Target) -> tuple[Target, Drafter]:
+    """The pair of a published size, with the same weights each time.
+
+    Args:
+        name: See `known_pair`.
+        bits: See `with_random_weights`; None for bfloat16.
+        kind: What to make of the target.
+
+    Raises:
+        MTPError: Unknown name.
+    """
+    target_config, drafter_config = known_pair(name)
+    pair = kind(target_config.text), Drafter(drafter_config, "committed")
+    mx.random.seed(0)
+    for model in pair:
+        with_random_weights(model, bits, activation_dtype(mx.bfloat16))
+    return pair
 
 
 def with_random_weights(model: nn.Module, bits: int | None, dtype: mx.Dtype) -> None:

@@ -19,19 +19,15 @@ from typing import Annotated
 
 import mlx.core as mx
 import typer
-from random_weights import with_random_weights
+from random_weights import random_pair
 
-from mlx_mtp.checkpoint import activation_dtype
 from mlx_mtp.cli.tune import facts, tables
 from mlx_mtp.decode.limits import MAX_AUTO_LENGTH
 from mlx_mtp.decode.sampling import SamplingOptions
 from mlx_mtp.errors import MTPError
-from mlx_mtp.models.drafter import Drafter
-from mlx_mtp.models.target import Target
 from mlx_mtp.sizes import held_bytes, in_words, kv_budget
 from mlx_mtp.tuning import OBJECTIVES, choose, measure, profile
 from mlx_mtp.tuning.cost_model import acceptance_for
-from mlx_mtp.tuning.known_models import known_pair
 from mlx_mtp.tuning.plot import check_plot, write_plot
 
 SAMPLING = SamplingOptions(temperature=1.0, top_k=64, top_p=0.95)
@@ -52,22 +48,18 @@ def main(
     if plot:
         check_plot(plot)
     try:
-        target_config, drafter_config = known_pair(model)
         batches, lengths = ([int(number) for number in text.split(",")] for text in (batch_sizes, contexts))
+        begun = time.perf_counter()
+        target, drafter = random_pair(model, bits)
     except (MTPError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
-    target, drafter = Target(target_config.text), Drafter(drafter_config, "committed")
-    dtype, begun = activation_dtype(mx.bfloat16), time.perf_counter()
-    mx.random.seed(0)
-    for part in (target, drafter):
-        with_random_weights(part, bits, dtype)
-    held, name = held_bytes(target, drafter), f"{model}, {f'{bits} bits' if bits else str(dtype).split('.')[-1]}"
+    held, name = held_bytes(target, drafter), f"{model}, {f'{bits} bits' if bits else 'bfloat16'}"
     print(
         f"{name}, random weights of {in_words(held)}, made in {time.perf_counter() - begun:.0f} s; mlx "
         f"{version('mlx')} on {profile.device()}\n",
         flush=True,
     )
-    texts = mx.random.randint(0, target_config.text.vocab_size, (TEXTS, TOKENS)).tolist()
+    texts = mx.random.randint(0, target.config.vocab_size, (TEXTS, TOKENS)).tolist()
     assumed = list(acceptance_for(MAX_AUTO_LENGTH))
     found = measure.Measurement(acceptance={"assumed": assumed}, drafter_position="committed")
     begun = time.perf_counter()
@@ -78,10 +70,10 @@ def main(
     found.complete = True
     options = choose.options(found)
     choices = [choose.choose(options, objective) for objective in OBJECTIVES]
-    print(tables(found, options, choices, target_config.text))
+    print(tables(found, options, choices, target.config))
     print(f"\nmeasured in {time.perf_counter() - begun:.0f} s; peak {in_words(mx.get_peak_memory())}")
     if json_file:
-        json_file.write_text(json.dumps(facts(found, options, choices, None, target_config.text)))
+        json_file.write_text(json.dumps(facts(found, options, choices, None, target.config)))
     if plot:
         write_plot(options, plot, f"{name} (random weights) on {profile.device()}")
 
