@@ -221,9 +221,23 @@ def test_a_row_that_joins_while_nothing_is_drafted():
         lengths = policy.next([0])
         policy.observe(lengths, {0: 0}, dear(lengths[0], lengths[0]))
     policy.begin([0, 1])
-    assert policy.next([0, 1]) == {0: 0, 1: 0}
+    assert policy.next([0, 1])[0] == 0
     policy.observe({0: 2}, {0: 2}, dear(2, 2))
     assert policy.next([0, 1], ends=lambda: Ends([90, 100], [10, 0], 1.0, np.array([1.0, 1.1]))).keys() == {0, 1}
+
+
+def test_an_easy_row_that_joins_hard_ones_is_tried_soon():
+    """Nothing is drafted for the others, nor will be."""
+    batch, cost = BatchLength(), BATCH_COSTS["experts"]
+    rows = [Row(Request([0], 4000), Stats(), 4000) for _ in range(4)]
+    for _ in range(100):
+        run_round(batch, rows, 4, cost, waiting=True)
+    assert max(batch.next(rows, waiting=True)[0].values()) == 0
+    rows = [*rows[1:], Row(Request([0], 4000), Stats(), 4000)]
+    for _ in range(20):
+        run_round(batch, rows, 3, cost, waiting=True)
+    lengths = batch.next(rows, waiting=True)[0]
+    assert lengths[rows[-1].number] >= 4 and max(lengths[row.number] for row in rows[:-1]) <= 1
 
 
 def test_the_last_row_decides_when_nobody_waits():

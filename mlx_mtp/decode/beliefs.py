@@ -40,6 +40,8 @@ class Acceptance:
     _CHANGED, _SAY = 6.2, log(10)
     # Rounds of a row before that, from which on its text counts as one that has changed.
     _SHOWN = 4.0
+    # Rounds of a row that say enough of it.
+    _TESTED = 3.0
     # See `told_apart`.
     _ERRORS = 1.5
     # [n, position]: ones up to position n.
@@ -181,6 +183,11 @@ class Acceptance:
         varies, most = np.maximum(tokens.var(axis=0, ddof=1), 1e-12), self._ERRORS * np.sqrt(luck)
         towards = (tokens.mean(axis=0) - tokens) * np.minimum(1.0, luck.mean(axis=0) / varies)
         return tokens + np.clip(towards, -most, most)
+
+    def untested(self, rows: Iterable[int]) -> list[int]:
+        """Rows that have hardly drafted yet, and whose first drafts were all kept."""
+        counts = {row: self._counts[self.rows.index(row), 0, :, 0] for row in rows}
+        return [row for row, (tried, kept) in counts.items() if tried == kept < self._TESTED]
 
     def changes(self, rows: Iterable[int]) -> np.ndarray:
         """How often each row's text has changed: [rows]."""

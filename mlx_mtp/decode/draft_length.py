@@ -140,7 +140,7 @@ class AutoLength:
         # Rounds not learnt of yet: arguments of `observe`.
         self._unread: list[tuple[Mapping[int, int], Mapping[int, int], float | None]] = []
         self._trials: set[int] = set()
-        self._again: int | None = None
+        self._again: dict[int, int] | None = None
         self._asked = self._tried = 0
         self._spent = self._elapsed = self._changed = 0.0
         self._due = True
@@ -166,12 +166,17 @@ class AutoLength:
             self._costs.resemble(other._costs)
         # Next to other texts lengths may compare otherwise; where only some rows are new they hardly do, and what a
         # tuner has measured holds for the first text.
-        again = self._rounds > 0 and not set(rows) & set(self._acceptance.rows)
-        self._costs.begin(self._rounds, again)
+        stay = set(rows) & set(self._acceptance.rows)
+        self._costs.begin(self._rounds, again=self._rounds > 0 and not stay)
+        if stay:
+            # A text that joins is as one that changes.
+            self._changed += 1 - len(stay) / len(rows)
         self._acceptance.begin(rows)
-        self._asked = self._tried = self._rounds = 0
+        # Where rows stay, a round asked for before may not have been observed.
+        flying = self._asked - self._rounds if stay and not other else 0
+        self._trials = {number - self._rounds for number in self._trials if number > self._rounds and flying}
+        self._asked, self._tried, self._rounds = flying, 0, 0
         self._again = None
-        self._trials.clear()
         self._due = True
 
     def next(
@@ -199,14 +204,14 @@ class AutoLength:
             trial = self._trial(bool(others))
             # Twice where it is about costs: the time of a round next to one of another length may be unknown. Where it
             # is about acceptance, now and then too: drafting must not stay off for what a pause has made of its cost.
-            if trial is not None and (self._best or self._costs.age(trial, self._rounds) > self._STALE_MOST):
+            if trial and (self._best or self._costs.age(max(trial.values()), self._rounds) > self._STALE_MOST):
                 self._again = trial
         if trial is None:
             return self._now
         self._tried = self._asked
         # Rounds are observed in the order in which they were asked for, one round late.
         self._trials.add(self._asked)
-        return self._lengths(trial)
+        return trial
 
     def observe(self, drafted: Mapping[int, int], kept: Mapping[int, int], seconds: float | None) -> None:
         """Learns of a finished round.
@@ -233,9 +238,12 @@ class AutoLength:
         steps, mean = max(drafted.values()), sum(drafted.values()) / len(drafted)
         off = self._best == 0
         if kept and self._elapsed + (seconds or 0.0):
-            took = self._costs.seconds(steps, mean) if seconds is None else seconds
+            expected = self._costs.seconds(steps, mean)
+            # Kernels that are built, or a pause of the machine, are no trial's fault.
+            took = expected if seconds is None else min(seconds, 2 * expected)
             if self._rounds in self._trials or (steps == mean and drafted != self._now):
-                length = min(steps, MAX_AUTO_LENGTH)
+                # What new rows alone are tried with counts by what it brought: nothing was foreseen of them.
+                length = min(steps, MAX_AUTO_LENGTH) if steps == mean else 0
                 luck = (sum(kept.values()) + len(kept)) / self._acceptance.tokens(kept)[:, length].sum()
                 self._spent = max(0.0, self._spent + took - luck * self._saved[length] / self._worth(self._best))
             self._elapsed += took
@@ -316,13 +324,23 @@ class AutoLength:
         """Seconds of plain decoding that a round saves for each second that it takes."""
         return float(self._saved[choice] / self._seconds[choice])
 
-    def _trial(self, others: bool) -> int | None:
-        """A length to try, instead of the best, if one is due and can be afforded.
+    def _trial(self, others: bool) -> dict[int, int] | None:
+        """Lengths to try, instead of the best, if some are due and can be afforded.
 
         Args:
             others: Whether the batch has rows that it doesn't choose for: rounds of one length can't be had then.
         """
+        if self._trials or not self._elapsed:
+            return None
         since = self._asked - self._tried
+        if self._best == 0 and not others:
+            # What nothing is drafted for says nothing of a row that has joined.
+            new = self._acceptance.untested(self._rows)
+            trial = {row: self._PROBE if row in new else 0 for row in self._rows}
+            if 0 < len(new) < len(self._rows):
+                mean = sum(trial.values()) / len(trial)
+                if self._granted(self._costs.seconds(self._PROBE, mean) - self._seconds[0], since):
+                    return trial
         if self._best == 0:
             # Acceptance can't be seen while nothing is drafted.
             due = [self._PROBE] if since > self._APART else []
@@ -338,16 +356,25 @@ class AutoLength:
                 and self._costs.age(k, self._rounds) > min(self._STALE * self._costs.times(k), self._STALE_MOST)
                 and self._may_win(k)
             ]
-        if not due or self._trials or not self._elapsed:
+        if not due:
             return None
         trial = max(due, key=lambda k: self._costs.age(k, self._rounds))
         loss = (2 if self._best else 1) * (self._seconds[trial] - self._saved[trial] / self._worth(self._best))
+        return self._lengths(trial) if self._granted(loss, since) else None
+
+    def _granted(self, loss: float, since: int) -> bool:
+        """Whether a trial can be afforded.
+
+        Args:
+            loss: Seconds that it is expected to lose against the best.
+            since: Rounds since the last one.
+        """
         allowed = self._BUDGET * self._elapsed + self._ALLOWANCE * self._seconds[self._best]
         # A round of a batch shows as much as a round of each of its rows: fewer of them tell the same.
         allowed /= sqrt(max(1, len(self._acceptance.rows)))
         if len(self._rows) > 1 and loss <= self._SELDOM * self._seconds[self._best] * since:
-            return trial
-        return trial if self._spent + loss <= allowed else None
+            return True
+        return bool(self._spent + loss <= allowed)
 
     def _may_win(self, length: int) -> bool:
         """Whether a length would be the best if it cost half as much as was measured when it was last tried."""
