@@ -13,8 +13,9 @@ work, but what it proposes is replaced by the right or a wrong token, so that it
 Every variant has a scheduler of its own, which knows nothing of costs when it begins.
 
 Then on a simulated clock, with published prices of rounds (tests/simulated_clock.py has their sources), those included
-with which drafting never pays, and with batches of 8 rows that all reach their limits ("limits"), end anywhere
-("stops"), or make room for others ("queue").
+with which drafting never pays; with batches of 8 rows that all reach their limits ("limits"), end anywhere ("stops"),
+or make room for others ("queue"); and with batches of the texts above at the prices that rounds of real sizes have on a
+GPU (docs/measurements/cuda.md).
 
     python scripts/bench_never_slower.py [--tokens 2000] [--repeats 1] [--text wrong] [--pair 26B-A4B --bits 4] [--json]
 """
@@ -54,6 +55,8 @@ from simulated_clock import (  # noqa: E402
     TEXTS,
     against_fixed,
     batch_against_fixed,
+    measured_costs,
+    texts_against_fixed,
 )
 
 import mlx_mtp  # noqa: E402
@@ -258,6 +261,11 @@ def simulated() -> dict[str, dict[str, Any]]:
     for (cost, text), chances in cases.items():
         of_plain, of_best, best = against_fixed(AutoLength, COSTS[cost], chances)
         results[f"{cost}: {text}"] = {"auto / plain": of_plain, "auto / best fixed": of_best, "best fixed": best}
+    prices = measured_costs()
+    for cost, kind, rows in product(prices, KINDS[2:], BATCHES[1:]):
+        of_plain, of_best, best = texts_against_fixed(prices[cost], kind, rows)
+        label = f"{cost}: {kind}, {rows} rows"
+        results[label] = {"auto / plain": of_plain, "auto / best fixed": of_best, "best fixed": best}
     for cost, rows, kind in product(BATCH_COSTS, ROWS, ("limits", "stops", "queue")):
         of_plain, of_best, best = batch_against_fixed(BATCH_COSTS[cost], ROWS[rows], kind, seeds=8)
         label = f"{cost}: {rows}, {kind}"

@@ -6,8 +6,12 @@ A helper for tests and scripts, which import it by path.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
+
+import numpy as np
 
 from mlx_mtp.decode.batch_length import BatchLength
 from mlx_mtp.decode.draft_length import alike
@@ -98,6 +102,30 @@ BATCH_COSTS: dict[str, BatchCost] = {
 }
 """Prices of rounds of batches, made up for what they may depend on."""
 
+MEASURED = Path(__file__).resolve().parent.parent / "docs" / "measurements" / "cuda.md"
+"""What passes of real sizes cost on a GPU."""
+
+
+def measured_costs() -> dict[str, BatchCost]:
+    """Prices of rounds by model and weights, from the table in `MEASURED`; between its batches on lines."""
+    line = r"^\| (\S+, \w+(?: bits)?) \| (\d) \|([\d. |]+)\|$"
+    tables: dict[str, dict[int, list[float]]] = {}
+    for model, batch, cells in re.findall(line, MEASURED.read_text(), re.MULTILINE):
+        tables.setdefault(model, {})[int(batch)] = [float(cell) for cell in cells.split("|")]
+    return {model: _cost_of_table(table) for model, table in tables.items()}
+
+
+def _cost_of_table(table: Mapping[int, Sequence[float]]) -> BatchCost:
+    """By batch: milliseconds of passes of 1, 2, ... tokens a row, of a draft, and of the host, which is hidden."""
+
+    def cost(rows: int, steps: int, tokens: int) -> float:
+        passes = [np.interp(tokens / rows, range(1, len(cells) - 1), cells[:-2]) for cells in table.values()]
+        drafts = [cells[-2] for cells in table.values()]
+        return float(np.interp(rows, [*table], passes) + steps * np.interp(rows, [*table], drafts)) / 1000
+
+    return cost
+
+
 TEXTS: dict[str, Chance] = {
     "wrong": lambda position, j: 0.0,
     "right": lambda position, j: 1.0,
@@ -117,6 +145,24 @@ ROWS: dict[str, list[float]] = {
     "half hard": [0.9] * 4 + [0.2] * 4,
 }
 """Chances that a draft is kept, of the rows of a batch."""
+
+
+def texts(kind: str, rows: int) -> list[Chance]:
+    """Rows as bench_never_slower.py has them: mixed, switching, different or, four times as many, queue."""
+    kinds: list[Chance] = [
+        TEXTS["right"],
+        TEXTS["wrong"],
+        lambda position, j: 0.7,
+        lambda position, j: (position + j) // 200 % 2 == 0,
+    ]
+    if kind == "mixed":
+        return [kinds[2]] * rows
+    if kind == "switching":
+        return [lambda position, j, row=row: kinds[3](position + 400 * row // rows, j) for row in range(rows)]
+    chances = [kinds[i % 4] for i in range(4 * rows if kind == "queue" else rows)]
+    if kind == "queue":
+        random.Random(1).shuffle(chances)
+    return chances
 
 
 def speed(
@@ -193,7 +239,7 @@ def batch_seconds(
     cost: BatchCost,
     chances: Sequence[Chance],
     seed: int,
-    limit: int,
+    limits: Sequence[int],
     ends: Sequence[int] | None = None,
     places: int = 8,
 ) -> float:
@@ -204,14 +250,14 @@ def batch_seconds(
         cost: What a round takes.
         chances: One for each row.
         seed: Of the noise and of the drafts' luck.
-        limit: Tokens that each row may generate.
+        limits: Tokens that each row may generate.
         ends: Where each row comes upon a stop token; None for rows that have none.
         places: Most rows that decode together.
     """
     rng, stop = random.Random(seed), frozenset({1} if ends else ())
-    waiting = [Row(Request([0], limit, stop_tokens=stop), Stats(), limit) for _ in chances]
+    waiting = [Row(Request([0], limit, stop_tokens=stop), Stats(), limit) for limit in limits]
     chance = {row.number: it for row, it in zip(waiting, chances, strict=True)}
-    end = {row.number: it for row, it in zip(waiting, ends or [limit] * len(chances), strict=True)}
+    end = {row.number: it for row, it in zip(waiting, ends or limits, strict=True)}
     running: list[Row] = []
     seconds, in_flight = 0.0, None
     while running or waiting:
@@ -266,14 +312,41 @@ def batch_against_fixed(
         for seed in seeds:
             rng = random.Random(f"ends {seed}")
             ends = None if kind == "limits" else [max(2, int(rng.expovariate(1 / tokens))) for _ in rows]
-            limit = tokens if kind == "limits" else 2 * tokens
-            total += batch_seconds(length, cost, rows, seed, limit, ends, len(chances))
+            limits = [tokens if kind == "limits" else 2 * tokens] * len(rows)
+            total += batch_seconds(length, cost, rows, seed, limits, ends, len(chances))
         return total
 
     fixed = [seconds(k, range(seeds)) for k in range(MAX_AUTO_LENGTH + 1)]
     auto = BatchLength()
     seconds(auto, range(seeds, seeds + 2))
     own, best = seconds(auto, range(seeds)), min(fixed)
+    return fixed[0] / own, best / own, fixed.index(best)
+
+
+def texts_against_fixed(
+    cost: BatchCost, kind: str, rows: int, tokens: int = 2000, seeds: int = 4
+) -> tuple[float, float, int]:
+    """The same for rows whose texts are of a kind of `texts`, each with automatic lengths that know nothing of costs.
+
+    Args:
+        cost: What a round takes.
+        kind: See `texts`.
+        rows: Of the batch.
+        tokens: A row; in a queue a fourth of it, more or less.
+        seeds: Runs of which this is the mean.
+    """
+    chances = texts(kind, rows)
+
+    def seconds(make: Callable[[], int | BatchLength]) -> float:
+        total = 0.0
+        for seed in range(seeds):
+            rng = random.Random(seed)
+            limits = [rng.randint(tokens // 8, 3 * tokens // 8) if kind == "queue" else tokens for _ in chances]
+            total += batch_seconds(make(), cost, chances, seed, limits, places=rows)
+        return total
+
+    fixed = [seconds(lambda k=k: k) for k in range(MAX_AUTO_LENGTH + 1)]  # type: ignore[misc]
+    own, best = seconds(BatchLength), min(fixed)
     return fixed[0] / own, best / own, fixed.index(best)
 
 

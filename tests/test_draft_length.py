@@ -17,7 +17,9 @@ from simulated_clock import (
     batch_against_fixed,
     curve,
     mean_speed,
+    measured_costs,
     speed,
+    texts_against_fixed,
 )
 
 from mlx_mtp.decode.batch_length import BatchLength
@@ -165,6 +167,14 @@ def test_rows_that_become_hard_are_noticed_at_once():
         taken = cost(4, longest[-1], 4 + sum(lengths.values()))
         policy.observe(lengths, {row: min(most, length) for row, length in lengths.items()}, taken)
     assert longest[40] >= 5 and max(longest[-2:]) <= 2, longest
+
+
+@pytest.mark.parametrize("kind", ["switching", "different", "queue"])
+@pytest.mark.parametrize("model", ["26B-A4B, 4 bits", "31B, 4 bits", "31B, bfloat16"])
+def test_batches_at_the_prices_of_real_sizes(model: str, kind: str):
+    """As measured on a GPU."""
+    of_plain, of_best, _ = texts_against_fixed(measured_costs()[model], kind, rows=4, seeds=2)
+    assert of_plain >= 0.97 and of_best >= 0.97
 
 
 def test_a_row_that_becomes_hard_is_noticed_beside_easy_ones():
