@@ -177,6 +177,12 @@ def test_batches_at_the_prices_of_real_sizes(model: str, kind: str):
     assert of_plain >= 0.97 and of_best >= 0.97
 
 
+def test_trials_avoid_lengths_that_are_dearer_than_longer_ones():
+    """Two rows of these weights verify 6 tokens at twice the price of 8, where another kernel takes over."""
+    _, of_best, _ = texts_against_fixed(measured_costs()["31B, 4 bits"], "switching", rows=2)
+    assert of_best >= 0.96
+
+
 def test_a_row_that_becomes_hard_is_noticed_beside_easy_ones():
     """Rows of a batch change one after the other."""
     batch, cost = BatchLength(), BATCH_COSTS["arithmetic"]

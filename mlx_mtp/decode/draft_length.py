@@ -342,8 +342,9 @@ class AutoLength:
                 if self._granted(self._costs.seconds(self._PROBE, mean) - self._seconds[0], since):
                     return trial
         if self._best == 0:
-            # Acceptance can't be seen while nothing is drafted.
-            due = [self._PROBE] if since > self._APART else []
+            # Acceptance can't be seen while nothing is drafted. A few more may be cheaper: kernels have steps.
+            probe = self._PROBE + int(self._seconds[self._PROBE : MAX_AUTO_LENGTH + 1].argmin())
+            due = [probe] if since > self._APART else []
         elif others:
             due = []
         else:
