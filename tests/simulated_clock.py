@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -118,6 +119,7 @@ def measured_costs() -> dict[str, BatchCost]:
 def _cost_of_table(table: Mapping[int, Sequence[float]]) -> BatchCost:
     """By batch: milliseconds of passes of 1, 2, ... tokens a row, of a draft, and of the host, which is hidden."""
 
+    @cache
     def cost(rows: int, steps: int, tokens: int) -> float:
         passes = [np.interp(tokens / rows, range(1, len(cells) - 1), cells[:-2]) for cells in table.values()]
         drafts = [cells[-2] for cells in table.values()]
