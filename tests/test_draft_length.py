@@ -40,8 +40,6 @@ def run_round(batch: BatchLength, rows: list[Row], hard: int, cost: BatchCost, w
     lengths, policy = batch.next(rows, waiting=waiting)
     kept = {row.number: 0 if i < hard else lengths[row.number] for i, row in enumerate(rows)}
     policy.observe(lengths, kept, cost(len(rows), max(lengths.values()), len(rows) + sum(lengths.values())))
-    for row in rows:
-        row.receive([0] * (kept[row.number] + 1), kept[row.number], lengths[row.number])
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -184,15 +182,17 @@ def test_trials_avoid_lengths_that_are_dearer_than_longer_ones():
 
 
 def test_a_row_that_becomes_hard_is_noticed_beside_easy_ones():
-    """Rows of a batch change one after the other."""
-    batch, cost = BatchLength(), BATCH_COSTS["arithmetic"]
+    """Rows of a batch change one after the other; where nobody waits, the slowest of them is what matters."""
+    batch, cost = BatchLength(), BATCH_COSTS["bandwidth"]
     rows = [Row(Request([0], 4000), Stats(), 4000) for _ in range(8)]
-    for hard, rounds in ((0, 40), (1, 10)):
-        for _ in range(rounds):
+
+    def longest(count: int, hard: int) -> int:
+        for _ in range(count):
             run_round(batch, rows, hard, cost)
-    lengths = batch.next(rows)[0]
-    assert lengths[rows[0].number] <= 1
-    assert min(lengths[row.number] for row in rows[1:]) >= 5
+        return max(batch.next(rows)[0].values())
+
+    assert longest(40, hard=0) == 7
+    assert longest(10, hard=1) <= 2
 
 
 def test_a_text_that_has_changed_will_change_again():
@@ -206,9 +206,10 @@ def test_a_text_that_has_changed_will_change_again():
         return some / none
 
     assert saved([0, 0, 0]) < 1.5, "their drafts only make place"
-    assert saved([0, 2, 2]) == saved([0, 0, 0]), "the last one decides"
-    assert saved([2, 0, 0]) > 2 * saved([0, 0, 0])
-    assert saved([2, 0, 0]) > saved([1, 0, 0]) > saved([1, 0, 0], had=4000) > saved([0, 0, 0])
+    assert saved([0, 3, 3]) == saved([0, 0, 0]), "the last one decides"
+    assert saved([1, 0, 0]) == saved([0, 0, 0]), "it may stay as it has become"
+    assert saved([3, 0, 0]) > 2 * saved([0, 0, 0])
+    assert saved([3, 0, 0]) > saved([2, 0, 0]) > saved([2, 0, 0], had=4000) > saved([0, 0, 0])
 
 
 def test_rows_that_differ_by_luck_alone_are_not_told_apart():
@@ -237,7 +238,7 @@ def test_a_row_that_joins_while_nothing_is_drafted():
         lengths = policy.next([0])
         policy.observe(lengths, {0: 0}, dear(lengths[0], lengths[0]))
     policy.begin([0, 1])
-    assert policy.next([0, 1])[0] == 0
+    assert policy.next([0, 1]) == {0: 0, 1: 0}
     policy.observe({0: 2}, {0: 2}, dear(2, 2))
     assert policy.next([0, 1], ends=lambda: Ends([90, 100], [10, 0], 1.0, np.array([1.0, 1.1]))).keys() == {0, 1}
 
@@ -261,7 +262,7 @@ def test_the_last_row_decides_when_nobody_waits():
 
     def longest(waiting: bool, stops: bool) -> int:
         batch, stop = BatchLength(), frozenset({1} if stops else ())
-        rows = [Row(Request([0], 1000, stop_tokens=stop), Stats(), 1000) for _ in range(8)]
+        rows = [Row(Request([0], 4000, stop_tokens=stop), Stats(), 4000) for _ in range(8)]
         for _ in range(40):
             run_round(batch, rows, 1, BATCH_COSTS["bandwidth"], waiting)
         return max(batch.next(rows, waiting=waiting)[0].values())

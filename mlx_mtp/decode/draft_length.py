@@ -53,7 +53,7 @@ class Ends:
     plain: np.ndarray
 
     # Changes of its text that are taken for granted of every row, and in so many tokens.
-    _CHANGES, _TOKENS = 0.02, 200
+    _CHANGES, _TOKENS = 0.001, 200
 
     def saved(self, gains: np.ndarray, changes: np.ndarray) -> np.ndarray:
         """Seconds of plain decoding that a round saves, by choice of draft lengths.
@@ -73,7 +73,8 @@ class Ends:
         """If all rows reach their limits: the mean over the rounds until the first of them does.
 
         That is, if the row that decides, the last to get there, goes on as it is. Where its text changes first, as it
-        will the sooner the more often it has, any row may be the last, and all their tokens are worth the same.
+        will the sooner the more often it has, any row may be the last, and all their tokens are worth the same. A
+        single change is no sign of another: the text may stay as it has become.
         """
         left = np.array(self.left)[:, None]
         rounds = (left / gains).min(axis=0)
@@ -81,7 +82,8 @@ class Ends:
         prices = self.plain - np.concatenate([[0.0], self.plain[:-1]])
         saved = prices @ (np.sort(left, axis=0) - np.sort(left - rounds * gains, axis=0))[::-1] / rounds
         # How often each row's text is expected to change; and of what is left to it, the part before that.
-        ahead = left[:, 0] * (self._CHANGES + changes) / (self._TOKENS + np.array(self.had))
+        again = np.maximum(0, changes - 1)
+        ahead = left[:, 0] * (self._CHANGES + again) / (self._TOKENS + np.array(self.had))
         same = ((1 - np.exp(-ahead)) / ahead)[(left / gains).argmax(axis=0)]
         return same * saved + (1 - same) * self.plain[-1] * gains.mean(axis=0)
 
@@ -333,7 +335,7 @@ class AutoLength:
         if self._trials or not self._elapsed:
             return None
         since = self._asked - self._tried
-        if self._best == 0 and not others:
+        if self._best == 0 and not others and since > 1:
             # What nothing is drafted for says nothing of a row that has joined.
             new = self._acceptance.untested(self._rows)
             trial = {row: self._PROBE if row in new else 0 for row in self._rows}
