@@ -220,7 +220,7 @@ def test_the_budget_holds_for_rows_near_their_end(e2b: Pair):
     """They needn't be drafted for any more, but get as many drafts as the others."""
     budget = 4 * row_bytes(e2b[0].config, 200, 4)
     scheduler = Scheduler(*e2b, kv_budget=budget, cache_bytes=0)
-    rows = [scheduler.submit(Request([i] * 5, 235 if i % 3 else 100, draft_length=15)) for i in range(6)]
+    rows = [scheduler.submit(Request([i] * (205 if i % 3 else 70), 35, draft_length=15)) for i in range(6)]
     while not all(row.done for row in rows):
         scheduler.step()
         assert not scheduler._engine.kv or scheduler._engine.kv.nbytes <= budget

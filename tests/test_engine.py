@@ -94,12 +94,12 @@ def test_a_prompt_is_kept_through_a_long_answer_that_is_dropped(pair: Pair, samp
     """As in a chat whose thoughts leave the history: the next prompt goes on where this one ended."""
     used, tokens = Scheduler(*pair), prompt(70)
     for turn in range(3):
-        answer, _ = run(used, tokens, 150, sampling=sampling, draft_length=3)
+        answer, _ = run(used, tokens, 100, sampling=sampling, draft_length=3)
         tokens = tokens + answer[-7:] + prompt(9, seed=turn)
-        text, stats = run(used, tokens, 150, sampling=sampling, draft_length=2)
+        text, stats = run(used, tokens, 100, sampling=sampling, draft_length=2)
         assert stats.cached_tokens == len(tokens) - 16
-        assert text == run(Scheduler(*pair), tokens, 150, sampling=sampling, draft_length=0)[0]
-    again, stats = run(used, tokens, 150, sampling=sampling, draft_length=3)
+        assert text == run(Scheduler(*pair), tokens, 100, sampling=sampling, draft_length=0)[0]
+    again, stats = run(used, tokens, 100, sampling=sampling, draft_length=3)
     assert again == text and stats.cached_tokens == len(tokens) - 1
 
 

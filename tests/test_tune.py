@@ -332,7 +332,7 @@ def test_ctrl_c(profiles: Path):
     assert (facts["profile"] is not None) == bool(facts["options"]) == profiles.exists()
 
 
-def test_ctrl_c_leaves_a_profile_of_what_was_measured(profiles: Path, monkeypatch: pytest.MonkeyPatch):
+def test_ctrl_c_leaves_a_profile_of_what_was_measured(profiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole = measure.measure
 
     def interrupted(*args: Any, progress: measure.Progress, **options: Any) -> None:
@@ -343,7 +343,9 @@ def test_ctrl_c_leaves_a_profile_of_what_was_measured(profiles: Path, monkeypatc
 
         whole(*args, progress=stop, **options)
 
-    arguments = ["tune", "--contexts", "16", "--batch-sizes", "1,2,4"]
+    prompt = tmp_path / "one.txt"
+    prompt.write_text("Tell me a short story about a fox.")
+    arguments = ["tune", "--contexts", "16", "--batch-sizes", "1,2,4", "--prompts", str(prompt)]
     monkeypatch.setattr(measure, "measure", interrupted)
     runner = CliRunner()
     partly = runner.invoke(app, arguments)
