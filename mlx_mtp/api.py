@@ -417,6 +417,8 @@ class MTPModel:
         known = prompt if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) else [None]
         tokens = [t for t in known if is_int(t)]
         messages = [m for m in known if isinstance(m, Mapping)]
+        if not known:
+            raise PromptError("the prompt is empty")
         if len(tokens) == len(known):
             return cast("list[int]", tokens)
         if len(messages) != len(known):
@@ -449,21 +451,23 @@ class MTPModel:
 
         Args:
             tokens: The prompt.
-            k: Number of drafts.
+            k: Number of drafts, at most as many as the context has room for.
 
         Returns:
             The target's own next token, then the k drafts after it.
 
         Raises:
-            PromptError: As `logits`, or k below 1, or there is no drafter.
+            PromptError: As `logits`, or k is no such number, or there is no drafter.
         """
         self._check_open()
         if self._drafter is None:
             raise PromptError("there is no drafter to propose with: load one with drafter=")
-        if not is_int(k) or k < 1:
-            raise PromptError(f"k must be a whole number from 1, not {k!r}")
+        tokens = _ids(tokens)
+        room = self.config.text.max_positions - len(tokens)
+        if not is_int(k) or not 1 <= k <= max(1, room):
+            raise PromptError(f"k must be a whole number from 1 to the {room:,} tokens that fit, not {k!r}")
         with self._turn():
-            kv, hidden = prefill(self._target, _ids(tokens))
+            kv, hidden = prefill(self._target, tokens)
             sampler = Sampler([SamplingOptions()], None, self.defaults.suppress_tokens, self.config.text.vocab_size)
             state = first_state(self._target, sampler, hidden, mx.array([len(tokens)], dtype=mx.int32))
             drafts = draft(self._target, self._drafter, kv, sampler, state, k)
@@ -574,7 +578,7 @@ class MTPModel:
                 raise PromptError('a prompt with options is a dict with "prompt"')
             prompt = cast(Prompt, own.pop("prompt"))
         if unknown := own.keys() - _OPTIONS:
-            raise PromptError(f"unknown options: {', '.join(sorted(unknown))}")
+            raise PromptError(f"unknown options: {', '.join(sorted(map(str, unknown)))}")
         return self._answer(self.encode(prompt, own.pop("thinking", False), own.pop("tools", None)), **own)
 
     def _batch_size(self, batch_size: int | str) -> int:

@@ -53,21 +53,26 @@ class Chat:
 
         Args:
             text: The user's message.
-            **options: As for `MTPModel.stream`.
+            **options: As for `MTPModel.stream`, but for tools, whose calls a conversation doesn't keep; `thinking` is
+                for this turn, in place of the conversation's.
 
         Returns:
             The answer's chunks. The turn becomes part of the history once they are exhausted; closing the iterator,
             or sending the next message, ends the answer where it is.
 
         Raises:
-            PromptError: Empty, or too long together with the history; the history is unchanged then.
+            PromptError: Empty, or too long together with the history, which stays as it is but for a running answer:
+                that one is ended all the same.
         """
+        thinking = options.pop("thinking", self.thinking)
+        if "tools" in options:
+            raise PromptError("a conversation takes no tools: give generate or stream messages and tools")
         if not isinstance(text, str) or not text.strip():
             raise PromptError("the message is empty, or no text")
         self._end_running()
         question = {"role": "user", "content": text}
         system = [{"role": "system", "content": self.system}] if self.system else []
-        rendered = self._tokenizer.render([*system, *self.messages, question], thinking=self.thinking)
+        rendered = self._tokenizer.render([*system, *self.messages, question], thinking)
         past_text, past_tokens = self._past
         # An answer need not be cut into tokens again the way the model has put it together.
         known = bool(past_text) and rendered.startswith(past_text)

@@ -71,6 +71,8 @@ def find_drafter(target: str | Path, weights: bool = True, check: Check = lambda
     path = Path(target).expanduser()
     if path.is_dir():
         path = path.resolve()
+        if not path.name:  # the root folder
+            return None
         siblings = (path.with_name(name) for name in drafter_names(path.name))
         return next((folder for folder in siblings if folder.is_dir()), None)
     why: dict[str, str] = {}

@@ -25,7 +25,7 @@ def find_pair(
     folder = hub.find(target, weights, check)
     if drafter is None:
         return folder, hub.find_drafter(target, weights, check)
-    return folder, hub.find(drafter, weights, check) if drafter else None
+    return folder, None if drafter is False else hub.find(drafter, weights, check)
 
 
 def find_profile(

@@ -47,7 +47,9 @@ class Format:
         fixed = MODES[self.mode]
         if fixed and (self.bits, self.group_size) != fixed:
             raise CheckpointError(f"{self.mode} has {fixed[0]} bits in groups of {fixed[1]}, and no others")
-        if not fixed and (self.bits not in BITS or self.group_size not in GROUPS):
+        # Not by `in` alone: 4.0 is equal to 4.
+        whole = isinstance(self.bits, int) and isinstance(self.group_size, int)
+        if not fixed and not (whole and self.bits in BITS and self.group_size in GROUPS):
             raise CheckpointError(
                 f"can't quantise to {self.bits!r} bits in groups of {self.group_size!r}: use 2, 3, 4, 5, 6 or 8 bits "
                 "and groups of 32, 64 or 128"

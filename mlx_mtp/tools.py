@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from math import isinf
 from typing import Any
 
 CALL, CALL_END, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
@@ -51,7 +52,11 @@ class _Reader:
         if self._skip("["):
             return self._items("]", self.value)
         if number := self._match(_NUMBER):
-            return float(number) if set(number) & set(".eE") else int(number)
+            if not set(number) & set(".eE"):
+                return int(number)
+            if isinf(value := float(number)):
+                raise ValueError(f"{number.strip()} is more than JSON's readers take for a number")
+            return value
         for word, value in _WORDS.items():
             if self._skip(word):
                 return value

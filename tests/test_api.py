@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import mlx_mtp
-from mlx_mtp import MTPError, PromptError
+from mlx_mtp import CheckpointError, MTPError, PromptError
 
 QUESTION = "What is a drafter?"
 GREEDY = {"max_tokens": 40, "temperature": 0.0}
@@ -260,8 +260,9 @@ def test_a_trace_shows_host_and_device(lm: mlx_mtp.MTPModel, tmp_path: Path, pro
         bars = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["tid"] == row)
         assert all(end <= begin + 1 for (_, end), (begin, _) in zip(bars, bars[1:], strict=False))
     assert list(tmp_path.iterdir()) == [file]
-    with pytest.raises(OSError), lm.trace(tmp_path / "no" / "trace.json"):
-        pass
+    for nowhere in (tmp_path / "no" / "trace.json", tmp_path):
+        with pytest.raises(OSError), lm.trace(nowhere):
+            pytest.fail("what is to be traced has run in vain")
     with lm.trace(file):
         with pytest.raises(MTPError, match="only one"), lm.trace(tmp_path / "other.json"):
             pass
@@ -348,11 +349,21 @@ def test_prompts_that_cannot_be_used(lm: mlx_mtp.MTPModel):
             lm.logits(tokens)
         with pytest.raises(PromptError):
             lm.propose(tokens, 1)
-    for k in (0, "x"):
+    for k in (0, "x", context, 10**30):
         with pytest.raises(PromptError):
             lm.propose([5], k)
     with pytest.raises(PromptError):
         lm.chat().send(5)
+    with pytest.raises(PromptError, match="tools"):
+        lm.chat().send(QUESTION, tools=[])
+    with pytest.raises(PromptError, match="empty"):
+        lm.encode([])
+    ((_, unknown),) = lm.generate_each([{1: 2, "prompt": QUESTION}])
+    assert isinstance(unknown, PromptError) and "1" in str(unknown)
+    with pytest.raises(CheckpointError, match=r"4\.0 bits"):
+        mlx_mtp.load(quantize=4.0)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="no folder"):
+        mlx_mtp.load(drafter="")
 
 
 def test_without_a_drafter(lm: mlx_mtp.MTPModel):

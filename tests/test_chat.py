@@ -71,6 +71,13 @@ def test_settings_may_change_between_turns(lm: mlx_mtp.MTPModel):
     answer = say(chat, "What is 3 + 4?", max_tokens=120)
     history = [*chat.messages[:2], {"role": "user", "content": "What is 3 + 4?"}]
     assert answer == lm.generate(history, temperature=0, max_tokens=120, thinking=True).text
+    # For a single turn.
+    sizes = {len(lm.encode("Who are you?", thinking=thinking)): thinking for thinking in (False, True)}
+    assert len(sizes) == 2
+    for size, thinking in sizes.items():
+        chat = lm.chat(thinking=not thinking)
+        say(chat, "Who are you?", thinking=thinking)
+        assert chat.thinking != thinking and chat.stats is not None and chat.stats.prompt_tokens == size
 
 
 def test_a_stop_string_ends_an_answer_and_the_next_turn_is_right(lm: mlx_mtp.MTPModel):

@@ -260,7 +260,7 @@ def test_a_call_that_is_written_is_the_call_that_is_read(small: Tokenizer, argum
 
 @pytest.mark.parametrize("text", [
     "", "call:", "call:f", "call:f{", "call:f{a}", "call:f{a:}", "call:f{a:1", "call:f{a:1 b:2}", 'call:f{a:<|"|>x}',
-    "call:f{a:[1}", "call:f{} more", "f{}", "call:f{a:yes}", "call:f" + "{a:" * 5000,
+    "call:f{a:[1}", "call:f{} more", "f{}", "call:f{a:yes}", "call:f{a:-1e999}", "call:f" + "{a:" * 5000,
 ])  # fmt: skip
 def test_what_is_no_call(text: str):
     assert parse_call(text) is None

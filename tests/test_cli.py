@@ -203,6 +203,24 @@ def test_a_full_disk_is_one_line():
     assert done.returncode == 1 and "No space left" in only_line(done.stderr)
 
 
+def test_closed_streams():
+    """Errors are no tracebacks without stdout, and nothing but answers goes there without stderr."""
+
+    def without(stream: str, *args: str) -> subprocess.CompletedProcess[str]:
+        command = ["sh", "-c", f'exec "$@" {stream}>&-', "sh", sys.executable, "-m", "mlx_mtp", *args]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    done = without("1", "generate", "x", "--trace", "/no/such/folder/x")
+    assert done.returncode == 1 and "No such file" in only_line(done.stderr)
+    done = without("2", "generate", "x", "--max-tokens", "5", "--temperature", "0")
+    assert done.returncode == 0 and done.stdout == mlx_mtp("generate", "x", *done.args[-4:]).stdout
+    assert without("2", "generate", "").stdout == ""
+
+
+def test_the_root_folder_is_no_model():
+    assert "config.json" in only_line(mlx_mtp("info", "/").stderr)
+
+
 def test_control_c_stops_the_answer_and_not_the_chat():
     main, terminal = pty.openpty()
     chat = subprocess.Popen(

@@ -130,7 +130,9 @@ def test_lines_that_changed_are_answered_again(tmp_path: Path):
     assert "Madrid" in read(output)[1]["text"] and read(output)[0]["id"] == "first"
 
 
-@pytest.mark.parametrize("text", ["something else\n", '{"a": 1}\n', "no newline"])
+@pytest.mark.parametrize(
+    "text", ["something else\n", '{"a": 1}\n', '{"index": 1e999, "line_sha256": 0}\n', "no newline"]
+)
 def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path, text: str):
     source, output = write(tmp_path / "in.jsonl", LINES[:1]), tmp_path / "out.jsonl"
     output.write_text(text)

@@ -147,7 +147,8 @@ def test_row_seeds_are_distinct_and_the_first_is_the_seed_itself():
 
 
 @pytest.mark.parametrize("wrong", [
-    {"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_k": -1}, {"top_p": 0.0},
+    {"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"temperature": 1e38},
+    {"temperature": 10**400}, {"top_k": -1}, {"top_p": 0.0},
     {"top_p": 1.1}, {"min_p": -0.1}, {"min_p": 1.5},
 ])  # fmt: skip
 def test_options_out_of_range(wrong: dict[str, float]):

@@ -377,7 +377,8 @@ def test_prompts_need_a_tokenizer(tmp_path: Path):
 @pytest.mark.parametrize("content, name, culprit", [
     ('{"prompt": [5]}\n{"prompt": [5, 99999999]}', "p.jsonl", "prompt 2: "), ("{", "p.JSONL", "line 1"),
     ("", "p.txt", "holds no prompts"), ("{", "p.jsonl", "line 1"), ('{"prompt": "x"}\n[]', "p.jsonl", "line 2"),
-    ('{"prompt": 5}', "p.jsonl", "line 1"), ('{"prompt": null}', "p.jsonl", "line 1"),
+    ('{"prompt": "a\u2028b"}\n[]', "p.jsonl", "line 2"), ('{"prompt": 5}', "p.jsonl", "line 1"),
+    ('{"prompt": null}', "p.jsonl", "line 1"),
     ("\udcff", "p.txt", "isn't UTF-8"), (None, "p.txt", "No such file"),
 ])  # fmt: skip
 def test_bad_prompt_files(content: str | None, name: str, culprit: str, tmp_path: Path):

@@ -58,10 +58,15 @@ def _options(
 
 def main() -> None:
     """Runs the command line."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("mlx_mtp").setLevel(logging.INFO)
+    # A stream that is closed is None, and what is printed to None goes to stdout.
     if sys.stdin is None:
         sys.stdin = open(os.devnull)
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("mlx_mtp").setLevel(logging.INFO)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments; the tokenizer refuses what isn't UTF-8
     if isinstance(sys.stdout, io.TextIOWrapper):

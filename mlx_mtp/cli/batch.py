@@ -163,7 +163,7 @@ def _finished(output: Path, lines: list[str]) -> dict[int, dict[str, Any]]:
         try:
             answer = json.loads(line)
             index, digest = int(answer["index"]), answer["line_sha256"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
             raise PromptError(f"{output} exists and isn't the output of this command: choose another name") from None
         if 0 <= index < len(lines) and digest == _head(index, lines[index])["line_sha256"]:
             done[index] = answer

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..blas import use_openblas
-from ..decode.limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH
+from ..decode.limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH, MAX_TEMPERATURE
 
 if TYPE_CHECKING:
     from ..api import Chunk, MTPModel
@@ -38,7 +38,9 @@ DraftLength = Annotated[
 ]
 Temperature = Annotated[
     float | None,
-    typer.Option(help="0 is greedy. Default of this and the next three: the model's.", min=0, max=1000, metavar="T"),
+    typer.Option(
+        help="0 is greedy. Default of this and the next three: the model's.", min=0, max=MAX_TEMPERATURE, metavar="T"
+    ),
 ]
 TopK = Annotated[int | None, typer.Option(help="Only the K best tokens; 0 for all.", min=0, metavar="K")]
 TopP = Annotated[

@@ -108,7 +108,8 @@ def _tune(
                     progress=lambda _: bar.update(1),
                 )  # fmt: skip
             except KeyboardInterrupt:
-                so_far = "this is from what was measured so far" if found.steps else "nothing was measured yet"
+                any_yet = found.steps or found.acceptance
+                so_far = "this is from what was measured so far" if any_yet else "nothing was measured yet"
                 print(f"\nstopped: {so_far}", file=sys.stderr)
         options = choose.options(found) if found.acceptance or not lm.drafter_config else []
         choices = [choose.choose(options, name) for name in OBJECTIVES] if options else []
@@ -164,7 +165,7 @@ def _read_prompts(path: Path) -> list[Any]:
         PromptError: There are none, or a line can't be understood.
     """
     try:
-        lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+        lines = [line for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
     except UnicodeDecodeError:
         raise PromptError(f"{path} isn't UTF-8") from None
     if not lines:

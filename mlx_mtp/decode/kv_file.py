@@ -70,7 +70,10 @@ def load_entry(path: Path, target: Target) -> Entry:
 
     if not path.is_file():
         raise CheckpointError(f"there is no such file: {path}")
-    check_safetensors(path)
+    try:
+        check_safetensors(path)
+    except CheckpointError as error:  # what it advises is for files that were downloaded
+        raise CheckpointError(f"{path} is truncated or damaged, or no saved prompt: save it again") from error
     arrays, facts = cast("tuple[dict[str, mx.array], dict[str, str]]", mx.load(str(path), return_metadata=True))
     if facts.get("mlx_mtp_kv") != VERSION:
         raise CheckpointError(f"{path} is no prompt that this version of mlx_mtp has saved: save it again")

@@ -1,7 +1,10 @@
-"""How many tokens may be drafted. Imports nothing: the command line's help has these figures without MLX or numpy."""
+"""How much may be asked for: drafts and temperature. Imports nothing: the command line's help has them without MLX."""
 
 MAX_DRAFT_LENGTH = 15
 """Longest draft that can be asked for."""
 
 MAX_AUTO_LENGTH = 7
 """Longest draft chosen by itself: with the newest token, the 8 rows that the fused attention kernels on Metal take."""
+
+MAX_TEMPERATURE = 1000
+"""Highest temperature: all tokens are about equally likely long before, and its noise must stay a float32."""

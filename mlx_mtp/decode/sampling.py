@@ -23,6 +23,7 @@ import mlx.core as mx
 
 from ..errors import PromptError
 from ..models.elementwise import softcap
+from .limits import MAX_TEMPERATURE
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class SamplingOptions:
     """How one row's tokens are chosen.
 
     Attributes:
-        temperature: 0 for greedy.
+        temperature: 0 for greedy, and at most MAX_TEMPERATURE.
         top_k: Only the k best tokens; 0 for all.
         top_p: Only the best tokens that together reach this probability; 1 for all.
         min_p: Only tokens with at least this share of the best one's probability; 0 for all.
@@ -47,8 +48,8 @@ class SamplingOptions:
         for name in ("temperature", "top_p", "min_p"):
             if not isinstance(value := getattr(self, name), int | float):
                 raise PromptError(f"{name} must be a number, not {value!r}")
-        if not 0 <= self.temperature < float("inf"):
-            raise PromptError(f"temperature must be 0 or more, not {self.temperature}")
+        if not 0 <= self.temperature <= MAX_TEMPERATURE:
+            raise PromptError(f"temperature must be between 0 and {MAX_TEMPERATURE:,}")
         if not is_int(self.top_k) or self.top_k < 0:
             raise PromptError(f"top_k must be 0 (off) or a larger whole number, not {self.top_k!r}")
         if not 0 < self.top_p <= 1:

@@ -7,6 +7,7 @@ wait without a trace; only drafts and verify pass are handed over one by one ins
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import queue
@@ -32,7 +33,9 @@ class Trace:
         Raises:
             OSError: The file can't be written.
         """
-        self._path = Path(path)
+        self._path = Path(path).expanduser()
+        if self._path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self._path))
         self._path.touch()
         self._begun = time.perf_counter()
         self._events: list[dict[str, Any]] = [
