@@ -216,6 +216,13 @@ def test_the_budget_admits_what_fits(e2b: Pair):
         Scheduler(target, drafter, kv_budget=one - 1).submit(Request([1], 50))
 
 
+def test_a_request_may_take_the_whole_budget(e2b: Pair):
+    scheduler = Scheduler(*e2b, kv_budget=row_bytes(e2b[0].config, 60, 4))
+    row = scheduler.submit(Request([5] * 10, 50))
+    run(scheduler, [row])
+    assert len(row.tokens) == 50
+
+
 def test_the_budget_holds_for_rows_near_their_end(e2b: Pair):
     """They needn't be drafted for any more, but get as many drafts as the others."""
     budget = 4 * row_bytes(e2b[0].config, 200, 4)

@@ -15,7 +15,7 @@ from mlx_mtp import checkpoint
 from mlx_mtp.decode import engine as engine_module
 from mlx_mtp.decode.draft_length import AutoLength
 from mlx_mtp.decode.prefill import prefill
-from mlx_mtp.decode.request import Request, Stats
+from mlx_mtp.decode.request import INVARIANT_WIDTH, Request, Stats
 from mlx_mtp.decode.round import accept, decode_round, first_state
 from mlx_mtp.decode.sampling import Sampler, SamplingOptions
 from mlx_mtp.decode.scheduler import Scheduler
@@ -101,6 +101,46 @@ def test_a_prompt_is_kept_through_a_long_answer_that_is_dropped(pair: Pair, samp
         assert text == run(Scheduler(*pair), tokens, 100, sampling=sampling, draft_length=0)[0]
     again, stats = run(used, tokens, 100, sampling=sampling, draft_length=3)
     assert again == text and stats.cached_tokens == len(tokens) - 1
+
+
+def test_a_text_goes_on_as_if_it_had_not_been_cut(pair: Pair):
+    """Noise depends on the absolute position alone, so that prompt and answer may be split anywhere."""
+    text, _ = run(Scheduler(*pair), prompt(20), 20, sampling=SAMPLED, draft_length=3)
+    for cut in (1, 2, 7):
+        rest, _ = run(Scheduler(*pair), prompt(20) + text[:cut], 20 - cut, sampling=SAMPLED, draft_length=3)
+        assert rest == text[cut:]
+
+
+def test_logits_are_softcapped_before_tokens_are_chosen(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    caps, init = set[float](), Sampler.__init__
+
+    def noted(self: Sampler, rows: object, cap: float, *others: object) -> None:
+        caps.add(cap)
+        init(self, rows, cap, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Sampler, "__init__", noted)
+    run(Scheduler(*pair), prompt(10), 3)
+    assert caps == {30.0}
+
+
+@pytest.mark.parametrize("exactness, widths", [
+    ("fast", {1, 2, 3, 4}), ("invariant", {INVARIANT_WIDTH}), ("stepwise", {1}),
+])  # fmt: skip
+def test_the_widths_of_verify_blocks(pair: Pair, exactness: str, widths: set[int], monkeypatch: pytest.MonkeyPatch):
+    """On a CPU the text is the same with any of them."""
+    found, call, scheduler = set[int](), Target.__call__, Scheduler(*pair)
+    row = scheduler.submit(Request(prompt(30), 30, exactness=exactness, draft_length=3))
+    while not row.tokens:
+        scheduler.step()
+
+    def noted(self: Target, tokens: mx.array, *others: object) -> mx.array:
+        found.add(tokens.shape[1])
+        return call(self, tokens, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Target, "__call__", noted)
+    while not row.done:
+        scheduler.step()
+    assert found <= widths and max(widths) in found
 
 
 def test_exact_modes_reuse_nothing(pair: Pair):

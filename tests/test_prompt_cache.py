@@ -94,6 +94,25 @@ def test_memory_is_bounded_and_the_oldest_goes_first(pair: Pair):
     assert nothing.cache.nbytes == 0
 
 
+def test_what_running_rows_hold_counts_as_kept(pair: Pair):
+    """Their checkpoints take half of what may be kept at most, and what was kept before makes room for them."""
+    probe = Scheduler(*pair)
+    run(probe, words(100, 0))
+    probe.step()
+    (entry,) = probe.cache._entries
+    assert entry.nbytes == entry.kv.nbytes + sum(it.nbytes for it in entry.checkpoints) > entry.kv.nbytes
+    for share in (0.7, 1.2, 1.5, 2.2):
+        scheduler = Scheduler(*pair, cache_bytes=int(share * entry.nbytes), max_rows=6)
+        limit, most, kept = scheduler.cache.limit, 0, 0
+        rows = [scheduler.submit(Request(words(100, i), 4 + 12 * (i % 3), SAMPLED, 0)) for i in range(10)]
+        while not all(row.done for row in rows):
+            scheduler.step()
+            held = sum({id(it): it.nbytes for row in rows if not row.done for it in row.checkpoints}.values())
+            most, kept = max(most, held), max(kept, scheduler.cache.nbytes)
+            assert 2 * held <= limit and scheduler.cache.nbytes + held <= limit
+        assert most and (kept or share < 1)
+
+
 def test_beginnings_of_beginnings(pair: Pair):
     """Buffers of a long text serve a beginning of it, and are then shorter than what their rings have seen.
 
@@ -134,6 +153,51 @@ def test_a_prefill_that_is_given_up_keeps_what_it_has_taken(pair: Pair):
     row.cancel()
     assert not row.tokens
     assert run(scheduler, [*prompt, 7])[0].stats.cached_tokens >= 99
+
+
+def test_a_prompt_of_a_model_of_the_same_shape(pair: Pair, tmp_path: Path):
+    """Trained further, it has the same names, shapes and types, and other KV."""
+    file, target = tmp_path / "prompt.safetensors", pair[0]
+    Scheduler(*pair).save_prompt(words(20, 1), file)
+    norm = target.norm.weight
+    target.norm.weight = norm * 1.01
+    try:
+        with pytest.raises(CheckpointError, match="another model"):
+            Scheduler(*pair).load_prompt(file)
+    finally:
+        target.norm.weight = norm
+
+
+def test_a_disk_that_is_full_when_a_prompt_is_saved(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("[save_safetensors] Failed to write")
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    file = tmp_path / "prompt.safetensors"
+    with pytest.raises(OSError, match="disk") as caught:
+        Scheduler(*pair).save_prompt(words(20, 1), file)
+    assert caught.value.filename == str(file) and not list(tmp_path.iterdir())
+
+
+def test_a_saved_prompt_with_other_shapes(pair: Pair, tmp_path: Path):
+    file = tmp_path / "prompt.safetensors"
+    Scheduler(*pair).save_prompt(words(20, 1), file)
+    arrays, facts = mx.load(str(file), return_metadata=True)
+    mx.eval(arrays)
+    for name in ("keys.0", "values.0"):
+        mx.save_safetensors(str(file), {**arrays, name: arrays[name][:, :, :-1]}, metadata=facts)
+        with pytest.raises(CheckpointError, match="is damaged"):
+            Scheduler(*pair).load_prompt(file)
+
+
+def test_a_loaded_prompt_needs_its_file_no_more(pair: Pair, tmp_path: Path):
+    file, prompt = tmp_path / "prompt.safetensors", words(60, 3)
+    scheduler = Scheduler(*pair)
+    scheduler.save_prompt(prompt, file)
+    scheduler.load_prompt(file)
+    file.write_bytes(b"")
+    (row,) = run(scheduler, [*prompt, 7])
+    assert row.stats.cached_tokens == 60 and row.tokens == alone(pair[0], row.request)
 
 
 def test_a_saved_prompt_outlives_the_process(pair: Pair, tmp_path: Path):

@@ -146,6 +146,14 @@ def test_row_seeds_are_distinct_and_the_first_is_the_seed_itself():
     assert len(set(seeds)) == len(seeds)
 
 
+def test_the_softcap_comes_before_the_filters():
+    logits, cap, count = 4 * np.array([3.0, 2.5, 2.0, 1.0, -1.0], np.float32), 4.0, 20_000
+    capped = softmax(cap * np.tanh(logits / cap))
+    expected = np.where(np.cumsum(capped) - capped < 0.7, capped, 0)
+    found = np.bincount(draw(SamplingOptions(temperature=1, top_p=0.7), logits, count, cap), minlength=5) / count
+    assert np.abs(found - expected / expected.sum()).max() < 0.02
+
+
 @pytest.mark.parametrize("wrong", [
     {"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"temperature": 1e38},
     {"temperature": 10**400}, {"top_k": -1}, {"top_p": 0.0},

@@ -100,7 +100,11 @@ class PromptCache:
             if (e.tokens != again if e.stays else entry.tokens[: len(e.tokens)] != e.tokens)
         ]  # fmt: skip
         self._entries.append(entry)
-        while self.nbytes + beside > self.limit:
+        self.make_room(beside)
+
+    def make_room(self, beside: int) -> None:
+        """Lets go of entries until all of them, and so many bytes beside them, are within the limit."""
+        while self._entries and self.nbytes + beside > self.limit:
             del self._entries[0]
 
     def find(self, prompt: Sequence[int]) -> Hit | None:

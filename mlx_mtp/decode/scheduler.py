@@ -317,6 +317,7 @@ class Scheduler:
                 row.checkpoints = checkpoints if fits else []
             if rows:
                 ready.append(Prefilled(kv, hidden[i : i + 1, len(prompt) - start - 1], rows))
+        self.cache.make_room(self._checkpoint_bytes())
         return ready
 
     def _kv_bytes(self, requests: Sequence[Request]) -> int:

@@ -1,0 +1,108 @@
+"""What is left when a step fails or is interrupted, and when rows leave or the scheduler closes (decode/)."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from random_requests import alone
+from scripted_drafter import ScriptedDrafter
+from tiny_checkpoints import VOCAB, make_pair
+
+from mlx_mtp import checkpoint
+from mlx_mtp.decode import engine as engine_module
+from mlx_mtp.decode.limits import MAX_DRAFT_LENGTH
+from mlx_mtp.decode.request import Request, Row
+from mlx_mtp.decode.scheduler import Scheduler
+from mlx_mtp.models.drafter import Drafter
+from mlx_mtp.models.target import Target
+
+Pair = tuple[Target, Drafter]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    target_folder, drafter_folder = make_pair("e2b", tmp_path_factory.mktemp("e2b"))
+    config, target = checkpoint.load_target(target_folder, "float32")
+    return target, checkpoint.load_drafter(drafter_folder, config, "committed", "float32")[1]
+
+
+def words(count: int, seed: int) -> list[int]:
+    rng = Random(seed)
+    return [rng.randrange(VOCAB) for _ in range(count)]
+
+
+def run(scheduler: Scheduler, *prompts: list[int], tokens: int = 10) -> list[Row]:
+    rows = [scheduler.submit(Request(prompt, tokens, draft_length=3)) for prompt in prompts]
+    while not all(row.done for row in rows):
+        scheduler.step()
+    return rows
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_error_ends_what_is_being_prefilled(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    scheduler = Scheduler(*pair)
+    running = scheduler.submit(Request(words(4, 0), 40))
+    scheduler.step()
+    coming = scheduler.submit(Request(words(80, 1), 5))
+    scheduler.step()
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine_module.Engine, "round", fail)
+    assert not coming.tokens and not coming.done
+    with pytest.raises(RuntimeError):
+        scheduler.step()
+    assert all(row.done and isinstance(row.error, RuntimeError) for row in (running, coming))
+
+
+def test_an_interruption_while_rows_leave(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    """The buffers' rows have moved up, and are no longer those of the batch."""
+    scheduler = Scheduler(*pair)
+    first, other = (scheduler.submit(Request(words(12, i), count, draft_length=0)) for i, count in enumerate((4, 60)))
+    while not first.done:
+        scheduler.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "regroup", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            scheduler.step()
+    assert isinstance(other.error, KeyboardInterrupt)
+    (again,) = run(scheduler, [*first.request.prompt, 7])
+    assert again.tokens == alone(pair[0], again.request)
+
+
+def test_an_interrupted_round_has_written_as_well(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    """The round that was handed over last has written further than anybody noted."""
+    target, text = pair[0], words(100, 0)
+    script = [*text, *alone(target, Request(text, 90))]
+    for back in range(18, 34, 3):
+        scheduler: Scheduler = Scheduler(target, ScriptedDrafter(script))  # type: ignore[arg-type]
+        row = scheduler.submit(Request(text, 90, draft_length=MAX_DRAFT_LENGTH))
+        while len(row.tokens) < 2:
+            scheduler.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(engine_module, "_host", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                scheduler.step()
+        (again,) = run(scheduler, [*script[: row.committed - back], 7], tokens=4)
+        assert again.tokens == alone(target, again.request), (back, again.stats.cached_tokens)
+
+
+def test_rows_that_have_left_are_forgotten(pair: Pair):
+    scheduler = Scheduler(*pair)
+    run(scheduler, words(20, 0), words(30, 1))
+    run(scheduler, words(3, 2))
+    scheduler.step()
+    assert not scheduler._under_way()
+
+
+def test_closing_ends_those_who_wait(pair: Pair):
+    scheduler = Scheduler(*pair, max_rows=1)
+    rows = [scheduler.submit(Request(words(n, n), 40)) for n in (4, 5)]
+    scheduler.step()
+    scheduler.close()
+    assert all(row.done for row in rows)
