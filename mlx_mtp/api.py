@@ -32,6 +32,7 @@ from .models.drafter import POSITIONS, Drafter
 from .models.target import Target
 from .pair import DEMO as DEMO
 from .pair import find_pair, find_profile
+from .paths import expanded
 from .text import StopStrings, Tokenizer
 from .tuning import profile as profiles
 from .turns import Turns
@@ -367,7 +368,7 @@ class MTPModel:
         """
         tokens = self.encode(prompt)
         with self._turn():
-            self._scheduler.save_prompt(tokens, Path(path).expanduser())
+            self._scheduler.save_prompt(tokens, expanded(path))
 
     def load_prompt(self, path: str | Path) -> int:
         """Takes a saved prompt into memory; prompts that begin like it start where it ends.
@@ -380,7 +381,7 @@ class MTPModel:
             MemoryBudgetError: It is larger than all that is kept for prompts (`cache_bytes`).
         """
         with self._turn():
-            return self._scheduler.load_prompt(Path(path).expanduser())
+            return self._scheduler.load_prompt(expanded(path))
 
     @contextmanager
     def trace(self, path: str | Path) -> Iterator[None]:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from . import hub
 from .errors import ProfileError
+from .paths import expanded
 from .tuning import profile as profiles
 
 DEMO = Path(__file__).parent / "demo"
@@ -42,7 +43,7 @@ def find_profile(
         return None  # a file is missing: reading the checkpoint says which
     if wanted == "auto":
         return profiles.find(key)
-    path = Path(wanted).expanduser()
+    path = expanded(wanted)
     found = profiles.read(path)
     profiles.check(found, key, path)
     return found

@@ -366,6 +366,19 @@ def test_prompts_that_cannot_be_used(lm: mlx_mtp.MTPModel):
         mlx_mtp.load(drafter="")
 
 
+def test_a_home_folder_that_this_machine_does_not_know(lm: mlx_mtp.MTPModel, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLX_MTP_PROFILES", "~no-such-user/x")
+    for use in (
+        lambda: lm.save_prompt(QUESTION, "~no-such-user/x"),
+        lambda: lm.load_prompt("~no-such-user/x"),
+        lambda: lm.trace("~no-such-user/x").__enter__(),
+        lambda: mlx_mtp.load(profile="~no-such-user/x"),
+        mlx_mtp.load,
+    ):
+        with pytest.raises(MTPError, match="~no-such-user"):
+            use()
+
+
 def test_without_a_drafter(lm: mlx_mtp.MTPModel):
     with mlx_mtp.load(drafter=False) as plain:
         assert plain.drafter_config is None

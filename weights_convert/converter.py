@@ -20,6 +20,7 @@ from pathlib import Path
 from mlx_mtp import hub
 from mlx_mtp.checkpoint import read_json
 from mlx_mtp.errors import CheckpointError
+from mlx_mtp.paths import expanded
 from mlx_mtp.quantization import Scheme
 from mlx_mtp.sizes import in_words
 
@@ -113,7 +114,7 @@ def prepare(
     Raises:
         CheckpointError: The source can't be used, or the destination is something else or a part of the source.
     """
-    destination = Path(destination).expanduser()
+    destination = expanded(destination)
     taken = destination.exists() and (not destination.is_dir() or any(destination.iterdir()))
     in_the_way = CheckpointError(f"{destination} exists already, from something else: choose another name")
     if taken and not (destination / files.SUMS).is_file():

@@ -20,6 +20,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..paths import expanded
+
 HOST, DEVICE = 1, 2
 """Rows of the picture."""
 
@@ -33,7 +35,7 @@ class Trace:
         Raises:
             OSError: The file can't be written.
         """
-        self._path = Path(path).expanduser()
+        self._path = expanded(path)
         if self._path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self._path))
         self._path.touch()

@@ -25,6 +25,7 @@ from .. import __version__
 from ..blas import has_openblas
 from ..errors import ProfileError, one_line
 from ..models.drafter import POSITIONS
+from ..paths import expanded
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ def device() -> str:
 def folder() -> Path:
     """Where profiles are: MLX_MTP_PROFILES, or the user's data folder."""
     if given := os.environ.get("MLX_MTP_PROFILES"):
-        return Path(given).expanduser()
+        return expanded(given)
     if sys.platform == "darwin":
         return Path.home() / "Library/Application Support/mlx_mtp/profiles"
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "mlx_mtp/profiles"
