@@ -42,6 +42,8 @@ def test_an_answer_put_together_unusually_is_not_prefilled_again(lm: mlx_mtp.MTP
         wild: dict[str, Any] = {"temperature": 3.0, "top_k": 64, "top_p": 0.95, "seed": seed}
         chunks = list(chat.send("Tell me a short story about a fox.", max_tokens=40, **wild))
         tokens = [t for chunk in chunks for t in chunk.tokens]
+        if chat.messages[-1]["content"][0].isspace():
+            continue  # which the chat format strips: other tokens
         while not lm.tokenizer.decode(tokens[-1:]).strip():  # the chat format strips answers
             tokens.pop()
         unusual += lm.tokenizer.encode(chat.messages[-1]["content"].rstrip()) != tokens

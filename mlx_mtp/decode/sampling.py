@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import TypeGuard
 
 import mlx.core as mx
@@ -170,7 +171,8 @@ class _Group:
         self._temperature = column([r.temperature for r in rows], mx.float32)
         self._top_p = column([r.top_p for r in rows], mx.float32)
         self._min_p = column([r.min_p for r in rows], mx.float32)
-        self._keys = column([_fold(r.seed) for r in rows], mx.uint32)
+        # [B, 1, 1, 2]: a key goes with a position and a token.
+        self._keys = mx.array([[[seed_key(r.seed)]] for r in rows], dtype=mx.uint32)
 
     def choose(self, logits: mx.array, ids: mx.array | None, positions: mx.array, cap: float | None) -> mx.array:
         """Chooses from logits [B, L, n]; see `Sampler.target` and `Sampler.draft`."""
@@ -222,29 +224,41 @@ def gumbel(keys: mx.array, positions: mx.array, token_ids: mx.array) -> mx.array
     A counter-based generator: only the candidates' noise is ever computed, and it is the same on every backend.
 
     Args:
-        keys: uint32, a row's key.
+        keys: uint32 [..., 2], a row's key of 64 bits.
         positions: int32, absolute positions.
-        token_ids: int32; all three broadcast against each other.
+        token_ids: int32; positions, token ids and the first axes of `keys` broadcast against each other.
 
     Returns:
-        float32 of the broadcast shape.
+        float32 of the broadcast shape, finite.
     """
-    stream = _scramble(keys ^ _scramble(positions.astype(mx.uint32)))
-    other = _scramble(stream ^ mx.array(0x9E3779B9, mx.uint32))
-    bits = _scramble(_scramble(token_ids.astype(mx.uint32) ^ stream) + other)
-    uniform = ((bits >> 8).astype(mx.float32) + 0.5) * 2**-24
-    return -mx.log(-mx.log(uniform))
+    positions = _scramble(positions.astype(mx.uint32))
+    # Two words for each position, so that all 64 bits of the key reach every token's noise.
+    first = _scramble(keys[..., 0] ^ positions)
+    second = _scramble(keys[..., 1] ^ _scramble(positions ^ mx.array(0x9E3779B9, mx.uint32)))
+    return noise_of_bits(_scramble(_scramble(token_ids.astype(mx.uint32) ^ first) + second))
+
+
+def noise_of_bits(bits: mx.array) -> mx.array:
+    """Standard Gumbel noise, float32, from uniform bits, uint32: -log(-log(1 - u)) with u = (bits + 0.5) / 2**32.
+
+    Large noise, which decides what is drawn, comes from small u, where a float32 has all digits: it goes up to
+    log(2**33) = 22.9, in steps that shrink with its probability. -log(-log(u)) would have its largest values where u
+    is nearly 1, in steps of 2**-24, and infinity among them: a token that is drawn whatever its logit.
+    """
+    u = (bits.astype(mx.float32) + 0.5) * 2**-32
+    # The 128 largest integers are rounded to 2**32, and 1 would be minus infinity.
+    return -mx.log(-mx.log1p(-mx.minimum(u, 1 - 2**-24)))
 
 
 def row_seed(seed: int, row: int) -> int:
-    """The seed of row `row` when one seed is given for several rows: row 0 keeps it, the others are scrambled.
+    """The seed of row `row` when one seed is given for several rows: row 0 keeps it, the others get 64 bits of a hash.
 
     Raises:
         PromptError: The seed is no whole number.
     """
     if not is_int(seed):
         raise PromptError(f"seed must be a whole number, not {seed!r}")
-    return seed if row == 0 else seed ^ (_fold(seed + row * 0x9E3779B97F4A7C15) << 32 | row)
+    return seed if row == 0 else _hash(seed, row)
 
 
 def _scramble(x: mx.array) -> mx.array:
@@ -254,13 +268,19 @@ def _scramble(x: mx.array) -> mx.array:
     return x ^ (x >> 16)
 
 
-def _fold(seed: int) -> int:
-    """A seed of any size as 32 bits; seeds below 2**32 stay distinct."""
-    folded = 0
-    while seed not in (0, -1):
-        folded = (folded * 0x01000193 ^ seed) & 0xFFFFFFFF if folded else seed & 0xFFFFFFFF
-        seed >>= 32
-    return folded ^ (0xFFFFFFFF if seed == -1 else 0)
+def seed_key(seed: int) -> tuple[int, int]:
+    """The key of a seed of any size, as two words of 32 bits."""
+    mixed = _hash(seed)
+    return mixed >> 32, mixed & 0xFFFFFFFF
+
+
+def _hash(*numbers: int) -> int:
+    """64 bits that depend on every bit of some whole numbers, equal for others by chance only."""
+    digest = blake2b(digest_size=8)
+    for number in numbers:
+        data = number.to_bytes(number.bit_length() // 8 + 1, "big", signed=True)
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return int.from_bytes(digest.digest(), "big")
 
 
 def _take_ids(ids: mx.array | None, index: mx.array) -> mx.array:
