@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 _OPTIONS = {
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "draft_length", "exactness", "ignore_eos",
-    "thinking", "tools",
+    "thinking", "tools", "stop_token_ids",
 }  # fmt: skip
 
 T = TypeVar("T")
@@ -163,6 +163,7 @@ class MTPModel:
         ignore_eos: bool = False,
         thinking: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
     ) -> Generation | list[Generation]:
         """Generates text.
 
@@ -175,16 +176,19 @@ class MTPModel:
             top_p: Only the best tokens that together reach this probability.
             min_p: Only tokens with at least this share of the best one's probability.
             seed: Same seed, same text, with and without a drafter; None for a new one each time.
-            stop: Strings that end the text; they aren't part of it.
+            stop: Strings that end the text; they aren't part of it. One that is a special token's name ("<turn|>")
+                stands for that token.
             draft_length: Tokens to draft a round, 0 for plain decoding, or "auto".
             exactness: "fast", "invariant" (one block width for the whole run, so that the draft length can't matter
                 on any backend) or "stepwise" (verifies token by token: plain decoding, bit for bit, and no faster).
             n: Number of generations, side by side. The prompt is prefilled once; the i-th runs with
                 `row_seed(seed, i)`, so the first is what n = 1 gives.
-            ignore_eos: Whether to go on after a stop token.
+            ignore_eos: Whether to go on after the model's own stop tokens: those of its generation_config, of Gemma 4's
+                chat format, and its tokenizer's `eos_token`.
             thinking: Whether the chat template asks the model to think first.
             tools: Tools that the model may call, as in OpenAI's interface: {"type": "function", "function": {"name",
                 "description", "parameters"}}, the last one a JSON schema. `Generation.tool_calls` holds the calls.
+            stop_token_ids: Further token ids that end the text.
 
         Returns:
             The generation; a list of them for n > 1.
@@ -199,7 +203,7 @@ class MTPModel:
         answers = [
             self._answer(
                 tokens, max_tokens, temperature, top_k, top_p, min_p, row_seed(seed, i), stop, draft_length,
-                exactness, ignore_eos,
+                exactness, ignore_eos, stop_token_ids,
             )
             for i in range(n)
         ]  # fmt: skip
@@ -277,6 +281,7 @@ class MTPModel:
         ignore_eos: bool = False,
         thinking: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
     ) -> Generator[Chunk, None, None]:
         """Generates text piece by piece; closing the iterator cancels the rest.
 
@@ -285,7 +290,7 @@ class MTPModel:
         return self._chunks(
             self._answer(
                 self.encode(prompt, thinking, tools), max_tokens, temperature, top_k, top_p, min_p, seed, stop,
-                draft_length, exactness, ignore_eos,
+                draft_length, exactness, ignore_eos, stop_token_ids,
             )
         )  # fmt: skip
 
@@ -302,6 +307,7 @@ class MTPModel:
         draft_length: int | str = "auto",
         exactness: str = "fast",
         ignore_eos: bool = False,
+        stop_token_ids: Sequence[int] | None = None,
     ) -> Answer:
         """Checks options, which are those of `generate`, and prepares an answer."""
         scheduler = self._scheduler  # `close` in another thread may take it away
@@ -314,21 +320,39 @@ class MTPModel:
             min_p=defaults.min_p if min_p is None else min_p,
             seed=secrets.randbits(32) if seed is None else seed,
         )
+        stop_tokens, stops = self._stops(stop, stop_token_ids, ignore_eos)
         request = Request(
             prompt=tokens,
             max_tokens=max_tokens,
             sampling=sampling,
             draft_length=draft_length,
             exactness=exactness,
-            stop_tokens=frozenset() if ignore_eos else frozenset(defaults.stop_tokens),
+            stop_tokens=stop_tokens,
         )
         scheduler.check(request)
-        stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
-        if not isinstance(stops, Sequence) or not all(isinstance(text, str) for text in stops):
+        return Answer(request, stops, self.tokenizer)
+
+    def _stops(
+        self, stop: str | Sequence[str] | None, stop_token_ids: Sequence[int] | None, ignore_eos: bool
+    ) -> tuple[frozenset[int], StopStrings]:
+        """The tokens and the strings that end an answer."""
+        tokenizer = self.tokenizer
+        strings = [stop] if isinstance(stop, str) else [] if stop is None else stop
+        if not isinstance(strings, Sequence) or not all(isinstance(text, str) for text in strings):
             raise PromptError(f"stop must be a string or a list of strings, not {stop!r}")
-        if stops and self.tokenizer is None:
+        if strings and tokenizer is None:
             raise PromptError(f"stop strings need a tokenizer, and {self.folder} has none")
-        return Answer(request, StopStrings(stops), self.tokenizer)
+        given = [] if stop_token_ids is None else stop_token_ids
+        vocabulary = self.config.text.vocab_size
+        if not isinstance(given, Sequence) or not all(is_int(token) and 0 <= token < vocabulary for token in given):
+            raise PromptError(f"stop_token_ids must be a list of token ids below {vocabulary}, not {stop_token_ids!r}")
+        tokens = set(given)
+        if not ignore_eos:
+            tokens.update(self.defaults.stop_tokens, tokenizer.stop_tokens if tokenizer else ())
+        # Special tokens never become text, where a string could be found.
+        special = {text: tokenizer.special_id(text) for text in strings} if tokenizer else {}
+        tokens.update(token for token in special.values() if token is not None)
+        return frozenset(tokens), StopStrings([text for text in strings if special[text] is None])
 
     async def astream(self, prompt: Prompt, **options: Any) -> AsyncIterator[Chunk]:
         """`stream` for asyncio: the work runs in threads, so the event loop stays free."""

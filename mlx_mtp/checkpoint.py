@@ -120,7 +120,7 @@ def read_quantization(config: dict[str, Any], table: Table, folder: Path, quanti
 
 
 def read_generation(folder: Path) -> GenerationDefaults:
-    """Reads generation_config.json, whose stop ids override those of config.json.
+    """Reads generation_config.json, whose stop ids override those of config.json unless they are null.
 
     Raises:
         CheckpointError: A malformed file.
@@ -128,7 +128,7 @@ def read_generation(folder: Path) -> GenerationDefaults:
     config = read_json(folder / "config.json")
     text = config.get("text_config", config)
     given = read_json(folder / "generation_config.json", required=False)
-    stop = given.get("eos_token_id", config.get("eos_token_id", text.get("eos_token_id")))
+    stop = next((ids for file in (given, config, text) if (ids := file.get("eos_token_id")) is not None), None)
     sample = bool(given.get("do_sample", False))
     try:
         return GenerationDefaults(

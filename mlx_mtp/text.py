@@ -23,6 +23,8 @@ from .tools import CALL, CALL_END, QUOTE, parse_call
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _CHANNEL, _CHANNEL_END = "<|channel>", "<channel|>"
+_STOPS = ("<eos>", "<turn|>", "<|tool_response>")
+"""What ends an answer in Gemma 4's chat format: the end of the text or of the turn, or where a tool's answer goes."""
 
 
 class Tokenizer:
@@ -31,11 +33,18 @@ class Tokenizer:
     Attributes:
         folder: Where it comes from.
         special: Ids of the special tokens, which are no text.
+        stop_tokens: Ids of those that end an answer: the ones of Gemma 4's chat format that the vocabulary has, and
+            tokenizer_config.json's `eos_token`. Not every generation_config.json of a fine-tune names them all.
     """
 
-    def __init__(self, folder: Path, tokenizer: tokenizers.Tokenizer, template: ChatTemplate):
+    def __init__(
+        self, folder: Path, tokenizer: tokenizers.Tokenizer, template: ChatTemplate, eos_token: str | None = None
+    ):
         """See `from_folder`."""
         self.folder = folder
+        names = [*_STOPS, eos_token] if eos_token else _STOPS
+        ids = (tokenizer.token_to_id(name) for name in names)
+        self.stop_tokens = frozenset(i for i in ids if i is not None)
         self.special = frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
         self._tokenizer = tokenizer
         self._template = template
@@ -55,7 +64,10 @@ class Tokenizer:
         except Exception as error:  # the library raises the bare class
             raise CheckpointError(f"{path} can't be read: {error}") from error
         config = read_json(folder / "tokenizer_config.json", required=False)
-        return cls(folder, tokenizer, ChatTemplate.from_folder(folder, config))
+        eos = config.get("eos_token")
+        eos = eos.get("content") if isinstance(eos, Mapping) else eos
+        template = ChatTemplate.from_folder(folder, config)
+        return cls(folder, tokenizer, template, eos if isinstance(eos, str) else None)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. No special token is added; those that are spelt out in the text are recognised.
@@ -120,6 +132,11 @@ class Tokenizer:
     def token_id(self, token: str) -> int | None:
         """The id of a token by its name, None if there is no such token."""
         return self._tokenizer.token_to_id(token)
+
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that a text names, None if it names none."""
+        token = self.token_id(text)
+        return token if token in self.special else None
 
 
 class StreamDecoder:

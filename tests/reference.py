@@ -1,8 +1,8 @@
 """transformers as the reference: what it computes, writes and drafts for the checkpoints that we load.
 
-Needs a version that constructs the assistants, generates with them, and re-saves configs with `per_layer_config`: 5.20
-to 5.22. Version 5.18 can't start assisted generation with them, and 5.23 can't construct them (its `kv_sharing_modes`
-raises ValueError when all layers share KV).
+Needs a version that constructs the assistants, generates with them, and re-saves configs with `per_layer_config`: 5.24,
+or 5.20 to 5.22. Version 5.18 can't start assisted generation with them, and 5.23 can't construct them (its
+`kv_sharing_modes` raises ValueError when all layers share KV).
 """
 
 from __future__ import annotations

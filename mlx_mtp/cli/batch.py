@@ -47,7 +47,8 @@ def batch(
     """Answers the prompts of a file, several at a time; can be stopped and run again.
 
     A line of IN.jsonl has "prompt" (text, messages or token ids), and may have "id" and options of its own:
-    max_tokens, temperature, top_k, top_p, min_p, seed, draft_length, exactness, stop, thinking, tools, ignore_eos.
+    max_tokens, temperature, top_k, top_p, min_p, seed, draft_length, exactness, stop, stop_token_ids, thinking, tools,
+    ignore_eos.
     A line of OUT.jsonl has its "index" and "id", and text, tokens, finish_reason and stats, or "error"; lines with an
     error are tried again by the next run, and answers stay, with whatever options they were made.
     """
