@@ -7,6 +7,7 @@ from typing import Any
 
 from .decode.request import Request, Row, Stats
 from .text import StopStrings, StreamDecoder, Tokenizer
+from .tools import Tools
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,11 @@ class Generation:
     Attributes:
         text: The answer, without special tokens and tool calls; cut before a stop string.
         thought: What the model thought before, if it did.
-        tool_calls: Tools that the model wants to be called, as `{"type": "function", "function": {"name": ...,
-            "arguments": {...}}}`, which is what "tool_calls" of an assistant's message holds.
+        tool_calls: Tools that the model wants to be called, as `{"id": ..., "type": "function", "function": {"name":
+            ..., "arguments": {...}}}`, which is what "tool_calls" of an assistant's message holds. The id is the same
+            for the same seed, and another for every call of a conversation.
+        tool_errors: One line for everything that was written as a call but can't be read, isn't complete, or doesn't
+            fit the declared tools. It is part of the text.
         tokens: All generated token ids, up to and including the stop token, or the end of the stop string.
         finish_reason: "stop" (a stop token or stop string) or "length" (`max_tokens`, or the context is full).
         stats: What it took.
@@ -26,6 +30,7 @@ class Generation:
     text: str
     thought: str
     tool_calls: list[dict[str, Any]]
+    tool_errors: list[str]
     tokens: list[int]
     finish_reason: str
     stats: Stats
@@ -43,6 +48,7 @@ class Chunk:
         text: New text; may be empty while a character or a possible stop string is incomplete.
         thought: New text of the model's thoughts.
         tool_calls: Tool calls that are complete now, see `Generation`.
+        tool_errors: What turned out to be none, see `Generation`.
         tokens: New token ids.
         finish_reason: Set in the last chunk, see `Generation`.
         stats: The running statistics, one object for all chunks of a generation.
@@ -51,6 +57,7 @@ class Chunk:
     text: str
     thought: str
     tool_calls: list[dict[str, Any]]
+    tool_errors: list[str]
     tokens: list[int]
     finish_reason: str | None
     stats: Stats
@@ -68,11 +75,11 @@ class Answer:
     row: Row
     reason: str | None
 
-    def __init__(self, request: Request, stops: StopStrings, tokenizer: Tokenizer | None):
+    def __init__(self, request: Request, stops: StopStrings, tokenizer: Tokenizer | None, tools: Tools | None = None):
         self.request = request
         self.reason = None
         self._stops = stops
-        self._decoder = StreamDecoder(tokenizer, request.prompt) if tokenizer else None
+        self._decoder = StreamDecoder(tokenizer, request.prompt, tools) if tokenizer else None
         self._chunks: list[Chunk] = []
 
     def push(self, tokens: list[int]) -> Chunk:
@@ -82,7 +89,7 @@ class Answer:
         if row.done and not row.error:  # after an error, `tokens` isn't all there would have been
             reason = "stop" if tokens[-1] in self.request.stop_tokens else "length"
         text = thought = ""
-        known = len(decoder.calls) if decoder else 0
+        known, failed = (len(decoder.calls), len(decoder.errors)) if decoder else (0, 0)
         for i, token in enumerate(tokens):
             answer, idea = decoder.push([token]) if decoder else ("", "")
             text, thought = text + stops.push(answer), thought + idea
@@ -92,8 +99,8 @@ class Answer:
         if decoder and reason:
             text += stops.push(decoder.finish()) + stops.finish()
         self.reason = "stop" if stops.hit else reason
-        calls = decoder.calls[known:] if decoder else []
-        chunk = Chunk(text, thought, calls, tokens, self.reason, row.stats)
+        calls, errors = (decoder.calls[known:], decoder.errors[failed:]) if decoder else ([], [])
+        chunk = Chunk(text, thought, calls, errors, tokens, self.reason, row.stats)
         self._chunks.append(chunk)
         if stops.hit:
             row.cancel()  # nothing after it is wanted, nor counted
@@ -107,6 +114,7 @@ class Answer:
             text="".join(chunk.text for chunk in chunks),
             thought="".join(chunk.thought for chunk in chunks),
             tool_calls=[call for chunk in chunks for call in chunk.tool_calls],
+            tool_errors=[error for chunk in chunks for error in chunk.tool_errors],
             tokens=[token for chunk in chunks for token in chunk.tokens],
             finish_reason=self.reason or "length",
             stats=self.row.stats,

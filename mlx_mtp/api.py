@@ -34,6 +34,7 @@ from .pair import DEMO as DEMO
 from .pair import find_pair, find_profile
 from .paths import expanded
 from .text import StopStrings, Tokenizer
+from .tools import Tools
 from .tuning import profile as profiles
 from .turns import Turns
 
@@ -187,7 +188,8 @@ class MTPModel:
                 chat format, and its tokenizer's `eos_token`.
             thinking: Whether the chat template asks the model to think first.
             tools: Tools that the model may call, as in OpenAI's interface: {"type": "function", "function": {"name",
-                "description", "parameters"}}, the last one a JSON schema. `Generation.tool_calls` holds the calls.
+                "description", "parameters"}}, the last one a JSON schema. `Generation.tool_calls` holds the calls that
+                fit them, `Generation.tool_errors` says what doesn't.
             stop_token_ids: Further token ids that end the text.
 
         Returns:
@@ -203,7 +205,7 @@ class MTPModel:
         answers = [
             self._answer(
                 tokens, max_tokens, temperature, top_k, top_p, min_p, row_seed(seed, i), stop, draft_length,
-                exactness, ignore_eos, stop_token_ids,
+                exactness, ignore_eos, stop_token_ids, tools,
             )
             for i in range(n)
         ]  # fmt: skip
@@ -290,7 +292,7 @@ class MTPModel:
         return self._chunks(
             self._answer(
                 self.encode(prompt, thinking, tools), max_tokens, temperature, top_k, top_p, min_p, seed, stop,
-                draft_length, exactness, ignore_eos, stop_token_ids,
+                draft_length, exactness, ignore_eos, stop_token_ids, tools,
             )
         )  # fmt: skip
 
@@ -308,6 +310,7 @@ class MTPModel:
         exactness: str = "fast",
         ignore_eos: bool = False,
         stop_token_ids: Sequence[int] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Answer:
         """Checks options, which are those of `generate`, and prepares an answer."""
         scheduler = self._scheduler  # `close` in another thread may take it away
@@ -330,7 +333,7 @@ class MTPModel:
             stop_tokens=stop_tokens,
         )
         scheduler.check(request)
-        return Answer(request, stops, self.tokenizer)
+        return Answer(request, stops, self.tokenizer, Tools(tools) if tools else None)
 
     def _stops(
         self, stop: str | Sequence[str] | None, stop_token_ids: Sequence[int] | None, ignore_eos: bool
@@ -604,7 +607,7 @@ class MTPModel:
             prompt = cast(Prompt, own.pop("prompt"))
         if unknown := own.keys() - _OPTIONS:
             raise PromptError(f"unknown options: {', '.join(sorted(map(str, unknown)))}")
-        return self._answer(self.encode(prompt, own.pop("thinking", False), own.pop("tools", None)), **own)
+        return self._answer(self.encode(prompt, own.pop("thinking", False), own.get("tools")), **own)
 
     def _batch_size(self, batch_size: int | str) -> int:
         if batch_size == "auto":

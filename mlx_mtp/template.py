@@ -22,6 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .checkpoint import read_json
 from .errors import CheckpointError, PromptError
+from .tools import read_arguments
 
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
 
@@ -89,6 +90,7 @@ class ChatTemplate:
             raise PromptError("there are no messages: give at least one")
         for i, message in enumerate(messages):
             _check(i, message)
+        messages = [_with_read_arguments(message) for message in messages]
         if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)):
             raise PromptError('tools must be a list of dicts like {"type": "function", "function": {...}}')
         template = self._template
@@ -151,10 +153,21 @@ def _check(i: int, message: Mapping[str, Any]) -> None:
             raise PromptError(
                 f'message {i} has a tool call that isn\'t {{"function": {{"name": ..., "arguments": ...}}}}'
             )
-        if not isinstance(function.get("arguments"), Mapping):
+        if read_arguments(function.get("arguments")) is None:
             raise PromptError(
-                f"message {i} calls {function['name']} with arguments that are no dict: parse the JSON first"
+                f"message {i} calls {function['name']} with arguments that are neither a dict nor JSON's text of one"
             )
+
+
+def _with_read_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message with its calls' arguments as dicts, which is what templates take."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = {**call["function"], "arguments": read_arguments(call["function"].get("arguments"))}
+        calls.append({**call, "function": function})
+    return {**message, "tool_calls": calls}
 
 
 def _refuse(message: str) -> None:

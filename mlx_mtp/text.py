@@ -19,7 +19,7 @@ import tokenizers
 from .checkpoint import read_json
 from .errors import CheckpointError, PromptError
 from .template import ChatTemplate
-from .tools import CALL, CALL_END, QUOTE, parse_call
+from .tools import CALL, CALL_END, QUOTE, Tools, call_id, parse_calls
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _CHANNEL, _CHANNEL_END = "<|channel>", "<channel|>"
@@ -142,28 +142,33 @@ class Tokenizer:
 class StreamDecoder:
     """Turns tokens into text while they come, never giving out half a character.
 
-    Thoughts, between the channel tokens, and tool calls are kept apart from the answer.
+    Thoughts, between the channel tokens, and tool calls are kept apart from the answer. A call that begins within a
+    thought ends it. Calls end with their closing token, or where the turn, the text or the next call makes it plain.
 
     Attributes:
-        calls: The tool calls so far, see `tools.parse_call`. What is meant as one but isn't becomes text.
+        calls: The tool calls so far, as messages have them: {"id": ..., "type": "function", "function": {"name": ...,
+            "arguments": {...}}}.
+        errors: Why something that was begun as a call isn't one; it becomes text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), tools: Tools | None = None):
         """Begins a text.
 
         Args:
             tokenizer: Whose tokens they are.
             prompt: What the tokens follow. After a tool's answer it ends with the beginning of a thought.
+            tools: What calls are checked against; None for no check.
         """
         self.calls: list[dict[str, Any]] = []
-        self._tokenizer = tokenizer
+        self.errors: list[str] = []
+        self._tokenizer, self._prompt, self._tools = tokenizer, prompt, tools
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._begin, self._end = tokenizer.token_id(_CHANNEL), tokenizer.token_id(_CHANNEL_END)
         self._quote = tokenizer.token_id(QUOTE)
         self._call_begin, self._call_end = tokenizer.token_id(CALL), tokenizer.token_id(CALL_END)
         self._in_thought = False
         self._header: str | None = None
-        self._call: str | None = None
+        self._call: list[str] | None = None
         last = next((i for i in range(len(prompt) - 1, -1, -1) if prompt[i] in tokenizer.special), None)
         if last is not None and prompt[last] == self._begin:
             self.push(prompt[last:])
@@ -176,7 +181,7 @@ class StreamDecoder:
             special = mark or token in self._tokenizer.special
             piece = self._characters.decode(b"" if special else self._tokenizer.piece(token), final=special)
             if self._call is not None:
-                self._call += piece
+                self._call.append(piece)
             elif not self._in_thought:
                 text += piece
             elif self._header is None:
@@ -188,34 +193,43 @@ class StreamDecoder:
                     thought += self._header.split("\n", 1)[1]
                     self._header = None
             if mark:
-                text, self._call = text + (self._call or ""), None
+                text += self._end_call()
                 self._in_thought = token == self._begin
                 self._header = "" if self._in_thought else None
-            elif special and not self._in_thought:
-                text += self._tool_token(token)
+            elif token == self._call_begin:
+                text += self._end_call()
+                self._in_thought, self._header, self._call = False, None, []
+            elif token == self._quote and self._call is not None:
+                self._call.append(QUOTE)
+            elif token == self._call_end or token in self._tokenizer.stop_tokens:
+                text += self._end_call()
         return text, thought
 
-    def _tool_token(self, token: int) -> str:
-        """Takes a special token of the answer, which may belong to a tool call; returns what is text after all."""
-        if token == self._call_begin:
-            text, self._call = self._call or "", ""
-            return text
+    def _end_call(self) -> str:
+        """Ends a call, if one was begun; returns what is text after all."""
         if self._call is None:
             return ""
-        if token != self._call_end:
-            self._call += QUOTE if token == self._quote else ""
-            return ""
-        text, self._call = self._call, None
-        if call := parse_call(text):
-            self.calls.append(call)
-            return ""
-        return text
+        text, self._call = "".join(self._call), None
+        try:
+            found = parse_calls(text)
+            for name, arguments in found if self._tools else ():
+                self._tools.check(name, arguments)
+        except ValueError as error:
+            shown = text if len(text) <= 80 else f"{text[:80]}..."
+            self.errors.append(f"{shown!r} is no tool call: {error}")
+            return text
+        for name, arguments in found:
+            number = call_id(self._prompt, len(self.calls), text)
+            self.calls.append({"id": number, "type": "function", "function": {"name": name, "arguments": arguments}})
+        return ""
 
     def finish(self) -> str:
-        """What is left of an incomplete character or tool call when no token follows."""
+        """What is left of an incomplete character, or of what is no tool call, when no token follows."""
         rest = self._characters.decode(b"", final=True)
-        text, self._call = (self._call or "") + rest, None
-        return "" if self._in_thought else text
+        if self._call is not None:
+            self._call.append(rest)
+            return self._end_call()
+        return "" if self._in_thought else rest
 
 
 class StopStrings:

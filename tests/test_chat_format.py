@@ -11,12 +11,9 @@ from tiny_checkpoints import make_pair
 from tiny_tokenizer import write_tokenizer
 
 import mlx_mtp
-from mlx_mtp.answer import Answer
 from mlx_mtp.checkpoint import read_generation
-from mlx_mtp.decode.request import Request, Row, Stats
 from mlx_mtp.errors import PromptError
-from mlx_mtp.text import StopStrings, StreamDecoder, Tokenizer
-from mlx_mtp.tools import parse_call
+from mlx_mtp.text import Tokenizer
 
 Json = dict[str, Any]
 
@@ -196,7 +193,7 @@ def test_responses_may_be_objects(small: Tokenizer):
 
 
 @pytest.mark.parametrize("messages, culprit", [
-    ([user("x"), {"role": "assistant", "tool_calls": [{"function": {"name": "now", "arguments": "{}"}}]}], "parse the"),
+    ([user("x"), {"role": "assistant", "tool_calls": [{"function": {"name": "now", "arguments": "5"}}]}], "neither"),
     ([user("x"), {"role": "assistant", "tool_calls": [{"name": "now", "arguments": {}}]}], "tool call that isn't"),
     ([user("x"), {"role": "assistant", "tool_calls": ["now"]}], "tool call that isn't"),
     ([user("x"), {"role": "tool", "content": "5"}], "must follow the tool call"),
@@ -241,66 +238,6 @@ def test_tools_reach_the_prompt_whoever_asks(small: Tokenizer):
         assert asked.stats.prompt_tokens == expected > not_asked.stats.prompt_tokens
         with pytest.raises(PromptError, match="tools must be a list of dicts"):
             lm.generate(question, tools=[5])  # type: ignore[list-item]
-
-
-ARGUMENTS: list[Json] = [
-    {},
-    {"a": 1, "b": -2.5, "c": 1e-30, "d": True, "e": None, "f": ""},
-    {"text": 'braces } and ] and , and : and "quotes"\n', "deep": {"er": [[], [{"x": [1, "two"]}], {}]}},
-]
-
-
-@pytest.mark.parametrize("arguments", ARGUMENTS)
-def test_a_call_that_is_written_is_the_call_that_is_read(small: Tokenizer, arguments: Json):
-    made = {"type": "function", "function": {"name": "a.b-c_1", "arguments": arguments}}
-    prompt = small.render([user("x"), {"role": "assistant", "tool_calls": [made]}])
-    written = prompt.split("<|tool_call>")[1].split("<tool_call|>")[0]
-    assert parse_call(written) == made
-
-
-@pytest.mark.parametrize("text", [
-    "", "call:", "call:f", "call:f{", "call:f{a}", "call:f{a:}", "call:f{a:1", "call:f{a:1 b:2}", 'call:f{a:<|"|>x}',
-    "call:f{a:[1}", "call:f{} more", "f{}", "call:f{a:yes}", "call:f{a:-1e999}", "call:f" + "{a:" * 5000,
-])  # fmt: skip
-def test_what_is_no_call(text: str):
-    assert parse_call(text) is None
-
-
-def test_calls_are_no_part_of_the_text(small: Tokenizer):
-    tokens = small.encode('he <|tool_call>call:f{a:<|"|>he, ll}<|"|>}<tool_call|><|tool_call>call:g{}<tool_call|>')
-    decoder = StreamDecoder(small)
-    pieces = [decoder.push([token])[0] for token in tokens]
-    assert "".join(pieces) + decoder.finish() == "he "
-    assert [(c["function"]["name"], c["function"]["arguments"]) for c in decoder.calls] == [
-        ("f", {"a": "he, ll}"}), ("g", {})
-    ]  # fmt: skip
-
-
-def test_calls_come_with_the_answer(small: Tokenizer):
-    tokens = small.encode("he <|tool_call>call:f{a:1}<tool_call|><|tool_response>")
-    request = Request([5], max_tokens=50, stop_tokens=frozenset(tokens[-1:]))
-    answer = Answer(request, StopStrings([]), small)
-    answer.row = Row(request, Stats(), 50)
-    calls = []
-    for token in tokens:
-        answer.row.receive([token], 0, None)
-        calls += answer.push(answer.row.take()).tool_calls
-    result = answer.generation()
-    assert (result.text, result.finish_reason, result.tokens) == ("he ", "stop", tokens)
-    assert result.tool_calls == calls == [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]
-    assert json.loads(json.dumps(result.as_dict()))["tool_calls"] == calls
-    again = small.render([user("x"), assistant(result.text, tool_calls=calls), {"role": "tool", "content": "1"}])
-    assert "<|turn>model\nhe<|tool_call>call:f{a:1}<tool_call|><|tool_response>response:f{" in again
-
-
-@pytest.mark.parametrize("answer, text", [
-    ("he <|tool_call>ll<tool_call|> he", "he ll he"),
-    ("he <|tool_call>call:f{", "he call:f{"),
-    ("<|tool_call>ll<|tool_call>call:f{}<tool_call|>", "ll"),
-    ("<|tool_call>ll<|channel>thought\nwell<channel|>he", "llhe"),
-])  # fmt: skip
-def test_what_only_begins_as_a_call_is_text(small: Tokenizer, answer: str, text: str):
-    assert small.decode(small.encode(answer)) == text
 
 
 def test_stop_ids_come_from_the_generation_config(tmp_path: Path):
