@@ -7,9 +7,7 @@ read lazily. Only safetensors are read and nothing from a checkpoint is run. Not
 
 from __future__ import annotations
 
-import json
 import logging
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,18 +20,18 @@ from mlx.utils import tree_flatten
 
 from . import quantization, sizes
 from .config import DRAFTER_TYPES, DrafterConfig, TargetConfig, check_pair, drafter_config, target_config
-from .errors import CheckpointError, MemoryBudgetError, one_line
+from .errors import CheckpointError, MemoryBudgetError
+from .files import read_json
 from .models.drafter import Drafter
 from .models.elementwise import on_gpu
 from .models.target import Target
-from .names import VISION_AND_AUDIO, Source, Table, drafter_table, of_vision_or_audio, target_table
+from .names import VISION_AND_AUDIO, Source, Table, drafter_table, target_table
 from .quantization import Format, Rule, Scheme, Stored
+from .safetensors_files import tensors
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-
-INDEX = "model.safetensors.index.json"
 
 CLUSTER_ORDER = "cluster_order"
 """Key of config.json's section "mlx_mtp": a clustered head's embedding is stored cluster by cluster already."""
@@ -58,25 +56,6 @@ class GenerationDefaults:
     top_k: int
     top_p: float
     min_p: float
-
-
-def read_json(path: Path, required: bool = True) -> dict[str, Any]:
-    """Reads a JSON object from a file; {} if the file is optional and missing.
-
-    Raises:
-        CheckpointError: Missing, unreadable, or no JSON object.
-    """
-    if not path.is_file():
-        if required:
-            raise CheckpointError(f"{path.parent} has no {path.name}: not a model folder, or not completely downloaded")
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return value
 
 
 @contextmanager
@@ -139,7 +118,7 @@ def read_generation(folder: Path) -> GenerationDefaults:
             top_p=float(given.get("top_p") or 1.0) if sample else 1.0,
             min_p=float(given.get("min_p") or 0.0) if sample else 0.0,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{folder / 'generation_config.json'} can't be understood: {error}") from error
 
 
@@ -250,7 +229,8 @@ def check_memory(needed: int, folder: Path) -> None:
 
 def named_dtype(raw: dict[str, Any]) -> str | None:
     """The type that a config.json names for what isn't quantised."""
-    return raw.get("dtype") or raw.get("torch_dtype") or raw.get("text_config", {}).get("dtype")
+    named = raw.get("dtype") or raw.get("torch_dtype") or raw.get("text_config", {}).get("dtype")
+    return named if isinstance(named, str) else None
 
 
 def in_memory(
@@ -309,71 +289,6 @@ def _sort_by_cluster(stored: dict[str, mx.array], config: DrafterConfig, folder:
             if stored[name].shape[0] != vocab:
                 raise CheckpointError(f"{folder}: {name} has {stored[name].shape[0]} rows for {vocab} tokens")
             stored[name] = stored[name][ordering]
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those that its index names and that hold more than vision and audio, or all.
-
-    Raises:
-        CheckpointError: There are none, or the index can't be used.
-    """
-    index = read_json(folder / INDEX, required=False)
-    if index:
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError(f"{folder / INDEX} has no weight_map: download it again")
-        files = [
-            folder / file
-            for file in sorted({file for name, file in weight_map.items() if not of_vision_or_audio(name)})
-        ]
-    else:
-        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} has no safetensors files")
-    return files
-
-
-def tensors(folder: Path) -> Iterator[tuple[str, mx.array]]:
-    """All tensors of a folder's safetensors files, lazily."""
-    for path in weight_files(folder):
-        check_safetensors(path)
-        try:
-            held = mx.load(str(path))
-        except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{path} is corrupt: {one_line(error)}; download it again") from error
-        assert isinstance(held, dict)
-        for name in sorted(held):
-            yield name, held.pop(name)  # once evaluated, a tensor that is held here would stay in memory
-
-
-def check_safetensors(path: Path) -> dict[str, Any]:
-    """Checks that a safetensors file is whole, without reading its data.
-
-    Returns:
-        Its header: tensor name -> {dtype, shape, data_offsets}.
-
-    Raises:
-        CheckpointError: Missing, truncated, or not a safetensors file.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: the download is incomplete")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if length > size - 8:
-            raise CheckpointError(f"{path} is truncated or no safetensors file: delete it and download it again")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            end = max((t["data_offsets"][1] for t in header.values()), default=0)
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            raise CheckpointError(f"{path} is corrupt: its header can't be read") from error
-    if 8 + length + end != size:
-        raise CheckpointError(
-            f"{path} is truncated or damaged: {size:,} bytes instead of {8 + length + end:,}; download it again"
-        )
-    return header
 
 
 def assign(

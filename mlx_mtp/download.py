@@ -9,7 +9,6 @@ included.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .errors import CheckpointError, one_line
+from .files import sha256
 
 _LARGEST = 50 * 10**9
 """What hubs send over plain HTTP; larger files are left to huggingface_hub."""
@@ -83,7 +83,8 @@ def _fetch(repository: str, commit: str, name: str) -> None:
 
     url, headers = hf_hub_url(repository, name, revision=commit), build_hf_headers()
     known = get_hf_file_metadata(url, headers=headers)
-    if not known.etag or known.size is None or known.size > _LARGEST:
+    # The etag becomes the name of a file; mirrors may send anything.
+    if not re.fullmatch(r"[0-9a-f]{40,64}", known.etag or "") or known.size is None or known.size > _LARGEST:
         return
     blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model") / "blobs"
     blobs.mkdir(parents=True, exist_ok=True)
@@ -109,11 +110,7 @@ def _has_checksum(path: Path, etag: str) -> bool:
     """Whether a file has the contents that an etag names; those of large files are their SHA-256."""
     if not re.fullmatch(r"[0-9a-f]{64}", etag):
         return True
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest() == etag
+    return sha256(path) == etag
 
 
 @contextmanager

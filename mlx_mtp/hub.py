@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import download
-from .checkpoint import INDEX, weight_files
 from .errors import CheckpointError
+from .safetensors_files import INDEX, weight_files
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,10 @@ def expanded(path: str | Path) -> Path:
     """A path with ~ and ~somebody replaced by their home folders.
 
     Raises:
-        MTPError: This machine doesn't know that user.
+        MTPError: It can't be one, or this machine doesn't know that user.
     """
+    if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
+        raise MTPError(f"{path!r} is no path")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

@@ -20,8 +20,8 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .checkpoint import read_json
 from .errors import CheckpointError, PromptError
+from .files import read_json
 from .tools import read_arguments
 
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
@@ -56,7 +56,7 @@ class ChatTemplate:
             CheckpointError: A template that can't be read.
         """
         variables = {
-            name: token["content"] if isinstance(token, Mapping) else token
+            name: token.get("content", "") if isinstance(token, Mapping) else token
             for name, token in config.items()
             if name.endswith("_token") and isinstance(token, str | Mapping)
         }

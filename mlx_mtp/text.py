@@ -16,8 +16,8 @@ from typing import Any
 
 import tokenizers
 
-from .checkpoint import read_json
 from .errors import CheckpointError, PromptError
+from .files import read_json
 from .template import ChatTemplate
 from .tools import CALL, CALL_END, QUOTE, Tools, call_id, parse_calls
 

@@ -247,7 +247,7 @@ def test_files_that_cannot_be_used(tmp_path: Path):
             lm.load_prompt(tmp_path / "nothing.safetensors")
         with pytest.raises(CheckpointError, match="no prompt"):
             lm.load_prompt(mlx_mtp.api.DEMO / "target" / "model.safetensors")
-        for unwritable in (tmp_path / "no" / "file.safetensors", file / "x.safetensors", tmp_path / ("x" * 250)):
+        for unwritable in (tmp_path / "no" / "file.safetensors", file / "x.safetensors", tmp_path / ("x" * 300)):
             with pytest.raises(OSError) as caught:
                 lm.save_prompt("x", unwritable)
             assert caught.value.filename == str(unwritable) and "partial" not in str(caught.value)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_mtp import hub
-from mlx_mtp.checkpoint import read_json
 from mlx_mtp.errors import CheckpointError
+from mlx_mtp.files import read_json, sha256
 from mlx_mtp.paths import expanded
 from mlx_mtp.quantization import Scheme
 from mlx_mtp.sizes import in_words
@@ -166,8 +166,11 @@ def _finished_files(aside: Path, plan: Plan) -> dict[str, str]:
     journal = read_json(aside / _JOURNAL, required=False)
     done: dict[str, str] = {}
     if journal.get("fingerprint") == plan.fingerprint:
-        for name, digest in journal["files"].items():
-            if (aside / name).is_file() and files.sha256(aside / name) == digest:
+        # Of a journal that is damaged nothing is taken up: its files are made again.
+        noted = journal.get("files")
+        for name in plan.files:
+            digest = noted.get(name) if isinstance(noted, dict) else None
+            if digest and (aside / name).is_file() and sha256(aside / name) == digest:
                 done[name] = digest
         log.info("going on with %s: %d of %d files are there", aside, len(done), len(plan.files))
     elif journal:
@@ -225,7 +228,7 @@ def _write_rest(aside: Path, plan: Plan, folder: Path, done: dict[str, str]) -> 
     for name in _COPIED:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, aside / name)
-    sums = {path.name: done.get(path.name) or files.sha256(path) for path in aside.iterdir() if path.name != _JOURNAL}
+    sums = {path.name: done.get(path.name) or sha256(path) for path in aside.iterdir() if path.name != _JOURNAL}
     files.write_sums(aside, sums)
 
 

@@ -5,8 +5,6 @@ Checksums are kept as `sha256sum` has them, in SHA256SUMS: `sha256sum -c SHA256S
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mtp.errors import CheckpointError
+from mlx_mtp.files import sha256
+from mlx_mtp.safetensors_files import header_of
 
 from .plan import Parameter
 from .source import DTYPES
@@ -40,7 +40,8 @@ def write_safetensors(path: Path, parameters: list[Parameter], progress: Callabl
         OSError: It can't be written.
     """
     with path.open("wb") as file:
-        file.write(header := _header(parameters))
+        entries = (entry for parameter in parameters for entry in parameter.entries())
+        file.write(header := header_of((it.name, _NAMES[it.dtype], it.shape, it.nbytes) for it in entries))
         offset = len(header)
         for parameter in parameters:
             # A chunk has rows of the weight, its scales and its biases, and each of them lies in a place of its own.
@@ -58,15 +59,6 @@ def write_safetensors(path: Path, parameters: list[Parameter], progress: Callabl
         file.flush()
         os.fsync(file.fileno())
     return sha256(path)
-
-
-def sha256(path: Path) -> str:
-    """A file's SHA-256, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write_sums(folder: Path, sums: dict[str, str]) -> None:
@@ -99,19 +91,6 @@ def verify_sums(folder: Path) -> int:
     except OSError as error:
         raise CheckpointError(f"{folder} can't be read: {error}") from error
     return len(sums)
-
-
-def _header(parameters: list[Parameter]) -> bytes:
-    """The beginning of a safetensors file."""
-    header: dict[str, object] = {"__metadata__": {"format": "mlx"}}
-    offset = 0
-    for entry in (entry for parameter in parameters for entry in parameter.entries()):
-        end = offset + entry.nbytes
-        header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [offset, end]}
-        offset = end
-    content = json.dumps(header, separators=(",", ":")).encode()
-    content += b" " * (-len(content) % 8)
-    return len(content).to_bytes(8, "little") + content
 
 
 def _bytes(array: mx.array) -> memoryview:

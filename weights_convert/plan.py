@@ -20,10 +20,12 @@ import mlx.nn as nn
 from mlx_mtp import checkpoint
 from mlx_mtp.config import DRAFTER_TYPES, drafter_config, in_published_fields, target_config
 from mlx_mtp.errors import CheckpointError
+from mlx_mtp.files import read_json
 from mlx_mtp.models.drafter import POSITIONS, Drafter
 from mlx_mtp.models.target import Target
 from mlx_mtp.names import Source, Table, drafter_table, mlx_lm_name, target_table
 from mlx_mtp.quantization import Format, Scheme
+from mlx_mtp.safetensors_files import weight_files
 
 from .source import Tensor, find_tensors, sample
 
@@ -158,7 +160,7 @@ def make_plan(folder: Path, scheme: Scheme | None, dtype: str | None) -> Plan:
     digest = hashlib.sha256(json.dumps(new_config).encode())
     for name, group in files.items():
         digest.update(f"{name} {[str(entry) for parameter in group for entry in parameter.entries()]}".encode())
-    for file in checkpoint.weight_files(folder):
+    for file in weight_files(folder):
         digest.update(sample(file))
     fingerprint = digest.hexdigest()
     new_config["mlx_mtp"] = new_config.get("mlx_mtp", {}) | {FINGERPRINT: fingerprint}
@@ -174,7 +176,7 @@ def read_description(folder: Path) -> tuple[dict[str, Any], Table, nn.Module, in
     Raises:
         CheckpointError: The source can't be converted.
     """
-    config = checkpoint.read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config.get("quantization") or config.get("quantization_config"):
         raise CheckpointError(f"{folder} is quantised already: convert the original")
     with checkpoint.about(folder):

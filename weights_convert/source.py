@@ -9,24 +9,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.checkpoint import check_safetensors, weight_files
 from mlx_mtp.errors import CheckpointError
+from mlx_mtp.safetensors_files import TYPES, read_header, weight_files
 
-DTYPES = {
-    "F32": mx.float32,
-    "F16": mx.float16,
-    "BF16": mx.bfloat16,
-    "I64": mx.int64,
-    "I32": mx.int32,
-    "U32": mx.uint32,
-    "U8": mx.uint8,
-}
-"""safetensors' names of types."""
+DTYPES = {name: TYPES[name] for name in ("F32", "F16", "BF16", "I64", "I32", "U32", "U8")}
+"""Names of the types that can be converted."""
 
 _SAMPLES, _SAMPLE_BYTES = 64, 2**12
 
@@ -85,11 +76,13 @@ def find_tensors(folder: Path) -> dict[str, Tensor]:
     """
     found = {}
     for file in weight_files(folder):
-        header = check_safetensors(file)
-        with file.open("rb") as stream:
-            start = 8 + int.from_bytes(stream.read(8), "little")
-        for name, entry in header.items():
-            found[name] = _tensor(name, file, start, entry)
+        header = read_header(file)
+        for name, it in header.tensors.items():
+            if it.type not in DTYPES:
+                raise CheckpointError(
+                    f"{file}: {name} is of type {it.type}, which can't be converted: take the original"
+                )
+            found[name] = Tensor(name, file, header.start + it.begin, DTYPES[it.type], it.shape)
     return found
 
 
@@ -102,13 +95,3 @@ def sample(file: Path) -> bytes:
             stream.seek(size * i // _SAMPLES)
             parts.append(stream.read(_SAMPLE_BYTES))
     return b"".join(parts)
-
-
-def _tensor(name: str, file: Path, start: int, entry: dict[str, Any]) -> Tensor:
-    dtype, shape = entry.get("dtype"), entry.get("shape")
-    begin, end = entry["data_offsets"]
-    if dtype not in DTYPES:
-        raise CheckpointError(f"{file}: {name} is of type {dtype}, which can't be converted: take the original")
-    if not isinstance(shape, list) or math.prod(shape) * DTYPES[dtype].size != end - begin:
-        raise CheckpointError(f"{file} is corrupt: {name} has {end - begin:,} bytes for the shape {shape}")
-    return Tensor(name, file, start + begin, DTYPES[dtype], tuple(shape))

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import IO, Annotated, Any
 import typer
 
 from ..errors import MTPError, PromptError
+from ..files import replacing
 from . import options as o
 
 
@@ -177,10 +176,8 @@ def _finished(output: Path, lines: list[str]) -> dict[int, dict[str, Any]]:
 
 def _only(output: Path, answers: Mapping[int, dict[str, Any]]) -> IO[str]:
     """Leaves nothing but these answers in the file, and opens it for more."""
-    aside = output.with_name(f"{output.name}.partial")
-    aside.write_text("".join(map(_line, answers.values())), "utf-8")
-    shutil.copymode(output, aside)
-    os.replace(aside, output)
+    with replacing(output) as aside:
+        aside.write_text("".join(map(_line, answers.values())), "utf-8")
     return output.open("a", encoding="utf-8")
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MTPError
+from ..files import replacing
 from . import options as o
 
 if TYPE_CHECKING:
@@ -150,18 +148,8 @@ def _save(conversation: Chat, path: Path) -> None:
         OSError, ValueError: It can't be written there.
     """
     messages: list[dict[str, Any]] = [{"role": "system", "content": conversation.system}] if conversation.system else []
-    path = path.resolve()
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "not a plain file", str(path))
-    aside = path.with_name(f"{path.name}.partial")
-    try:
+    with replacing(path) as aside:
         aside.write_text(json.dumps(messages + conversation.messages, ensure_ascii=False, indent=2) + "\n", "utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        with suppress(OSError):
-            aside.unlink()
 
 
 def _line_reader() -> Callable[[str], str]:

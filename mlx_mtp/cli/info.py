@@ -205,18 +205,18 @@ def _on_disk(folder: Path, model: nn.Module, table: Table, raw: dict[str, Any], 
     Raises:
         CheckpointError: What is there can't be loaded, by the files' headers. Arguments as for `checkpoint.assign`.
     """
-    from .. import checkpoint
+    from .. import checkpoint, safetensors_files
 
     if not any(folder.glob("*.safetensors")):
         return {"bytes_on_disk": None, "files_missing": []}
-    files = checkpoint.weight_files(folder)
+    files = safetensors_files.weight_files(folder)
     missing = [path.name for path in files if not path.is_file()]
     if missing:
         for path in files:
             if path.name not in missing:
-                checkpoint.check_safetensors(path)
+                safetensors_files.read_header(path)
     else:
-        checkpoint.assign(model, dict(checkpoint.tensors(folder)), table, folder, raw, None, quantize)
+        checkpoint.assign(model, dict(safetensors_files.tensors(folder)), table, folder, raw, None, quantize)
     size = sum(path.stat().st_size for path in files if path.name not in missing)
     return {"bytes_on_disk": size or None, "files_missing": missing}
 

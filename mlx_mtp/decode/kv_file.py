@@ -9,8 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
@@ -19,8 +17,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..errors import CheckpointError, PromptError, one_line
+from ..files import replacing
 from ..kv import KVBuffers, longest_block
 from ..models.target import Target
+from ..safetensors_files import load, read_header
 from .prompt_cache import Entry
 from .request import check_prompt
 from .sampling import is_int
@@ -45,18 +45,11 @@ def save_entry(path: Path, entry: Entry, target: Target) -> None:
         "capacity": str(entry.kv.capacity),
         "written": str(entry.kv.written),
     }
-    aside = path.with_name(f"{path.name}.partial.safetensors")
-    try:
-        aside.touch()  # MLX doesn't say why a file can't be opened
-        mx.save_safetensors(str(aside), arrays, metadata=facts)
-        os.replace(aside, path)
-    except RuntimeError:  # how MLX says that it can't be written
-        raise OSError(errno.EIO, "it can't be written: is the disk full?", str(path)) from None
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        with suppress(OSError):
-            aside.unlink()
+    with replacing(path, ".safetensors") as aside:
+        try:
+            mx.save_safetensors(str(aside), arrays, metadata=facts)
+        except RuntimeError:  # how MLX says that it can't be written
+            raise OSError(errno.EIO, "it can't be written: is the disk full?") from None
 
 
 def load_entry(path: Path, target: Target) -> Entry:
@@ -66,15 +59,12 @@ def load_entry(path: Path, target: Target) -> Entry:
         CheckpointError: No such file, not one of ours, damaged, or written by another model. Numbers that have changed
             in an otherwise whole file aren't noticed.
     """
-    from ..checkpoint import check_safetensors
-
     if not path.is_file():
         raise CheckpointError(f"there is no such file: {path}")
     try:
-        check_safetensors(path)
+        facts, arrays = read_header(path).metadata, load(path)
     except CheckpointError as error:  # what it advises is for files that were downloaded
         raise CheckpointError(f"{path} is truncated or damaged, or no saved prompt: save it again") from error
-    arrays, facts = cast("tuple[dict[str, mx.array], dict[str, str]]", mx.load(str(path), return_metadata=True))
     if facts.get("mlx_mtp_kv") != VERSION:
         raise CheckpointError(f"{path} is no prompt that this version of mlx_mtp has saved: save it again")
     if facts.get("model") != fingerprint(target):
@@ -96,7 +86,7 @@ def load_entry(path: Path, target: Target) -> Entry:
                 buffers[layer] = array
         if arrays:
             raise ValueError(f"nothing is known of {min(arrays)}")
-    except (KeyError, TypeError, ValueError, PromptError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError, PromptError) as error:
         raise CheckpointError(f"{path} is damaged ({one_line(error)}): save it again") from error
     return Entry(tokens, kv, (kv.checkpoint(len(tokens)),), len(tokens), stays=True)
 

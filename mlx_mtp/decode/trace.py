@@ -20,6 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..files import replacing
 from ..paths import expanded
 
 HOST, DEVICE = 1, 2
@@ -69,9 +70,8 @@ class Trace:
         """Waits for the device, and writes the file."""
         self._work.put(None)
         self._watcher.join()
-        aside = self._path.with_name(f"{self._path.name}.partial")
-        aside.write_text(json.dumps({"traceEvents": self._events, "displayTimeUnit": "ms"}), "utf-8")
-        os.replace(aside, self._path)
+        with replacing(self._path) as aside:
+            aside.write_text(json.dumps({"traceEvents": self._events, "displayTimeUnit": "ms"}), "utf-8")
 
     def _watch(self) -> None:
         free = self._begun

@@ -24,6 +24,7 @@ import mlx.core as mx
 from .. import __version__
 from ..blas import has_openblas
 from ..errors import ProfileError, one_line
+from ..files import replacing
 from ..models.drafter import POSITIONS
 from ..paths import expanded
 
@@ -164,9 +165,8 @@ def save(profile: Profile) -> Path:
     """
     path = folder() / profile.key.name
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    aside.write_text(json.dumps({"schema": SCHEMA, **asdict(profile)}, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
+    with replacing(path) as aside:
+        aside.write_text(json.dumps({"schema": SCHEMA, **asdict(profile)}, indent=1) + "\n", encoding="utf-8")
     return path
 
 

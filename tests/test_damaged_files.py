@@ -1,0 +1,271 @@
+"""Files that are damaged or hostile: whatever is in them, only the package's own errors come out, of one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from tiny_checkpoints import make_pair
+
+import mlx_mtp
+from mlx_mtp.errors import CheckpointError, MTPError
+from mlx_mtp.files import replacing
+from mlx_mtp.safetensors_files import INDEX, read_header
+from weights_convert import convert
+
+Json = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pair("e2b", tmp_path_factory.mktemp("sound"))[0]
+
+
+@pytest.fixture(scope="module")
+def lm(target: Path) -> Iterator[mlx_mtp.MTPModel]:
+    with mlx_mtp.load(target, drafter=False, profile=None) as model:
+        yield model
+
+
+@pytest.fixture
+def copy(target: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(target, tmp_path / "copy"))
+
+
+def load(folder: Path) -> None:
+    mlx_mtp.load(folder, drafter=False, profile=None).close()
+
+
+def check_error(error: pytest.ExceptionInfo[MTPError]) -> None:
+    assert "\n" not in str(error.value) and str(error.value)
+
+
+def parts_of(file: Path) -> tuple[Json, bytes]:
+    """A safetensors file's header and data."""
+    raw = file.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8:end]), raw[end:]
+
+
+def with_header(file: Path, header: object, data: bytes) -> None:
+    content = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(len(content).to_bytes(8, "little") + content + data)
+
+
+@pytest.mark.parametrize("name", [
+    "config.json", "generation_config.json", INDEX,
+])  # fmt: skip
+@pytest.mark.parametrize("content", [
+    "", "[]", "5", "{", '{"a":' * 100_000, "\ud800", '{"eos_token_id": Infinity, "top_k": Infinity, "do_sample": true}',
+    '{"eos_token_id": [1e400]}', '{"weight_map": {"a": 5}}', '{"weight_map": []}',
+])  # fmt: skip
+def test_json_that_is_none_or_says_nonsense(copy: Path, name: str, content: str):
+    (copy / name).write_bytes(content.encode("utf-8", "surrogatepass"))
+    if name != INDEX and "weight_map" in content and name != "config.json":
+        load(copy)  # fields that nobody knows
+        return
+    if name == INDEX and "eos" in content:
+        content = "no weight_map"
+    with pytest.raises(CheckpointError) as error:
+        load(copy)
+    check_error(error)
+
+
+@pytest.mark.parametrize("file", [
+    "", ".", "..", "../copy/model.safetensors", "/dev/zero", "/proc/self/mem", "x" * 5000, "é" * 200, "a\nb", "\0",
+    "sub/model.safetensors", "..\\model.safetensors", "\ud800", 5, None, ["model.safetensors"],
+])  # fmt: skip
+def test_an_index_names_files_of_its_folder(copy: Path, file: Any):
+    header, _ = parts_of(copy / "model.safetensors")
+    names = [name for name in header if name != "__metadata__"]
+    (copy / INDEX).write_text(json.dumps({"weight_map": {**dict.fromkeys(names, "model.safetensors"), names[0]: file}}))
+    with pytest.raises(CheckpointError, match="which is no name of a file in its folder|has no weight_map") as error:
+        load(copy)
+    check_error(error)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_an_index_names_plain_files(copy: Path, make: Callable[[Path], None]):
+    header, _ = parts_of(copy / "model.safetensors")
+    (copy / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(header, "other.safetensors")}))
+    make(copy / "other.safetensors")
+    with pytest.raises(CheckpointError, match="other.safetensors is missing") as error:
+        load(copy)
+    check_error(error)
+
+
+def test_files_may_be_links_as_in_the_hub_s_cache(copy: Path, tmp_path: Path):
+    (copy / "model.safetensors").rename(tmp_path / "blob")
+    (copy / "model.safetensors").symlink_to(tmp_path / "blob")
+    load(copy)
+
+
+def first(header: Json) -> Json:
+    return header[min(name for name in header if name != "__metadata__")]
+
+
+def edits() -> dict[str, Callable[[Json], object]]:
+    def edit(**fields: Any) -> Callable[[Json], object]:
+        return lambda header: first(header).update(fields)
+
+    return {
+        "offsets are texts": edit(data_offsets=["0", "9"]),
+        "offsets are true": edit(data_offsets=[False, True]),
+        "offsets are one": edit(data_offsets=[0]),
+        "offsets go back": edit(data_offsets=[9, 0]),
+        "offsets are negative": edit(data_offsets=[-4, 0]),
+        "offsets lie outside": edit(data_offsets=[0, 2**60]),
+        "no offsets": lambda header: first(header).pop("data_offsets"),
+        "no type": lambda header: first(header).pop("dtype"),
+        "an unknown type": edit(dtype="X9"),
+        "a type that is too wide": edit(dtype="U64"),
+        "a type that is a number": edit(dtype=5),
+        "another shape": edit(shape=[1]),
+        "a shape that is too large": edit(shape=[2**62, 2**62]),
+        "a shape that is negative": edit(shape=[-1, -1]),
+        "a shape that is a text": edit(shape="11"),
+        "a shape of halves": edit(shape=[0.5]),
+        "an entry that is none": lambda header: header.update({min(header): 5}),
+        "metadata that is none": lambda header: header.update(__metadata__=5),
+        "metadata that is no text": lambda header: header.update(__metadata__={"a": 5}),
+        "two tensors in one place": lambda header: header.update(another=dict(first(header))),
+    }
+
+
+@pytest.mark.parametrize("edit", edits().values(), ids=edits())
+def test_headers_are_checked_against_the_file(lm: mlx_mtp.MTPModel, copy: Path, edit: Callable[[Json], object]):
+    for file, read in ((copy / "model.safetensors", load), (copy / "prompt.safetensors", lm.load_prompt)):
+        if file.name.startswith("prompt"):
+            lm.save_prompt([5, 6, 7], file)
+        header, data = parts_of(file)
+        edit(header)
+        with_header(file, header, data)
+        with pytest.raises(CheckpointError) as error:
+            read(file if read == lm.load_prompt else copy)
+        check_error(error)
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"{", b"[]", b"5", b"\xff\xfe{}", b'{"a":' * 100_000, b'{"a":NaN}', b'{"__metadata__":{},"__metadata__":{}}',
+])  # fmt: skip
+def test_headers_that_are_none(tmp_path: Path, content: bytes):
+    file = tmp_path / "a.safetensors"
+    with_header(file, content, b"")
+    with pytest.raises(CheckpointError) as error:
+        read_header(file)
+    check_error(error)
+
+
+def test_the_length_of_a_header_has_a_bound(tmp_path: Path):
+    """That of the format: not all of a large file is read because its first bytes say so."""
+    file = tmp_path / "a.safetensors"
+    with file.open("wb") as stream:
+        stream.write((100_000_001).to_bytes(8, "little"))
+        stream.truncate(200_000_000)
+    with pytest.raises(CheckpointError, match="truncated or no safetensors file"):
+        read_header(file)
+
+
+def test_a_gap_between_tensors_is_no_part_of_the_format(tmp_path: Path):
+    file = tmp_path / "a.safetensors"
+    mx.save_safetensors(str(file), {"a": mx.zeros((4,)), "b": mx.ones((4,))})
+    header, data = parts_of(file)
+    assert set(read_header(file).tensors) == {"a", "b"}
+    last = max((name for name in "ab"), key=lambda name: header[name]["data_offsets"])
+    header[last]["data_offsets"] = [at + 4 for at in header[last]["data_offsets"]]
+    with_header(file, header, data + b"1234")
+    with pytest.raises(CheckpointError, match="is said to have the bytes"):
+        read_header(file)
+
+
+def test_random_damage_to_a_prompt_file(lm: mlx_mtp.MTPModel, tmp_path: Path):
+    """Bytes that change, are lost or come twice, in the header or where the file ends."""
+    file, rng = tmp_path / "prompt.safetensors", random.Random(0)
+    lm.save_prompt([5, 6, 7, 8], file)
+    assert lm.load_prompt(file) == 4
+    sound = file.read_bytes()
+    length = 8 + int.from_bytes(sound[:8], "little")
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(sound)
+        for _ in range(rng.randrange(1, 4)):
+            at = rng.randrange(length)
+            kind = rng.randrange(4)
+            if kind == 0:
+                damaged[at] = rng.randrange(256)
+            elif kind == 1:
+                damaged[at] = rng.choice(b'0129"[]{},:-e.')
+            elif kind == 2:
+                del damaged[at : at + rng.randrange(1, 40)]
+            else:
+                damaged[at:at] = damaged[at : at + rng.randrange(1, 40)]
+        file.write_bytes(damaged)
+        try:
+            lm.load_prompt(file)
+        except MTPError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 250
+
+
+@pytest.mark.parametrize("tokens", ["[" * 100_000, "5", "[1.5]", "[-1]", '["a"]', "[true]", "[]"])
+def test_tokens_of_a_prompt_file(lm: mlx_mtp.MTPModel, tmp_path: Path, tokens: str):
+    file = tmp_path / "prompt.safetensors"
+    lm.save_prompt([5, 6], file)
+    header, data = parts_of(file)
+    header["__metadata__"]["tokens"] = tokens
+    with_header(file, header, data)
+    with pytest.raises(CheckpointError, match="is damaged") as error:
+        lm.load_prompt(file)
+    check_error(error)
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", None, 5, b"a"])
+def test_paths_that_are_none(lm: mlx_mtp.MTPModel, path: Any):
+    for use in (lambda: lm.save_prompt([5, 6], path), lambda: lm.load_prompt(path)):
+        with pytest.raises(MTPError, match="is no path"):
+            use()
+
+
+def test_places_that_cannot_be_written(lm: mlx_mtp.MTPModel, tmp_path: Path):
+    os.mkfifo(tmp_path / "fifo")
+    for place in (tmp_path, tmp_path / "fifo", tmp_path / "no folder" / "a.safetensors"):
+        with pytest.raises(OSError) as error:
+            lm.save_prompt([5, 6], place)
+        assert error.value.filename == str(place)
+    assert os.listdir(tmp_path) == ["fifo"]
+
+
+@pytest.mark.parametrize("fields", [{"files": ["x"]}, {}, {"files": None}, {"files": {"../config.json": "x", "a": 5}}])
+def test_a_damaged_journal_is_no_reason_to_stop(target: Path, tmp_path: Path, fields: Json):
+    done = convert(target, tmp_path / "new")
+    fingerprint = json.loads((done / "config.json").read_text())["mlx_mtp"]["conversion"]
+    aside = tmp_path / "again.partial"
+    aside.mkdir()
+    (aside / "conversion.json").write_text(json.dumps({"fingerprint": fingerprint, **fields}))
+    again = convert(target, tmp_path / "again")
+    assert (again / "SHA256SUMS").read_text() == (done / "SHA256SUMS").read_text()
+
+
+def test_a_file_takes_its_place_when_it_is_whole(tmp_path: Path):
+    """Also if two write it at a time; permissions stay, and links stay links."""
+    file, link = tmp_path / "real", tmp_path / "link"
+    file.write_text("old")
+    file.chmod(0o640)
+    link.symlink_to(file)
+    with replacing(link) as one, replacing(link) as other:
+        one.write_text("one")
+        other.write_text("other")
+        assert file.read_text() == "old"
+    assert file.read_text() == "one" and file.stat().st_mode & 0o777 == 0o640 and link.is_symlink()
+    with pytest.raises(KeyboardInterrupt), replacing(file) as aside:
+        aside.write_text("half")
+        raise KeyboardInterrupt
+    assert file.read_text() == "one" and sorted(os.listdir(tmp_path)) == ["link", "real"]
