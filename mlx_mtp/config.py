@@ -173,7 +173,7 @@ def drafter_config(config: Json) -> DrafterConfig:
 
 
 def check_pair(target: TargetConfig, drafter: DrafterConfig) -> None:
-    """Checks that a drafter was made for a target.
+    """Checks that a drafter was made for a target, or for one to which tokens were added since.
 
     Raises:
         PairingError: With every size that clashes.
@@ -182,7 +182,7 @@ def check_pair(target: TargetConfig, drafter: DrafterConfig) -> None:
     clashes = []
     if drafter.backbone_hidden_size != t.hidden_size:
         clashes.append(f"hidden size {drafter.backbone_hidden_size}, the target has {t.hidden_size}")
-    if d.vocab_size != t.vocab_size:
+    if d.vocab_size > t.vocab_size:  # a smaller one is of before tokens were added: these are never drafted
         clashes.append(f"vocabulary {d.vocab_size}, the target has {t.vocab_size}")
     for sliding in {layer.sliding for layer in d.layers}:
         mine = next(layer for layer in d.layers if layer.sliding == sliding)
