@@ -20,6 +20,9 @@ TARGET_TYPES = ("gemma4", "gemma4_unified", "gemma4_text", "gemma4_unified_text"
 DRAFTER_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 SLIDING, FULL = "sliding_attention", "full_attention"
 
+MERGED_FIELDS = ("mtp_assistant_config", "mtp_num_hidden_layers")
+"""Fields of a target's text config if a drafter's tensors were merged into its files; the first is its config.json."""
+
 _OVERRIDES = ("head_dim", "num_key_value_heads")
 """Fields that `per_layer_config` gives to some layers."""
 
@@ -170,6 +173,12 @@ def drafter_config(config: Json) -> DrafterConfig:
         raise CheckpointError(f"num_centroids {clusters} doesn't divide the vocabulary of {text.vocab_size}")
     read = _size(config, "centroid_intermediate_top_k", most=clusters) if clusters else 0
     return DrafterConfig(model_type, text, _size(config, "backbone_hidden_size"), clusters, read)
+
+
+def merged_drafter(config: Json) -> Any:
+    """What a target's config.json says of a drafter that is merged into its files; None if there is none."""
+    text = config.get("text_config", config)
+    return text.get(MERGED_FIELDS[0]) if isinstance(text, Mapping) else None
 
 
 def check_pair(target: TargetConfig, drafter: DrafterConfig) -> None:
