@@ -31,7 +31,7 @@ from .errors import MTPError, PromptError
 from .models.drafter import POSITIONS, Drafter
 from .models.target import Target
 from .pair import DEMO as DEMO
-from .pair import find_pair, find_profile
+from .pair import find_pair, find_profile, way_out
 from .paths import expanded
 from .text import StopStrings, Tokenizer
 from .tools import Tools
@@ -65,8 +65,8 @@ def load(
 
     Args:
         target: A folder or a hub repository ("google/gemma-4-E4B-it"); None for the embedded demo pair.
-        drafter: The same for the drafter. None finds the target's "-assistant" sibling, if there is one; False
-            loads none.
+        drafter: The same for the drafter. None takes the target's own: merged into its files, or found by its name,
+            for a folder beside it or in the hub's cache; if none can be used, a warning says why. False loads none.
         quantize: Bits (2, 3, 4, 5, 6 or 8) to quantise both models to while loading; a drafter that is quantised
             already stays as it is. None takes both as stored.
         dtype: "float32", "bfloat16" or "float16" for activations and unquantised weights. None is the checkpoint's
@@ -90,6 +90,7 @@ def load(
         raise MTPError("target and drafter must be folders or repository names: strings or paths")
     if drafter_position not in (*POSITIONS, "auto"):
         raise MTPError(f"drafter_position must be auto, {' or '.join(POSITIONS)}, not {drafter_position!r}")
+    checkpoint.check_options(dtype, quantize)
     folder, drafter_folder = find_pair(target, drafter, check=lambda it: checkpoint.check_config(it, dtype, quantize))
     tuned = find_profile(profile, folder, drafter_folder, quantize, dtype)
     if drafter_position == "auto":
@@ -131,9 +132,10 @@ class MTPModel:
         with self._turn():
             self.config, self._target = checkpoint.load_target(folder, dtype, quantize)
             if drafter_folder is not None:
-                self.drafter_config, self._drafter = checkpoint.load_drafter(
-                    drafter_folder, self.config, position, dtype, quantize
-                )
+                with way_out():
+                    self.drafter_config, self._drafter = checkpoint.load_drafter(
+                        drafter_folder, self.config, position, dtype, quantize
+                    )
         self.defaults = checkpoint.read_generation(folder)
         self.kv_budget, cache_bytes = sizes.kv_budget(sizes.held_bytes(self._target, self._drafter), cache_bytes)
         self._most_rows = profile.rows if profile else MAX_ROWS

@@ -19,13 +19,29 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from . import quantization, sizes
-from .config import DRAFTER_TYPES, DrafterConfig, TargetConfig, check_pair, drafter_config, target_config
+from .config import (
+    DRAFTER_TYPES,
+    DrafterConfig,
+    TargetConfig,
+    check_pair,
+    drafter_config,
+    merged_drafter,
+    target_config,
+)
 from .errors import CheckpointError, MemoryBudgetError
 from .files import read_json
 from .models.drafter import Drafter
 from .models.elementwise import on_gpu
 from .models.target import Target
-from .names import VISION_AND_AUDIO, Source, Table, drafter_table, target_table
+from .names import (
+    MERGED_DRAFTER,
+    VISION_AND_AUDIO,
+    Source,
+    Table,
+    drafter_table,
+    of_merged_drafter,
+    target_table,
+)
 from .quantization import Format, Rule, Scheme, Stored
 from .safetensors_files import tensors
 
@@ -79,10 +95,25 @@ def read_target(folder: Path) -> tuple[dict[str, Any], TargetConfig]:
 
 
 def read_drafter(folder: Path) -> tuple[dict[str, Any], DrafterConfig]:
-    """The same for a drafter."""
+    """The same for a drafter: in a folder of its own, or merged into a target's."""
     raw = read_json(folder / "config.json")
+    merged = merged_drafter(raw)
     with about(folder):
+        if merged is not None and not isinstance(merged, dict):
+            raise CheckpointError(f"config.json: the merged drafter's config is {merged!r}, expected an object")
+        raw = raw if merged is None else merged
         return raw, drafter_config(raw)
+
+
+def holds_drafter(folder: Path) -> bool:
+    """Whether a folder is a target's and, by its config.json, has a drafter merged into its files."""
+    return merged_drafter(read_json(folder / "config.json")) is not None
+
+
+def drafter_tensors(folder: Path) -> dict[str, mx.array]:
+    """`tensors` of a drafter; if it is merged into a target, under the names they have in a folder of its own."""
+    stored = dict(tensors(folder))
+    return of_merged_drafter(stored) if holds_drafter(folder) else stored
 
 
 def read_quantization(config: dict[str, Any], table: Table, folder: Path, quantize: int | None) -> Stored | None:
@@ -158,7 +189,7 @@ def load_drafter(
     """Loads a drafter and checks that it belongs to a target.
 
     Args:
-        folder: Its folder.
+        folder: Its folder, or that of a target that it is merged into.
         target: The target's config.
         position: One of `models.drafter.POSITIONS`.
         dtype: As for `load_target`; should be what the target runs in.
@@ -170,15 +201,23 @@ def load_drafter(
         PairingError: The drafter was made for another target.
         MemoryBudgetError: The weights don't fit in this machine's memory.
     """
+    config, model = open_drafter(folder, target, position, dtype, quantize)
+    _read(model, folder)
+    return config, model
+
+
+def open_drafter(
+    folder: Path, target: TargetConfig, position: str, dtype: str | None = None, quantize: int | None = None
+) -> tuple[DrafterConfig, Drafter]:
+    """`load_drafter` up to the point where weights would be read: whether it can be loaded is known then."""
     raw, config = read_drafter(folder)
     check_pair(target, config)
     quantize = drafter_bits(raw, config, folder, quantize)
     model = Drafter(config, position)
-    stored = dict(tensors(folder))
+    stored = drafter_tensors(folder)
     if config.num_clusters:
         _sort_by_cluster(stored, config, folder, already=in_cluster_order(raw))
     assign(model, stored, drafter_table(config), folder, raw, dtype, quantize)
-    _read(model, folder)
     return config, model
 
 
@@ -212,6 +251,17 @@ def check_dtype(dtype: str | None) -> None:
     """
     if dtype not in (None, *DTYPES):
         raise CheckpointError(f"dtype {dtype!r} isn't supported: expected one of {', '.join(DTYPES)}")
+
+
+def check_options(dtype: str | None, quantize: int | None) -> None:
+    """Checks the arguments of `load_target` that aren't the folder.
+
+    Raises:
+        CheckpointError: There is no such type, or no such number of bits.
+    """
+    check_dtype(dtype)
+    if quantize:
+        Format(quantize)
 
 
 def check_memory(needed: int, folder: Path) -> None:
@@ -320,7 +370,8 @@ def assign(
         shapes = {name: tensor.shape for name, tensor in stored.items()}
         found = {ours: source.shape(shapes) for ours, source in layout.sources.items()}
     if layout.skipped:
-        loss = VISION_AND_AUDIO in layout.skipped.values()
+        reasons = set(layout.skipped.values())
+        loss = VISION_AND_AUDIO in reasons or (MERGED_DRAFTER in reasons and merged_drafter(config) is None)
         log.log(logging.INFO if loss else logging.DEBUG, "%s: left out: %s", folder.name, layout.left_out())
     weights = {ours: _gather(source, stored) for ours, source in layout.sources.items()}
     stored.clear()

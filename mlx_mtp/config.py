@@ -20,6 +20,9 @@ TARGET_TYPES = ("gemma4", "gemma4_unified", "gemma4_text", "gemma4_unified_text"
 DRAFTER_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 SLIDING, FULL = "sliding_attention", "full_attention"
 
+MERGED_FIELDS = ("mtp_assistant_config", "mtp_num_hidden_layers")
+"""Fields of a target's text config if a drafter's tensors were merged into its files; the first is its config.json."""
+
 _OVERRIDES = ("head_dim", "num_key_value_heads")
 """Fields that `per_layer_config` gives to some layers."""
 
@@ -172,8 +175,14 @@ def drafter_config(config: Json) -> DrafterConfig:
     return DrafterConfig(model_type, text, _size(config, "backbone_hidden_size"), clusters, read)
 
 
+def merged_drafter(config: Json) -> Any:
+    """What a target's config.json says of a drafter that is merged into its files; None if there is none."""
+    text = config.get("text_config", config)
+    return text.get(MERGED_FIELDS[0]) if isinstance(text, Mapping) else None
+
+
 def check_pair(target: TargetConfig, drafter: DrafterConfig) -> None:
-    """Checks that a drafter was made for a target.
+    """Checks that a drafter was made for a target, or for one to which tokens were added since.
 
     Raises:
         PairingError: With every size that clashes.
@@ -182,7 +191,7 @@ def check_pair(target: TargetConfig, drafter: DrafterConfig) -> None:
     clashes = []
     if drafter.backbone_hidden_size != t.hidden_size:
         clashes.append(f"hidden size {drafter.backbone_hidden_size}, the target has {t.hidden_size}")
-    if d.vocab_size != t.vocab_size:
+    if d.vocab_size > t.vocab_size:  # a smaller one is of before tokens were added: these are never drafted
         clashes.append(f"vocabulary {d.vocab_size}, the target has {t.vocab_size}")
     for sliding in {layer.sliding for layer in d.layers}:
         mine = next(layer for layer in d.layers if layer.sliding == sliding)

@@ -13,9 +13,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from .config import DrafterConfig, TextConfig
 from .errors import CheckpointError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ def _halves(row: Row, match: re.Match[str]) -> list[tuple[str, int | None]]:
 
 
 VISION_AND_AUDIO = "belong to vision and audio, which a text decoder does without"
+MERGED_DRAFTER = "belong to a drafter"
 
 _PREFIX = r"^(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)"
 _PART = r"\.(weight|scales|biases)"
@@ -154,6 +158,7 @@ _TOWERS = Row(
     None,
     VISION_AND_AUDIO,
 )
+_MERGED = Row(r"mtp\.(.*)", None, MERGED_DRAFTER)
 _UNKNOWN = Row(r".*", r"\g<0>")
 _COMPUTED = Row(r".*rotary_emb\..*", None, "are computed from config.json")
 _BOUNDS = Row(r".*\.(?:input|output)_(?:min|max)", None, "bound activations, which no text layer does")
@@ -161,7 +166,7 @@ _BOUNDS = Row(r".*\.(?:input|output)_(?:min|max)", None, "bound activations, whi
 
 def target_table(config: TextConfig) -> Table:
     """The table for a target."""
-    rows = [_TOWERS, _COMPUTED, _BOUNDS]
+    rows = [_TOWERS, _MERGED, _COMPUTED, _BOUNDS]
     if config.tied_head:
         rows.append(Row(r"lm_head\..*", None, "repeat the embedding table, which is the output head"))
     if shared := [str(i) for i, layer in enumerate(config.layers) if layer.kv_owner != i]:
@@ -188,6 +193,12 @@ def target_table(config: TextConfig) -> Table:
 def of_vision_or_audio(stored: str) -> bool:
     """Whether a target's tensor of this name can't belong to the text model."""
     return bool(re.fullmatch(_TOWERS.pattern, re.sub(_PREFIX, "", stored, count=1)))
+
+
+def of_merged_drafter(stored: Mapping[str, T]) -> dict[str, T]:
+    """Of a target's tensors those of a drafter that is merged in, under the names they have in a drafter's folder."""
+    names = {name: re.fullmatch(_MERGED.pattern, re.sub(_PREFIX, "", name, count=1)) for name in stored}
+    return {match[1]: stored[name] for name, match in names.items() if match}
 
 
 def drafter_table(config: DrafterConfig) -> Table:

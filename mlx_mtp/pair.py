@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from . import hub
-from .errors import ProfileError
+from . import checkpoint, hub
+from .config import check_pair
+from .errors import MTPError, ProfileError
+from .models.drafter import POSITIONS
 from .paths import expanded
+from .safetensors_files import weight_files
 from .tuning import profile as profiles
 
 DEMO = Path(__file__).parent / "demo"
@@ -20,13 +25,51 @@ def find_pair(
     weights: bool = True,
     check: hub.Check = lambda folder: None,
 ) -> tuple[Path, Path | None]:
-    """The folders of a target and its drafter, as `load` takes them; `weights` and `check` as for `hub.find`."""
+    """The folders of a target and its drafter, as `load` takes them; the same twice if one is merged into the other.
+
+    A drafter that wasn't asked for is one that can be loaded, or there is none and one line is logged that says why.
+
+    Args:
+        target, drafter: As for `load`.
+        weights, check: As for `hub.find`. `check` is asked about local drafters that weren't asked for, too.
+
+    Raises:
+        CheckpointError: The target, or the drafter that was asked for, can't be had.
+        MTPError: What `check` raises.
+    """
     if target is None:
         target, drafter = DEMO / "target", DEMO / "drafter" if drafter is None else drafter
     folder = hub.find(target, weights, check)
-    if drafter is None:
-        return folder, hub.find_drafter(target, weights, check)
-    return folder, None if drafter is False else hub.find(drafter, weights, check)
+    if drafter is False:
+        return folder, None
+    if drafter is not None:
+        with way_out():
+            return folder, hub.find(drafter, weights, check)
+    config = checkpoint.read_target(folder)[1]
+
+    def usable(found: Path, weights: bool) -> None:
+        check_pair(config, checkpoint.read_drafter(found)[1])
+        if not checkpoint.holds_drafter(found):  # else what is asked of that target doesn't matter here
+            check(found)
+        if weights or _is_complete(found):
+            checkpoint.open_drafter(found, config, POSITIONS[0])
+
+    merged = folder if checkpoint.holds_drafter(folder) else None
+    return folder, hub.find_drafter(target, usable, weights, merged)
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether all weights of a folder are there, which needn't be before they are wanted."""
+    return any(folder.glob("*.safetensors")) and all(path.is_file() for path in weight_files(folder))
+
+
+@contextmanager
+def way_out() -> Iterator[None]:
+    """Adds to what speaks against a drafter that was asked for how to do without it."""
+    try:
+        yield
+    except MTPError as error:
+        raise type(error)(f"{error}; --no-draft (drafter=False) goes without a drafter") from error
 
 
 def find_profile(

@@ -1,4 +1,4 @@
-"""Paths as users write them."""
+"""Paths as users write them, and what they tell."""
 
 from __future__ import annotations
 
@@ -19,3 +19,10 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise MTPError(f"can't use the path {path}: {error}") from None
+
+
+def published_name(folder: Path) -> str:
+    """The repository, OWNER/NAME, that an absolute path is a copy of, as far as the path tells."""
+    if folder.parent.name == "snapshots":  # the hub's cache: models--OWNER--NAME/snapshots/COMMIT
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return "/".join(folder.parts[-2:]).lstrip("/")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -13,9 +14,10 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from tiny_checkpoints import make_pair
+from tiny_checkpoints import VOCAB, make_pair
 
 import mlx_mtp
+from mlx_mtp.api import DEMO
 from mlx_mtp.errors import CheckpointError, MTPError, PairingError
 
 Q_PROJ = "model.language_model.layers.3.self_attn.q_proj.weight"
@@ -309,6 +311,46 @@ def test_drafter_of_another_size(target: str, drafter: str, clashes: list[str], 
 def test_drafter_for_another_window_or_vocabulary(pair: tuple[Path, Path], field: str, value: int) -> None:
     edit_json(pair[1] / "config.json", lambda c: c["text_config"].update({field: value}))
     assert str(value) in failure(PairingError, *pair)
+
+
+def grow(target: Path, rows: Callable[[mx.array], mx.array]) -> None:
+    """Adds 64 tokens to a target; `rows` makes their embeddings from the first 64."""
+
+    def added(tensors: dict[str, mx.array]) -> None:
+        for name, table in tensors.items():
+            if name.endswith(("embed_tokens.weight", "embed_tokens_per_layer.weight")):
+                tensors[name] = mx.concatenate([table, rows(table[:64]).astype(table.dtype)])
+
+    edit_tensors(target, added)
+    fields = ("vocab_size", "vocab_size_per_layer_input")
+    edit_json(
+        target / "config.json", lambda c: [c["text_config"].update({f: c["text_config"][f] + 64}) for f in fields]
+    )
+
+
+@pytest.mark.parametrize("kind", ["e2b", "31b"], ids=["clustered head", "dense head"])
+def test_a_target_with_added_tokens_keeps_its_drafter_and_its_text(kind: str, tmp_path: Path) -> None:
+    target, drafter = make_pair(kind, tmp_path)
+    grow(target, lambda rows: 1.5 * rows[::-1])
+    with mlx_mtp.load(target) as lm:
+        assert lm.drafter_folder == drafter
+        for options in ({"temperature": 0.0}, {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 3}):
+            run: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True, **options}
+            plain, drafted = (lm.generate([5, 6, 7], draft_length=k, **run) for k in (0, 4))
+            assert drafted.tokens == plain.tokens and drafted.stats.drafted > 0
+            assert max(plain.tokens) >= VOCAB, "new tokens are chosen, and drafted from"
+
+
+def test_drafts_are_accepted_as_before_when_tokens_were_added(tmp_path: Path) -> None:
+    shutil.copytree(DEMO / "target", tmp_path / "tuned")
+    shutil.copytree(DEMO / "drafter", tmp_path / "tuned-assistant")
+    grow(tmp_path / "tuned", lambda rows: 0 * rows)
+    results = []
+    for folder in (None, tmp_path / "tuned"):
+        with mlx_mtp.load(folder) as lm:
+            results.append(lm.generate("What is a drafter?", max_tokens=40, draft_length=4, temperature=0))
+    assert results[0].tokens == results[1].tokens
+    assert results[0].stats.mean_accepted == results[1].stats.mean_accepted > 1
 
 
 # Options

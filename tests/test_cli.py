@@ -301,8 +301,9 @@ def test_info_names_what_clashes(tmp_path: Path):
     target, drafter = make_pair("e2b", tmp_path, drafter="31b")
     shown = mlx_mtp("info", target, "--drafter", drafter, "--chip", "M1").stdout
     assert "made for another target" in shown and "tok/s plain, no drafter" in shown
-    done = mlx_mtp("generate", "x", "--model", target)
+    done = mlx_mtp("generate", "x", "--model", target, "--drafter", drafter)
     assert done.returncode == 1 and "made for another target" in only_line(done.stderr)
+    assert "--no-draft" in done.stderr
 
 
 @pytest.mark.parametrize("damage", ["missing", "unknown", "of the wrong shape"])
@@ -321,10 +322,11 @@ def test_info_refuses_what_cannot_be_loaded(damage: str, part: int, tmp_path: Pa
     if damage == "of the wrong shape":
         tensors[name] = tensor[:-1]
     mx.save_safetensors(str(weights), tensors)
-    done = mlx_mtp("info", pair[0])
+    done = mlx_mtp("info", pair[0], "--drafter", pair[1])
     assert done.returncode == 1 and done.stdout == ""
     assert "layers.1.self_attn" in only_line(done.stderr) and damage in done.stderr
-    loading = mlx_mtp("generate", "x", "--model", pair[0])
+    assert ("--no-draft" in done.stderr) == bool(part)
+    loading = mlx_mtp("generate", "x", "--model", pair[0], "--drafter", pair[1])
     assert loading.stderr == done.stderr
 
 

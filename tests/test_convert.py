@@ -402,7 +402,7 @@ def test_wrong_options(options: list[str], code: int, culprit: str, tmp_path: Pa
 
 
 def test_a_target_without_a_drafter(tmp_path: Path):
-    source, drafter = make_pair("31b", tmp_path)
+    source, drafter = make_pair("31b", tmp_path / "pair")
     drafter.rename(tmp_path / "other")
     done = mlx_mtp_command("convert", source, tmp_path / "new", "--bits", "4", "--drafter-bits", "8")
     assert done.returncode == 0 and done.stdout == f"{tmp_path / 'new'}\n"

@@ -146,6 +146,7 @@ def test_what_cannot_be_used_is_not_downloaded(hub: Hub, run: Run, command: list
         "google/gemma-4-26B-A4B-it-assistant",
     ]),
     ("org/gemma-4-31b-it", ["org/gemma-4-31b-it-assistant", "google/gemma-4-31B-it-assistant"]),
+    ("gemma-4-31b-it", ["gemma-4-31b-it-assistant", "google/gemma-4-31B-it-assistant"]),
     ("org/gemma-4-31b-italian", ["org/gemma-4-31b-italian-assistant"]),
 ])  # fmt: skip
 def test_names_of_drafters(target: str, drafter: list[str]):
@@ -163,6 +164,19 @@ def test_no_drafter_is_one_line(hub: Hub, run: Run):
     assert done.returncode == 0 and "drafter       none" in done.stdout, done.stderr
     warnings = [line for line in done.stderr.splitlines() if "no drafter" in line]
     assert len(warnings) == 1 and "org/copies-assistant-4bit" in warnings[0]
+
+
+LOAD = "import sys, mlx_mtp; lm = mlx_mtp.load(sys.argv[1]); print(lm.drafter_folder, lm.generate([5]).tokens)"
+
+
+def test_a_drafter_that_cannot_be_used_stands_in_nobodys_way(hub: Hub, run: Run):
+    for repository, source in (("plain", "model"), ("plain-assistant", "llama")):
+        shutil.copytree(hub.root / "org" / source, hub.root / "org" / repository, dirs_exist_ok=True)
+    done = run("-c", LOAD, "org/plain")
+    assert done.returncode == 0 and done.stdout.startswith("None ["), done.stderr
+    (warning,) = (line for line in done.stderr.splitlines() if "no drafter" in line)
+    assert "org/plain-assistant" in warning and "'llama' isn't a drafter" in warning
+    assert hub.names() == DESCRIBING | SHARDS, "the drafter's weights aren't downloaded"
 
 
 def test_an_interrupted_download_goes_on(hub: Hub, run: Run):

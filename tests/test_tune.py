@@ -446,7 +446,8 @@ def test_the_bits_of_a_quantised_folder_are_its_own(tmp_path: Path):
     assert "4 bits" in tune(target, "--simulate", "M4 Max").stdout
     again = tune(target, "--simulate", "M4 Max", "--quantize", 8)
     assert again.returncode == 1 and "quantised already" in again.stderr
-    alone = tune(target.rename(tmp_path / "alone"), "--simulate", "M4 Max")
+    (tmp_path / "elsewhere").mkdir()
+    alone = tune(target.rename(tmp_path / "elsewhere" / "alone"), "--simulate", "M4 Max")
     assert alone.returncode == 0 and "Without a drafter" in alone.stdout, alone.stderr
 
 

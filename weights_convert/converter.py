@@ -101,7 +101,11 @@ class Conversion:
 
 
 def prepare(
-    source: str | Path, destination: str | Path, scheme: Scheme | None = None, dtype: str | None = None
+    source: str | Path,
+    destination: str | Path,
+    scheme: Scheme | None = None,
+    dtype: str | None = None,
+    merged: bool = False,
 ) -> Conversion:
     """Plans the conversion of a target or a drafter, and checks that it can be made.
 
@@ -110,6 +114,7 @@ def prepare(
         destination: Folder to make; it must not exist yet, be empty, or be what this very conversion made.
         scheme: How matrices are quantised; None leaves all as it is.
         dtype: Type of what isn't quantised, "float32", "bfloat16" or "float16"; None keeps the stored one.
+        merged: Of a target that has its drafter merged into it, convert the drafter and not the target.
 
     Raises:
         CheckpointError: The source can't be used, or the destination is something else or a part of the source.
@@ -120,7 +125,7 @@ def prepare(
     if taken and not (destination / files.SUMS).is_file():
         raise in_the_way  # before anything is downloaded
     folder = hub.find(source, check=read_description)
-    plan = make_plan(folder, scheme, dtype)
+    plan = make_plan(folder, scheme, dtype, merged)
     done = _is_result(destination, plan)
     if taken and not done:
         raise in_the_way

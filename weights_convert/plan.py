@@ -18,12 +18,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp import checkpoint
-from mlx_mtp.config import DRAFTER_TYPES, drafter_config, in_published_fields, target_config
+from mlx_mtp.config import DRAFTER_TYPES, MERGED_FIELDS, drafter_config, in_published_fields, target_config
 from mlx_mtp.errors import CheckpointError
 from mlx_mtp.files import read_json
 from mlx_mtp.models.drafter import POSITIONS, Drafter
 from mlx_mtp.models.target import Target
-from mlx_mtp.names import Source, Table, drafter_table, mlx_lm_name, target_table
+from mlx_mtp.names import Source, Table, drafter_table, mlx_lm_name, of_merged_drafter, target_table
 from mlx_mtp.quantization import Format, Scheme
 from mlx_mtp.safetensors_files import weight_files
 
@@ -143,15 +143,15 @@ def file_bytes(parameters: list[Parameter]) -> int:
     return sum(entry.nbytes for parameter in parameters for entry in parameter.entries())
 
 
-def make_plan(folder: Path, scheme: Scheme | None, dtype: str | None) -> Plan:
-    """Plans the conversion of a target or a drafter; see `converter.convert`.
+def make_plan(folder: Path, scheme: Scheme | None, dtype: str | None, merged: bool = False) -> Plan:
+    """Plans the conversion of a target or a drafter; see `converter.prepare`.
 
     Raises:
         CheckpointError: The source can't be used.
     """
     checkpoint.check_dtype(dtype)
-    config, table, model, vocab = read_description(folder)
-    stored = find_tensors(folder)
+    config, table, model, vocab = read_description(folder, merged)
+    stored = of_merged_drafter(find_tensors(folder)) if merged else find_tensors(folder)
     parameters = _parameters(folder, config, table, model, stored, scheme, dtype)
     if order := next((p.sources[0] for p in parameters.values() if p.name.endswith("token_ordering")), None):
         checkpoint.check_ordering(order.read(0, 1)[0], vocab, folder)
@@ -170,13 +170,17 @@ def make_plan(folder: Path, scheme: Scheme | None, dtype: str | None) -> Plan:
     return Plan(files, modules, new_config, fingerprint)
 
 
-def read_description(folder: Path) -> tuple[dict[str, Any], Table, nn.Module, int]:
+def read_description(folder: Path, merged: bool = False) -> tuple[dict[str, Any], Table, nn.Module, int]:
     """What a source's config.json says: itself, and what `_model` makes of it. Needs no weights.
+
+    Args:
+        folder: The source.
+        merged: Whether the drafter is meant that is merged into it.
 
     Raises:
         CheckpointError: The source can't be converted.
     """
-    config = read_json(folder / "config.json")
+    config = checkpoint.read_drafter(folder)[0] if merged else read_json(folder / "config.json")
     if config.get("quantization") or config.get("quantization_config"):
         raise CheckpointError(f"{folder} is quantised already: convert the original")
     with checkpoint.about(folder):
@@ -264,6 +268,8 @@ def _new_config(
         new["text_config"] = in_published_fields(new["text_config"])
     else:
         new = in_published_fields(new)
+    for field in MERGED_FIELDS:  # a merged drafter is a folder of its own from here on
+        new.get("text_config", new).pop(field, None)
     if scheme:
         # Entries name what isn't as all others; mlx-lm takes them as they are.
         special = {

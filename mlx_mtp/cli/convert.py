@@ -86,7 +86,8 @@ def convert(
         print(conversion.destination)
     if check:
         for conversion in conversions:
-            print(_compared(conversion, target=conversions[0].source))
+            alone = _is_drafter(conversions[0])
+            print(_compared(conversion, target=None if alone else conversions[0].source))
 
 
 @contextmanager
@@ -150,8 +151,10 @@ def _prepare(
 ) -> list[Conversion]:
     """What is to be done: the conversion of the model itself, and that of its drafter."""
     from weights_convert import Format, Scheme, prepare
+    from weights_convert.plan import read_description
 
-    from ..pair import find_pair
+    from ..checkpoint import holds_drafter
+    from ..pair import find_pair, way_out
 
     bits = (4 if scheme else None) if drafter_bits is None else drafter_bits
     with _value_of("--drafter-bits"):
@@ -161,12 +164,11 @@ def _prepare(
         if drafter or drafter_bits is not None:
             raise typer.BadParameter(f"{source} is a drafter itself: it takes --bits, not --drafter or --drafter-bits")
         return conversions
-    _, folder = find_pair(source, drafter)
+    _, folder = find_pair(source, drafter, check=read_description)
     if folder is not None:
         sibling = destination.with_name(f"{destination.name}-assistant")
-        conversions.append(prepare(folder, sibling, drafter_scheme, dtype))
-    elif drafter is None and Path(source).expanduser().is_dir():  # for a repository the search has said so
-        print(f"{source} has no drafter beside it, so it is converted alone: --drafter names one", file=sys.stderr)
+        with way_out():
+            conversions.append(prepare(folder, sibling, drafter_scheme, dtype, merged=holds_drafter(folder)))
     return conversions
 
 
@@ -196,12 +198,12 @@ def _run(conversion: Conversion) -> None:
             raise typer.Exit(o.INTERRUPTED) from None
 
 
-def _compared(conversion: Conversion, target: Path) -> str:
+def _compared(conversion: Conversion, target: Path | None) -> str:
     """What comparing a result with its source says, in one line.
 
     Args:
         conversion: What was made.
-        target: Folder of the original target, if `conversion` is its drafter's.
+        target: Folder of the original target; None if a drafter was converted alone.
     """
     from weights_convert.files import verify_sums
 
@@ -213,7 +215,7 @@ def _compared(conversion: Conversion, target: Path) -> str:
         raise MemoryBudgetError(f"{whole}; {error}") from error
 
 
-def _difference(conversion: Conversion, target: Path) -> str:
+def _difference(conversion: Conversion, target: Path | None) -> str:
     """What has become of the model; arguments as for `_compared`."""
     from weights_convert.check import DRAFTS, acceptance, compare
 
@@ -223,7 +225,7 @@ def _difference(conversion: Conversion, target: Path) -> str:
         return (
             f"KL divergence {found.kl:.4f} nats a token, top-1 agreement {found.top1:.1%}, over {found.tokens} tokens"
         )
-    if target == conversion.source:
+    if target is None:
         return "convert it with its target to see how many drafts are accepted"
     before, after = acceptance(target, conversion.source), acceptance(target, made)
     return f"{after:.2f} of {DRAFTS} drafts accepted a round, {before:.2f} before"

@@ -67,7 +67,7 @@ def describe(
     from ..models.drafter import POSITIONS, Drafter
     from ..models.target import Target
     from ..names import drafter_table, target_table
-    from ..pair import find_pair
+    from ..pair import find_pair, way_out
 
     target_folder, drafter_folder = find_pair(model, drafter, weights=False)
     raw, config = checkpoint.read_target(target_folder)
@@ -103,10 +103,12 @@ def describe(
     pair = [(raw, stored)]  # of each model, config.json and how it is quantised
     config_d = None
     if drafter_folder is not None:
-        drafter_raw, config_d = checkpoint.read_drafter(drafter_folder)
-        table = drafter_table(config_d)
-        pair.append((drafter_raw, checkpoint.read_quantization(drafter_raw, table, drafter_folder, None)))
-        own_bits = checkpoint.drafter_bits(drafter_raw, config_d, drafter_folder, quantize)
+        with way_out():
+            drafter_raw, config_d = checkpoint.read_drafter(drafter_folder)
+            table, model_d = drafter_table(config_d), Drafter(config_d, POSITIONS[0])
+            pair.append((drafter_raw, checkpoint.read_quantization(drafter_raw, table, drafter_folder, None)))
+            own_bits = checkpoint.drafter_bits(drafter_raw, config_d, drafter_folder, quantize)
+            on_disk = _on_disk(drafter_folder, model_d, table, drafter_raw, own_bits)
         own = sizes.drafter_sizes(config_d, *checkpoint.in_memory(*pair[1], own_bits))
         try:
             check_pair(config, config_d)
@@ -115,10 +117,11 @@ def describe(
             pairing = str(error)
         facts["drafter"] = {
             "folder": str(drafter_folder),
+            "merged": checkpoint.holds_drafter(drafter_folder),
             "model_type": config_d.model_type,
             "head": f"{config_d.num_clusters} clusters" if config_d.num_clusters else "dense",
             "stored_as": _stored_as(*pair[1], own_bits),
-            **_on_disk(drafter_folder, Drafter(config_d, POSITIONS[0]), table, drafter_raw, own_bits),
+            **on_disk,
             "parameters": own.parameters,
             "bytes_in_memory": own.weights,
             "bytes_read_per_draft": own.read_per_token,
@@ -206,18 +209,23 @@ def _on_disk(folder: Path, model: nn.Module, table: Table, raw: dict[str, Any], 
         CheckpointError: What is there can't be loaded, by the files' headers. Arguments as for `checkpoint.assign`.
     """
     from .. import checkpoint, safetensors_files
+    from ..models.drafter import Drafter
 
     if not any(folder.glob("*.safetensors")):
         return {"bytes_on_disk": None, "files_missing": []}
     files = safetensors_files.weight_files(folder)
     missing = [path.name for path in files if not path.is_file()]
+    size = sum(path.stat().st_size for path in files if path.name not in missing)
     if missing:
         for path in files:
             if path.name not in missing:
                 safetensors_files.read_header(path)
     else:
-        checkpoint.assign(model, dict(safetensors_files.tensors(folder)), table, folder, raw, None, quantize)
-    size = sum(path.stat().st_size for path in files if path.name not in missing)
+        drafter = isinstance(model, Drafter)
+        tensors = checkpoint.drafter_tensors(folder) if drafter else dict(safetensors_files.tensors(folder))
+        if drafter and checkpoint.holds_drafter(folder):
+            size = sum(tensor.nbytes for tensor in tensors.values())
+        checkpoint.assign(model, tensors, table, folder, raw, None, quantize)
     return {"bytes_on_disk": size or None, "files_missing": missing}
 
 
@@ -250,7 +258,7 @@ def _table(facts: dict[str, Any]) -> str:
     ]  # fmt: skip
     if d:
         lines += [
-            ("drafter", d["folder"]),
+            ("drafter", d["folder"] + (", merged into the target's files" if d["merged"] else "")),
             ("  model", f"{d['model_type']}, {d['parameters'] / 1e6:,.1f} M parameters, {d['stored_as']}"),
             ("  head", d["head"]),
             ("  on disk", _stored(d)),

@@ -30,7 +30,7 @@ def _draft_length(value: str) -> str | int:
 
 Drafter = Annotated[
     str | None,
-    typer.Option(help="Folder or repository of the drafter. Default: the model's -assistant sibling.", metavar="MODEL"),
+    typer.Option(help="Folder or repository of the drafter. Default: what is found of the model's.", metavar="MODEL"),
 ]
 NoDraft = Annotated[bool, typer.Option("--no-draft", help="Plain decoding, without a drafter.")]
 DraftLength = Annotated[

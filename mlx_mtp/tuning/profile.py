@@ -26,7 +26,7 @@ from ..blas import has_openblas
 from ..errors import ProfileError, one_line
 from ..files import replacing
 from ..models.drafter import POSITIONS
-from ..paths import expanded
+from ..paths import expanded, published_name
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def key_of(folder: Path, drafter_folder: Path | None, quantize: int | None, dtyp
                 digest.update(f"{path.name} {path.stat().st_size}\n".encode())
                 digest.update(_sample(path))
         digest.update(b"\0")
-    return Key(_name(folder.absolute()), digest.hexdigest(), quantize, dtype, **here())
+    return Key(published_name(folder.absolute()), digest.hexdigest(), quantize, dtype, **here())
 
 
 def _sample(path: Path) -> bytes:
@@ -121,12 +121,6 @@ def _sample(path: Path) -> bytes:
             file.seek(at)
             parts.append(file.read(64))
     return b"".join(parts)
-
-
-def _name(folder: Path) -> str:
-    if folder.parent.name == "snapshots":  # the hub's cache: models--OWNER--NAME/snapshots/COMMIT
-        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
-    return "/".join(folder.parts[-2:]).lstrip("/")
 
 
 def here() -> dict[str, Any]:
