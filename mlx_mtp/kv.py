@@ -31,6 +31,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from .config import TextConfig
+from .models.elementwise import counting, fused
 
 CAPACITY_STEP = 128
 """Buffers grow by multiples of this many slots."""
@@ -106,14 +107,15 @@ def visible(newest: mx.array, queries: mx.array, slots: int, window: int | None)
     Returns:
         bool [B, 1, L, slots].
     """
-    slot = mx.arange(slots, dtype=mx.int32)
-    newest = newest[:, None]
-    held = (newest - (newest - slot) % slots)[:, None, :]
-    queries = queries[:, :, None]
-    seen = (held >= 0) & (held <= queries)
-    if window is not None:
-        seen = seen & (held > queries - window)
-    return seen[:, None]
+    # All positions lie within a window of 2**30.
+    reach = mx.array(2**30 if window is None else window, mx.int32)
+    return _seen(newest[:, None, None], queries[:, :, None], counting(slots), mx.array(slots, mx.int32), reach)[:, None]
+
+
+@fused
+def _seen(newest: mx.array, queries: mx.array, slot: mx.array, slots: mx.array, window: mx.array) -> mx.array:
+    held = newest - (newest - slot) % slots
+    return (held >= 0) & (held <= queries) & (held > queries - window)
 
 
 class KVBuffers:
@@ -254,7 +256,7 @@ class KVBuffers:
             lengths: int32 [B], committed tokens.
             width: L, tokens of the block.
         """
-        positions = lengths[:, None] + mx.arange(width, dtype=mx.int32)
+        positions = lengths[:, None] + counting(width)
         newest = positions[:, -1]
         return {
             sliding: Addresses(
