@@ -128,7 +128,8 @@ class Engine:
             kv = buffers[0] if len(buffers) == 1 else buffers[0].row(0, buffers[0].written)
         assert kv is not None
         if stay or len(buffers) > 1:
-            kv.regroup(stay, buffers, max([*(self._reach(row) for row in rows), *(b.written for b in buffers)]))
+            reach = (max(self._reach(row), row.room) for row in rows)
+            kv.regroup(stay, buffers, max([*reach, *(b.written for b in buffers)]))
         self._state = regroup(self._state, stay, [self._first(prompt) for prompt in joining])
         self.rows, self._sampler, self.kv = rows, self._make_sampler(rows), kv
         for prompt in joining:
@@ -162,7 +163,7 @@ class Engine:
         lengths, policy = self._next_lengths(waiting)
         k = max(lengths)
         width = INVARIANT_WIDTH if exactness == "invariant" else None
-        kv.reserve(max(map(self._reach, self.rows)) + (width or k + 1))
+        kv.reserve(max(map(self._reach, self.rows)) + (width or k + 1), max(row.room for row in self.rows))
         before: Snapshot | None = kv.snapshot()
         with self._span("build", rows=len(self.rows), drafts=k):
             state, report, drafts = decode_round(

@@ -77,7 +77,7 @@ class TargetLayer(nn.Module):
         queries, keys, values = self.self_attn.project(self.input_layernorm(h), block.rope, block.rotation, packing)
         if self._kv_owner == self._index:
             kv.write(self._index, keys, values, block.addresses.slots)
-        keys, values = kv.keys[self._kv_owner], kv.values[self._kv_owner]
+        keys, values = kv.read(self._kv_owner)
         x = self.self_attn.attend(queries, keys, values, block.addresses.visible, packing)
         h = h + self.post_attention_layernorm(x)
 
