@@ -8,10 +8,10 @@ and the rule below hides it until the next block overwrites it.
     a slot holds, for a row whose newest position is n, position n - ((n - slot) mod slots)
     that position is visible to a query at q iff it is >= 0, <= q and, in sliding layers, > q - window
 
-Full layers have one slot per position (`capacity`, grown in steps). So have sliding layers at first; at window + slack
-slots they stop growing and are rings from then on, which moves nothing: until then p mod slots is p. The slack is at
-least the longest block ever written, so what a block overwrites, drafts included, has already left the window of every
-query that is still to come.
+Full layers have one slot per position (`capacity`, with room to grow into). So have sliding layers at first; at window +
+slack slots they stop growing and are rings from then on, which moves nothing: until then p mod slots is p. The slack is
+at least the longest block ever written, so what a block overwrites, drafts included, has already left the window of
+every query that is still to come. Only slots that may have been written are read (`used`, in steps), as a view.
 
 Buffers are [B, kv_heads, slots, head_dim], row-contiguous: the layout that attention kernels read without a copy.
 
@@ -31,9 +31,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from .config import TextConfig
+from .models.elementwise import counting, fused
 
 CAPACITY_STEP = 128
-"""Buffers grow by multiples of this many slots."""
+"""Buffers have, and are read in, multiples of this many slots."""
 
 
 Snapshot = tuple[dict[int, mx.array], dict[int, mx.array]]
@@ -106,14 +107,15 @@ def visible(newest: mx.array, queries: mx.array, slots: int, window: int | None)
     Returns:
         bool [B, 1, L, slots].
     """
-    slot = mx.arange(slots, dtype=mx.int32)
-    newest = newest[:, None]
-    held = (newest - (newest - slot) % slots)[:, None, :]
-    queries = queries[:, :, None]
-    seen = (held >= 0) & (held <= queries)
-    if window is not None:
-        seen = seen & (held > queries - window)
-    return seen[:, None]
+    # All positions lie within a window of 2**30.
+    reach = mx.array(2**30 if window is None else window, mx.int32)
+    return _seen(newest[:, None, None], queries[:, :, None], counting(slots), mx.array(slots, mx.int32), reach)[:, None]
+
+
+@fused
+def _seen(newest: mx.array, queries: mx.array, slot: mx.array, slots: mx.array, window: mx.array) -> mx.array:
+    held = newest - (newest - slot) % slots
+    return (held >= 0) & (held <= queries) & (held > queries - window)
 
 
 class KVBuffers:
@@ -122,6 +124,7 @@ class KVBuffers:
     Attributes:
         keys, values: By owning layer's index, [B, kv_heads, slots, head_dim].
         capacity: Slots of the full layers, and of the sliding ones while they are no rings yet.
+        used: How many of these are read.
         ring: Most slots of the sliding layers.
         window: Positions that a sliding layer sees.
         written: Upper bound of the positions ever written, plus one; see `can_rewind`.
@@ -139,7 +142,7 @@ class KVBuffers:
         """
         self.window = config.sliding_window
         self.ring = ring_slots(self.window, longest_block)
-        self.capacity = _capacity(positions)
+        self.capacity = self.used = _capacity(positions)
         self.written = 0
         self._sliding = {i: layer.sliding for i, layer in enumerate(config.layers) if layer.kv_owner == i}
         self.lenders = {sliding: config.lender(sliding) for sliding in set(self._sliding.values())}
@@ -164,12 +167,18 @@ class KVBuffers:
         """All buffers, for evaluation."""
         return [*self.keys.values(), *self.values.values()]
 
-    def reserve(self, positions: int) -> None:
-        """Makes room for `positions` positions a row; call before a block that may reach that far is written."""
+    def reserve(self, positions: int, room: int = 0) -> None:
+        """Makes room for `positions` positions a row; call before a block that may reach that far is written.
+
+        Args:
+            positions: Positions that may be written from now on.
+            room: Positions that there will be, as far as is known. Buffers that must grow grow to that.
+        """
         self.written = max(self.written, positions)
-        if positions <= self.capacity:
+        self.used = _capacity(positions)
+        if self.used <= self.capacity:
             return
-        capacity = _capacity(positions)
+        capacity = _capacity(max(positions, room))
         for buffers in (self.keys, self.values):
             for i, sliding in self._sliding.items():
                 slots = self._slots(sliding, capacity)
@@ -179,6 +188,16 @@ class KVBuffers:
                     # One layer at a time, so that no more than one old buffer is alive beside its successor.
                     mx.eval(buffers[i])
         self.capacity = capacity
+        self.bound_pool()
+
+    def bound_pool(self) -> None:
+        """Gives memory back to the system that MLX keeps for later, if that is more than the buffers have.
+
+        What was freed is used again for arrays of about its size only. Products with a growing number of slots and
+        buffers that grow or are regrouped leave ever other sizes behind, and MLX's own limit is nearly all memory.
+        """
+        if mx.get_cache_memory() > self.nbytes:
+            mx.clear_cache()
 
     def snapshot(self) -> Snapshot:
         """The buffers as they are, for `restore`; while a snapshot is alive, writes copy."""
@@ -196,7 +215,7 @@ class KVBuffers:
     def rewind(self, checkpoint: Checkpoint) -> None:
         """Takes the sliding layers back to a checkpoint of the same text."""
         for buffers, rings in zip((self.keys, self.values), checkpoint.rings, strict=True):
-            buffers |= {i: _with_slots(ring, self._slots(True)) for i, ring in rings.items()}
+            buffers |= {i: _with_slots(ring, self._slots(True, self.capacity)) for i, ring in rings.items()}
         self.written = checkpoint.written
 
     def row(self, index: int, positions: int) -> KVBuffers:
@@ -207,11 +226,12 @@ class KVBuffers:
             positions: Upper bound of the positions that were written in it; room for more isn't kept.
         """
         single = copy.copy(self)
-        single.capacity, single.written = min(_capacity(positions), self.capacity), positions
+        single.capacity = single.used = min(_capacity(positions), self.capacity)
+        single.written = positions
         for name in ("keys", "values"):
             arrays = {}
             for i, a in getattr(self, name).items():
-                slots = single._slots(self._sliding[i])
+                slots = single._slots(self._sliding[i], single.capacity)
                 whole = a.shape[0] == 1 and a.shape[2] == slots
                 arrays[i] = a if whole else mx.contiguous(a[index : index + 1, :, :slots])
             setattr(single, name, arrays)
@@ -229,11 +249,11 @@ class KVBuffers:
             joining: Buffers of the same kind.
             positions: Positions a row that there must be room for; full layers shrink or grow to it.
         """
-        self.capacity = _capacity(positions)
+        self.capacity = self.used = _capacity(positions)
         for name in ("keys", "values"):
             buffers = getattr(self, name)
             for i, sliding in self._sliding.items():
-                slots = self._slots(sliding)
+                slots = self._slots(sliding, self.capacity)
                 parts = [buffers[i][mx.array(list(rows), dtype=mx.int32)]] if rows else []
                 parts += [getattr(other, name)[i] for other in joining]
                 joined = mx.concatenate([_with_slots(part, slots) for part in parts])
@@ -241,6 +261,7 @@ class KVBuffers:
                 mx.eval(joined)
                 buffers[i] = joined
         self.written = max([self.written if rows else 0, *(other.written for other in joining)])
+        self.bound_pool()
 
     def can_rewind(self, length: int) -> bool:
         """Whether everything a row of `length` committed tokens must see is still in the buffers."""
@@ -254,7 +275,7 @@ class KVBuffers:
             lengths: int32 [B], committed tokens.
             width: L, tokens of the block.
         """
-        positions = lengths[:, None] + mx.arange(width, dtype=mx.int32)
+        positions = lengths[:, None] + counting(width)
         newest = positions[:, -1]
         return {
             sliding: Addresses(
@@ -269,10 +290,15 @@ class KVBuffers:
         self.keys[layer] = mx.put_along_axis(self.keys[layer], slots, keys, axis=2)
         self.values[layer] = mx.put_along_axis(self.values[layer], slots, values, axis=2)
 
+    def read(self, layer: int) -> tuple[mx.array, mx.array]:
+        """Keys and values of an owning layer, [B, kv_heads, slots, head_dim], without the slots that aren't used."""
+        slots = self._slots(self._sliding[layer])
+        keys, values = self.keys[layer], self.values[layer]
+        return (keys, values) if keys.shape[2] == slots else (keys[:, :, :slots], values[:, :, :slots])
+
     def lend(self, sliding: bool) -> tuple[mx.array, mx.array]:
-        """The very arrays of the last owning layer of a kind, for the drafter to read."""
-        layer = self.lenders[sliding]
-        return self.keys[layer], self.values[layer]
+        """The very keys and values of the last owning layer of a kind, for the drafter to read."""
+        return self.read(self.lenders[sliding])
 
     def lent_visible(self, lengths: mx.array, window: int) -> dict[bool, mx.array]:
         """What the drafter sees: committed rows only, in sliding layers the newest `window` of them.
@@ -287,7 +313,8 @@ class KVBuffers:
         }
 
     def _slots(self, sliding: bool, capacity: int | None = None) -> int:
-        capacity = capacity or self.capacity
+        """Slots of a kind of layer in buffers of this capacity; None for those that are used."""
+        capacity = self.used if capacity is None else capacity
         return min(self.ring, capacity) if sliding else capacity
 
 

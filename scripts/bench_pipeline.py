@@ -29,32 +29,15 @@ import typer  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from tiny_checkpoints import make_pair  # noqa: E402
+from deep_pair import LAYERS, deep_pair  # noqa: E402
 
-from mlx_mtp.checkpoint import load_drafter  # noqa: E402
-from mlx_mtp.config import target_config  # noqa: E402
 from mlx_mtp.decode.prefill import prefill  # noqa: E402
 from mlx_mtp.decode.round import decode_round, first_state  # noqa: E402
 from mlx_mtp.decode.sampling import Sampler, SamplingOptions  # noqa: E402
 from mlx_mtp.models.drafter import Drafter  # noqa: E402
 from mlx_mtp.models.target import Target  # noqa: E402
 
-LAYERS, ROUNDS = 35, 60
-
-
-def make_models(folder: Path) -> tuple[Target, Drafter]:
-    """A random target of E2B's kind with 35 layers, 20 of which share KV as in E2B, and a drafter for it."""
-    source, drafter_folder = make_pair("e2b", folder)
-    raw = json.loads((source / "config.json").read_text())
-    kinds = ["full_attention" if i % 5 == 4 else "sliding_attention" for i in range(LAYERS)]
-    raw["text_config"] |= {"num_hidden_layers": LAYERS, "layer_types": kinds, "num_kv_shared_layers": 20}
-    config = target_config(raw)
-    target = Target(config.text)
-    for part in target.modules():
-        if hasattr(part, "prepare"):
-            part.prepare()
-    mx.eval(target.parameters())
-    return target, load_drafter(drafter_folder, config, "committed", "float32")[1]
+ROUNDS = 60
 
 
 def seconds(target: Target, drafter: Drafter, k: int, pipelined: bool) -> float:
@@ -86,7 +69,7 @@ def main(
 ) -> None:
     """Runs the benchmark and prints its figures."""
     with tempfile.TemporaryDirectory() as folder:
-        target, drafter = make_models(Path(folder))
+        target, drafter = deep_pair(Path(folder))
     took = []
     ratios = []
     for repeat in range(repeats + 1):

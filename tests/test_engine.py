@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from deep_pair import deep_pair
 from scripted_drafter import ScriptedDrafter
 from tiny_checkpoints import VOCAB, make_pair
 
@@ -221,6 +222,35 @@ def test_statistics_add_up(pair: Pair):
     _, wrong = run(Scheduler(target, ScriptedDrafter(wrong_script)), prompt(), 81, draft_length=4)  # type: ignore[arg-type]
     assert (wrong.rounds, wrong.accepted, wrong.mean_accepted) == (80, 0, 0.0)
     assert right.peak_memory_bytes > 0 and right.prompt_tps > 0 and right.generation_tps > 0
+
+
+@pytest.mark.parametrize("mode", ["early", "late"])
+def test_rounds_copy_no_buffers(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whenever they are handed over; what holds a buffer on purpose shows that copies would be seen."""
+    monkeypatch.setenv(engine_module.SWITCH, mode)
+    scheduler = Scheduler(*deep_pair(tmp_path))
+    row = scheduler.submit(Request(prompt(), 100, draft_length=2))
+    while not row.fresh:
+        scheduler.step()
+    kv = scheduler._engine.kv
+    assert kv is not None
+    kv.reserve(8000)
+    assert kv.nbytes > 20 * 2**20
+
+    def most_memory(hold: bool) -> int:
+        mx.synchronize()
+        mx.clear_cache()
+        active = mx.get_active_memory()
+        mx.reset_peak_memory()
+        for _ in range(3):
+            held = kv.snapshot() if hold else None
+            scheduler.step()
+            del held
+        return mx.get_peak_memory() - active
+
+    most_memory(hold=False)
+    assert most_memory(hold=False) < 2 * 2**20
+    assert most_memory(hold=True) > 20 * 2**20
 
 
 @pytest.mark.parametrize("wrong, culprit", [

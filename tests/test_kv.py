@@ -54,7 +54,7 @@ def write(kv: KVBuffers, lengths: list[int], marks: np.ndarray) -> dict[bool, mx
 
 def seen(kv: KVBuffers, visible: mx.array, layer: int, row: int, query: int) -> list[int]:
     """Marks that a query sees in a layer, sorted."""
-    marks = np.array(kv.keys[layer][row, 0, :, 0])[np.array(visible[row, 0, query])]
+    marks = np.array(kv.read(layer)[0][row, 0, :, 0])[np.array(visible[row, 0, query])]
     return sorted(int(m) for m in marks)
 
 

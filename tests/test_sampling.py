@@ -126,8 +126,8 @@ def test_suppressed_tokens_are_never_chosen():
 
 
 def test_noise_is_standard_gumbel():
-    key = mx.array([9, 10], mx.uint32)
-    noise = np.sort(np.array(gumbel(key, mx.arange(200)[:, None], mx.arange(500)[None])).ravel())
+    key = mx.array(9, mx.uint32), mx.array(10, mx.uint32)
+    noise = np.sort(np.array(gumbel(*key, mx.arange(200)[:, None], mx.arange(500)[None])).ravel())
     cdf = np.exp(-np.exp(-noise))
     uniform = (np.arange(noise.size) + 0.5) / noise.size
     assert np.abs(cdf - uniform).max() < 1.63 / np.sqrt(noise.size), "Kolmogorov-Smirnov at 1 %"
@@ -150,7 +150,7 @@ def test_the_tail_of_the_noise():
     bounds = np.array([0.0, 4.0, 8.0, 10.0, 12.0, 14.0, 15.5])
     above, ids = np.zeros(len(bounds)), mx.arange(GEMMA_VOCAB)[None]
     for begin in range(0, 256, 16):
-        noise = gumbel(mx.array([3, 141], mx.uint32), mx.arange(begin, begin + 16)[:, None], ids)
+        noise = gumbel(*mx.array([3, 141], mx.uint32), mx.arange(begin, begin + 16)[:, None], ids)
         assert mx.isfinite(noise).all().item()
         above += np.array([(noise > bound).sum().item() for bound in bounds.tolist()])
     expected = -np.expm1(-np.exp(-bounds)) * 2**26

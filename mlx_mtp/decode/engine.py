@@ -5,15 +5,15 @@ the one it would get alone. Rows join with a prefilled prompt and leave when the
 
 The host builds round n + 1 while round n runs, and hands it over before it reads the tokens of round n, in one read
 for all rows (and one more for the first tokens of rows that have just joined); it learns of a stop token one round late
-and drops the surplus. Handing over early has a price: MLX writes a buffer in place only while nothing in flight reads
-it, and copies it otherwise. So when the buffers are large, round n + 1 is built early but handed over only once round n
-is done.
+and drops the surplus. Where that would have MLX copy large buffers, round n + 1 is built early but handed over only
+once round n is done, see `hands_over_late`.
 
 Not here: who joins and when, prefill (scheduler.py), text (api.py).
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,6 +24,7 @@ import mlx.core as mx
 
 from ..kv import LONGEST_VERIFY, KVBuffers, Snapshot
 from ..models.drafter import Drafter
+from ..models.elementwise import on_gpu
 from ..models.target import Target
 from .batch_length import BatchLength, Costs
 from .draft_length import AutoLength, alike
@@ -35,6 +36,9 @@ from .trace import Trace
 
 COPY_LIMIT = 32 * 2**20
 """Bytes of KV from which copying them costs more than the gap left by handing a round over late."""
+
+SWITCH = "MLX_MTP_HAND_OVER"
+"""Environment variable: "early" or "late", in place of what `hands_over_late` would say."""
 
 assert MAX_DRAFT_LENGTH < LONGEST_VERIFY
 
@@ -69,6 +73,18 @@ class _Flight:
     rows: list[Row]
     lengths: list[int] | None
     policy: AutoLength | None
+
+
+def hands_over_late(kv: KVBuffers) -> bool:
+    """Whether a round waits for the one before it to be done, which leaves the device idle meanwhile.
+
+    MLX writes a buffer in place only while nothing in flight reads it, and copies it otherwise. On a GPU it never has
+    more than 10 command buffers of about 50 kernels in flight, and between a layer's reading its KV in one round and
+    writing it in the next lies a whole round, hundreds of kernels. On a CPU a round of a small model is shorter, and
+    what runs in flight computes on the same cores, so that little is lost by waiting.
+    """
+    switch = os.environ.get(SWITCH)
+    return switch == "late" if switch in ("early", "late") else not on_gpu() and kv.nbytes > COPY_LIMIT
 
 
 class Engine:
@@ -112,7 +128,8 @@ class Engine:
             kv = buffers[0] if len(buffers) == 1 else buffers[0].row(0, buffers[0].written)
         assert kv is not None
         if stay or len(buffers) > 1:
-            kv.regroup(stay, buffers, max([*(self._reach(row) for row in rows), *(b.written for b in buffers)]))
+            reach = (max(self._reach(row), row.room) for row in rows)
+            kv.regroup(stay, buffers, max([*reach, *(b.written for b in buffers)]))
         self._state = regroup(self._state, stay, [self._first(prompt) for prompt in joining])
         self.rows, self._sampler, self.kv = rows, self._make_sampler(rows), kv
         for prompt in joining:
@@ -146,13 +163,13 @@ class Engine:
         lengths, policy = self._next_lengths(waiting)
         k = max(lengths)
         width = INVARIANT_WIDTH if exactness == "invariant" else None
-        kv.reserve(max(map(self._reach, self.rows)) + (width or k + 1))
+        kv.reserve(max(map(self._reach, self.rows)) + (width or k + 1), max(row.room for row in self.rows))
         before: Snapshot | None = kv.snapshot()
         with self._span("build", rows=len(self.rows), drafts=k):
             state, report, drafts = decode_round(
                 self._target, self._drafter, kv, self._sampler, self._state, lengths, width, exactness == "stepwise"
             )
-        late = kv.nbytes > COPY_LIMIT
+        late = hands_over_late(kv)
         if late is not self._late:
             self._clock.disturb()
             self._late = late

@@ -29,7 +29,7 @@ def prefill(
     """
     check_prompt(prompt, target.config)
     chunk = longest_block(target.config)
-    kv = KVBuffers(target.config, 1, target.dtype, chunk)
+    kv = KVBuffers(target.config, 1, target.dtype, chunk, len(prompt))
     for start in range(0, len(prompt), chunk):
         hidden = prefill_block(target, kv, [list(prompt[start : start + chunk])], start)
         if keep:
@@ -37,7 +37,7 @@ def prefill(
     return kv, hidden[:, -1]
 
 
-def prefill_block(target: Target, kv: KVBuffers, block: list[list[int]], start: int) -> mx.array:
+def prefill_block(target: Target, kv: KVBuffers, block: list[list[int]], start: int, room: int = 0) -> mx.array:
     """Runs the same positions of several prompts.
 
     Args:
@@ -45,11 +45,13 @@ def prefill_block(target: Target, kv: KVBuffers, block: list[list[int]], start: 
         kv: Buffers with a row for each prompt.
         block: Token ids, [B][L].
         start: Position of the block's first tokens.
+        room: See `KVBuffers.reserve`.
 
     Returns:
         Hidden states [B, L, hidden], evaluated, as the buffers are.
     """
-    kv.reserve(start + len(block[0]))
+    kv.reserve(start + len(block[0]), room)
     hidden = target(mx.array(block, dtype=mx.int32), mx.full((len(block),), start, dtype=mx.int32), kv)
     mx.eval(kv.arrays(), hidden)
+    kv.bound_pool()
     return hidden

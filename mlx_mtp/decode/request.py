@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ..config import TextConfig
 from ..errors import PromptError
-from ..kv import Checkpoint
+from ..kv import LONGEST_VERIFY, Checkpoint
 from .limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH
 from .sampling import SamplingOptions, is_int
 
@@ -20,6 +20,9 @@ EXACTNESS = ("fast", "invariant", "stepwise")
 INVARIANT_WIDTH = MAX_AUTO_LENGTH + 1
 """Width of every verify block under exactness "invariant"."""
 
+
+ROOM = 1024
+"""Tokens that a row has room to grow by, or a quarter of what it has: seldom enough for copying it to cost nothing."""
 
 _NUMBERS = count()
 
@@ -149,6 +152,12 @@ class Row:
     def committed(self) -> int:
         """Tokens whose KV is committed; the newest token's isn't yet."""
         return len(self.request.prompt) + max(len(self.tokens) - 1, 0)
+
+    @property
+    def room(self) -> int:
+        """Positions to make room for when there is none: all that it may come to, unless these are many more."""
+        most = len(self.request.prompt) + self.limit + LONGEST_VERIFY
+        return min(most, self.committed + max(ROOM, self.committed // 4))
 
     @property
     def held(self) -> list[int]:

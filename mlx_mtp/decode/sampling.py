@@ -17,13 +17,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from typing import TypeGuard
 
 import mlx.core as mx
 
 from ..errors import PromptError
-from ..models.elementwise import softcap
+from ..models.elementwise import counting, fused, on_gpu, softcap
 from .limits import MAX_TEMPERATURE
 
 
@@ -90,11 +91,8 @@ class Sampler:
             vocab_size: Needed with `suppress_tokens`.
         """
         self._softcap = logit_softcap
-        self._suppressed = None
-        if suppress_tokens:
-            banned = mx.array(list(suppress_tokens), dtype=mx.int32)
-            bias = mx.zeros((vocab_size,), mx.float32)
-            self._suppressed = mx.put_along_axis(bias, banned, mx.array(-mx.inf), axis=0)
+        self._suppress_tokens, self._vocab_size = tuple(suppress_tokens), vocab_size
+        self._biases: dict[mx.Dtype, mx.array] = {}
         self._arrange(rows)
 
     def _arrange(self, rows: Sequence[SamplingOptions]) -> None:
@@ -123,10 +121,17 @@ class Sampler:
         Returns:
             int32 [B, L].
         """
-        logits = logits.astype(mx.float32)
-        if self._suppressed is not None:
-            logits = logits + self._suppressed
+        if self._suppress_tokens:
+            logits = logits + self._bias(logits.dtype)
         return self._choose(logits, None, positions, self._softcap)
+
+    def _bias(self, dtype: mx.Dtype) -> mx.array:
+        """[vocab], minus infinity for suppressed tokens and else 0; of the logits' type, so that these aren't cast."""
+        if dtype not in self._biases:
+            banned = mx.array(self._suppress_tokens, dtype=mx.int32)
+            zeros = mx.zeros((self._vocab_size,), dtype)
+            self._biases[dtype] = mx.put_along_axis(zeros, banned, mx.array(-mx.inf, dtype), axis=0)
+        return self._biases[dtype]
 
     def draft(self, logits: mx.array, ids: mx.array | None, positions: mx.array) -> mx.array:
         """Chooses drafts, with the noise that the target will choose with.
@@ -140,7 +145,7 @@ class Sampler:
             int32 [B].
         """
         ids = None if ids is None else ids[:, None]
-        return self._choose(logits[:, None].astype(mx.float32), ids, positions[:, None], None).squeeze(1)
+        return self._choose(logits[:, None], ids, positions[:, None], None).squeeze(1)
 
     def _choose(self, logits: mx.array, ids: mx.array | None, positions: mx.array, cap: float | None) -> mx.array:
         if self._place is None:
@@ -178,64 +183,116 @@ class _Group:
         """Chooses from logits [B, L, n]; see `Sampler.target` and `Sampler.draft`."""
         if not self._drawn:
             return _take_ids(ids, mx.argmax(logits, axis=-1, keepdims=True)).squeeze(-1)
+        order = None
         if 0 < self._candidates < logits.shape[-1]:
-            best = best_few(logits, self._candidates)
-            logits = mx.take_along_axis(logits, best, axis=-1)
-            ids = _take_ids(ids, best)
-        if cap is not None:
-            logits = softcap(logits, cap)
+            order = best_few(logits, self._candidates)
+        elif self._truncates:
+            order = mx.argsort(logits, axis=-1)
+        if order is not None:
+            logits, ids = mx.take_along_axis(logits, order, axis=-1), _take_ids(ids, order)
+        if cap is None:
+            logits, scaled = _scaled(logits, self._temperature)
+        else:
+            logits, scaled = _capped_and_scaled(logits, mx.array(cap, mx.float32), self._temperature)
+        token_ids = counting(logits.shape[-1]) if ids is None else ids
+        drawn = _perturbed(
+            logits, self._temperature, self._keys[..., 0], self._keys[..., 1], positions[:, :, None], token_ids
+        )
         if self._truncates:
-            order = mx.argsort(-logits, axis=-1)
-            logits = self._truncate(mx.take_along_axis(logits, order, axis=-1))
-            ids = _take_ids(ids, order)
-        token_ids = mx.arange(logits.shape[-1], dtype=mx.int32) if ids is None else ids
-        noise = gumbel(self._keys, positions[:, :, None], token_ids)
-        # argmax(l / t + g) = argmax(l + t g).
-        return _take_ids(ids, mx.argmax(logits + self._temperature * noise, axis=-1, keepdims=True)).squeeze(-1)
+            drawn = self._truncate(scaled, drawn)
+        return _take_ids(ids, mx.argmax(drawn, axis=-1, keepdims=True)).squeeze(-1)
 
-    def _truncate(self, logits: mx.array) -> mx.array:
-        """Sets filtered tokens of descending logits [B, L, n] to -inf; all but top-k, which chose the candidates."""
-        probabilities = mx.softmax(logits / self._temperature, axis=-1)
-        before = mx.cumsum(probabilities, axis=-1, inclusive=False)
-        kept = mx.where((before < self._top_p) | (mx.arange(logits.shape[-1]) == 0), logits, -mx.inf)
-        # Renormalising after top-p changes no ratio, so min-p may look at the probabilities from before.
-        return mx.where(probabilities >= self._min_p * probabilities[..., :1], kept, -mx.inf)
+    def _truncate(self, scaled: mx.array, drawn: mx.array) -> mx.array:
+        """Sets filtered tokens to -inf; all but top-k, which chose the candidates.
+
+        Args:
+            scaled: float32 [B, L, n], ascending logits by temperature.
+            drawn: The logits with noise.
+        """
+        probabilities = mx.softmax(scaled, axis=-1)
+        better = mx.cumsum(probabilities, axis=-1, reverse=True, inclusive=False)
+        return _filtered(drawn, probabilities, better, probabilities[..., -1:], self._top_p, self._min_p)
+
+
+@fused
+def _scaled(logits: mx.array, temperature: mx.array) -> tuple[mx.array, mx.array]:
+    """Logits in float32, and by temperature."""
+    logits = logits.astype(mx.float32)
+    return logits, logits / temperature
+
+
+@fused
+def _capped_and_scaled(logits: mx.array, cap: mx.array, temperature: mx.array) -> tuple[mx.array, mx.array]:
+    """As `_scaled`, after the softcap."""
+    return _scaled(softcap(logits.astype(mx.float32), cap), temperature)
+
+
+@partial(fused, shapeless=False)
+def _perturbed(
+    logits: mx.array, temperature: mx.array, first: mx.array, second: mx.array, positions: mx.array, ids: mx.array
+) -> mx.array:
+    """Logits whose largest is drawn: argmax(l / t + g) = argmax(l + t g)."""
+    return logits + temperature * gumbel(first, second, positions, ids)
+
+
+@fused
+def _filtered(
+    drawn: mx.array, probabilities: mx.array, better: mx.array, best: mx.array, top_p: mx.array, min_p: mx.array
+) -> mx.array:
+    """`drawn`, or -inf where top-p or min-p leave a token out; `better` is how likely better tokens are together."""
+    # Renormalising after top-p changes no ratio, so min-p may look at the probabilities from before. Nothing is better
+    # than the best token, so that it is always kept.
+    return mx.where((better < top_p) & (probabilities >= min_p * best), drawn, -mx.inf)
 
 
 def best_few(logits: mx.array, k: int) -> mx.array:
-    """Indices of the k largest entries along the last axis, in no order: int32 [..., k].
+    """Indices of the k largest entries along the last axis, the largest last: uint32 [..., k].
 
     Large vocabularies are searched in two steps, because selecting from 262,144 entries means sorting them on a GPU.
     The k best entries lie in the k blocks with the largest maxima.
     """
     size, block = logits.shape[-1], 64
     if size % block or size < 4 * k * block:
-        return mx.argpartition(-logits, kth=k - 1, axis=-1)[..., :k].astype(mx.int32)
+        return _best_of_few(logits, k)
     blocks = mx.unflatten(logits, -1, (-1, block))
-    chosen = best_few(blocks.max(axis=-1), k)
+    chosen = _best_of_few(blocks.max(axis=-1), k)
     within = mx.take_along_axis(blocks, chosen[..., None], axis=-2).flatten(-2)
-    ids = (chosen[..., None] * block + mx.arange(block, dtype=mx.int32)).flatten(-2)
-    return mx.take_along_axis(ids, best_few(within, k), axis=-1)
+    place = _best_of_few(within, k)
+    return _in_block(mx.take_along_axis(chosen, place // block, axis=-1), place, mx.array(block, mx.uint32))
 
 
-def gumbel(keys: mx.array, positions: mx.array, token_ids: mx.array) -> mx.array:
-    """Standard Gumbel noise as a pure function of its arguments.
+@fused
+def _in_block(blocks: mx.array, place: mx.array, size: mx.array) -> mx.array:
+    return blocks * size + place % size
 
-    A counter-based generator: only the candidates' noise is ever computed, and it is the same on every backend.
+
+def _best_of_few(logits: mx.array, k: int) -> mx.array:
+    """As `best_few`, in one step."""
+    if on_gpu():
+        return mx.argsort(logits, axis=-1)[..., -k:]  # which is what a partition is there
+    best = mx.argpartition(logits, kth=-k, axis=-1)[..., -k:]
+    order = mx.argsort(mx.take_along_axis(logits, best, axis=-1), axis=-1)
+    return mx.take_along_axis(best, order, axis=-1)
+
+
+def gumbel(first: mx.array, second: mx.array, positions: mx.array, token_ids: mx.array) -> mx.array:
+    """Standard Gumbel noise as a pure function of its arguments, which broadcast against each other.
+
+    A counter-based generator: only the candidates' noise is ever computed, and its bits are the same on every backend.
 
     Args:
-        keys: uint32 [..., 2], a row's key of 64 bits.
+        first, second: uint32, the two words of a row's key, see `seed_key`.
         positions: int32, absolute positions.
-        token_ids: int32; positions, token ids and the first axes of `keys` broadcast against each other.
+        token_ids: int32 or uint32.
 
     Returns:
         float32 of the broadcast shape, finite.
     """
     positions = _scramble(positions.astype(mx.uint32))
     # Two words for each position, so that all 64 bits of the key reach every token's noise.
-    first = _scramble(keys[..., 0] ^ positions)
-    second = _scramble(keys[..., 1] ^ _scramble(positions ^ mx.array(0x9E3779B9, mx.uint32)))
-    return noise_of_bits(_scramble(_scramble(token_ids.astype(mx.uint32) ^ first) + second))
+    stream = _scramble(first ^ positions)
+    other = _scramble(second ^ _scramble(positions ^ mx.array(0x9E3779B9, mx.uint32)))
+    return noise_of_bits(_scramble(_scramble(token_ids.astype(mx.uint32) ^ stream) + other))
 
 
 def noise_of_bits(bits: mx.array) -> mx.array:

@@ -297,7 +297,7 @@ class Scheduler:
             end = job.parting
         block = [[*prompt[start:end], *[0] * (end - max(len(prompt), start))] for prompt in prompts]
         with self.trace.host("prefill", tokens=len(block) * len(block[0])) if self.trace else nullcontext():
-            hidden = prefill_block(self._target, job.kv, block, start)
+            hidden = prefill_block(self._target, job.kv, block, start, max(rows[0].room for rows in job.rows))
         self._engine.disturb()
         job.start = end
         if end == job.parting:
@@ -308,7 +308,7 @@ class Scheduler:
         ready = []
         for i, (prompt, rows) in enumerate(zip(prompts, job.rows, strict=True)):
             rows = [row for row in rows if not row.done]
-            kv = job.kv.row(i, len(prompt) if len(prompts) > 1 else job.kv.written)
+            kv = job.kv if len(prompts) == 1 else job.kv.row(i, len(prompt))
             checkpoint = kv.checkpoint(len(prompt))
             checkpoints = [*job.checkpoints, checkpoint]
             # At most half of what may be kept for later is kept by those who run.

@@ -7,6 +7,8 @@ another layer.
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -73,14 +75,14 @@ def stack(module: nn.Module, names: list[str]) -> None:
     if len(kinds) > 1:
         return
     for key in layers[0].parameters():
-        layers[0][key] = mx.concatenate([layer[key] for layer in layers])
+        layers[0][key] = mx.concatenate([layer[key] for layer in layers], axis=-2)
     for name in names[1:]:
         del module[name]
 
 
-def side_by_side(module: nn.Module, names: list[str], x: mx.array) -> mx.array:
-    """Outputs of linear layers, stacked or not, along the last axis."""
-    outputs = [module[name](x) for name in names if name in module]
+def side_by_side(module: nn.Module, names: list[str], x: mx.array, *others: Any) -> mx.array:
+    """Outputs of linear layers, stacked or not, along the last axis; `others` are further arguments of each."""
+    outputs = [module[name](x, *others) for name in names if name in module]
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-1)
 
 
@@ -105,11 +107,10 @@ class Attention(nn.Module):
     def prepare(self) -> None:
         """Brings loaded weights into the form they run in; to be called once, before the first use."""
         stack(self, self._projections)
-        norms = [self.q_norm.weight] * self._heads
         if self._kv_heads:
-            norms += [self.k_norm.weight] * self._kv_heads
-        self._norms = mx.stack(norms)
-        mx.eval(self._norms)
+            norms = [self.q_norm.weight] * self._heads + [self.k_norm.weight] * self._kv_heads
+            self._norms = mx.stack(norms)
+            mx.eval(self._norms)
 
     def project(
         self, x: mx.array, rope: Rope, rotation: Rotation, packing: Packing | None = None
@@ -124,9 +125,12 @@ class Attention(nn.Module):
         """
         # All heads are normalised and rotated together.
         heads = side_by_side(self, self._projections, x).reshape(*x.shape[:2], -1, self._head_dim)
-        heads = mx.fast.rms_norm(heads, None, self._eps)
+        heads = mx.fast.rms_norm(heads, None if self._kv_heads else self.q_norm.weight, self._eps)
         if packing:
             heads = packing.spread(heads)
+        if not self._kv_heads:
+            queries = rope.rotate(heads.transpose(0, 2, 1, 3), rotation)
+            return queries, queries[:, :0], queries[:, :0]
         rotated = rope.rotate((heads[:, :, : len(self._norms)] * self._norms).transpose(0, 2, 1, 3), rotation)
         # The last heads are the values; where these are the keys (`attention_k_eq_v`), keys before norm and rotation.
         values = heads[:, :, heads.shape[2] - self._kv_heads :].transpose(0, 2, 1, 3)
@@ -158,8 +162,44 @@ class Attention(nn.Module):
 
 
 def _attend(queries: mx.array, keys: mx.array, values: mx.array, visible: mx.array) -> mx.array:
-    out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=visible)
+    if on_gpu() and not _has_kernel(queries.shape, keys.shape[1]):
+        out = folded_attention(queries, keys, values, visible)
+    else:
+        out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=visible)
     return out.transpose(0, 2, 1, 3).flatten(2)
+
+
+def _has_kernel(queries: tuple[int, ...], kv_heads: int) -> bool:
+    """Whether MLX has a fused kernel for short queries [B, heads, L, head_dim], or no faster way for long ones.
+
+    From mlx 0.32.4 `scaled_dot_product_attention.cpp`: heads of up to 256 for blocks of up to 8 tokens whose query
+    heads of a KV head make no more than 32 rows; heads of 512 for single tokens only. Else it computes one product a
+    query head, each of which reads the keys, and fills a tile of 64 rows with L of them.
+    """
+    _, heads, length, head_dim = queries
+    if head_dim > 256:
+        return length == 1
+    return length > 8 or length * (heads // kv_heads) <= 32
+
+
+def folded_attention(queries: mx.array, keys: mx.array, values: mx.array, visible: mx.array) -> mx.array:
+    """Attention with scale 1 in which the query heads of a KV head are rows of one matrix product.
+
+    Args:
+        queries: [B, heads, L, head_dim].
+        keys, values: [B, kv_heads, slots, head_dim].
+        visible: bool [B, 1, L, slots].
+
+    Returns:
+        [B, heads, L, head_dim].
+    """
+    batch, heads, length, head_dim = queries.shape
+    kv_heads = keys.shape[1]
+    rows = queries.reshape(batch, kv_heads, -1, head_dim)
+    scores = (rows @ keys.swapaxes(-1, -2)).reshape(batch, kv_heads, heads // kv_heads, length, -1)
+    scores = mx.where(visible[:, :, None], scores, mx.array(mx.finfo(scores.dtype).min, scores.dtype))
+    shares = mx.softmax(scores, axis=-1, precise=True).reshape(batch, kv_heads, rows.shape[2], -1)
+    return (shares @ values).reshape(queries.shape)
 
 
 class MLP(nn.Module):

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+
+from .elementwise import counting, on_gpu
 
 
 class ClusteredHead(nn.Module):
@@ -35,8 +38,11 @@ class ClusteredHead(nn.Module):
         Returns:
             Logits [B, n] and the token ids they belong to, int32 [B, n]; n = clusters read * tokens per cluster.
         """
-        best = mx.argpartition(-self.centroids(hidden), kth=self._read - 1, axis=-1)[:, : self._read]
+        best = mx.argpartition(self.centroids(hidden), kth=-self._read, axis=-1)[:, -self._read :]
         ids = self.token_ordering.reshape(self._clusters, -1)[best]
+        if on_gpu():
+            return self._gathered(hidden, best).flatten(1), ids.flatten(1)
+        # On a CPU MLX has no gathered product of 16-bit numbers.
         rows = self._in_clusters(self.embedding.weight)[best]
         if isinstance(self.embedding, nn.QuantizedEmbedding):
             e = self.embedding
@@ -46,6 +52,15 @@ class ClusteredHead(nn.Module):
             )
         logits = rows.flatten(1, 2) @ hidden[:, :, None]
         return logits.squeeze(-1), ids.flatten(1)
+
+    def _gathered(self, hidden: mx.array, best: mx.array) -> mx.array:
+        """Logits [B, clusters read, 1, tokens per cluster], without a copy of the chosen rows."""
+        e, x = self.embedding, hidden[:, None, None, :]
+        rows = counting(len(hidden), np.uint32)[:, None]
+        if isinstance(e, nn.QuantizedEmbedding):
+            parts = [None if it is None else self._in_clusters(it) for it in (e.weight, e.scales, e.biases)]
+            return mx.gather_qmm(x, *parts, rows, best, group_size=e.group_size, bits=e.bits, mode=e.mode)
+        return mx.gather_mm(x, self._in_clusters(e.weight).swapaxes(-1, -2), rows, best)
 
     def _in_clusters(self, rows: mx.array) -> mx.array:
         return rows.reshape(self._clusters, -1, rows.shape[-1])

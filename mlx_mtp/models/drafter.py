@@ -19,6 +19,7 @@ from ..config import DrafterConfig, LayerConfig, TextConfig
 from ..kv import KVBuffers
 from .attention import MLP, Attention, Rope, Rotation, ropes
 from .clustered_head import ClusteredHead
+from .elementwise import add_scaled
 
 POSITIONS = ("committed", "bonus")
 
@@ -60,8 +61,8 @@ class DrafterLayer(nn.Module):
         queries, _, _ = self.self_attn.project(self.input_layernorm(h), rope, lent.rotations[kind])
         x = self.self_attn.attend(queries, lent.keys[kind], lent.values[kind], lent.visible[kind])
         h = h + self.post_attention_layernorm(x)
-        h = h + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h)))
-        return h * self.layer_scalar
+        x = self.mlp(self.pre_feedforward_layernorm(h))
+        return add_scaled(h, self.post_feedforward_layernorm(x), self.layer_scalar)
 
 
 class Drafter(nn.Module):

@@ -7,9 +7,14 @@ than fusing ever gives back, so there the plain operations run.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
+from typing import ParamSpec, TypeVar, cast
 
 import mlx.core as mx
+import numpy as np
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @cache
@@ -18,16 +23,39 @@ def on_gpu() -> bool:
     return mx.default_device().type == mx.DeviceType.gpu
 
 
-def fused(formula: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """Decorator: compiles a formula where compiling is free."""
-    compiled = mx.compile(formula, shapeless=True)
-    return lambda *arrays: compiled(*arrays) if on_gpu() else formula(*arrays)
+def fused(formula: Callable[P, R], shapeless: bool = True) -> Callable[P, R]:
+    """Decorator: compiles a formula where compiling is free.
+
+    Args:
+        formula: Element-wise operations on arrays.
+        shapeless: Whether once for all shapes. Else each new shape costs a millisecond of the host's time, but long
+            formulas become fewer kernels: broadcasting to shapes that aren't known counts as depth, which is limited.
+    """
+    compiled = mx.compile(formula, shapeless=shapeless)
+
+    def run(*arrays: P.args, **more: P.kwargs) -> R:
+        return cast(R, compiled(*arrays, **more)) if on_gpu() else formula(*arrays, **more)
+
+    return run
+
+
+@lru_cache(maxsize=256)  # a few for each shape of a round; entries hold small arrays
+def counting(end: int, dtype: type = np.int32) -> mx.array:
+    """The numbers 0 .. end - 1, [end]: a constant, which costs a GPU nothing where `mx.arange` is a kernel."""
+    return mx.array(np.arange(end, dtype=dtype))
 
 
 @fused
 def gelu_times(gate: mx.array, x: mx.array) -> mx.array:
     """gelu_pytorch_tanh(gate) * x, by 0.5 (1 + tanh(u)) = sigmoid(2 u)."""
-    return gate * mx.sigmoid(gate * (1.5957691216057308 + 0.07135481282052854 * (gate * gate))) * x
+    # gate * x first: MLX fuses formulas up to a certain depth, and one level more would be a second kernel.
+    return (gate * x) * mx.sigmoid(gate * (1.5957691216057308 + 0.07135481282052854 * (gate * gate)))
+
+
+@fused
+def add_scaled(h: mx.array, x: mx.array, scale: mx.array) -> mx.array:
+    """(h + x) * scale, the end of every layer (tensor `layer_scalar`)."""
+    return (h + x) * scale
 
 
 @fused

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..config import TextConfig
-from .elementwise import gelu_times, on_gpu
+from .attention import side_by_side, stack
+from .elementwise import counting, gelu_times, on_gpu
 
 SORT_FROM, SORT_FROM_CUDA = 64, 600
 """Token-expert pairs from which sorting them by expert pays: neighbours then read the same weights.
@@ -29,17 +31,22 @@ class Router(nn.Module):
         self.scale = mx.ones((config.hidden_size,))
         self.per_expert_scale = mx.ones((config.num_experts,))
 
+    def prepare(self) -> None:
+        """See `Attention.prepare`."""
+        self._norm = self.scale * self._root
+        mx.eval(self._norm)
+
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Routes x [..., hidden].
 
         Returns:
             Experts, uint32 [..., experts_per_token], and their weights, in x's type.
         """
-        scores = self.proj(mx.fast.rms_norm(x, self.scale * self._root, self._eps)).astype(mx.float32)
-        experts = mx.argpartition(-scores, kth=self._chosen - 1, axis=-1)[..., : self._chosen]
+        scores = self.proj(mx.fast.rms_norm(x, self._norm, self._eps))
+        experts = mx.argpartition(scores, kth=-self._chosen, axis=-1)[..., -self._chosen :]
         # Softmax over all experts, renormalised over the chosen ones, is softmax over the chosen ones.
-        weights = mx.softmax(mx.take_along_axis(scores, experts, axis=-1), axis=-1)
-        return experts, weights.astype(x.dtype) * self.per_expert_scale[experts]
+        weights = mx.softmax(mx.take_along_axis(scores, experts, axis=-1), axis=-1, precise=True)
+        return experts, weights * self.per_expert_scale[experts]
 
 
 class ExpertLinear(nn.Module):
@@ -49,9 +56,20 @@ class ExpertLinear(nn.Module):
         super().__init__()
         self.weight = mx.zeros((experts, outputs, inputs))
 
-    def __call__(self, x: mx.array, experts: mx.array, in_order: bool) -> mx.array:
-        """Maps rows x [..., 1, in] with the experts [...] named; `in_order` promises that these are sorted."""
-        return mx.gather_mm(x, self.weight.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=in_order)
+    def __call__(self, x: mx.array, experts: mx.array, in_order: bool, rows: mx.array | None = None) -> mx.array:
+        """Maps rows of x.
+
+        Args:
+            x: [..., 1, in].
+            experts: uint32, an expert for each result.
+            in_order: Promises that the experts are sorted.
+            rows: uint32 of the same shape, the row of x for each result, counted through all of them; None if there
+                is one for each.
+
+        Returns:
+            [*experts.shape, 1, out].
+        """
+        return mx.gather_mm(x, self.weight.swapaxes(-1, -2), rows, experts, sorted_indices=in_order)
 
     def to_quantized(self, group_size: int, bits: int, mode: str = "affine", **_: object) -> QuantizedExpertLinear:
         """The same map with quantised weights (called by `nn.quantize`)."""
@@ -68,13 +86,14 @@ class QuantizedExpertLinear(nn.Module):
         self.biases = biases[0] if biases else None
         self.freeze()
 
-    def __call__(self, x: mx.array, experts: mx.array, in_order: bool) -> mx.array:
+    def __call__(self, x: mx.array, experts: mx.array, in_order: bool, rows: mx.array | None = None) -> mx.array:
         """As `ExpertLinear`."""
         return mx.gather_qmm(
             x,
             self.weight,
             self.scales,
             self.biases,
+            lhs_indices=rows,
             rhs_indices=experts,
             transpose=True,
             group_size=self.group_size,
@@ -87,11 +106,17 @@ class QuantizedExpertLinear(nn.Module):
 class Experts(nn.Module):
     """The bank of expert MLPs."""
 
+    _INPUTS = ["gate_proj", "up_proj"]
+
     def __init__(self, config: TextConfig):
         super().__init__()
         self.gate_proj = ExpertLinear(config.num_experts, config.hidden_size, config.expert_size)
         self.up_proj = ExpertLinear(config.num_experts, config.hidden_size, config.expert_size)
         self.down_proj = ExpertLinear(config.num_experts, config.expert_size, config.hidden_size)
+
+    def prepare(self) -> None:
+        """See `Attention.prepare`."""
+        stack(self, self._INPUTS)
 
     def __call__(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
         """Weighted sum of each token's experts.
@@ -106,19 +131,22 @@ class Experts(nn.Module):
         """
         chosen = experts.shape[-1]
         if experts.size < self._sort_from():
-            out = self._mlp(x[..., None, None, :], experts, in_order=False).squeeze(-2)
+            # Told apart from none at all, rows are constants; MLX would make them anew each time.
+            tokens = counting(experts.size // chosen, np.uint32).reshape(*experts.shape[:-1], 1)
+            out = self._mlp(x[..., None, None, :], experts, False, tokens)
         else:
             flat = experts.flatten()
             order = mx.argsort(flat)
             rows = x.flatten(0, 1)[order // chosen][:, None, :]
-            out = self._mlp(rows, flat[order], in_order=True).squeeze(-2)
-            out = out[mx.argsort(order)].reshape(*experts.shape, -1)
-        return (out * weights[..., None]).sum(axis=-2)
+            out = self._mlp(rows, flat[order], True)[mx.argsort(order)]
+        return (weights[..., None, :] @ out.reshape(*experts.shape, -1)).squeeze(-2)
 
     def _sort_from(self) -> int:
         quantized = isinstance(self.gate_proj, QuantizedExpertLinear)
         return SORT_FROM if quantized or not on_gpu() or mx.metal.is_available() else SORT_FROM_CUDA
 
-    def _mlp(self, x: mx.array, experts: mx.array, in_order: bool) -> mx.array:
-        gate, up = self.gate_proj(x, experts, in_order), self.up_proj(x, experts, in_order)
-        return self.down_proj(gelu_times(gate, up), experts, in_order)
+    def _mlp(self, x: mx.array, experts: mx.array, in_order: bool, tokens: mx.array | None = None) -> mx.array:
+        inner = gelu_times(*mx.split(side_by_side(self, self._INPUTS, x, experts, in_order, tokens), 2, axis=-1))
+        # From here on each expert has a row of its own.
+        rows = None if tokens is None else counting(experts.size, np.uint32).reshape(experts.shape)
+        return self.down_proj(inner, experts, in_order, rows)

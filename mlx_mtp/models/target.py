@@ -20,7 +20,7 @@ import mlx.nn as nn
 from ..config import LayerConfig, TextConfig
 from ..kv import Addresses, KVBuffers
 from .attention import MLP, Attention, Rope, Rotation, ropes
-from .elementwise import gelu_times, softcap
+from .elementwise import add_scaled, counting, gelu_times, softcap
 from .moe import Experts, Router
 from .packing import Packing
 
@@ -77,7 +77,7 @@ class TargetLayer(nn.Module):
         queries, keys, values = self.self_attn.project(self.input_layernorm(h), block.rope, block.rotation, packing)
         if self._kv_owner == self._index:
             kv.write(self._index, keys, values, block.addresses.slots)
-        keys, values = kv.keys[self._kv_owner], kv.values[self._kv_owner]
+        keys, values = kv.read(self._kv_owner)
         x = self.self_attn.attend(queries, keys, values, block.addresses.visible, packing)
         h = h + self.post_attention_layernorm(x)
 
@@ -85,12 +85,12 @@ class TargetLayer(nn.Module):
         if self._moe:
             routed = self.experts(self.pre_feedforward_layernorm_2(h), *self.router(h))
             x = self.post_feedforward_layernorm_1(x) + self.post_feedforward_layernorm_2(routed)
-        h = h + self.post_feedforward_layernorm(x)
-
+        x = self.post_feedforward_layernorm(x)
         if self._ple:
+            h = h + x
             x = self.per_layer_projection(gelu_times(self.per_layer_input_gate(h), ple))
-            h = h + self.post_per_layer_input_norm(x)
-        return h * self.layer_scalar
+            x = self.post_per_layer_input_norm(x)
+        return add_scaled(h, x, self.layer_scalar)
 
 
 class Target(nn.Module):
@@ -140,7 +140,7 @@ class Target(nn.Module):
         h = self.embed(tokens)
         ple = self._per_layer_embeddings(tokens, h) if self.config.ple_size else None
         addresses = kv.addresses(lengths, width)
-        positions = lengths[:, None] + mx.arange(width, dtype=mx.int32)
+        positions = lengths[:, None] + counting(width)
         blocks = {
             sliding: Block(rope, rope.at(positions, self.dtype), addresses[sliding], packing)
             for sliding, rope in self._ropes.items()

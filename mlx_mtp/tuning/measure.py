@@ -21,7 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..decode.engine import COPY_LIMIT
+from ..decode.engine import hands_over_late
 from ..decode.limits import MAX_AUTO_LENGTH
 from ..decode.prefill import prefill
 from ..decode.request import check_prompt
@@ -361,7 +361,7 @@ def _step(
 def _time(run: Callable[[], mx.array], kv: KVBuffers) -> tuple[list[float], list[float]]:
     """Seconds of a piece of work, done over and over without a gap, and those that building it took the host."""
     mx.eval(run())
-    late = kv.nbytes > COPY_LIMIT  # see engine.py
+    late = hands_over_late(kv)
     laps: list[float] = []
     hosts: list[float] = []
     pending = run()
