@@ -60,6 +60,7 @@ def load(
     profile: str | Path | None = "auto",
     drafter_position: str = "auto",
     cache_bytes: int | None = None,
+    adapter: str | Path | None = None,
 ) -> MTPModel:
     """Loads a target and its drafter.
 
@@ -79,6 +80,8 @@ def load(
             acceptance, never the text.
         cache_bytes: Most bytes of KV that are kept when a text is finished, for prompts that begin like it. None for a
             quarter of the memory that is left beside the models.
+        adapter: Folder of a LoRA adapter for the target, as mlx-lm's or PEFT's fine-tuning writes it. It stays apart
+            from the weights, which may be quantised. The drafter stays as it is: drafts may be accepted less often.
 
     Raises:
         CheckpointError: A checkpoint is missing, damaged, or not a Gemma 4 model.
@@ -92,18 +95,20 @@ def load(
         raise MTPError(f"drafter_position must be auto, {' or '.join(POSITIONS)}, not {drafter_position!r}")
     checkpoint.check_options(dtype, quantize)
     folder, drafter_folder = find_pair(target, drafter, check=lambda it: checkpoint.check_config(it, dtype, quantize))
-    tuned = find_profile(profile, folder, drafter_folder, quantize, dtype)
+    adapter = None if adapter is None else expanded(adapter)
+    tuned = find_profile(profile, folder, drafter_folder, quantize, dtype, adapter)
     if drafter_position == "auto":
         drafter_position = (tuned and tuned.drafter_position) or "committed"
     if cache_bytes is not None and (not is_int(cache_bytes) or cache_bytes < 0):
         raise MTPError(f"cache_bytes must be a whole number of bytes or None, not {cache_bytes!r}")
-    return MTPModel(folder, drafter_folder, quantize, dtype, drafter_position, cache_bytes, tuned)
+    return MTPModel(folder, drafter_folder, quantize, dtype, drafter_position, cache_bytes, tuned, adapter)
 
 
 class MTPModel:
     """A target with its drafter, ready to generate. Made by `load`.
 
     Attributes:
+        adapter: Folder of the target's LoRA adapter, or None.
         config: The target's `config.TargetConfig`.
         drafter_config: The drafter's `config.DrafterConfig`, or None.
         tokenizer: The target's `text.Tokenizer`, or None if its folder has none (then prompts are token ids).
@@ -121,16 +126,17 @@ class MTPModel:
         position: str,
         cache_bytes: int | None,
         profile: profiles.Profile | None,
+        adapter: Path | None = None,
     ):
         self.profile = profile
-        self.folder, self.drafter_folder = folder, drafter_folder
+        self.folder, self.drafter_folder, self.adapter = folder, drafter_folder, adapter
         self._closed = False
         self._turns = Turns()
         self._wanted: list[int] = []
         self._stream = mx.new_thread_unsafe_stream(mx.default_device())
         self.drafter_config, self._drafter = None, None
         with self._turn():
-            self.config, self._target = checkpoint.load_target(folder, dtype, quantize)
+            self.config, self._target = checkpoint.load_target(folder, dtype, quantize, adapter)
             if drafter_folder is not None:
                 with way_out():
                     self.drafter_config, self._drafter = checkpoint.load_drafter(

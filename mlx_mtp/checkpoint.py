@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from . import quantization, sizes
+from . import adapters, quantization, sizes
 from .config import (
     DRAFTER_TYPES,
     DrafterConfig,
@@ -160,7 +160,9 @@ def _token_ids(value: Any, vocab_size: int) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def load_target(folder: Path, dtype: str | None = None, quantize: int | None = None) -> tuple[TargetConfig, Target]:
+def load_target(
+    folder: Path, dtype: str | None = None, quantize: int | None = None, adapter: Path | None = None
+) -> tuple[TargetConfig, Target]:
     """Loads a target.
 
     Args:
@@ -169,6 +171,7 @@ def load_target(folder: Path, dtype: str | None = None, quantize: int | None = N
             own type; on the CPU, where 16-bit matmuls are slower than 32-bit ones, float32.
         quantize: Bits to quantise to while loading, by the rule of `quantization.Scheme`; None to take the weights as
             they are.
+        adapter: Folder of a LoRA adapter to put beside the weights, see adapters.py.
 
     Raises:
         CheckpointError: See `errors.CheckpointError`.
@@ -176,7 +179,10 @@ def load_target(folder: Path, dtype: str | None = None, quantize: int | None = N
     """
     raw, config = read_target(folder)
     model = Target(config.text)
-    assign(model, dict(tensors(folder)), target_table(config.text), folder, raw, dtype, quantize)
+    table = target_table(config.text)
+    assign(model, dict(tensors(folder)), table, folder, raw, dtype, quantize)
+    if adapter:
+        adapters.apply(adapters.read_adapter(adapter), model, table)
     if not on_gpu() and config.text.num_experts and model.dtype != mx.float32:
         raise CheckpointError("mixture-of-experts models run on the CPU in float32 only: load with dtype='float32'")
     _read(model, folder)

@@ -8,10 +8,11 @@ and the rule below hides it until the next block overwrites it.
     a slot holds, for a row whose newest position is n, position n - ((n - slot) mod slots)
     that position is visible to a query at q iff it is >= 0, <= q and, in sliding layers, > q - window
 
-Full layers have one slot per position (`capacity`, with room to grow into). So have sliding layers at first; at window +
-slack slots they stop growing and are rings from then on, which moves nothing: until then p mod slots is p. The slack is
-at least the longest block ever written, so what a block overwrites, drafts included, has already left the window of
-every query that is still to come. Only slots that may have been written are read (`used`, in steps), as a view.
+Full layers have one slot per position (`capacity`, with room to grow into). So have sliding layers at first; at
+window + slack slots they stop growing and are rings from then on, which moves nothing: until then p mod slots is p. The
+slack is at least the longest block ever written, so what a block overwrites, drafts included, has already left the
+window of every query that is still to come. Only slots that may have been written are read (`used`, in steps), as a
+view.
 
 Buffers are [B, kv_heads, slots, head_dim], row-contiguous: the layout that attention kernels read without a copy.
 

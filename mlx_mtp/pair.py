@@ -73,7 +73,12 @@ def way_out() -> Iterator[None]:
 
 
 def find_profile(
-    wanted: str | Path | None, folder: Path, drafter_folder: Path | None, quantize: int | None, dtype: str | None
+    wanted: str | Path | None,
+    folder: Path,
+    drafter_folder: Path | None,
+    quantize: int | None,
+    dtype: str | None,
+    adapter: Path | None = None,
 ) -> profiles.Profile | None:
     """The profile that `load` is to use, see there."""
     if wanted is None:
@@ -81,7 +86,7 @@ def find_profile(
     if not isinstance(wanted, str | Path):
         raise ProfileError(f"profile must be 'auto', a file or None, not {wanted!r}")
     try:
-        key = profiles.key_of(folder, drafter_folder, quantize, dtype)
+        key = profiles.key_of(folder, drafter_folder, quantize, dtype, adapter)
     except OSError:
         return None  # a file is missing: reading the checkpoint says which
     if wanted == "auto":

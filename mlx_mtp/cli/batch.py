@@ -31,6 +31,7 @@ def batch(
     batch_size: Annotated[str, typer.Option(help="Prompts that decode at a time.", metavar="auto|N")] = "auto",
     drafter: o.Drafter = None,
     no_draft: o.NoDraft = False,
+    adapter: o.Adapter = None,
     draft_length: o.DraftLength = "auto",
     max_tokens: o.MaxTokens = 256,
     temperature: o.Temperature = None,
@@ -71,7 +72,11 @@ def batch(
     }  # fmt: skip
     try:
         output.open("a").close()  # before anything takes long
-        with o.load(model, drafter, no_draft, quantize) as lm, o.tracing(lm, trace), _only(output, done) as file:
+        with (
+            o.load(model, drafter, no_draft, quantize, adapter=adapter) as lm,
+            o.tracing(lm, trace),
+            _only(output, done) as file,
+        ):
             answers = _answers(lm, lines, todo, size, seed, given)
             with typer.progressbar(answers, len(todo), file=sys.stderr, label="prompts") as bar:
                 for answer in bar:

@@ -33,6 +33,7 @@ def chat(
     model: o.Model = None,
     drafter: o.Drafter = None,
     no_draft: o.NoDraft = False,
+    adapter: o.Adapter = None,
     draft_length: o.DraftLength = "auto",
     max_tokens: o.MaxTokens = 2048,
     temperature: o.Temperature = None,
@@ -59,7 +60,7 @@ def chat(
         "seed": seed,
         "exactness": exactness,
     }
-    with o.load(model, drafter, no_draft, quantize) as lm, o.tracing(lm, trace):
+    with o.load(model, drafter, no_draft, quantize, adapter=adapter) as lm, o.tracing(lm, trace):
         name = "the embedded demo pair" if model is None else model
         print(f"{name}{'' if lm.drafter_config else ', without a drafter'}; /help lists commands", file=sys.stderr)
         conversation = lm.chat(system, think)

@@ -20,6 +20,7 @@ def generate(
     ] = None,
     drafter: o.Drafter = None,
     no_draft: o.NoDraft = False,
+    adapter: o.Adapter = None,
     draft_length: o.DraftLength = "auto",
     max_tokens: o.MaxTokens = 256,
     temperature: o.Temperature = None,
@@ -51,7 +52,7 @@ def generate(
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
 
-    with o.load(model, drafter, no_draft, quantize) as lm, o.tracing(lm, trace):
+    with o.load(model, drafter, no_draft, quantize, adapter=adapter) as lm, o.tracing(lm, trace):
         given: dict[str, Any] = {
             "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
             "seed": seed, "stop": stop, "draft_length": draft_length, "exactness": exactness, "thinking": think,

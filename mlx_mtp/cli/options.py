@@ -33,6 +33,9 @@ Drafter = Annotated[
     typer.Option(help="Folder or repository of the drafter. Default: what is found of the model's.", metavar="MODEL"),
 ]
 NoDraft = Annotated[bool, typer.Option("--no-draft", help="Plain decoding, without a drafter.")]
+Adapter = Annotated[
+    str | None, typer.Option(help="Folder of a LoRA adapter for the model, as mlx-lm writes it.", metavar="PATH")
+]
 DraftLength = Annotated[
     Any, typer.Option(help="Tokens to draft a round; 0 for plain decoding.", metavar="auto|N", parser=_draft_length)
 ]
@@ -98,14 +101,19 @@ def check_loading(drafter: str | None, no_draft: bool, quantize: int | None) -> 
 
 
 def load(
-    model: str | None, drafter: str | None, no_draft: bool, quantize: int | None, profile: str | None = "auto"
+    model: str | None,
+    drafter: str | None,
+    no_draft: bool,
+    quantize: int | None,
+    profile: str | None = "auto",
+    adapter: str | None = None,
 ) -> MTPModel:
     """Loads the pair that the options name, with a fast BLAS."""
     check_loading(drafter, no_draft, quantize)
     use_openblas()
     from .. import api
 
-    return api.load(model, drafter=False if no_draft else drafter, quantize=quantize, profile=profile)
+    return api.load(model, drafter=False if no_draft else drafter, quantize=quantize, profile=profile, adapter=adapter)
 
 
 def tracing(lm: MTPModel, file: Path | None) -> AbstractContextManager[None]:

@@ -28,6 +28,7 @@ def tune(
     model: o.Model = None,
     drafter: o.Drafter = None,
     no_draft: o.NoDraft = False,
+    adapter: o.Adapter = None,
     quantize: o.Quantize = None,
     objective: Annotated[
         str,
@@ -70,7 +71,7 @@ def tune(
     if show:
         _list(as_json)
     elif simulate is not None:
-        for option, given in (("--plot", plot), ("--prompts", prompts)):
+        for option, given in (("--plot", plot), ("--prompts", prompts), ("--adapter", adapter)):
             if given:
                 raise typer.BadParameter("nothing is measured with --simulate", param_hint=option)
         print(_simulation(simulate, model, drafter, no_draft, quantize, objective, tokens, rows, as_json))
@@ -80,7 +81,7 @@ def tune(
 
             check_plot(plot)
         own = {"yours": _read_prompts(prompts)} if prompts else None
-        _tune(model, drafter, no_draft, quantize, objective, rows, tokens, own, plot, as_json)
+        _tune(model, drafter, no_draft, quantize, objective, rows, tokens, own, plot, as_json, adapter)
 
 
 def _tune(
@@ -94,8 +95,9 @@ def _tune(
     prompts: dict[str, list[Any]] | None,
     plot: Path | None,
     as_json: bool,
+    adapter: str | None,
 ) -> None:
-    with o.load(model, drafter, no_draft, quantize, profile=None) as lm:
+    with o.load(model, drafter, no_draft, quantize, profile=None, adapter=adapter) as lm:
         from ..tuning import choose, measure, profile
         from ..tuning.plot import write_plot
 
@@ -113,7 +115,7 @@ def _tune(
                 print(f"\nstopped: {so_far}", file=sys.stderr)
         options = choose.options(found) if found.acceptance or not lm.drafter_config else []
         choices = [choose.choose(options, name) for name in OBJECTIVES] if options else []
-        key = profile.key_of(lm.folder, lm.drafter_folder, quantize, None)
+        key = profile.key_of(lm.folder, lm.drafter_folder, quantize, None, lm.adapter)
         saved, failed = None, None
         # What an interruption has left is better than nothing, but not than a whole measurement.
         if options and (found.complete or profile.find(key) is None):

@@ -65,14 +65,14 @@ def ropes(config: TextConfig) -> dict[bool, Rope]:
 def stack(module: nn.Module, names: list[str]) -> None:
     """Stacks linear layers that read the same input into the first one: one matrix product instead of several.
 
-    Layers that are quantised in different ways are left as they are; `side_by_side` runs both kinds.
+    Layers that are quantised in different ways, or have an adapter, are left as they are; `side_by_side` runs all.
 
     Args:
         module: The module that has the layers, by these names; all but the first are removed from it.
     """
     layers = [module[name] for name in names]
     kinds = {(type(it), *(getattr(it, key, None) for key in ("bits", "group_size", "mode"))) for it in layers}
-    if len(kinds) > 1:
+    if len(kinds) > 1 or "weight" not in layers[0]:
         return
     for key in layers[0].parameters():
         layers[0][key] = mx.concatenate([layer[key] for layer in layers], axis=-2)

@@ -21,7 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import __version__
+from .. import __version__, adapters
 from ..blas import has_openblas
 from ..errors import ProfileError, one_line
 from ..files import replacing
@@ -99,12 +99,15 @@ class Profile:
         return {k: low[k] * (1 - share) + high[k] * share for k in low if k in high}
 
 
-def key_of(folder: Path, drafter_folder: Path | None, quantize: int | None, dtype: str | None) -> Key:
+def key_of(
+    folder: Path, drafter_folder: Path | None, quantize: int | None, dtype: str | None, adapter: Path | None = None
+) -> Key:
     """What a profile of a pair would hold for, now and here."""
     digest = hashlib.sha256()
-    for part in (folder, drafter_folder):
+    parts = [(folder, "config.json"), (drafter_folder, "config.json")]
+    for part, config in (*parts, (adapter, adapters.CONFIG)) if adapter else parts:
         if part is not None:
-            digest.update((part / "config.json").read_bytes())
+            digest.update((part / config).read_bytes())
             for path in sorted(part.glob("*.safetensors")):
                 digest.update(f"{path.name} {path.stat().st_size}\n".encode())
                 digest.update(_sample(path))
