@@ -6,18 +6,18 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 PY="$ROOT/.venv/bin/python"
 
 fits() {
-    "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' >/dev/null 2>&1
+    "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 15))' >/dev/null 2>&1
 }
 
 find_python() {
     local name
-    for name in python3 python3.13 python3.12 python3.11 python3.10; do
+    for name in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do
         if fits "$name"; then
             echo "$name"
             return
         fi
     done
-    echo "error: no Python between 3.10 and 3.13 found; install one and run this again" >&2
+    echo "error: no Python between 3.10 and 3.14 found; install one and run this again" >&2
     return 1
 }
 
