@@ -43,7 +43,7 @@ from .names import (
     target_table,
 )
 from .quantization import Format, Rule, Scheme, Stored
-from .safetensors_files import tensors
+from .safetensors_files import check_tied, tensors
 
 log = logging.getLogger(__name__)
 
@@ -180,6 +180,8 @@ def load_target(
     raw, config = read_target(folder)
     model = Target(config.text)
     table = target_table(config.text)
+    if config.text.tied_head:
+        check_tied(folder, table)
     assign(model, dict(tensors(folder)), table, folder, raw, dtype, quantize)
     if adapter:
         adapters.apply(adapters.read_adapter(adapter), model, table)

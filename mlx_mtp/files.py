@@ -42,6 +42,14 @@ def read_json(path: Path, required: bool = True) -> dict[str, Any]:
     return value
 
 
+def listed(folder: Path, pattern: str = "*") -> list[Path]:
+    """What a folder holds under names of a pattern, sorted.
+
+    Without "._NAME", which macOS puts beside every NAME on disks that can't hold its attributes.
+    """
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("._"))
+
+
 @contextmanager
 def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
     """A file to write beside `path`, whose place it takes when the block ends; after an error it is deleted.

@@ -101,12 +101,16 @@ class Table:
         """Sorts the names of a checkpoint. Names that nothing is known of are taken to be ours.
 
         Raises:
-            CheckpointError: Two tensors are the same parameter, or an expert is missing.
+            CheckpointError: Two tensors are the same parameter, an expert is missing, or an adapter isn't merged.
         """
         sources: dict[str, Source] = {}
         experts: dict[str, dict[int, tuple[str, int | None]]] = {}
         skipped: dict[str, str] = {}
         for name in stored:
+            if _ADAPTER.search(name):
+                raise CheckpointError(
+                    f"{name} is part of a LoRA adapter that isn't merged: merge it, or load it as adapter= (--adapter)"
+                )
             row, match = self._find(name)
             if row.ours is None:
                 skipped[name] = row.reason
@@ -133,8 +137,12 @@ class Table:
         row, match = self._find(f"{stored}.weight")
         return tuple(ours.removesuffix(".weight") for ours, _ in _halves(row, match)) if row.ours else ()
 
+    def bare(self, stored: str) -> str:
+        """A stored name without what stands before all names, and what fine-tuning leaves in them."""
+        return self._prefix.sub("", stored.replace(_LEFT_OVER, "."), count=1)
+
     def _find(self, stored: str) -> tuple[Row, re.Match[str]]:
-        name = self._prefix.sub("", stored, count=1)
+        name = self.bare(stored)
         for row, pattern in zip(self.rows, self._patterns, strict=True):
             if match := pattern.fullmatch(name):
                 return row, match
@@ -151,7 +159,10 @@ def _halves(row: Row, match: re.Match[str]) -> list[tuple[str, int | None]]:
 VISION_AND_AUDIO = "belong to vision and audio, which a text decoder does without"
 MERGED_DRAFTER = "belong to a drafter"
 
-_PREFIX = r"^(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)"
+_PREFIX = r"^(?:base_model\.model\.)?(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)"
+_LEFT_OVER = ".base_layer."
+"""What PEFT puts into the names of maps with an adapter; like `base_model.model.` it may be left when it is merged."""
+_ADAPTER = re.compile(r"\.lora_(?:a|b|A|B|embedding_[AB]|magnitude_vector)(?:\.|$)")
 _PART = r"\.(weight|scales|biases)"
 _TOWERS = Row(
     r"(?:vision_tower|vision_embedder|embed_vision|audio_tower|embed_audio|multi_modal_projector)\..*",

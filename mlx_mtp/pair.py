@@ -10,6 +10,7 @@ from typing import Literal
 from . import checkpoint, hub
 from .config import check_pair
 from .errors import MTPError, ProfileError
+from .files import listed
 from .models.drafter import POSITIONS
 from .paths import expanded
 from .safetensors_files import weight_files
@@ -60,7 +61,7 @@ def find_pair(
 
 def _is_complete(folder: Path) -> bool:
     """Whether all weights of a folder are there, which needn't be before they are wanted."""
-    return any(folder.glob("*.safetensors")) and all(path.is_file() for path in weight_files(folder))
+    return bool(listed(folder, "*.safetensors")) and all(path.is_file() for path in weight_files(folder))
 
 
 @contextmanager

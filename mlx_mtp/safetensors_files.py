@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
 
 from .errors import CheckpointError, one_line
-from .files import read_json
-from .names import of_vision_or_audio
+from .files import listed, read_json
+from .names import Table, of_vision_or_audio
 
 INDEX = "model.safetensors.index.json"
 
@@ -30,6 +31,9 @@ TYPES: Mapping[str, mx.Dtype] = {
 
 _LONGEST_HEADER = 100_000_000
 """Bytes; the format's own limit."""
+
+_ROWS_COMPARED = 64
+"""Of a head and an embedding that should be the same: fine-tuning changes all rows."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def weight_files(folder: Path) -> list[Path]:
             for file in sorted({file for name, file in weight_map.items() if not of_vision_or_audio(name)})
         ]
     else:
-        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+        files = listed(folder, "model*.safetensors") or listed(folder, "*.safetensors")
     if not files:
         raise CheckpointError(f"{folder} has no safetensors files")
     return files
@@ -159,6 +163,51 @@ def read_header(path: Path) -> Header:
     if (whole := 8 + length + end) != size:
         raise CheckpointError(f"{path} is truncated or damaged: {size:,} bytes instead of {whole:,}; download it again")
     return Header(8 + length, stored, metadata)
+
+
+def _rows(path: Path, header: Header, name: str, indices: Iterable[int]) -> mx.array:
+    """Some rows of a matrix, [rows, width], without reading the rest."""
+    tensor = header.tensors[name]
+    width = tensor.shape[-1]
+    size = width * TYPES[tensor.type].size
+    found = []
+    with path.open("rb") as file:
+        for index in indices:
+            file.seek(header.start + tensor.begin + index * size)
+            found.append(np.frombuffer(file.read(size), np.uint8))
+    return mx.array(np.stack(found)).view(TYPES[tensor.type])
+
+
+def check_tied(folder: Path, table: Table) -> None:
+    """Checks that an output head beside a tied embedding is the embedding: it won't be used.
+
+    Compares some rows, which is enough to tell a head that was trained on its own.
+
+    Raises:
+        CheckpointError: It is another one.
+    """
+    places = {}
+    for path in weight_files(folder):
+        header = read_header(path)
+        for name in header.tensors:
+            if (ours := table.bare(name)) in ("lm_head.weight", "embed_tokens.weight"):
+                places[ours] = path, header, name
+    if len(places) < 2:
+        return
+    head, embedding = places["lm_head.weight"], places["embed_tokens.weight"]
+    shapes = [header.tensors[name].shape for _, header, name in (head, embedding)]
+    alike = shapes[0] == shapes[1] and len(shapes[0]) == 2
+    if alike:
+        some = range(0, shapes[0][0], max(1, shapes[0][0] // _ROWS_COMPARED))
+        one, other = (_rows(*place, some) for place in (head, embedding))
+        # Numbers may have been rounded differently; packed bits are the same or not.
+        close = all(mx.issubdtype(it.dtype, mx.floating) for it in (one, other))
+        alike = bool((mx.allclose(one, other, rtol=1e-2, atol=1e-6) if close else mx.array_equal(one, other)).item())
+    if not alike:
+        raise CheckpointError(
+            f"{folder}: {head[2]} isn't the embedding, though config.json ties them: set tie_word_embeddings to false "
+            "there to use it, or delete the tensor"
+        )
 
 
 def header_of(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:

@@ -21,7 +21,8 @@ def deep_pair(folder: Path) -> tuple[Target, Drafter]:
     source, drafter_folder = make_pair("e2b", folder)
     raw = json.loads((source / "config.json").read_text())
     kinds = ["full_attention" if i % 5 == 4 else "sliding_attention" for i in range(LAYERS)]
-    raw["text_config"] |= {"num_hidden_layers": LAYERS, "layer_types": kinds, "num_kv_shared_layers": 20}
+    more = {"num_hidden_layers": LAYERS, "layer_types": kinds, "num_kv_shared_layers": 20}
+    raw["text_config"] |= more | {"max_position_embeddings": 2**17}
     config = target_config(raw)
     target = Target(config.text)
     for part in target.modules():

@@ -37,7 +37,8 @@ def scheme(bits: int, *overrides: tuple[str, int | None]) -> Scheme:
 
 
 def theirs(folder: Path) -> mx.array:
-    model, _ = mlx_lm.utils.load_model(folder, strict=False, model_config={"vocab_size": VOCAB, "model_type": "gemma4"})
+    """What mlx-lm computes for a conversion, loaded as its users do."""
+    model, _ = mlx_lm.utils.load_model(folder)
     return model(mx.array([TOKENS]))[0]
 
 

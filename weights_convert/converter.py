@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mlx_mtp import hub
 from mlx_mtp.errors import CheckpointError
-from mlx_mtp.files import read_json, sha256
+from mlx_mtp.files import listed, read_json, sha256
 from mlx_mtp.paths import expanded
 from mlx_mtp.quantization import Scheme
 from mlx_mtp.sizes import in_words
@@ -120,7 +120,7 @@ def prepare(
         CheckpointError: The source can't be used, or the destination is something else or a part of the source.
     """
     destination = expanded(destination)
-    taken = destination.exists() and (not destination.is_dir() or any(destination.iterdir()))
+    taken = destination.exists() and (not destination.is_dir() or bool(listed(destination)))
     in_the_way = CheckpointError(f"{destination} exists already, from something else: choose another name")
     if taken and not (destination / files.SUMS).is_file():
         raise in_the_way  # before anything is downloaded
@@ -166,7 +166,7 @@ def _locked(aside: Path) -> Iterator[None]:
 
 def _finished_files(aside: Path, plan: Plan) -> dict[str, str]:
     """Files that an interrupted conversion has finished, with their checksums. All others are deleted."""
-    if any(aside.iterdir()) and not (aside / _JOURNAL).is_file():
+    if listed(aside) and not (aside / _JOURNAL).is_file():
         raise CheckpointError(f"{aside} is in the way, and holds no interrupted conversion: move it")
     journal = read_json(aside / _JOURNAL, required=False)
     done: dict[str, str] = {}
@@ -181,7 +181,7 @@ def _finished_files(aside: Path, plan: Plan) -> dict[str, str]:
     elif journal:
         log.warning("%s is of another source, or of other options: starting again", aside)
     _write_journal(aside, plan, done)
-    for path in aside.iterdir():
+    for path in listed(aside):
         if path.name != _JOURNAL and path.name not in done:
             path.unlink()
     return done
@@ -233,7 +233,7 @@ def _write_rest(aside: Path, plan: Plan, folder: Path, done: dict[str, str]) -> 
     for name in _COPIED:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, aside / name)
-    sums = {path.name: done.get(path.name) or sha256(path) for path in aside.iterdir() if path.name != _JOURNAL}
+    sums = {path.name: done.get(path.name) or sha256(path) for path in listed(aside) if path.name != _JOURNAL}
     files.write_sums(aside, sums)
 
 

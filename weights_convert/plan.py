@@ -25,7 +25,7 @@ from mlx_mtp.models.drafter import POSITIONS, Drafter
 from mlx_mtp.models.target import Target
 from mlx_mtp.names import Source, Table, drafter_table, mlx_lm_name, of_merged_drafter, target_table
 from mlx_mtp.quantization import Format, Scheme
-from mlx_mtp.safetensors_files import weight_files
+from mlx_mtp.safetensors_files import check_tied, weight_files
 
 from .source import Tensor, find_tensors, sample
 
@@ -151,6 +151,8 @@ def make_plan(folder: Path, scheme: Scheme | None, dtype: str | None, merged: bo
     """
     checkpoint.check_dtype(dtype)
     config, table, model, vocab = read_description(folder, merged)
+    if isinstance(model, Target) and model.config.tied_head:
+        check_tied(folder, table)
     stored = of_merged_drafter(find_tensors(folder)) if merged else find_tensors(folder)
     parameters = _parameters(folder, config, table, model, stored, scheme, dtype)
     if order := next((p.sources[0] for p in parameters.values() if p.name.endswith("token_ordering")), None):
@@ -278,6 +280,8 @@ def _new_config(
             if p.format != scheme.common and _is_matrix(ours, p.shape, p.dtype)
         }
         new["quantization"] = asdict(scheme.common) | special
+    if new.get("model_type") not in DRAFTER_TYPES:
+        _for_mlx_lm(new)
     if dtype:
         for part in (new, new.get("text_config", {})):
             for key in ("dtype", "torch_dtype"):
@@ -286,3 +290,18 @@ def _new_config(
     if clustered:
         new["mlx_mtp"] = {checkpoint.CLUSTER_ORDER: True}
     return new
+
+
+def _for_mlx_lm(config: dict[str, Any]) -> None:
+    """Says in a target's config.json what mlx-lm reads there, or would take for granted."""
+    text = config.get("text_config", config)
+    # Its defaults are E2B's; ours, as transformers', are that a model hasn't what its config doesn't name.
+    for field, value in (
+        ("num_kv_shared_layers", 0), ("use_double_wide_mlp", False), ("hidden_size_per_layer_input", 0),
+        ("final_logit_softcapping", None),
+    ):  # fmt: skip
+        text.setdefault(field, value)
+    if text is not config:
+        config["vocab_size"] = text["vocab_size"]  # it has 262,144 tokens otherwise, whatever text_config says
+    elif config["model_type"] == "gemma4_unified_text":
+        config["model_type"] = "gemma4_text"  # the same decoder, under the one name that it knows

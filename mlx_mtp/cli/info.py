@@ -209,9 +209,10 @@ def _on_disk(folder: Path, model: nn.Module, table: Table, raw: dict[str, Any], 
         CheckpointError: What is there can't be loaded, by the files' headers. Arguments as for `checkpoint.assign`.
     """
     from .. import checkpoint, safetensors_files
+    from ..files import listed
     from ..models.drafter import Drafter
 
-    if not any(folder.glob("*.safetensors")):
+    if not listed(folder, "*.safetensors"):
         return {"bytes_on_disk": None, "files_missing": []}
     files = safetensors_files.weight_files(folder)
     missing = [path.name for path in files if not path.is_file()]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MTPError, ProfileError, PromptError
+from ..files import listed
 from ..tuning import OBJECTIVES
 from . import options as o
 
@@ -290,7 +291,7 @@ def _list(as_json: bool) -> None:
     from ..tuning import profile
 
     rows: list[dict[str, Any]] = []
-    for path in sorted(profile.folder().glob("*.json")):
+    for path in listed(profile.folder(), "*.json"):
         row: dict[str, Any] = {"path": str(path), "usable": True}
         rows.append(row)
         try:

@@ -24,7 +24,7 @@ import mlx.core as mx
 from .. import __version__, adapters
 from ..blas import has_openblas
 from ..errors import ProfileError, one_line
-from ..files import replacing
+from ..files import listed, replacing
 from ..models.drafter import POSITIONS
 from ..paths import expanded, published_name
 
@@ -108,7 +108,7 @@ def key_of(
     for part, config in (*parts, (adapter, adapters.CONFIG)) if adapter else parts:
         if part is not None:
             digest.update((part / config).read_bytes())
-            for path in sorted(part.glob("*.safetensors")):
+            for path in listed(part, "*.safetensors"):
                 digest.update(f"{path.name} {path.stat().st_size}\n".encode())
                 digest.update(_sample(path))
         digest.update(b"\0")
@@ -206,7 +206,7 @@ def find(key: Key) -> Profile | None:
     """
     path = folder() / key.name
     if not path.is_file():
-        for other in folder().glob("*.json"):
+        for other in listed(folder(), "*.json"):
             with suppress(ProfileError):
                 found = read(other).key
                 if replace(found, device=key.device).name == key.name:

@@ -68,6 +68,7 @@ TARGET: dict[str, Any] = {
     },
     "tie_word_embeddings": True,
     "vision_config": None,
+    "vocab_size": VOCAB,  # mlx-lm looks for it here
 }
 
 DRAFTER: dict[str, Any] = {
