@@ -9,7 +9,10 @@ Names are imported on first use, so that `import mlx_mtp` costs nothing.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+from .metal import set_defaults
 
 if TYPE_CHECKING:
     from .answer import Chunk, Generation
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     from .errors import CheckpointError, MemoryBudgetError, MTPError, PairingError, ProfileError, PromptError
 
 __version__ = "0.1.0"
+
+set_defaults(os.environ)  # here, because MLX reads them once
 
 _HOMES = {
     **dict.fromkeys(("load", "MTPModel"), "api"),
