@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,13 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .checkpoint import read_json
+from .control import CHANNEL_END, ControlTokens
 from .errors import CheckpointError, PromptError
+
+_END = "\udfff"
+"""Marks the end of a message that is to be continued: a lone surrogate like control.py's, and none of these."""
+
+_NOT_ASCII = re.compile("[^\x00-\x7f\ud800-\udfff]")
 
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
 
@@ -71,18 +78,25 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         thinking: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        control: ControlTokens | None = None,
         **variables: Any,
     ) -> str:
-        """Puts a conversation into the template, up to where the model's answer begins.
+        """Puts a conversation into the template, up to where the model's answer begins, or goes on.
+
+        It goes on where the last message is the model's own, without tool calls: the prompt ends with that message's
+        text. With tool calls it ends as the template has it; in Gemma 4's, where a tool's response is to come.
 
         Args:
-            messages: Dicts with "role", one of ROLES, and "content" or "tool_calls".
+            messages: Dicts with "role", one of ROLES, and "content" or "tool_calls". Null is the same as missing.
             thinking: Whether the model is asked to think first.
             tools: Tool declarations, JSON schemas as in OpenAI's interface.
-            **variables: Others that the template knows, such as `preserve_thinking`.
+            control: Control tokens that are hidden in all of these, see `control`; None to let them be what they are.
+            **variables: Others that the template knows, such as `preserve_thinking`. With `add_generation_prompt` the
+                template alone says how the prompt ends.
 
         Raises:
-            PromptError: Malformed messages, or messages that the template refuses.
+            PromptError: Malformed messages, or messages that the template refuses, or a last one that it doesn't end
+                with, so that it can't be continued.
             CheckpointError: The template is broken.
         """
         if not messages:
@@ -91,15 +105,36 @@ class ChatTemplate:
             _check(i, message)
         if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)):
             raise PromptError('tools must be a list of dicts like {"type": "function", "function": {...}}')
+        try:
+            turns = [_without_null(i, message) for i, message in enumerate(messages)]
+            if control:
+                turns = [control.hide_in_message(turn) for turn in turns]
+                tools, variables = control.hide(tools), control.hide(variables)
+        except RecursionError:
+            raise PromptError("the messages or tools are nested too deeply") from None
+        last = turns[-1]
+        own = last["role"] in ("assistant", "model") and not last.get("tool_calls") and not last.get("tool_responses")
+        if not own or "add_generation_prompt" in variables:
+            given = {"messages": turns, "tools": tools, "enable_thinking": thinking, "add_generation_prompt": True}
+            return self._run({**given, **self._variables, **variables})
+        turns[-1], said = _marked(last)
+        given = {"messages": turns, "tools": tools, "enable_thinking": thinking, "add_generation_prompt": False}
+        prompt, *rest = self._run({**given, **self._variables, **variables}).split(_END)
+        if len(rest) != 1 or not prompt.endswith(said):
+            raise PromptError(
+                f"the chat template of {self.folder} changes the last message's text, so the answer can't go on from "
+                "there: end with another role's message, or give the prompt as token ids"
+            )
+        return prompt
+
+    def _run(self, variables: Mapping[str, Any]) -> str:
         template = self._template
         try:
-            return template.render(
-                {"messages": messages, "tools": tools, "enable_thinking": thinking, "add_generation_prompt": True},
-                **{**self._variables, **variables},
-            )
+            text: str = template.render(variables)
         except Exception as error:  # a template is a program, and not ours
             why = " ".join(str(error).split())
             raise PromptError(f"the chat template of {self.folder} refuses the messages: {why}") from error
+        return text
 
     @cached_property
     def _template(self) -> Any:
@@ -157,6 +192,27 @@ def _check(i: int, message: Mapping[str, Any]) -> None:
             )
 
 
+def _without_null(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    """The i-th message as templates take it: what is null is missing, but for the content, which then is empty."""
+    turn = {"content": ""} | {key: value for key, value in message.items() if value is not None}
+    for part in turn["content"] if isinstance(turn["content"], list) else ():
+        if part.get("type") == "text" and not isinstance(part.get("text"), str):
+            raise PromptError(f"message {i} ({turn['role']}) has a part of type text whose text is no string")
+    return turn
+
+
+def _marked(message: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """A message with a mark at its end, and what must stand before that in the prompt."""
+    content = message["content"]
+    if isinstance(content, str):
+        marked, text = content + _END, content
+    else:
+        text = content[-1].get("text", "") if content else ""
+        marked = [*content[:-1], {"type": "text", **(content[-1] if content else {}), "text": text + _END}]
+    # Templates may drop thoughts, and white space before the text.
+    return {**message, "content": marked}, text.rsplit(CHANNEL_END, 1)[-1].lstrip()
+
+
 def _refuse(message: str) -> None:
     raise TemplateError(message)
 
@@ -168,7 +224,9 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    # Written out, what stands for a hidden character would be lost.
+    return _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text) if ensure_ascii else text
 
 
 class _Generation(Extension):

@@ -160,12 +160,13 @@ def test_thoughts_before_a_call_stay_until_the_turn_is_over(small: Tokenizer):
     assert "It's far." not in later and CALLED + ANSWERED + "Go south.<turn|>\n" in later
 
 
-def test_an_answer_that_is_there_is_not_asked_for(sizes: dict[str, Tokenizer]):
+def test_an_answer_that_is_there_is_gone_on_with(sizes: dict[str, Tokenizer]):
     messages = [user("Why?"), assistant("Because.", reasoning="Hm.")]
     thought = "<|channel>thought\nHm.\n<channel|>"
     for tokenizer in sizes.values():
-        expected = f"<bos><|turn>user\nWhy?<turn|>\n<|turn>model\n{thought}Because.<turn|>\n"
+        expected = f"<bos><|turn>user\nWhy?<turn|>\n<|turn>model\n{thought}Because."
         assert tokenizer.render(messages) == expected
+        assert tokenizer.render(messages, add_generation_prompt=False) == expected + "<turn|>\n"
         assert tokenizer.render(messages[:1], add_generation_prompt=False) == "<bos><|turn>user\nWhy?<turn|>\n"
 
 

@@ -180,8 +180,8 @@ def test_an_empty_stop_string_is_refused():
 
 
 def test_the_template_gets_what_it_needs(tokenizer: Tokenizer):
-    turns = [{"role": "user", "content": "he"}, {"role": "assistant", "content": "ll"}]
-    expected = "<bos><|turn>user\nhe<turn|>\n<|turn>assistant\nll<turn|>\n<|turn>model\n"
+    turns = [{"role": "assistant", "content": "ll"}, {"role": "user", "content": "he"}]
+    expected = "<bos><|turn>assistant\nll<turn|>\n<|turn>user\nhe<turn|>\n<|turn>model\n"
     assert tokenizer.render(turns) == expected
     assert tokenizer.render(turns, thinking=True) == expected + "THINK"
     assert tokenizer.render(turns, tools=[{"name": "<é>"}]).endswith('[{"name": "<é>"}]'), "no escapes"
