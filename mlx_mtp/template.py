@@ -1,34 +1,23 @@
 """Chat templates: a conversation becomes the text that a model was trained on.
 
-A checkpoint's own template is used: chat_template.jinja, or what tokenizer_config.json holds. One without gets
-Gemma 4's format as written in this package's chat_template.jinja. Templates run in a sandbox; nothing else from a
-folder is run.
+A checkpoint's own template is used; template_files.py says where it is. One without gets Gemma 4's format as written in
+this package's chat_template.jinja. Templates run in a sandbox (sandbox.py); nothing else from a folder is run.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
-import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.ext import Extension
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from .checkpoint import read_json
 from .control import CHANNEL_END, ControlTokens
-from .errors import CheckpointError, PromptError
+from .errors import CheckpointError, PromptError, one_line
+from .sandbox import Environment
+from .template_files import chat_templates
 
 _END = "\udfff"
 """Marks the end of a message that is to be continued: a lone surrogate like control.py's, and none of these."""
-
-_NOT_ASCII = re.compile("[^\x00-\x7f\ud800-\udfff]")
 
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
 
@@ -36,18 +25,21 @@ BUILT_IN = Path(__file__).parent / "chat_template.jinja"
 
 
 class ChatTemplate:
-    """A checkpoint's chat template.
+    """A checkpoint's chat template, or several: one named "tool_use" is for conversations with tools.
 
     Attributes:
         folder: Where it comes from.
         built_in: Whether it is this package's, since the folder has none.
     """
 
-    def __init__(self, folder: Path, source: str | None, variables: Mapping[str, Any]):
-        """Takes a template's text, None for the built-in one, and variables that every conversation needs."""
+    def __init__(self, folder: Path, sources: Mapping[str, str], variables: Mapping[str, Any]):
+        """Takes templates' texts by name, and variables that every conversation needs."""
         self.folder = folder
-        self.built_in = source is None
-        self._source = BUILT_IN.read_text(encoding="utf-8") if source is None else source
+        self.built_in = "default" not in sources
+        self._sources = {"default": BUILT_IN.read_text(encoding="utf-8")} if self.built_in else {}
+        self._sources |= sources
+        self._compiled: dict[str, Any] = {}
+        self._environment = Environment()
         self._variables = variables
 
     @classmethod
@@ -62,16 +54,16 @@ class ChatTemplate:
             CheckpointError: A template that can't be read.
         """
         variables = {
-            name: token["content"] if isinstance(token, Mapping) else token
-            for name, token in config.items()
-            if name.endswith("_token") and isinstance(token, str | Mapping)
+            name: token
+            for name in config
+            if name.endswith("_token") and (token := token_name(config, name)) is not None
         }
-        source = _own_source(folder, config)
-        if source is None:
+        sources = chat_templates(folder, config)
+        if "default" not in sources:
             # The models with per-layer embeddings, E2B and E4B, are those that begin an answer at once.
             model = read_json(folder / "config.json", required=False)
             variables["empty_thought"] = not model.get("text_config", model).get("hidden_size_per_layer_input")
-        return cls(folder, source, variables)
+        return cls(folder, sources, variables)
 
     def render(
         self,
@@ -116,10 +108,10 @@ class ChatTemplate:
         own = last["role"] in ("assistant", "model") and not last.get("tool_calls") and not last.get("tool_responses")
         if not own or "add_generation_prompt" in variables:
             given = {"messages": turns, "tools": tools, "enable_thinking": thinking, "add_generation_prompt": True}
-            return self._run({**given, **self._variables, **variables})
+            return self._run({**given, **variables})
         turns[-1], said = _marked(last)
         given = {"messages": turns, "tools": tools, "enable_thinking": thinking, "add_generation_prompt": False}
-        prompt, *rest = self._run({**given, **self._variables, **variables}).split(_END)
+        prompt, *rest = self._run({**given, **variables}).split(_END)
         if len(rest) != 1 or not prompt.endswith(said):
             raise PromptError(
                 f"the chat template of {self.folder} changes the last message's text, so the answer can't go on from "
@@ -128,44 +120,20 @@ class ChatTemplate:
         return prompt
 
     def _run(self, variables: Mapping[str, Any]) -> str:
-        template = self._template
+        template = self._template("tool_use" if variables["tools"] and "tool_use" in self._sources else "default")
         try:
-            text: str = template.render(variables)
+            return self._environment.run(template, {**self._variables, **variables})
         except Exception as error:  # a template is a program, and not ours
             why = " ".join(str(error).split())
             raise PromptError(f"the chat template of {self.folder} refuses the messages: {why}") from error
-        return text
 
-    @cached_property
-    def _template(self) -> Any:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-        )
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        # Jinja's own filter escapes HTML.
-        environment.filters["tojson"] = _to_json
-        try:
-            return environment.from_string(self._source)
-        except TemplateError as error:
-            raise CheckpointError(f"the chat template of {self.folder} is broken: {error}") from error
-
-
-def _own_source(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """A checkpoint's template: a file of its own, or in tokenizer_config.json, where it may be one of several."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} can't be read: {error}") from error
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = [t for t in template if isinstance(t, Mapping) and t.get("name") == "default"]
-        template = named[0].get("template") if named else None
-    if not isinstance(template, str | None):
-        raise CheckpointError(f"{folder / 'tokenizer_config.json'}: chat_template is no text")
-    return template
+    def _template(self, name: str) -> Any:
+        if name not in self._compiled:
+            try:
+                self._compiled[name] = self._environment.compiled(self._sources[name])
+            except Exception as error:  # of the parser, and of Python's, which reads what Jinja makes of it
+                raise CheckpointError(f"the chat template of {self.folder} is broken: {one_line(error)}") from error
+        return self._compiled[name]
 
 
 def _check(i: int, message: Mapping[str, Any]) -> None:
@@ -213,28 +181,8 @@ def _marked(message: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     return {**message, "content": marked}, text.rsplit(CHANNEL_END, 1)[-1].lstrip()
 
 
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
-    # Written out, what stands for a hidden character would be lost.
-    return _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text) if ensure_ascii else text
-
-
-class _Generation(Extension):
-    """`{% generation %}`, between which and its end fine-tuning says what is learnt: no difference here."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[Node]:
-        """The statements in between."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+def token_name(config: Mapping[str, Any], key: str) -> str | None:
+    """A special token of tokenizer_config.json, which is a text or an object with one; None if it is neither."""
+    token = config.get(key)
+    token = token.get("content") if isinstance(token, Mapping) else token
+    return token if isinstance(token, str) else None

@@ -21,7 +21,7 @@ from .control import CHANNEL as _CHANNEL
 from .control import CHANNEL_END as _CHANNEL_END
 from .control import NOT_UTF8, ControlTokens
 from .errors import CheckpointError, PromptError
-from .template import ChatTemplate
+from .template import ChatTemplate, token_name
 from .tools import CALL, CALL_END, QUOTE, parse_call
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -81,8 +81,8 @@ class Tokenizer:
             folder,
             tokenizer,
             ChatTemplate.from_folder(folder, config),
-            eos_token=_token_name(config, "eos_token"),
-            bos_token=_token_name(config, "bos_token"),
+            eos_token=token_name(config, "eos_token"),
+            bos_token=token_name(config, "bos_token"),
         )
 
     def encode(self, text: str) -> list[int]:
@@ -190,13 +190,6 @@ class Tokenizer:
         """The id of the special token that a text names, None if it names none."""
         token = self.token_id(text)
         return token if token in self.special else None
-
-
-def _token_name(config: Mapping[str, Any], key: str) -> str | None:
-    """A special token of tokenizer_config.json, which is a text or an object with one."""
-    token = config.get(key)
-    token = token.get("content") if isinstance(token, Mapping) else token
-    return token if isinstance(token, str) else None
 
 
 class StreamDecoder:
