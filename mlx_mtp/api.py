@@ -43,8 +43,11 @@ if TYPE_CHECKING:
 
 _OPTIONS = {
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "draft_length", "exactness", "ignore_eos",
-    "thinking", "tools", "stop_token_ids",
+    "thinking", "tools", "stop_token_ids", "sanitize", "chat_template",
 }  # fmt: skip
+
+_FORM = ("thinking", "tools", "sanitize", "chat_template")
+"""Options that say how a prompt becomes tokens."""
 
 T = TypeVar("T")
 
@@ -173,12 +176,15 @@ class MTPModel:
         thinking: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         stop_token_ids: Sequence[int] | None = None,
+        sanitize: bool = True,
+        chat_template: bool = True,
     ) -> Generation | list[Generation]:
         """Generates text.
 
         Args:
             prompt: A string (a user's message, put into the chat template), messages as dicts with "role" and
-                "content", or token ids, used as they are.
+                "content", or token ids, used as they are. A last message of the assistant's, without tool calls, is
+                continued.
             max_tokens: Most tokens to generate.
             temperature: 0 is greedy. This and the next three default to the model's generation_config.
             top_k: Only the k best tokens; 0 for all.
@@ -199,6 +205,10 @@ class MTPModel:
                 "description", "parameters"}}, the last one a JSON schema. `Generation.tool_calls` holds the calls that
                 fit them, `Generation.tool_errors` says what doesn't.
             stop_token_ids: Further token ids that end the text.
+            sanitize: Whether special tokens that are spelt out in a message or a tool ("<turn|>") are text. False
+                makes them what they are for the model, which then can't tell a message's from the chat template's.
+            chat_template: False completes a string as it is, after the token that begins texts: no chat, so no
+                messages, thinking or tools, and special tokens that it spells out are those.
 
         Returns:
             The generation; a list of them for n > 1.
@@ -209,7 +219,7 @@ class MTPModel:
         if not is_int(n) or n < 1:
             raise PromptError(f"n must be a whole number from 1, not {n!r}")
         seed = secrets.randbits(32) if seed is None else seed
-        tokens = self.encode(prompt, thinking, tools)
+        tokens = self.encode(prompt, thinking, tools, sanitize, chat_template)
         answers = [
             self._answer(
                 tokens, max_tokens, temperature, top_k, top_p, min_p, row_seed(seed, i), stop, draft_length,
@@ -292,15 +302,18 @@ class MTPModel:
         thinking: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         stop_token_ids: Sequence[int] | None = None,
+        sanitize: bool = True,
+        chat_template: bool = True,
     ) -> Generator[Chunk, None, None]:
         """Generates text piece by piece; closing the iterator cancels the rest.
 
         The arguments, and the errors, are those of `generate`; errors are raised at once, not at the first chunk.
         """
+        tokens = self.encode(prompt, thinking, tools, sanitize, chat_template)
         return self._chunks(
             self._answer(
-                self.encode(prompt, thinking, tools), max_tokens, temperature, top_k, top_p, min_p, seed, stop,
-                draft_length, exactness, ignore_eos, stop_token_ids, tools,
+                tokens, max_tokens, temperature, top_k, top_p, min_p, seed, stop, draft_length, exactness, ignore_eos,
+                stop_token_ids, tools,
             )
         )  # fmt: skip
 
@@ -439,16 +452,28 @@ class MTPModel:
             trace.close()
 
     def encode(
-        self, prompt: Prompt, thinking: bool = False, tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        prompt: Prompt,
+        thinking: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        sanitize: bool = True,
+        chat_template: bool = True,
     ) -> list[int]:
-        """Token ids of a prompt, as `generate` takes it.
+        """Token ids of a prompt; the arguments are those of `generate`.
 
         Raises:
             PromptError: Empty, malformed, or text without a tokenizer.
         """
+        for name, flag in (("sanitize", sanitize), ("chat_template", chat_template)):
+            if not isinstance(flag, bool):
+                raise PromptError(f"{name} must be True or False, not {flag!r}")
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise PromptError("the prompt is empty")
+            if not chat_template:
+                if thinking or tools:
+                    raise PromptError("thinking and tools need the chat template: leave out chat_template=False")
+                return self._text_tokenizer().encode_raw(prompt)
             prompt = [{"role": "user", "content": prompt}]
         known = prompt if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) else [None]
         tokens = [t for t in known if is_int(t)]
@@ -459,11 +484,16 @@ class MTPModel:
             return cast("list[int]", tokens)
         if len(messages) != len(known):
             raise PromptError("a prompt is a string, a list of messages (dicts), or a list of token ids (ints)")
+        if not chat_template:
+            raise PromptError("messages need the chat template: give a string to complete it as it is")
+        return self._text_tokenizer().chat(messages, thinking, tools, sanitize)
+
+    def _text_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise PromptError(
                 f"{self.folder} has no tokenizer.json: copy the original's there, or give token ids from Python"
             )
-        return self.tokenizer.chat(messages, thinking, tools)
+        return self.tokenizer
 
     def logits(self, tokens: Sequence[int]) -> mx.array:
         """The target's logits float32 [len(tokens), vocab] after each of the tokens.
@@ -615,7 +645,9 @@ class MTPModel:
             prompt = cast(Prompt, own.pop("prompt"))
         if unknown := own.keys() - _OPTIONS:
             raise PromptError(f"unknown options: {', '.join(sorted(map(str, unknown)))}")
-        return self._answer(self.encode(prompt, own.pop("thinking", False), own.get("tools")), **own)
+        tools = own.get("tools")  # for the prompt, and for the answer
+        form = {name: own.pop(name) for name in _FORM if name in own}
+        return self._answer(self.encode(prompt, **form), **own, tools=tools)
 
     def _batch_size(self, batch_size: int | str) -> int:
         if batch_size == "auto":

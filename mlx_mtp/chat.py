@@ -54,7 +54,7 @@ class Chat:
         Args:
             text: The user's message.
             **options: As for `MTPModel.stream`, but for tools, whose calls a conversation doesn't keep; `thinking` is
-                for this turn, in place of the conversation's.
+                for this turn, in place of the conversation's. A conversation needs its chat template.
 
         Returns:
             The answer's chunks. The turn becomes part of the history once they are exhausted; closing the iterator,
@@ -65,19 +65,20 @@ class Chat:
                 that one is ended all the same.
         """
         thinking = options.pop("thinking", self.thinking)
-        if "tools" in options:
-            raise PromptError("a conversation takes no tools: give generate or stream messages and tools")
+        sanitize = options.pop("sanitize", True)
+        if "tools" in options or "chat_template" in options:
+            raise PromptError("a conversation takes no tools and no chat_template: generate and stream do")
         if not isinstance(text, str) or not text.strip():
             raise PromptError("the message is empty, or no text")
         self._end_running()
         question = {"role": "user", "content": text}
         system = [{"role": "system", "content": self.system}] if self.system else []
-        rendered = self._tokenizer.render([*system, *self.messages, question], thinking)
+        rendered = self._tokenizer.prompt([*system, *self.messages, question], thinking, sanitize=sanitize)
         past_text, past_tokens = self._past
         # An answer need not be cut into tokens again the way the model has put it together.
         known = bool(past_text) and rendered.startswith(past_text)
-        tokens = past_tokens + self._tokenizer.encode(rendered[len(past_text) :]) if known else None
-        tokens = tokens or self._tokenizer.encode(rendered)
+        tokens = past_tokens + self._tokenizer.encode_prompt(rendered[len(past_text) :]) if known else None
+        tokens = tokens or self._tokenizer.encode_prompt(rendered)
         room = self._model.config.text.max_positions
         if self.messages and len(tokens) > room:
             raise PromptError(
@@ -122,4 +123,6 @@ class Chat:
                     generated.pop()
                 kept = answer.rstrip()
                 exact = not thought and self._tokenizer.decode(generated) == kept
-                self._past = (rendered + kept, tokens + generated) if exact else ("", [])
+                self._past = (
+                    (rendered + self._tokenizer.control.hide_in_answer(kept), tokens + generated) if exact else ("", [])
+                )

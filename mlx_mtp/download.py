@@ -22,6 +22,9 @@ from .files import sha256
 _LARGEST = 50 * 10**9
 """What hubs send over plain HTTP; larger files are left to huggingface_hub."""
 
+_BELOW = ["*/*"]
+"""Patterns match across folders, and those below hold the model in other formats."""
+
 
 def description(repository: str) -> Path:
     """The local copy of a repository, with what describes the model.
@@ -30,7 +33,8 @@ def description(repository: str) -> Path:
         CheckpointError: It can't be had.
     """
     with _clear_errors(repository):
-        return _snapshot(repository, None, ["*.json", "*.jinja"])
+        # Of the folders, whose files would match as well, none but the one of chat templates: "ad...".
+        return _snapshot(repository, None, ["*.json", "*.jinja"], ["[!a]*/*", "?[!d]*/*"])
 
 
 def weights(repository: str, folder: Path, patterns: list[str]) -> None:
@@ -53,11 +57,10 @@ def weights(repository: str, folder: Path, patterns: list[str]) -> None:
         _snapshot(repository, commit, patterns)
 
 
-def _snapshot(repository: str, commit: str | None, patterns: list[str]) -> Path:
+def _snapshot(repository: str, commit: str | None, patterns: list[str], ignored: list[str] = _BELOW) -> Path:
     from huggingface_hub import snapshot_download
 
-    # Patterns match across folders: those below hold the model in other formats.
-    return Path(snapshot_download(repository, revision=commit, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    return Path(snapshot_download(repository, revision=commit, allow_patterns=patterns, ignore_patterns=ignored))
 
 
 def _missing(repository: str, folder: Path, patterns: list[str]) -> list[str]:

@@ -1,28 +1,24 @@
 """Chat templates: a conversation becomes the text that a model was trained on.
 
-A checkpoint's own template is used: chat_template.jinja, or what tokenizer_config.json holds. One without gets
-Gemma 4's format as written in this package's chat_template.jinja. Templates run in a sandbox; nothing else from a
-folder is run.
+A checkpoint's own template is used; template_files.py says where it is. One without gets Gemma 4's format as written in
+this package's chat_template.jinja. Templates run in a sandbox (sandbox.py); nothing else from a folder is run.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.ext import Extension
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from .errors import CheckpointError, PromptError
+from .control import CHANNEL_END, ControlTokens
+from .errors import CheckpointError, PromptError, one_line
 from .files import read_json
+from .sandbox import Environment
+from .template_files import chat_templates
 from .tools import read_arguments
+
+_END = "\udfff"
+"""Marks the end of a message that is to be continued: a lone surrogate like control.py's, and none of these."""
 
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
 
@@ -30,18 +26,21 @@ BUILT_IN = Path(__file__).parent / "chat_template.jinja"
 
 
 class ChatTemplate:
-    """A checkpoint's chat template.
+    """A checkpoint's chat template, or several: one named "tool_use" is for conversations with tools.
 
     Attributes:
         folder: Where it comes from.
         built_in: Whether it is this package's, since the folder has none.
     """
 
-    def __init__(self, folder: Path, source: str | None, variables: Mapping[str, Any]):
-        """Takes a template's text, None for the built-in one, and variables that every conversation needs."""
+    def __init__(self, folder: Path, sources: Mapping[str, str], variables: Mapping[str, Any]):
+        """Takes templates' texts by name, and variables that every conversation needs."""
         self.folder = folder
-        self.built_in = source is None
-        self._source = BUILT_IN.read_text(encoding="utf-8") if source is None else source
+        self.built_in = "default" not in sources
+        self._sources = {"default": BUILT_IN.read_text(encoding="utf-8")} if self.built_in else {}
+        self._sources |= sources
+        self._compiled: dict[str, Any] = {}
+        self._environment = Environment()
         self._variables = variables
 
     @classmethod
@@ -56,34 +55,41 @@ class ChatTemplate:
             CheckpointError: A template that can't be read.
         """
         variables = {
-            name: token.get("content", "") if isinstance(token, Mapping) else token
-            for name, token in config.items()
-            if name.endswith("_token") and isinstance(token, str | Mapping)
+            name: token
+            for name in config
+            if name.endswith("_token") and (token := token_name(config, name)) is not None
         }
-        source = _own_source(folder, config)
-        if source is None:
+        sources = chat_templates(folder, config)
+        if "default" not in sources:
             # The models with per-layer embeddings, E2B and E4B, are those that begin an answer at once.
             model = read_json(folder / "config.json", required=False)
             variables["empty_thought"] = not model.get("text_config", model).get("hidden_size_per_layer_input")
-        return cls(folder, source, variables)
+        return cls(folder, sources, variables)
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         thinking: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        control: ControlTokens | None = None,
         **variables: Any,
     ) -> str:
-        """Puts a conversation into the template, up to where the model's answer begins.
+        """Puts a conversation into the template, up to where the model's answer begins, or goes on.
+
+        It goes on where the last message is the model's own, without tool calls: the prompt ends with that message's
+        text. With tool calls it ends as the template has it; in Gemma 4's, where a tool's response is to come.
 
         Args:
-            messages: Dicts with "role", one of ROLES, and "content" or "tool_calls".
+            messages: Dicts with "role", one of ROLES, and "content" or "tool_calls". Null is the same as missing.
             thinking: Whether the model is asked to think first.
             tools: Tool declarations, JSON schemas as in OpenAI's interface.
-            **variables: Others that the template knows, such as `preserve_thinking`.
+            control: Control tokens that are hidden in all of these, see `control`; None to let them be what they are.
+            **variables: Others that the template knows, such as `preserve_thinking`. With `add_generation_prompt` the
+                template alone says how the prompt ends.
 
         Raises:
-            PromptError: Malformed messages, or messages that the template refuses.
+            PromptError: Malformed messages, or messages that the template refuses, or a last one that it doesn't end
+                with, so that it can't be continued.
             CheckpointError: The template is broken.
         """
         if not messages:
@@ -93,46 +99,43 @@ class ChatTemplate:
         messages = [_with_read_arguments(message) for message in messages]
         if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)):
             raise PromptError('tools must be a list of dicts like {"type": "function", "function": {...}}')
-        template = self._template
         try:
-            return template.render(
-                {"messages": messages, "tools": tools, "enable_thinking": thinking, "add_generation_prompt": True},
-                **{**self._variables, **variables},
+            turns = [_without_null(i, message) for i, message in enumerate(messages)]
+            if control:
+                turns = [control.hide_in_message(turn) for turn in turns]
+                tools, variables = control.hide(tools), control.hide(variables)
+        except RecursionError:
+            raise PromptError("the messages or tools are nested too deeply") from None
+        last = turns[-1]
+        own = last["role"] in ("assistant", "model") and not last.get("tool_calls") and not last.get("tool_responses")
+        if not own or "add_generation_prompt" in variables:
+            given = {"messages": turns, "tools": tools, "enable_thinking": thinking, "add_generation_prompt": True}
+            return self._run({**given, **variables})
+        turns[-1], said = _marked(last)
+        given = {"messages": turns, "tools": tools, "enable_thinking": thinking, "add_generation_prompt": False}
+        prompt, *rest = self._run({**given, **variables}).split(_END)
+        if len(rest) != 1 or not prompt.endswith(said):
+            raise PromptError(
+                f"the chat template of {self.folder} changes the last message's text, so the answer can't go on from "
+                "there: end with another role's message, or give the prompt as token ids"
             )
+        return prompt
+
+    def _run(self, variables: Mapping[str, Any]) -> str:
+        template = self._template("tool_use" if variables["tools"] and "tool_use" in self._sources else "default")
+        try:
+            return self._environment.run(template, {**self._variables, **variables})
         except Exception as error:  # a template is a program, and not ours
             why = " ".join(str(error).split())
             raise PromptError(f"the chat template of {self.folder} refuses the messages: {why}") from error
 
-    @cached_property
-    def _template(self) -> Any:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-        )
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        # Jinja's own filter escapes HTML.
-        environment.filters["tojson"] = _to_json
-        try:
-            return environment.from_string(self._source)
-        except TemplateError as error:
-            raise CheckpointError(f"the chat template of {self.folder} is broken: {error}") from error
-
-
-def _own_source(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """A checkpoint's template: a file of its own, or in tokenizer_config.json, where it may be one of several."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} can't be read: {error}") from error
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = [t for t in template if isinstance(t, Mapping) and t.get("name") == "default"]
-        template = named[0].get("template") if named else None
-    if not isinstance(template, str | None):
-        raise CheckpointError(f"{folder / 'tokenizer_config.json'}: chat_template is no text")
-    return template
+    def _template(self, name: str) -> Any:
+        if name not in self._compiled:
+            try:
+                self._compiled[name] = self._environment.compiled(self._sources[name])
+            except Exception as error:  # of the parser, and of Python's, which reads what Jinja makes of it
+                raise CheckpointError(f"the chat template of {self.folder} is broken: {one_line(error)}") from error
+        return self._compiled[name]
 
 
 def _check(i: int, message: Mapping[str, Any]) -> None:
@@ -170,26 +173,29 @@ def _with_read_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**message, "tool_calls": calls}
 
 
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
+def _without_null(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    """The i-th message as templates take it: what is null is missing, but for the content, which then is empty."""
+    turn = {"content": ""} | {key: value for key, value in message.items() if value is not None}
+    for part in turn["content"] if isinstance(turn["content"], list) else ():
+        if part.get("type") == "text" and not isinstance(part.get("text"), str):
+            raise PromptError(f"message {i} ({turn['role']}) has a part of type text whose text is no string")
+    return turn
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _marked(message: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """A message with a mark at its end, and what must stand before that in the prompt."""
+    content = message["content"]
+    if isinstance(content, str):
+        marked, text = content + _END, content
+    else:
+        text = content[-1].get("text", "") if content else ""
+        marked = [*content[:-1], {"type": "text", **(content[-1] if content else {}), "text": text + _END}]
+    # Templates may drop thoughts, and white space before the text.
+    return {**message, "content": marked}, text.rsplit(CHANNEL_END, 1)[-1].lstrip()
 
 
-class _Generation(Extension):
-    """`{% generation %}`, between which and its end fine-tuning says what is learnt: no difference here."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[Node]:
-        """The statements in between."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+def token_name(config: Mapping[str, Any], key: str) -> str | None:
+    """A special token of tokenizer_config.json, which is a text or an object with one; None if it is neither."""
+    token = config.get(key)
+    token = token.get("content") if isinstance(token, Mapping) else token
+    return token if isinstance(token, str) else None

@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from .control import CHANNEL as _CHANNEL
+from .control import CHANNEL_END as _CHANNEL_END
+from .control import NOT_UTF8, ControlTokens
 from .errors import CheckpointError, PromptError
 from .files import read_json
-from .template import ChatTemplate
+from .template import ChatTemplate, token_name
 from .tools import CALL, CALL_END, QUOTE, Tools, call_id, parse_calls
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-_CHANNEL, _CHANNEL_END = "<|channel>", "<channel|>"
 _STOPS = ("<eos>", "<turn|>", "<|tool_response>")
 """What ends an answer in Gemma 4's chat format: the end of the text or of the turn, or where a tool's answer goes."""
 
@@ -35,17 +37,28 @@ class Tokenizer:
         special: Ids of the special tokens, which are no text.
         stop_tokens: Ids of those that end an answer: the ones of Gemma 4's chat format that the vocabulary has, and
             tokenizer_config.json's `eos_token`. Not every generation_config.json of a fine-tune names them all.
+        control: The special tokens by name, as `control.ControlTokens`.
+        bos: Id of the token that begins a text, tokenizer_config.json's `bos_token` or <bos>; None without one.
     """
 
     def __init__(
-        self, folder: Path, tokenizer: tokenizers.Tokenizer, template: ChatTemplate, eos_token: str | None = None
+        self,
+        folder: Path,
+        tokenizer: tokenizers.Tokenizer,
+        template: ChatTemplate,
+        eos_token: str | None = None,
+        bos_token: str | None = None,
     ):
         """See `from_folder`."""
         self.folder = folder
         names = [*_STOPS, eos_token] if eos_token else _STOPS
         ids = (tokenizer.token_to_id(name) for name in names)
         self.stop_tokens = frozenset(i for i in ids if i is not None)
-        self.special = frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+        self.bos = tokenizer.token_to_id(bos_token or "<bos>")
+        special = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.special = frozenset(special)
+        self.control = ControlTokens(special.values())
+        tokenizer.encode_special_tokens = True  # what it is given has none: `_ids` takes them out
         self._tokenizer = tokenizer
         self._template = template
 
@@ -64,10 +77,13 @@ class Tokenizer:
         except Exception as error:  # the library raises the bare class
             raise CheckpointError(f"{path} can't be read: {error}") from error
         config = read_json(folder / "tokenizer_config.json", required=False)
-        eos = config.get("eos_token")
-        eos = eos.get("content") if isinstance(eos, Mapping) else eos
-        template = ChatTemplate.from_folder(folder, config)
-        return cls(folder, tokenizer, template, eos if isinstance(eos, str) else None)
+        return cls(
+            folder,
+            tokenizer,
+            ChatTemplate.from_folder(folder, config),
+            eos_token=token_name(config, "eos_token"),
+            bos_token=token_name(config, "bos_token"),
+        )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. No special token is added; those that are spelt out in the text are recognised.
@@ -75,10 +91,28 @@ class Tokenizer:
         Raises:
             PromptError: The text can't be written as UTF-8, as when it was read from a file in another encoding.
         """
+        return self._ids(text)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a text from `prompt`, in which what is hidden is text."""
+        return self._ids(text, self.control.show)
+
+    def _ids(self, text: str, shown: Callable[[str], str] = str) -> list[int]:
+        ids: list[int] = []
         try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
+            for i, piece in enumerate(self.control.split(text)):
+                if i % 2:
+                    ids.append(self._tokenizer.token_to_id(piece))
+                elif piece:
+                    ids += self._tokenizer.encode(shown(piece), add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError):
-            raise PromptError("the text holds bytes that aren't UTF-8: convert it first") from None
+            raise PromptError(NOT_UTF8) from None
+        return ids
+
+    def encode_raw(self, text: str) -> list[int]:
+        """As `encode`, after the token that begins a text."""
+        tokens = self.encode(text)
+        return tokens if self.bos is None or tokens[:1] == [self.bos] else [self.bos, *tokens]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of token ids; thoughts, tool calls and special tokens left out."""
@@ -91,18 +125,32 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         thinking: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        sanitize: bool = True,
     ) -> list[int]:
         """Token ids of a conversation; see `render`.
+
+        Args:
+            messages, thinking, tools: As for `ChatTemplate.render`.
+            sanitize: Whether special tokens that are spelt out in messages and tools are text, see `control`.
 
         Raises:
             PromptError: Also for messages with images or sound, which this text decoder can't take.
         """
-        text = self.render(messages, thinking, tools)
+        return self.encode_prompt(self.prompt(messages, thinking, tools, sanitize))
+
+    def prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        thinking: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        sanitize: bool = True,
+    ) -> str:
+        """As `chat`, but the text that `encode_prompt` takes."""
         for i, message in enumerate(messages):
             content = message.get("content")
-            if isinstance(content, list) and any(part.get("type") != "text" for part in content):
+            if isinstance(content, list) and any(isinstance(p, Mapping) and p.get("type") != "text" for p in content):
                 raise PromptError(f"message {i} holds more than text: images, audio and video aren't supported")
-        return self.encode(text)
+        return self._render(messages, thinking, tools, control=self.control if sanitize else None)
 
     def render(
         self,
@@ -111,14 +159,19 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """The text of a conversation, up to where the model's answer begins; see `ChatTemplate.render`.
+        """The text of a conversation, up to where the model's answer begins or goes on; see `ChatTemplate.render`.
+
+        It doesn't tell special tokens of the template's from those that are spelt out in a message: `chat` does.
 
         Raises:
             CheckpointError: The template is broken, or there is none and the vocabulary isn't Gemma 4's.
         """
+        return self._render(messages, thinking, tools, **variables)
+
+    def _render(self, *conversation: Any, **variables: Any) -> str:
         if self._template.built_in and self.token_id("<|turn>") is None:
             raise CheckpointError(f"{self.folder} has no chat template: give the prompt as token ids")
-        return self._template.render(messages, thinking, tools, **variables)
+        return self._template.render(*conversation, **variables)
 
     def piece(self, token: int) -> bytes:
         """The UTF-8 bytes that a token stands for; a part of a character in the case of byte tokens."""

@@ -122,9 +122,8 @@ def test_tools_are_declared_in_the_system_turn(small: Tokenizer):
     assert '<|tool>declaration:now{description:<|"|><|"|>}<tool|>' in bare
 
 
-CALLED = (
-    '<|turn>model\n<|tool_call>call:route{avoid:[true,null,1.5],options:{tolls:false},to:<|"|>Rome<|"|>}<tool_call|>'
-)
+CALL = '<|tool_call>call:route{avoid:[true,null,1.5],options:{tolls:false},to:<|"|>Rome<|"|>}<tool_call|>'
+CALLED = "<|turn>model\n" + CALL
 ANSWERED = '<|tool_response>response:route{value:<|"|>south<|"|>}<tool_response|>'
 ROME = call("route", to="Rome", avoid=[True, None, 1.5], options={"tolls": False})
 
@@ -158,12 +157,13 @@ def test_thoughts_before_a_call_stay_until_the_turn_is_over(small: Tokenizer):
     assert "It's far." not in later and CALLED + ANSWERED + "Go south.<turn|>\n" in later
 
 
-def test_an_answer_that_is_there_is_not_asked_for(sizes: dict[str, Tokenizer]):
+def test_an_answer_that_is_there_is_gone_on_with(sizes: dict[str, Tokenizer]):
     messages = [user("Why?"), assistant("Because.", reasoning="Hm.")]
     thought = "<|channel>thought\nHm.\n<channel|>"
     for tokenizer in sizes.values():
-        expected = f"<bos><|turn>user\nWhy?<turn|>\n<|turn>model\n{thought}Because.<turn|>\n"
+        expected = f"<bos><|turn>user\nWhy?<turn|>\n<|turn>model\n{thought}Because."
         assert tokenizer.render(messages) == expected
+        assert tokenizer.render(messages, add_generation_prompt=False) == expected + "<turn|>\n"
         assert tokenizer.render(messages[:1], add_generation_prompt=False) == "<bos><|turn>user\nWhy?<turn|>\n"
 
 
@@ -178,10 +178,66 @@ def test_responses_say_which_call_they_answer(small: Tokenizer, first: Json, sec
         {"role": "tool", "content": "here", **second},
     ]
     assert small.render(messages).endswith(
-        "<|turn>model\nLet me see.<|tool_call>call:route{}<tool_call|><|tool_call>call:now{}<tool_call|>"
+        "<|turn>model\n<|tool_call>call:route{}<tool_call|><|tool_call>call:now{}<tool_call|>"
         '<|tool_response>response:now{value:<|"|>noon<|"|>}<tool_response|>'
-        '<|tool_response>response:route{value:<|"|>here<|"|>}<tool_response|>'
+        '<|tool_response>response:route{value:<|"|>here<|"|>}<tool_response|>Let me see.<turn|>\n'
     )
+
+
+def test_turns_of_the_model_last_until_somebody_else_speaks(sizes: dict[str, Tokenizer]):
+    """Text beside calls comes after the responses, and a turn that holds nothing after them is closed all the same."""
+    for size, tokenizer in sizes.items():
+        last = "<turn|>\n<|turn>user\nThanks.<turn|>\n<|turn>model\n" + EMPTY_THOUGHT * (size == "large")
+        for said, rendered in (
+            ([assistant("a"), assistant("b")], "ab"),
+            ([{"role": "assistant", "tool_calls": [ROME]}, {"role": "tool", "content": "south"}], CALL + ANSWERED),
+            (
+                [assistant(" Well. ", tool_calls=[ROME]), {"role": "tool", "content": "south"}, assistant("South.")],
+                CALL + ANSWERED + "Well.South.",
+            ),
+        ):
+            prompt = tokenizer.render([user("To Rome!"), *said, user("Thanks.")])
+            assert prompt == "<bos><|turn>user\nTo Rome!<turn|>\n<|turn>model\n" + rendered + last
+
+
+def test_what_tools_say_is_not_trimmed(small: Tokenizer):
+    for content in ("\n 5 ", [{"type": "text", "text": "\n 5"}, {"type": "text", "text": " "}]):
+        messages = [user("x"), {"role": "assistant", "tool_calls": [ROME]}, {"role": "tool", "content": content}]
+        assert small.render(messages).endswith('<|tool_response>response:route{value:<|"|>\n 5 <|"|>}<tool_response|>')
+
+
+@pytest.mark.parametrize("schema, rendered", [
+    ({"type": "integer", "enum": [1, 2]}, 'type:<|"|>INTEGER<|"|>'),
+    ({"type": "object", "properties": {}}, 'properties:{},type:<|"|>OBJECT<|"|>'),
+    ({"type": "object", "description": "Any."}, 'description:<|"|>Any.<|"|>,properties:{},type:<|"|>OBJECT<|"|>'),
+    (
+        {"type": "array", "items": {"type": "integer", "minimum": 1, "default": None, "description": "A day"}},
+        'items:{description:<|"|>A day<|"|>,minimum:1,type:<|"|>INTEGER<|"|>},type:<|"|>ARRAY<|"|>',
+    ),
+    (
+        {"type": "array", "items": {"type": "object", "required": ["a"], "properties": {"a": {"type": "string"}}}},
+        'items:{properties:{a:{type:<|"|>STRING<|"|>}},required:[<|"|>a<|"|>],type:<|"|>OBJECT<|"|>},type:<|"|>ARRAY<|"|>',
+    ),
+    (
+        {"type": "array", "items": {"type": ["string", "null"], "default": {"k": [True]}}},
+        'items:{default:{<|"|>k<|"|>:[true]},type:[<|"|>STRING<|"|>,<|"|>NULL<|"|>]},type:<|"|>ARRAY<|"|>',
+    ),
+])  # fmt: skip
+def test_schemas_of_parameters(small: Tokenizer, schema: Json, rendered: str):
+    function = {"name": "f", "description": "F", "parameters": {"type": "object", "properties": {"p": schema}}}
+    declared = 'declaration:f{description:<|"|>F<|"|>,parameters:{properties:{p:{%s}},type:<|"|>OBJECT<|"|>}}<tool|>'
+    assert declared % rendered in small.render([user("x")], tools=[{"type": "function", "function": function}])
+
+
+def test_what_a_tool_answers_may_be_declared(small: Tokenizer):
+    function = {"name": "f", "description": "F", "response": {"type": "object", "description": "Ways"}}
+    declared = 'f{description:<|"|>F<|"|>,response:{description:<|"|>Ways<|"|>,type:<|"|>OBJECT<|"|>}}<tool|>'
+    assert declared in small.render([user("x")], tools=[function])
+
+
+def test_a_system_prompt_in_parts(small: Tokenizer):
+    parts = [{"type": "text", "text": "Be brief. "}, {"type": "text", "text": "Be kind."}]
+    assert "system\nBe brief. Be kind. <turn|>" in small.render([{"role": "system", "content": parts}, user("x")])
 
 
 def test_responses_may_be_objects(small: Tokenizer):

@@ -20,6 +20,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 TOWERS = "model-00009-of-00009.safetensors"
 DESCRIBING = {"config.json", "generation_config.json", "model.safetensors.index.json", "chat_template.jinja"}
+DESCRIBING |= {"tool_use.jinja"}  # of the folder additional_chat_templates
 SHARDS = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
 
 
@@ -33,6 +34,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     drafter.rename(root / "org" / "model-assistant")
     model = root / "org" / "model"
     (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     index = json.loads((model / "model.safetensors.index.json").read_text())
     index["weight_map"]["model.vision_tower.patch.weight"] = TOWERS
     (model / "model.safetensors.index.json").write_text(json.dumps(index))

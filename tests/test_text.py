@@ -180,8 +180,8 @@ def test_an_empty_stop_string_is_refused():
 
 
 def test_the_template_gets_what_it_needs(tokenizer: Tokenizer):
-    turns = [{"role": "user", "content": "he"}, {"role": "assistant", "content": "ll"}]
-    expected = "<bos><|turn>user\nhe<turn|>\n<|turn>assistant\nll<turn|>\n<|turn>model\n"
+    turns = [{"role": "assistant", "content": "ll"}, {"role": "user", "content": "he"}]
+    expected = "<bos><|turn>assistant\nll<turn|>\n<|turn>user\nhe<turn|>\n<|turn>model\n"
     assert tokenizer.render(turns) == expected
     assert tokenizer.render(turns, thinking=True) == expected + "THINK"
     assert tokenizer.render(turns, tools=[{"name": "<é>"}]).endswith('[{"name": "<é>"}]'), "no escapes"
@@ -265,3 +265,39 @@ def test_templates_in_the_tokenizer_config(folder: Path, tmp_path: Path):
     ]):  # fmt: skip
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
         assert Tokenizer.from_folder(tmp_path).render([{"role": "user", "content": "x"}]) == "x!"
+
+
+def test_templates_are_found_where_transformers_finds_them(folder: Path, tmp_path: Path):
+    """Each place in turn hides those before it; further templates add to whichever there are."""
+    (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
+    user, tools = [{"role": "user", "content": "x"}], [{"name": "f"}]
+
+    def found() -> tuple[str, str]:
+        tokenizer = Tokenizer.from_folder(tmp_path)
+        return tokenizer.render(user), tokenizer.render(user, tools=tools)
+
+    named = [{"name": "tool_use", "template": "config's tools"}, {"name": "default", "template": "config"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert found() == ("config", "config's tools")
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "json"}))
+    assert found() == ("json", "json")
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert found() == ("file", "file")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("rag")
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("file's tools")
+    assert found() == ("file", "file's tools")
+    (tmp_path / "chat_template.jinja").unlink()
+    assert found() == ("json", "file's tools")
+    (tmp_path / "chat_template.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="no JSON object"):
+        found()
+
+
+def test_special_tokens_that_name_nothing_are_none(folder: Path, tmp_path: Path):
+    (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ eos_token }}{{ unk_token }}")
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"bos_token": {}, "eos_token": {"content": "<eos>"}, "unk_token": 5}'
+    )
+    assert Tokenizer.from_folder(tmp_path).render([{"role": "user", "content": "x"}]) == "<eos>"
