@@ -11,6 +11,7 @@ at a time.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -40,6 +41,8 @@ from .turns import Turns
 
 if TYPE_CHECKING:
     from .chat import Chat
+
+log = logging.getLogger(__name__)
 
 _OPTIONS = {
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "draft_length", "exactness", "ignore_eos",
@@ -158,6 +161,11 @@ class MTPModel:
             costs=profile.costs_of if profile else None,
         )
         self.tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
+        if self.tokenizer and self.tokenizer.seems_base(self.defaults.stop_tokens):
+            log.warning(
+                "%s has no chat template and seems to be a base model, which can't chat: chat_template=False (--raw) "
+                "completes text as it is", folder,
+            )  # fmt: skip
 
     def generate(
         self,

@@ -176,10 +176,10 @@ class Environment(ImmutableSandboxedEnvironment):
             factor = right if operator == "**" else 1
             if ints and operator in ("*", "**") and (left.bit_length() + 1) * max(factor, 1) > _MOST_WIDTH:  # type: ignore[union-attr]
                 raise TooMuch("a number is too large")
-        elif operator == "*" and isinstance(right, int) and hasattr(left, "__len__"):
-            self._spend(_ELEMENT * len(left) * max(right, 0))
-        elif operator == "*" and isinstance(left, int) and hasattr(right, "__len__"):
-            self._spend(_ELEMENT * len(right) * max(left, 0))
+        elif operator == "*":
+            times, value = (left, right) if isinstance(left, int) else (right, left)
+            if isinstance(times, int) and hasattr(value, "__len__"):
+                self._spend((1 if isinstance(value, str | bytes) else _ELEMENT) * len(value) * max(times, 0))
         elif operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
             self._spend(len(left) + len(right))
         return self._made(super().call_binop(context, operator, left, right))

@@ -28,6 +28,9 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _STOPS = ("<eos>", "<turn|>", "<|tool_response>")
 """What ends an answer in Gemma 4's chat format: the end of the text or of the turn, or where a tool's answer goes."""
 
+_CHATS = re.compile(r"(?<![a-z])(it|instruct|chat)(?![a-z])", re.IGNORECASE)
+"""What says in a model's name that it was taught to chat."""
+
 
 class Tokenizer:
     """A checkpoint's tokenizer and chat template.
@@ -108,6 +111,18 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError):
             raise PromptError(NOT_UTF8) from None
         return ids
+
+    def seems_base(self, stop_tokens: Iterable[int]) -> bool:
+        """Whether this belongs to a base model, which wasn't taught to chat: no template, and no sign of one.
+
+        Args:
+            stop_tokens: What ends the model's texts, by its files.
+        """
+        turn_end = self.token_id("<turn|>")
+        cached = self.folder.parent.name == "snapshots"  # of a repository, whose folder is named like it
+        name = (self.folder.parents[1] if cached else self.folder.resolve()).name
+        chats = turn_end is None or turn_end in stop_tokens or _CHATS.search(name) is not None
+        return self._template.built_in and not chats
 
     def encode_raw(self, text: str) -> list[int]:
         """As `encode`, after the token that begins a text."""

@@ -95,6 +95,25 @@ def test_generate_json():
     assert plain["stats"]["drafted"] == 0
 
 
+def test_text_may_be_completed_as_it_is_and_special_tokens_may_be_those(tmp_path: Path):
+    def prompt_tokens(*options: str) -> int:
+        arguments = ["generate", "a <|turn> b", "--json", "--max-tokens", "1", *options]
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+        return int(json.loads(done.stdout)["stats"]["prompt_tokens"])
+
+    asked, bare, raw = prompt_tokens(), prompt_tokens("--no-sanitize"), prompt_tokens("--raw")
+    assert asked > bare > raw
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "a <|turn> b"}\n{"prompt": [{"role": "user", "content": "x"}]}\n')
+    done = CliRunner().invoke(app, ["batch", str(source), "-o", str(output), "--max-tokens", "1", "--raw"])
+    text, messages = (json.loads(line) for line in output.read_text().splitlines())
+    assert text["stats"]["prompt_tokens"] == raw and "messages need" in messages["error"]
+    assert done.exit_code == 1
+    for option in (("--system", "x"), ("--think",)):
+        assert CliRunner().invoke(app, ["generate", "x", "--raw", *option]).exit_code == 2
+
+
 def test_a_stop_string_ends_the_tokens_at_the_same_place_at_any_draft_length():
     options = ("--stop", "fox", "--temperature", 0, "--json", "--draft-length")
     plain, mtp = (

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_checkpoints import make_pair
 from tiny_tokenizer import SPECIAL, write_tokenizer
 
 import mlx_mtp
@@ -289,3 +290,25 @@ def test_a_string_may_be_completed_as_it_is(lm: mlx_mtp.MTPModel):
         lm.encode(text, chat_template="{{ x }}")  # type: ignore[arg-type]
     with pytest.raises(PromptError, match="chat_template"):
         lm.chat().send(text, chat_template=False)
+
+
+def test_a_base_model_is_told_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    made, _ = make_pair("e2b", tmp_path)
+    write_tokenizer(made)
+    turn_end = SPECIAL.index("<turn|>")
+
+    def warned(name: str, eos: list[int]) -> bool:
+        nonlocal made
+        made = made.rename(tmp_path / name)
+        (made / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+        caplog.clear()
+        mlx_mtp.load(made, drafter=False).close()
+        lines = [record.getMessage() for record in caplog.records if "base model" in record.getMessage()]
+        assert all("--raw" in line and "\n" not in line for line in lines) and len(lines) <= 1
+        return bool(lines)
+
+    assert warned("gemma-4-E2B", [1]) and warned("gemma-4-E2B-4bit", [1])
+    assert not warned("gemma-4-E2B", [1, turn_end]) and not warned("gemma-4-E2B-it", [1])
+    assert not warned("gemma-4-e2b-it-4bit", [1]) and not warned("my-chat", [1])
+    (made / "chat_template.jinja").write_text("x")
+    assert not warned("gemma-4-E2B", [1])

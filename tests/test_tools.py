@@ -290,7 +290,8 @@ def test_reading_takes_linear_time(text: str):
         return time.process_time() - begun
 
     seconds(1)
-    assert seconds(16) < 8 * max(seconds(4), 0.002), "four times the text takes 16 times as long where it is quadratic"
+    # Four times the text takes 16 times as long where it is quadratic; what takes no time at all isn't.
+    assert seconds(16) < max(9 * seconds(4), 0.1)
 
 
 def test_a_call_that_never_ends_takes_linear_time(tokenizer: Tokenizer):
@@ -304,7 +305,7 @@ def test_a_call_that_never_ends_takes_linear_time(tokenizer: Tokenizer):
         return time.process_time() - begun
 
     seconds(1)
-    assert seconds(40) < 8 * seconds(10)
+    assert seconds(40) < max(9 * seconds(10), 0.1)
 
 
 @pytest.mark.parametrize("tools", [[5], [{}], [{"function": {}}], [{"function": 5}], "f"])

@@ -39,6 +39,8 @@ def batch(
     top_p: o.TopP = None,
     min_p: o.MinP = None,
     seed: o.Seed = None,
+    raw: o.Raw = False,
+    no_sanitize: o.NoSanitize = False,
     exactness: o.Exactness = "fast",
     quantize: o.Quantize = None,
     trace: o.TraceFile = None,
@@ -48,7 +50,7 @@ def batch(
 
     A line of IN.jsonl has "prompt" (text, messages or token ids), and may have "id" and options of its own:
     max_tokens, temperature, top_k, top_p, min_p, seed, draft_length, exactness, stop, stop_token_ids, thinking, tools,
-    ignore_eos.
+    ignore_eos, sanitize, chat_template.
     A line of OUT.jsonl has its "index" and "id", and text, tokens, finish_reason and stats, or "error"; lines with an
     error are tried again by the next run, and answers stay, with whatever options they were made.
     """
@@ -68,7 +70,7 @@ def batch(
     todo = [i for i, line in enumerate(lines) if line.strip() and i not in done]
     given = {
         "draft_length": draft_length, "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k,
-        "top_p": top_p, "min_p": min_p, "exactness": exactness,
+        "top_p": top_p, "min_p": min_p, "exactness": exactness, "sanitize": not no_sanitize, "chat_template": not raw,
     }  # fmt: skip
     try:
         output.open("a").close()  # before anything takes long

@@ -43,6 +43,7 @@ def chat(
     seed: o.Seed = None,
     system: o.System = None,
     think: o.Think = False,
+    no_sanitize: o.NoSanitize = False,
     exactness: o.Exactness = "fast",
     quantize: o.Quantize = None,
     trace: o.TraceFile = None,
@@ -59,6 +60,7 @@ def chat(
         "min_p": min_p,
         "seed": seed,
         "exactness": exactness,
+        "sanitize": not no_sanitize,
     }
     with o.load(model, drafter, no_draft, quantize, adapter=adapter) as lm, o.tracing(lm, trace):
         name = "the embedded demo pair" if model is None else model

@@ -33,6 +33,8 @@ def generate(
     ] = None,
     system: o.System = None,
     think: o.Think = False,
+    raw: o.Raw = False,
+    no_sanitize: o.NoSanitize = False,
     exactness: o.Exactness = "fast",
     quantize: o.Quantize = None,
     as_json: o.Json = False,
@@ -49,21 +51,25 @@ def generate(
         prompt = sys.stdin.read()
     if not prompt.strip():
         raise typer.BadParameter("the prompt is empty", param_hint="PROMPT")
+    if raw and (system or think):
+        raise typer.BadParameter("there is no system prompt and no thinking without a chat", param_hint="--raw")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
+    asked = prompt if raw else messages
 
     with o.load(model, drafter, no_draft, quantize, adapter=adapter) as lm, o.tracing(lm, trace):
         given: dict[str, Any] = {
             "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
             "seed": seed, "stop": stop, "draft_length": draft_length, "exactness": exactness, "thinking": think,
+            "sanitize": not no_sanitize, "chat_template": not raw,
         }  # fmt: skip
         try:
             if as_json:
-                answer = lm.generate(messages, **given)
+                answer = lm.generate(asked, **given)
                 assert not isinstance(answer, list)
                 print(json.dumps(answer.as_dict()))  # ASCII, which is the same in every encoding
                 return
-            chunks = o.show(lm.stream(messages, **given))
+            chunks = o.show(lm.stream(asked, **given))
         except KeyboardInterrupt:
             print(file=sys.stderr)
             raise typer.Exit(o.INTERRUPTED) from None

@@ -69,6 +69,10 @@ Quantize = Annotated[
 ]
 System = Annotated[str | None, typer.Option(help="System prompt.", metavar="TEXT")]
 Think = Annotated[bool, typer.Option("--think", help="Ask the model to think first.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Complete the text as it is, without a chat template.")]
+NoSanitize = Annotated[
+    bool, typer.Option("--no-sanitize", help="Let special tokens that the text spells out be those, not text.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
 Model = Annotated[
     str | None,
