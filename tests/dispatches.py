@@ -7,10 +7,14 @@ Metal has a kernel for. What MLX itself copies, to make rows contiguous, stays o
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,31 @@ _FREE = {
 }  # fmt: skip
 _NODE = re.compile(r'(\d+) \[label ="([^"]+)", shape=rectangle\]')
 _INPUT = re.compile(r'"\w+" -> (\d+)')
+
+
+_compiler = shutil.which("g++")
+
+
+def prepare() -> None:
+    """Lets formulas be compiled into graphs on a machine without a C++ compiler; to be called before MLX is used.
+
+    MLX looks for one once, and doesn't compile without. What is only counted needs none that works; all else must
+    then run uncompiled.
+    """
+    if not _compiler:
+        stand_in = Path(tempfile.mkdtemp()) / "g++"
+        stand_in.touch(0o755)
+        os.environ["PATH"] = f"{stand_in.parent}{os.pathsep}{os.environ['PATH']}"
+        mx.disable_compile()
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Meanwhile formulas are compiled, wherever this runs."""
+    mx.enable_compile()
+    yield
+    if not _compiler:
+        mx.disable_compile()
 
 
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

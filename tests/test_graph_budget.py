@@ -5,14 +5,14 @@ Layers, heads and head sizes are the published ones; all else is small, since it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from dispatches import as_on_a_gpu, count
+from dispatches import as_on_a_gpu, compiling, count
 
 from mlx_mtp.config import TextConfig
 from mlx_mtp.decode import sampling
@@ -57,6 +57,12 @@ def with_nothing(model: nn.Module, bits: int | None) -> None:
         if hasattr(module, "prepare"):
             module.prepare()
     mx.eval(model.parameters())
+
+
+@pytest.fixture(autouse=True)
+def compiled() -> Iterator[None]:
+    with compiling():
+        yield
 
 
 Round = Callable[[SamplingOptions, int], int]
