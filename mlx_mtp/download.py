@@ -86,12 +86,13 @@ def _fetch(repository: str, commit: str, name: str) -> None:
 
     url, headers = hf_hub_url(repository, name, revision=commit), build_hf_headers()
     known = get_hf_file_metadata(url, headers=headers)
-    # The etag becomes the name of a file; mirrors may send anything.
-    if not re.fullmatch(r"[0-9a-f]{40,64}", known.etag or "") or known.size is None or known.size > _LARGEST:
+    etag = known.etag or ""
+    # It becomes the name of a file, and mirrors may send anything.
+    if not re.fullmatch(r"[0-9a-f]{40,64}", etag) or known.size is None or known.size > _LARGEST:
         return
     blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model") / "blobs"
     blobs.mkdir(parents=True, exist_ok=True)
-    whole, partial = blobs / known.etag, blobs / f"{known.etag}.mlx-mtp.incomplete"
+    whole, partial = blobs / etag, blobs / f"{etag}.mlx-mtp.incomplete"
     with partial.open("ab") as file:
         with suppress(OSError):  # some file systems have no locks
             fcntl.flock(file, fcntl.LOCK_EX)  # another process may be at it
@@ -103,7 +104,7 @@ def _fetch(repository: str, commit: str, name: str) -> None:
             begin = file.truncate(0)
         http_get(url, file, resume_size=begin, headers=headers, expected_size=known.size, displayed_filename=name)
         file.flush()
-        if not _has_checksum(partial, known.etag):
+        if not _has_checksum(partial, etag):
             partial.unlink()
             raise CheckpointError(f"{repository}: {name} has come damaged, its checksum is wrong: download it again")
         partial.rename(whole)

@@ -54,7 +54,7 @@ class ChatTemplate:
         Raises:
             CheckpointError: A template that can't be read.
         """
-        variables = {
+        variables: dict[str, Any] = {
             name: token
             for name in config
             if name.endswith("_token") and (token := token_name(config, name)) is not None
@@ -185,6 +185,7 @@ def _without_null(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
 def _marked(message: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """A message with a mark at its end, and what must stand before that in the prompt."""
     content = message["content"]
+    marked: str | list[Any]
     if isinstance(content, str):
         marked, text = content + _END, content
     else:

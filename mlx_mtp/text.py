@@ -12,7 +12,7 @@ import codecs
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tokenizers
 
@@ -105,7 +105,7 @@ class Tokenizer:
         try:
             for i, piece in enumerate(self.control.split(text)):
                 if i % 2:
-                    ids.append(self._tokenizer.token_to_id(piece))
+                    ids.append(cast(int, self._tokenizer.token_to_id(piece)))
                 elif piece:
                     ids += self._tokenizer.encode(shown(piece), add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError):
@@ -280,8 +280,9 @@ class StreamDecoder:
         text, self._call = "".join(self._call), None
         try:
             found = parse_calls(text)
-            for name, arguments in found if self._tools else ():
-                self._tools.check(name, arguments)
+            if self._tools:
+                for name, arguments in found:
+                    self._tools.check(name, arguments)
         except ValueError as error:
             shown = text if len(text) <= 80 else f"{text[:80]}..."
             self.errors.append(f"{shown!r} is no tool call: {error}")

@@ -58,8 +58,11 @@ class ClusteredHead(nn.Module):
         e, x = self.embedding, hidden[:, None, None, :]
         rows = counting(len(hidden), np.uint32)[:, None]
         if isinstance(e, nn.QuantizedEmbedding):
-            parts = [None if it is None else self._in_clusters(it) for it in (e.weight, e.scales, e.biases)]
-            return mx.gather_qmm(x, *parts, rows, best, group_size=e.group_size, bits=e.bits, mode=e.mode)
+            biases = None if e.biases is None else self._in_clusters(e.biases)
+            weight, scales = self._in_clusters(e.weight), self._in_clusters(e.scales)
+            return mx.gather_qmm(
+                x, weight, scales, biases, rows, best, group_size=e.group_size, bits=e.bits, mode=e.mode
+            )
         return mx.gather_mm(x, self._in_clusters(e.weight).swapaxes(-1, -2), rows, best)
 
     def _in_clusters(self, rows: mx.array) -> mx.array:
