@@ -47,10 +47,12 @@ def parse_calls(text: str) -> list[tuple[str, dict[str, Any]]]:
     Raises:
         ValueError: It is something else, or not complete; the message says in which way.
     """
-    calls, at = [], 0
+    calls: list[tuple[str, dict[str, Any]]] = []
+    at = 0
     while at < len(text):
         head, other = _NAMED.match(text, at), _NAMED_BEFORE_PARENTHESIS.match(text, at)
-        if not head and not other:
+        first = head or other
+        if not first:
             raise ValueError("something follows the call" if calls else "it doesn't begin like call:name{")
         if head and other and head[1].count("(") != head[1].count(")"):
             # One that is open belongs to the arguments, if these can be read so, or else to an odd name.
@@ -58,7 +60,7 @@ def parse_calls(text: str) -> list[tuple[str, dict[str, Any]]]:
                 call, at = _call(text, other)
                 calls.append(call)
                 continue
-        call, at = _call(text, head or other)
+        call, at = _call(text, first)
         calls.append(call)
     if not calls:
         raise ValueError("it is empty")

@@ -13,13 +13,24 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
+
+from mlx_mtp.config import TextConfig
+from mlx_mtp.decode.round import RoundState, decode_round
+from mlx_mtp.decode.sampling import Sampler, SamplingOptions
+from mlx_mtp.kv import KVBuffers, longest_block
+from mlx_mtp.models.drafter import Drafter
+from mlx_mtp.models.target import Target
+from mlx_mtp.quantization import Format, Scheme
+from mlx_mtp.tuning.known_models import known_pair
 
 # Views of an array, or constants.
 _FREE = {
@@ -88,3 +99,54 @@ def count(*arrays: mx.array) -> int:
     inputs = Counter(_INPUT.findall(text))
     # Concatenating copies its inputs one by one.
     return sum(inputs[node] if kind == "Concatenate" else kind not in _FREE for node, kind in _NODE.findall(text))
+
+
+HIDDEN = 64
+GREEDY = SamplingOptions()
+GEMMA = SamplingOptions(temperature=1.0, top_k=64, top_p=0.95, seed=3)
+
+Round = Callable[[SamplingOptions, int], int]
+"""Kernels of a round, by sampling options and draft length."""
+
+
+def kernels_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Round:
+    """What counts rounds of a published size at batch 1, a target in 4 bits and a drafter in bfloat16.
+
+    Layers, heads and head sizes are the published ones; all else is small, since it changes no number of kernels.
+    """
+    target_config, drafter_config = known_pair(name)
+    text = _narrow(target_config.text)
+    drafter_config = replace(drafter_config, text=_narrow(drafter_config.text), backbone_hidden_size=HIDDEN)
+    target, drafter = Target(text), Drafter(drafter_config, "committed")
+    _fill(target, 4)
+    _fill(drafter, None)
+    as_on_a_gpu(monkeypatch)
+
+    def kernels(options: SamplingOptions, drafts: int) -> int:
+        kv = KVBuffers(text, 1, mx.bfloat16, longest_block(text), 640)
+        state = RoundState(mx.array([600]), mx.array([5]), mx.zeros((1, HIDDEN), mx.bfloat16))
+        mx.eval(kv.arrays(), state.lengths, state.tokens, state.hidden)
+        new, report, _ = decode_round(target, drafter, kv, Sampler([options], text.logit_softcap), state, drafts)
+        return count(report, new.lengths, new.tokens, new.hidden, *kv.arrays())
+
+    return kernels
+
+
+def _narrow(text: TextConfig) -> TextConfig:
+    layers = tuple(replace(layer, intermediate_size=HIDDEN) for layer in text.layers)
+    return replace(text, hidden_size=HIDDEN, layers=layers, expert_size=HIDDEN, ple_vocab_size=8)
+
+
+def _fill(model: nn.Module, bits: int | None) -> None:
+    """Gives a model weights of the right types, all zero."""
+    model.set_dtype(mx.bfloat16)
+    if bits:
+        nn.quantize(model, class_predicate=Scheme(Format(bits)).rule())
+    for module in model.modules():
+        for name, old in module.items():
+            if isinstance(old, mx.array):
+                module[name] = mx.zeros(old.shape, old.dtype)
+    for module in model.modules():
+        if hasattr(module, "prepare"):
+            module.prepare()
+    mx.eval(model.parameters())

@@ -6,57 +6,25 @@ Layers, heads and head sizes are the published ones; all else is small, since it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from dispatches import as_on_a_gpu, compiling, count
+from dispatches import GEMMA, GREEDY, Round, as_on_a_gpu, compiling, count, kernels_of
 
-from mlx_mtp.config import TextConfig
 from mlx_mtp.decode import sampling
-from mlx_mtp.decode.round import RoundState, decode_round
-from mlx_mtp.decode.sampling import Sampler, SamplingOptions, best_few
-from mlx_mtp.kv import KVBuffers, longest_block
+from mlx_mtp.decode.sampling import best_few
 from mlx_mtp.metal import DEFAULTS
 from mlx_mtp.models import clustered_head
 from mlx_mtp.models.attention import folded_attention
 from mlx_mtp.models.clustered_head import ClusteredHead
-from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.elementwise import add_scaled, gelu_times, softcap
-from mlx_mtp.models.target import Target
-from mlx_mtp.quantization import Format, Scheme
-from mlx_mtp.tuning.known_models import known_pair
 
-HIDDEN = 64
 BUDGETS = {
     "E2B": (765, 1000), "E4B": (925, 1160), "12B": (865, 1090), "26B-A4B": (1000, 1225), "31B": (1075, 1300),
 }  # fmt: skip
 """Most kernels of a plain step, and of a round with 3 drafts, at batch 1 and 4 bits."""
-
-GREEDY = SamplingOptions()
-GEMMA = SamplingOptions(temperature=1.0, top_k=64, top_p=0.95, seed=3)
-
-
-def narrow(text: TextConfig) -> TextConfig:
-    layers = tuple(replace(layer, intermediate_size=HIDDEN) for layer in text.layers)
-    return replace(text, hidden_size=HIDDEN, layers=layers, expert_size=HIDDEN, ple_vocab_size=8)
-
-
-def with_nothing(model: nn.Module, bits: int | None) -> None:
-    """Gives a model weights of the right types, all zero."""
-    model.set_dtype(mx.bfloat16)
-    if bits:
-        nn.quantize(model, class_predicate=Scheme(Format(bits)).rule())
-    for module in model.modules():
-        for name, old in module.items():
-            if isinstance(old, mx.array):
-                module[name] = mx.zeros(old.shape, old.dtype)
-    for module in model.modules():
-        if hasattr(module, "prepare"):
-            module.prepare()
-    mx.eval(model.parameters())
 
 
 @pytest.fixture(autouse=True)
@@ -65,28 +33,9 @@ def compiled() -> Iterator[None]:
         yield
 
 
-Round = Callable[[SamplingOptions, int], int]
-
-
 @pytest.fixture
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Round:
-    """Kernels of a round of a published size, by sampling options and draft length."""
-    target_config, drafter_config = known_pair(request.param)
-    text = narrow(target_config.text)
-    drafter_config = replace(drafter_config, text=narrow(drafter_config.text), backbone_hidden_size=HIDDEN)
-    target, drafter = Target(text), Drafter(drafter_config, "committed")
-    with_nothing(target, 4)
-    with_nothing(drafter, None)
-    as_on_a_gpu(monkeypatch)
-
-    def kernels(options: SamplingOptions, drafts: int) -> int:
-        kv = KVBuffers(text, 1, mx.bfloat16, longest_block(text), 640)
-        state = RoundState(mx.array([600]), mx.array([5]), mx.zeros((1, HIDDEN), mx.bfloat16))
-        mx.eval(kv.arrays(), state.lengths, state.tokens, state.hidden)
-        new, report, _ = decode_round(target, drafter, kv, Sampler([options], text.logit_softcap), state, drafts)
-        return count(report, new.lengths, new.tokens, new.hidden, *kv.arrays())
-
-    return kernels
+    return kernels_of(request.param, monkeypatch)
 
 
 @pytest.mark.parametrize("kernels, budget", BUDGETS.items(), indirect=["kernels"], ids=BUDGETS)

@@ -1,0 +1,47 @@
+"""Kernels that a GPU is given for a round, counted from the graph without a GPU, for every published size.
+
+Per size: a plain step, a round with 3 drafts, and both with Gemma's own sampling (temperature 1, top-k 64, top-p 0.95).
+Batch 1, a target in 4 bits, a drafter in bfloat16. What is counted and what isn't: tests/dispatches.py.
+
+    python scripts/count_kernels.py [--json]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import dispatches  # noqa: E402
+
+dispatches.prepare()  # before MLX compiles anything
+
+import pytest  # noqa: E402
+
+from mlx_mtp.tuning.known_models import KNOWN_MODELS  # noqa: E402
+
+DRAFTS = 3
+
+
+def main(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Counts, and prints a table."""
+    found = {}
+    for name in KNOWN_MODELS:
+        with pytest.MonkeyPatch.context() as patch, dispatches.compiling():
+            kernels = dispatches.kernels_of(name, patch)
+            found[name] = [kernels(how, k) for how in (dispatches.GREEDY, dispatches.GEMMA) for k in (0, DRAFTS)]
+    if as_json:
+        print(json.dumps(found))
+        return
+    print(f"{'':10}{'plain':>10}{f'{DRAFTS} drafts':>10}{'sampled':>10}{f'{DRAFTS} drafts':>10}")
+    for name, counts in found.items():
+        print(f"{name:10}" + "".join(f"{count:10,}" for count in counts))
+
+
+if __name__ == "__main__":
+    typer.run(main)
