@@ -28,6 +28,7 @@ from .decode.sampling import Sampler, SamplingOptions, is_int, row_seed
 from .decode.scheduler import MAX_ROWS, Scheduler
 from .decode.trace import Trace
 from .errors import MTPError, PromptError
+from .generation_config import read_generation
 from .models.drafter import POSITIONS, Drafter
 from .models.target import Target
 from .pair import DEMO as DEMO
@@ -107,7 +108,7 @@ class MTPModel:
         config: The target's `config.TargetConfig`.
         drafter_config: The drafter's `config.DrafterConfig`, or None.
         tokenizer: The target's `text.Tokenizer`, or None if its folder has none (then prompts are token ids).
-        defaults: The target's generation_config, as `checkpoint.GenerationDefaults`.
+        defaults: The target's generation_config, as `generation_config.GenerationDefaults`.
         profile: What is known of this pair on this machine, as `tuning.profile.Profile`, or None.
         kv_budget: Bytes that all rows together may take for KV.
     """
@@ -136,7 +137,7 @@ class MTPModel:
                     self.drafter_config, self._drafter = checkpoint.load_drafter(
                         drafter_folder, self.config, position, dtype, quantize
                     )
-        self.defaults = checkpoint.read_generation(folder)
+        self.defaults = read_generation(folder)
         self.kv_budget, cache_bytes = sizes.kv_budget(sizes.held_bytes(self._target, self._drafter), cache_bytes)
         self._most_rows = profile.rows if profile else MAX_ROWS
         self._scheduler = Scheduler(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,15 +32,7 @@ from .files import read_json
 from .models.drafter import Drafter
 from .models.elementwise import on_gpu
 from .models.target import Target
-from .names import (
-    MERGED_DRAFTER,
-    VISION_AND_AUDIO,
-    Source,
-    Table,
-    drafter_table,
-    of_merged_drafter,
-    target_table,
-)
+from .names import MERGED_DRAFTER, VISION_AND_AUDIO, Source, Table, drafter_table, of_merged_drafter, target_table
 from .quantization import Format, Rule, Scheme, Stored
 from .safetensors_files import tensors
 
@@ -51,27 +42,6 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 CLUSTER_ORDER = "cluster_order"
 """Key of config.json's section "mlx_mtp": a clustered head's embedding is stored cluster by cluster already."""
-
-
-@dataclass(frozen=True)
-class GenerationDefaults:
-    """Defaults of generation_config.json.
-
-    Attributes:
-        stop_tokens: Ids that end an answer (`eos_token_id`).
-        suppress_tokens: Ids that are never chosen.
-        temperature: 0 unless `do_sample` is set.
-        top_k: 0 for off.
-        top_p: 1 for off.
-        min_p: 0 for off.
-    """
-
-    stop_tokens: tuple[int, ...]
-    suppress_tokens: tuple[int, ...]
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
 
 
 @contextmanager
@@ -127,37 +97,6 @@ def read_quantization(config: dict[str, Any], table: Table, folder: Path, quanti
     if found and quantize:
         raise CheckpointError(f"{folder} is quantised already: load it without quantize (--quantize)")
     return found
-
-
-def read_generation(folder: Path) -> GenerationDefaults:
-    """Reads generation_config.json, whose stop ids override those of config.json unless they are null.
-
-    Raises:
-        CheckpointError: A malformed file.
-    """
-    config = read_json(folder / "config.json")
-    text = config.get("text_config", config)
-    given = read_json(folder / "generation_config.json", required=False)
-    stop = next((ids for file in (given, config, text) if (ids := file.get("eos_token_id")) is not None), None)
-    sample = bool(given.get("do_sample", False))
-    try:
-        return GenerationDefaults(
-            stop_tokens=_token_ids(stop, text["vocab_size"]),
-            suppress_tokens=_token_ids(given.get("suppress_tokens"), text["vocab_size"]),
-            temperature=float(given.get("temperature", 1.0)) if sample else 0.0,
-            top_k=int(given.get("top_k") or 0) if sample else 0,
-            top_p=float(given.get("top_p") or 1.0) if sample else 1.0,
-            min_p=float(given.get("min_p") or 0.0) if sample else 0.0,
-        )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{folder / 'generation_config.json'} can't be understood: {error}") from error
-
-
-def _token_ids(value: Any, vocab_size: int) -> tuple[int, ...]:
-    ids = [value] if isinstance(value, int) else value or []
-    if not isinstance(ids, list) or not all(isinstance(t, int) and 0 <= t < vocab_size for t in ids):
-        raise ValueError(f"{value!r} are no token ids of a vocabulary of {vocab_size}")
-    return tuple(ids)
 
 
 def load_target(folder: Path, dtype: str | None = None, quantize: int | None = None) -> tuple[TargetConfig, Target]:

@@ -11,8 +11,8 @@ from tiny_checkpoints import make_pair
 from tiny_tokenizer import write_tokenizer
 
 import mlx_mtp
-from mlx_mtp.checkpoint import read_generation
 from mlx_mtp.errors import PromptError
+from mlx_mtp.generation_config import read_generation
 from mlx_mtp.text import Tokenizer
 
 Json = dict[str, Any]
