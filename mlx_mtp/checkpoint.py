@@ -32,15 +32,7 @@ from .files import read_json
 from .models.drafter import Drafter
 from .models.elementwise import on_gpu
 from .models.target import Target
-from .names import (
-    MERGED_DRAFTER,
-    VISION_AND_AUDIO,
-    Source,
-    Table,
-    drafter_table,
-    of_merged_drafter,
-    target_table,
-)
+from .names import MERGED_DRAFTER, VISION_AND_AUDIO, Source, Table, drafter_table, of_merged_drafter, target_table
 from .quantization import Format, Rule, Scheme, Stored
 from .safetensors_files import check_tied, tensors
 

@@ -10,6 +10,7 @@ Knows nothing of files, weights or quantisation.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,16 @@ MERGED_FIELDS = ("mtp_assistant_config", "mtp_num_hidden_layers")
 
 _OVERRIDES = ("head_dim", "num_key_value_heads")
 """Fields that `per_layer_config` gives to some layers."""
+
+_LARGEST_WIDTH = 2**20
+"""Bound of rows and columns of matrices, and of layers and experts: thirty times what the largest model has, and with
+that far below what MLX can count (31 bits)."""
+
+_LARGEST_COUNT = 2**31 - 1
+"""Bound of what is only counted up to: positions."""
+
+_MOST_LAYERS = 1_000
+"""Ten times those of the deepest model. Making a model takes time for each, before its files are looked at."""
 
 Json = Mapping[str, Any]
 
@@ -215,7 +226,7 @@ def _field(config: Json, name: str) -> Any:
     return value
 
 
-def _size(config: Json, name: str, least: int = 1, most: int = 2**31 - 1) -> int:
+def _size(config: Json, name: str, least: int = 1, most: int = _LARGEST_WIDTH) -> int:
     """A whole number; `least` and `most` are the bounds. Where 0 is allowed, a missing field is 0."""
     value = (config.get(name) or 0) if least == 0 else _field(config, name)
     if not isinstance(value, int) or not least <= value <= most:
@@ -225,7 +236,7 @@ def _size(config: Json, name: str, least: int = 1, most: int = 2**31 - 1) -> int
 
 def _positive(config: Json, name: str, default: float | None = None) -> float:
     value = _field(config, name) if default is None else config.get(name, default)
-    if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+    if not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
         raise CheckpointError(f"config.json: {name} is {value!r}, expected a number above 0")
     return float(value)
 
@@ -259,7 +270,7 @@ def _text_config(config: Json, own_kv: bool) -> TextConfig:
             hidden_size=_size(config, "hidden_size"),
             num_heads=_size(config, "num_attention_heads"),
             layers=layers,
-            sliding_window=_size(config, "sliding_window"),
+            sliding_window=_size(config, "sliding_window", most=_LARGEST_COUNT),
             rms_norm_eps=_positive(config, "rms_norm_eps", 1e-6),
             rope=rope,
             logit_softcap=None if cap is None else _positive(config, "final_logit_softcapping"),
@@ -269,8 +280,9 @@ def _text_config(config: Json, own_kv: bool) -> TextConfig:
             num_experts=experts,
             experts_per_token=_size(config, "top_k_experts", most=experts) if experts else 0,
             expert_size=_size(config, "moe_intermediate_size") if experts else 0,
-            max_positions=_size(config, "max_position_embeddings"),
+            max_positions=_size(config, "max_position_embeddings", most=_LARGEST_COUNT),
         )
+        _check_widths(text)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"config.json can't be understood: {type(error).__name__} at {error}") from error
     for kind in {SLIDING if layer.sliding else FULL for layer in layers}:
@@ -279,10 +291,25 @@ def _text_config(config: Json, own_kv: bool) -> TextConfig:
     return text
 
 
+def _check_widths(text: TextConfig) -> None:
+    """Checks what is as wide as two fields multiplied."""
+    for what, width in (
+        ("attention heads", max(text.num_heads * layer.head_dim for layer in text.layers)),
+        ("key/value heads", max(layer.kv_heads * layer.head_dim for layer in text.layers)),
+        ("per-layer embeddings", len(text.layers) * text.ple_size),
+    ):
+        if width > _LARGEST_WIDTH:
+            raise CheckpointError(
+                f"config.json: {what} are {width:,} wide together, expected at most {_LARGEST_WIDTH:,}"
+            )
+
+
 def _layers(config: Json, own_kv: bool) -> tuple[LayerConfig, ...]:
     kinds = list(_field(config, "layer_types"))
     if len(kinds) != _field(config, "num_hidden_layers"):
         raise CheckpointError(f"config.json has {len(kinds)} layer_types for {config['num_hidden_layers']} layers")
+    if not 0 < len(kinds) <= _MOST_LAYERS:
+        raise CheckpointError(f"config.json has {len(kinds):,} layer_types, expected 1 to {_MOST_LAYERS:,}")
     if unknown := set(kinds) - {SLIDING, FULL}:
         raise CheckpointError(f"layer type {sorted(unknown)[0]!r} isn't supported: expected {SLIDING} or {FULL}")
     first_shared = len(kinds) - _size(config, "num_kv_shared_layers", least=0, most=len(kinds))

@@ -6,9 +6,22 @@ else that is raised is a defect of the package.
 
 from __future__ import annotations
 
+_LONGEST = 2_000
+"""Characters of a message: what the longest ones of ours need, and what a person reads."""
+
 
 class MTPError(Exception):
-    """Base of all errors the package raises on purpose."""
+    """Base of all errors the package raises on purpose.
+
+    Messages quote names and values from files of any origin. Whatever these hold, a message is one line of printable
+    characters: no line breaks, nothing that a terminal would obey, and never longer than a person reads.
+    """
+
+    def __init__(self, message: str):
+        """Takes the message."""
+        if not message.isprintable():
+            message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message[: 2 * _LONGEST])
+        super().__init__(message if len(message) <= _LONGEST else f"{message[:_LONGEST]}...")
 
 
 class CheckpointError(MTPError):

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from .errors import CheckpointError
 LARGEST_JSON = 2**27
 """Bytes. The largest that a checkpoint has is a tokenizer.json of 32 MB."""
 
+_DEEPEST_JSON = 100
+"""Objects and lists in each other. Configs have five; what is read is copied and printed by functions that recurse."""
+
 
 def read_json(path: Path, required: bool = True) -> dict[str, Any]:
     """Reads a JSON object from a file; {} if the file is optional and missing.
@@ -25,17 +28,15 @@ def read_json(path: Path, required: bool = True) -> dict[str, Any]:
     Raises:
         CheckpointError: Missing, unreadable, or no JSON object.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # False too if it mustn't be looked at
         if required:
             raise CheckpointError(f"{path.parent} has no {path.name}: not a model folder, or not completely downloaded")
         return {}
     try:
-        if (size := path.stat().st_size) > LARGEST_JSON:
-            raise CheckpointError(f"{path} has {size:,} bytes, and at most {LARGEST_JSON:,} are read")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise CheckpointError(f"{path} can't be read as JSON: it is nested too deeply") from None
-    except (OSError, ValueError) as error:
+        value = parse_json(read_bytes(path).decode())
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
+    except ValueError as error:
         raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object")
@@ -48,6 +49,58 @@ def listed(folder: Path, pattern: str = "*") -> list[Path]:
     Without "._NAME", which macOS puts beside every NAME on disks that can't hold its attributes.
     """
     return sorted(path for path in folder.glob(pattern) if not path.name.startswith("._"))
+
+
+def parse_json(text: str, **hooks: Callable[..., Any]) -> Any:
+    """What a text says in JSON, if it isn't nested so deeply that somebody would stumble over it.
+
+    Args:
+        text: The text.
+        **hooks: As for `json.loads`.
+
+    Raises:
+        ValueError: It is no JSON, or nested too deeply.
+    """
+    too_deep = f"lists and objects lie more than {_DEEPEST_JSON} deep in each other"
+    try:
+        value = json.loads(text, **hooks)
+    except RecursionError:
+        raise ValueError(too_deep) from None
+    level = [[value]]
+    for _ in range(_DEEPEST_JSON + 1):
+        parts = (part for it in level for part in (it.values() if isinstance(it, dict) else it))
+        level = [part for part in parts if isinstance(part, dict | list)]
+        if not level:
+            return value
+    raise ValueError(too_deep)
+
+
+def read_bytes(path: Path) -> bytes:
+    """All of a file, which must be a plain one (reading others may never end) and of a size that JSON can have.
+
+    Raises:
+        OSError: It can't be read.
+    """
+    size = path.stat().st_size
+    if not path.is_file():
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    if size > LARGEST_JSON:
+        raise OSError(errno.EFBIG, f"it has {size:,} bytes, and at most {LARGEST_JSON:,} are read", str(path))
+    return path.read_bytes()
+
+
+def pieces(path: Path, places: Iterable[int], length: int) -> bytes:
+    """Some bytes from each of several places of a file, which tell it from others.
+
+    Raises:
+        OSError: It can't be read.
+    """
+    found = []
+    with path.open("rb") as file:
+        for place in places:
+            file.seek(place)
+            found.append(file.read(length))
+    return b"".join(found)
 
 
 @contextmanager
@@ -66,10 +119,9 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
     """
     aside = None
     try:
-        path = path.resolve()
-        if path.exists() and not path.is_file():
-            raise OSError(errno.EINVAL, "not a plain file")
-        aside = path.with_name(f"{path.name[:100]}.{secrets.token_hex(8)}.partial{suffix}")
+        path = writable(path)
+        # A name has at most 255 bytes, and a character up to four of them.
+        aside = path.with_name(f"{path.name[:40]}.{secrets.token_hex(8)}.partial{suffix}")
         aside.touch(exist_ok=False)
         yield aside
         with suppress(FileNotFoundError):
@@ -81,6 +133,21 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
         if aside:
             with suppress(OSError):
                 aside.unlink()
+
+
+def writable(path: Path) -> Path:
+    """Where a path leads to, if a file can stand there: there is none yet, or a plain one.
+
+    Raises:
+        OSError: Something else is there.
+    """
+    try:
+        real = path.resolve()
+    except RuntimeError:  # what Python before 3.13 says of links that lead to themselves
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from None
+    if real.exists() and not real.is_file():
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    return real
 
 
 def sha256(path: Path) -> str:

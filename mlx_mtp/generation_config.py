@@ -1,4 +1,4 @@
-"""What a checkpoint's generation_config.json says of decoding: where answers end, and how tokens are drawn."""
+"""What a checkpoint's generation_config.json says: where answers end, and how tokens are chosen by default."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from .decode.sampling import SamplingOptions, is_int
+from .errors import CheckpointError, PromptError
 from .files import read_json
 
 
@@ -35,7 +36,7 @@ def read_generation(folder: Path) -> GenerationDefaults:
     """Reads generation_config.json, whose stop ids override those of config.json unless they are null.
 
     Raises:
-        CheckpointError: A malformed file.
+        CheckpointError: A malformed file, or values that no request may have.
     """
     config = read_json(folder / "config.json")
     text = config.get("text_config", config)
@@ -43,20 +44,26 @@ def read_generation(folder: Path) -> GenerationDefaults:
     stop = next((ids for file in (given, config, text) if (ids := file.get("eos_token_id")) is not None), None)
     sample = bool(given.get("do_sample", False))
     try:
-        return GenerationDefaults(
-            stop_tokens=_token_ids(stop, text["vocab_size"]),
-            suppress_tokens=_token_ids(given.get("suppress_tokens"), text["vocab_size"]),
+        sampling = SamplingOptions(
             temperature=float(given.get("temperature", 1.0)) if sample else 0.0,
             top_k=int(given.get("top_k") or 0) if sample else 0,
             top_p=float(given.get("top_p") or 1.0) if sample else 1.0,
             min_p=float(given.get("min_p") or 0.0) if sample else 0.0,
         )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        return GenerationDefaults(
+            stop_tokens=_token_ids(stop, text["vocab_size"]),
+            suppress_tokens=_token_ids(given.get("suppress_tokens"), text["vocab_size"]),
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+        )
+    except (KeyError, TypeError, ValueError, OverflowError, PromptError) as error:
         raise CheckpointError(f"{folder / 'generation_config.json'} can't be understood: {error}") from error
 
 
 def _token_ids(value: Any, vocab_size: int) -> tuple[int, ...]:
-    ids = [value] if isinstance(value, int) else value or []
-    if not isinstance(ids, list) or not all(isinstance(t, int) and 0 <= t < vocab_size for t in ids):
+    ids = [value] if is_int(value) else value or []
+    if not isinstance(ids, list) or not all(is_int(token) and 0 <= token < vocab_size for token in ids):
         raise ValueError(f"{value!r} are no token ids of a vocabulary of {vocab_size}")
     return tuple(ids)

@@ -48,9 +48,10 @@ def find(name: str | Path, weights: bool = True, check: Check = lambda folder: N
         path = Path(name).expanduser()
     except RuntimeError as error:  # "~somebody" whom this machine doesn't know
         raise CheckpointError(f"there is no folder {name}: {error}") from None
-    if path.is_dir() and str(name):
+    # Both are False too for what mustn't be looked at, or can't be a path.
+    if os.path.isdir(path) and str(name):
         return path
-    if path.exists() and str(name):
+    if os.path.exists(path) and str(name):
         raise CheckpointError(f"{path} is a file: give the folder it lies in")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
         raise CheckpointError(f"there is no folder {str(name)!r}")

@@ -126,8 +126,9 @@ class Table:
         for ours, parts in experts.items():
             if ours in sources:
                 raise CheckpointError(f"{sources[ours].names[0]} holds all experts, but some are stored one by one too")
-            if missing := set(range(max(parts) + 1)) - parts.keys():
-                raise CheckpointError(f"{ours}: expert {min(missing)} is missing: the download is incomplete")
+            if max(parts) >= len(parts):
+                missing = next(i for i in range(len(parts)) if i not in parts)
+                raise CheckpointError(f"{ours}: expert {missing} is missing: the download is incomplete")
             names = tuple(parts[i][0] for i in range(len(parts)))
             sources[ours] = Source(names, parts[0][1], stacked=True)
         return Layout(sources, skipped)
@@ -170,7 +171,7 @@ _TOWERS = Row(
     VISION_AND_AUDIO,
 )
 _MERGED = Row(r"mtp\.(.*)", None, MERGED_DRAFTER)
-_UNKNOWN = Row(r".*", r"\g<0>")
+_UNKNOWN = Row(r"(?s:.*)", r"\g<0>")
 _COMPUTED = Row(r".*rotary_emb\..*", None, "are computed from config.json")
 _BOUNDS = Row(r".*\.(?:input|output)_(?:min|max)", None, "bound activations, which no text layer does")
 
@@ -195,7 +196,7 @@ def target_table(config: TextConfig) -> Table:
         Row(bank + r"gate_up_proj" + _PART, (r"\1.gate_proj.\2", r"\1.up_proj.\2")),
         Row(bank + r"(down|gate|up)_proj", r"\1.\2_proj.weight"),
         Row(bank + r"(down|gate|up)_proj" + _PART, r"\1.\2_proj.\3"),
-        Row(bank + r"(?P<expert>\d+)\.(down|gate|up)_proj" + _PART, r"\1.\3_proj.\4"),
+        Row(bank + r"(?P<expert>\d{1,6})\.(down|gate|up)_proj" + _PART, r"\1.\3_proj.\4"),
         _UNKNOWN,
     ]
     return Table(_PREFIX, rows)

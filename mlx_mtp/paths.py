@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from .errors import MTPError
@@ -16,7 +17,10 @@ def expanded(path: str | Path) -> Path:
     if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
         raise MTPError(f"{path!r} is no path")
     try:
+        os.fsencode(path)
         return Path(path).expanduser()
+    except UnicodeEncodeError:  # as of half a surrogate pair
+        raise MTPError(f"{path!r} is no path") from None
     except RuntimeError as error:
         raise MTPError(f"can't use the path {path}: {error}") from None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import CheckpointError, one_line
-from .files import listed, read_json
+from .files import listed, parse_json, read_json
 from .names import Table, of_vision_or_audio
 
 INDEX = "model.safetensors.index.json"
@@ -34,6 +35,9 @@ _LONGEST_HEADER = 100_000_000
 
 _ROWS_COMPARED = 64
 """Of a head and an embedding that should be the same: fine-tuning changes all rows."""
+
+_MOST_AXES = 64
+"""As NumPy has it; tensors of Gemma 4 have up to four."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def weight_files(folder: Path) -> list[Path]:
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CheckpointError(f"{folder / INDEX} has no weight_map: download it again")
-        if odd := [file for file in weight_map.values() if not _is_file_name(file)]:
+        if odd := [file for file in weight_map.values() if not is_file_name(file)]:
             raise CheckpointError(f"{folder / INDEX} names {odd[0]!r:.80}, which is no name of a file in its folder")
         files = [
             folder / file
@@ -91,7 +95,7 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _is_file_name(name: str) -> bool:
+def is_file_name(name: str) -> bool:
     """Whether this is the name of a file, and leads nowhere else."""
     if not name.isprintable() or set(name) & {"/", "\\"}:
         return False
@@ -118,7 +122,7 @@ def load(path: Path) -> dict[str, mx.array]:
     """
     read_header(path)
     try:
-        return cast("dict[str, mx.array]", mx.load(str(path)))
+        return cast("dict[str, mx.array]", mx.load(str(path), format="safetensors"))
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} is corrupt: {one_line(error)}; download it again") from error
 
@@ -129,7 +133,7 @@ def read_header(path: Path) -> Header:
     Raises:
         CheckpointError: Missing, truncated, or not a safetensors file that MLX can read.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # False too if it mustn't be looked at
         raise CheckpointError(f"{path} is missing: the download is incomplete")
     try:
         size = path.stat().st_size
@@ -142,13 +146,13 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
     try:
         # Not every JSON that Python reads is one for MLX.
-        header = json.loads(content.decode(), object_pairs_hook=_no_name_twice, parse_constant=_refuse)
+        header = parse_json(content.decode(), object_pairs_hook=_no_name_twice, parse_constant=_refuse)
         metadata = header.pop("__metadata__", None)
         metadata = {} if metadata is None else metadata  # MLX writes null where there is none
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata that is no text")
         stored = {name: _stored(entry) for name, entry in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is corrupt: its header can't be read; download it again") from error
     end = 0
     for name, tensor in sorted(stored.items(), key=lambda it: (it[1].begin, it[1].end)):
@@ -228,14 +232,15 @@ def header_of(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes
 
 def _stored(entry: Mapping[str, Any]) -> Stored:
     kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    # Exactly ints: JSON's true is one too. MLX has sizes of 31 bits.
+    # Exactly ints: JSON's true is one too.
     if (
         not isinstance(kind, str)
         or not isinstance(shape, list)
         or not all(type(n) is int for n in (begin, end, *shape))
     ):
         raise TypeError("a tensor that isn't described as the format says")
-    if not 0 <= begin <= end or not all(0 <= n < 2**31 for n in shape):
+    # MLX has sizes of 31 bits; and what has no more axes than this is multiplied in no time.
+    if not 0 <= begin <= end or len(shape) > _MOST_AXES or not all(0 <= n < 2**31 for n in shape):
         raise ValueError("places or sizes that there can't be")
     return Stored(kind, tuple(shape), begin, end)
 

@@ -20,7 +20,7 @@ from .control import CHANNEL as _CHANNEL
 from .control import CHANNEL_END as _CHANNEL_END
 from .control import NOT_UTF8, ControlTokens
 from .errors import CheckpointError, PromptError
-from .files import read_json
+from .files import read_bytes, read_json
 from .template import ChatTemplate, token_name
 from .tools import CALL, CALL_END, QUOTE, Tools, call_id, parse_calls
 
@@ -76,8 +76,10 @@ class Tokenizer:
         if not path.is_file():
             raise CheckpointError(f"{folder} has no tokenizer.json")
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises the bare class
+            tokenizer = tokenizers.Tokenizer.from_buffer(read_bytes(path))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises the bare class, and panics of its own
             raise CheckpointError(f"{path} can't be read: {error}") from error
         config = read_json(folder / "tokenizer_config.json", required=False)
         return cls(

@@ -7,18 +7,23 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 from tiny_checkpoints import make_pair
+from tiny_tokenizer import write_tokenizer
 
 import mlx_mtp
-from mlx_mtp.errors import CheckpointError, MTPError
+from mlx_mtp import checkpoint
+from mlx_mtp.errors import CheckpointError, MTPError, ProfileError
 from mlx_mtp.files import replacing
 from mlx_mtp.safetensors_files import INDEX, read_header
-from weights_convert import convert
+from mlx_mtp.text import Tokenizer
+from mlx_mtp.tuning import profile as profiles
+from weights_convert import convert, verify_sums
 
 Json = dict[str, Any]
 
@@ -185,28 +190,31 @@ def test_a_gap_between_tensors_is_no_part_of_the_format(tmp_path: Path):
         read_header(file)
 
 
+def damaged(file: bytes, rng: random.Random, times: int) -> bytes:
+    """A safetensors file in whose header bytes have changed, are lost, or come twice."""
+    content, length = bytearray(file), 8 + int.from_bytes(file[:8], "little")
+    for _ in range(times):
+        at, kind = rng.randrange(length), rng.randrange(4)
+        if kind == 0:
+            content[at] = rng.randrange(256)
+        elif kind == 1:
+            content[at] = rng.choice(b'0129"[]{},:-e.')
+        elif kind == 2:
+            del content[at : at + rng.randrange(1, 40)]
+        else:
+            content[at:at] = content[at : at + rng.randrange(1, 40)]
+    return bytes(content)
+
+
 def test_random_damage_to_a_prompt_file(lm: mlx_mtp.MTPModel, tmp_path: Path):
     """Bytes that change, are lost or come twice, in the header or where the file ends."""
     file, rng = tmp_path / "prompt.safetensors", random.Random(0)
     lm.save_prompt([5, 6, 7, 8], file)
     assert lm.load_prompt(file) == 4
     sound = file.read_bytes()
-    length = 8 + int.from_bytes(sound[:8], "little")
     refused = 0
     for _ in range(300):
-        damaged = bytearray(sound)
-        for _ in range(rng.randrange(1, 4)):
-            at = rng.randrange(length)
-            kind = rng.randrange(4)
-            if kind == 0:
-                damaged[at] = rng.randrange(256)
-            elif kind == 1:
-                damaged[at] = rng.choice(b'0129"[]{},:-e.')
-            elif kind == 2:
-                del damaged[at : at + rng.randrange(1, 40)]
-            else:
-                damaged[at:at] = damaged[at : at + rng.randrange(1, 40)]
-        file.write_bytes(damaged)
+        file.write_bytes(damaged(sound, rng, rng.randrange(1, 4)))
         try:
             lm.load_prompt(file)
         except MTPError as error:
@@ -269,3 +277,202 @@ def test_a_file_takes_its_place_when_it_is_whole(tmp_path: Path):
         aside.write_text("half")
         raise KeyboardInterrupt
     assert file.read_text() == "one" and sorted(os.listdir(tmp_path)) == ["link", "real"]
+
+
+def test_random_damage_to_the_header_of_a_model(target: Path, copy: Path):
+    """As above; what can still be loaded is what was there before, under a header that says the same."""
+    file, rng = copy / "model.safetensors", random.Random(1)
+    sound = file.read_bytes()
+    checkpoint.load_target(copy)
+    refused = 0
+    for _ in range(300):
+        file.write_bytes(damaged(sound, rng, rng.randrange(1, 4)))
+        try:
+            checkpoint.load_target(copy)
+        except MTPError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 250
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", INDEX, "tokenizer.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_nothing_but_plain_files_is_opened(copy: Path, name: str, make: Callable[[Path], None]):
+    """Whoever opens a pipe waits for ever, and a device has no end."""
+    (copy / name).unlink(missing_ok=True)
+    make(copy / name)
+    if name in (INDEX, "tokenizer.json"):  # files that needn't be there
+        mlx_mtp.load(copy, drafter=False).close()
+        return
+    with pytest.raises(CheckpointError, match=f"has no {name}|is missing|no safetensors files") as error:
+        mlx_mtp.load(copy, drafter=False)  # with profile="auto", for which files are looked into, too
+    check_error(error)
+
+
+def test_the_same_of_profiles_and_checksums(target: Path, tmp_path: Path):
+    os.mkfifo(tmp_path / "fifo")
+    os.mkfifo(tmp_path / "SHA256SUMS")
+    with pytest.raises(ProfileError, match="fifo can't be read: not a plain file"):
+        mlx_mtp.load(target, drafter=False, profile=tmp_path / "fifo")
+    with pytest.raises(CheckpointError, match="not a plain file"):
+        verify_sums(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "..", "\0", "x" * 5000])
+def test_checksums_are_of_files_in_the_folder(tmp_path: Path, name: str):
+    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  {name}\n")
+    with pytest.raises(CheckpointError, match="SHA256SUMS is damaged") as error:
+        verify_sums(tmp_path)
+    check_error(error)
+
+
+def test_json_that_is_nested_too_deeply_for_whoever_copies_it(target: Path, copy: Path, tmp_path: Path):
+    config = (target / "config.json").read_text().rstrip()
+    for depth, fine in ((90, True), (500, False)):
+        (copy / "config.json").write_text(config[:-1] + ',"more":' + "[" * depth + "]" * depth + "}")
+        if fine:
+            convert(copy, tmp_path / "new")
+            continue
+        for use in (load, lambda folder: convert(folder, tmp_path / "never")):
+            with pytest.raises(CheckpointError, match="more than 100 deep in each other") as error:
+                use(copy)
+            check_error(error)
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("head_dim", 2**20 // 2), ("head_dim", 2**31 - 1), ("global_head_dim", 2**31 - 1), ("num_attention_heads", 2**20),
+    ("intermediate_size", 2**31 - 1), ("hidden_size_per_layer_input", 2**20), ("rms_norm_eps", 10**400),
+    ("final_logit_softcapping", 10**400), ("layer_types", []), ("layer_types", ["full_attention"] * 100_000),
+])  # fmt: skip
+def test_sizes_that_no_model_has(copy: Path, field: str, value: Any):
+    """Refused from config.json alone: MLX counts to 2**31, and a model of 100,000 layers takes minutes to make."""
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"][field] = value
+    if field == "layer_types":
+        config["text_config"].update(num_hidden_layers=len(value), num_kv_shared_layers=len(value) // 2)
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="config.json") as error:
+        load(copy)
+    check_error(error)
+
+
+@pytest.mark.parametrize("field", ["temperature", "top_p", "min_p", "top_k"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -3, 10**400])
+def test_defaults_that_no_request_may_have(copy: Path, field: str, value: float):
+    """The model's file is named, and not the options of whoever asks."""
+    if field == "top_k" and value == 10**400:
+        value = -(10**400)
+    (copy / "generation_config.json").write_text(json.dumps({"do_sample": True, field: value}))
+    with pytest.raises(CheckpointError, match="generation_config.json can't be understood") as error:
+        load(copy)
+    check_error(error)
+
+
+@pytest.mark.parametrize("change", [
+    {"version": "a\nb"}, {"model": {}}, {"model": None},
+    {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]],
+               "continuing_subword_prefix": "long"}},
+])  # fmt: skip
+def test_a_tokenizer_that_cannot_be_read(tmp_path: Path, change: Json):
+    """The last one makes the library panic."""
+    write_tokenizer(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | change))
+    with pytest.raises(CheckpointError, match="tokenizer.json can't be read") as error:
+        Tokenizer.from_folder(tmp_path)
+    check_error(error)
+
+
+@pytest.mark.parametrize(("part", "value"), [("key", {"model": 5}), ("costs", {"1": {"0": 10**400}})])
+def test_a_profile_among_others_that_says_nonsense(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, value: Json
+):
+    """One that nobody asked for is no reason to stop; one that was asked for is an error."""
+    key = asdict(profiles.key_of(target, None, None, None)) | {"device": "another"}
+    content: Json = {"schema": profiles.SCHEMA, "key": key, "costs": {"1": {"0": 1.0}}, "acceptance": {}, "rows": 1}
+    content |= {"drafts": 1, "objective": "latency", "drafter_position": None, "measured": ""}
+    content[part] = content[part] | value
+    (tmp_path / "another.json").write_text(json.dumps(content))
+    monkeypatch.setenv("MLX_MTP_PROFILES", str(tmp_path))
+    mlx_mtp.load(target, drafter=False).close()
+    with pytest.raises(ProfileError, match="is no profile") as error:
+        mlx_mtp.load(target, drafter=False, profile=tmp_path / "another.json")
+    check_error(error)
+
+
+def test_what_files_say_is_quoted_in_one_line_that_can_be_read(copy: Path):
+    header, data = parts_of(copy / "model.safetensors")
+    header["a\nb\x1b[2J" + "c" * 10_000] = header.pop("model.language_model.norm.weight")
+    with_header(copy / "model.safetensors", header, data)
+    for field in ("model_type", "text_config"):
+        config = json.loads((copy / "config.json").read_text())
+        with pytest.raises(CheckpointError) as error:
+            load(copy)
+        assert str(error.value).isprintable() and len(str(error.value)) < 2_100
+        assert "a\\nb\\x1b[2Jccc" in str(error.value) or "x\\nx\\nx" in str(error.value)
+        (copy / "config.json").write_text(json.dumps(config | {field: "x\n" * 10_000}))
+
+
+@pytest.mark.parametrize("name", ["p.safetensors", "p", "p.npz", "p.gguf", "\N{SNOWMAN}" * 80])
+def test_a_saved_prompt_may_have_any_name(lm: mlx_mtp.MTPModel, tmp_path: Path, name: str):
+    lm.save_prompt([5, 6, 7], tmp_path / name)
+    assert lm.load_prompt(tmp_path / name) == 3
+
+
+def test_paths_that_lead_nowhere(lm: mlx_mtp.MTPModel, tmp_path: Path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for path in ("x" * 5000, loop):
+        for read in (lm.load_prompt, load):
+            with pytest.raises(CheckpointError, match="there is no") as error:
+                read(path)
+            check_error(error)
+        with pytest.raises(OSError) as refused:
+            lm.save_prompt([5, 6], path)
+        assert refused.value.filename.endswith(str(path)[-200:])
+    with pytest.raises(MTPError, match="is no path"):
+        lm.save_prompt([5, 6], "\ud800")
+
+
+def test_a_trace_is_refused_before_the_work_where_it_cannot_be_written(lm: mlx_mtp.MTPModel, tmp_path: Path):
+    os.mkfifo(tmp_path / "fifo")
+    for place in (tmp_path / "fifo", tmp_path, Path(os.devnull)):
+        with pytest.raises(OSError, match="not a plain file"), lm.trace(place):
+            raise AssertionError("the work has begun")
+
+
+@pytest.mark.parametrize("shape", [[2**31 - 1] * 200_000, [1] * 200_000])
+def test_a_shape_of_endlessly_many_axes(tmp_path: Path, shape: list[int]):
+    file = tmp_path / "a.safetensors"
+    with_header(file, {"a": {"dtype": "U8", "shape": shape, "data_offsets": [0, 1]}}, b"1")
+    with pytest.raises(CheckpointError, match="its header can't be read"):
+        read_header(file)
+
+
+@pytest.mark.parametrize("number", ["999999", "9" * 20, "9" * 5_000])
+def test_an_expert_of_any_number(copy: Path, number: str):
+    header, data = parts_of(copy / "model.safetensors")
+    name = f"model.language_model.layers.0.experts.{number}.down_proj.weight"
+    header[name] = header.pop("model.language_model.norm.weight")
+    with_header(copy / "model.safetensors", header, data)
+    with pytest.raises(CheckpointError, match="expert 0 is missing|1 tensors unknown") as error:
+        load(copy)
+    check_error(error)
+
+
+@pytest.mark.parametrize("section", [None, 5, "x", [], {"cluster_order": 5}])
+def test_our_own_section_of_a_config_that_says_nonsense(copy: Path, tmp_path: Path, section: Any):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"mlx_mtp": section}))
+    load(copy)
+    load(convert(copy, tmp_path / "new"))
+
+
+@pytest.mark.parametrize("name", ["loop", "loop/new", "x" * 400, "nowhere"])
+def test_a_model_cannot_be_converted_to_odd_places(target: Path, tmp_path: Path, name: str):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nowhere").symlink_to("nothing")
+    with pytest.raises(CheckpointError, match="exists already|can't be read or written") as error:
+        convert(target, tmp_path / name)
+    check_error(error)
+    assert sorted(os.listdir(tmp_path)) == ["loop", "nowhere"]

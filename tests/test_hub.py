@@ -231,3 +231,15 @@ def test_errors_are_one_line(hub: Hub, run: Run, repository: str, gated: bool, c
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert culprit in done.stderr
+
+
+def test_an_etag_that_is_no_checksum_names_no_file_of_ours(hub: Hub, run: Run, tmp_path: Path):
+    """Mirrors may send anything; the library then downloads by itself."""
+    hub.etag_begins = "no-"
+    hub.cut = min(SHARDS)
+    assert run("-c", FIND, "org/model").returncode == 1
+    assert not list(tmp_path.rglob("*.mlx-mtp.incomplete"))
+    hub.cut = None
+    done = run("-c", FIND, "org/model")
+    assert done.returncode == 0, done.stderr
+    assert SHARDS <= {path.name for path in Path(done.stdout.strip()).iterdir()}

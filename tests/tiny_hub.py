@@ -24,12 +24,14 @@ class Hub:
         cut: Name of a file of which only the first half can be had, as when the connection is lost.
         begun: By name, at which byte the latest download of a file began.
         gated: Whether only those may read who have accepted the terms.
+        etag_begins: What stands before the checksum in the files' etags.
     """
 
     def __init__(self, repositories: Path):
         """Serves the folders `owner/name` below a folder."""
         self.cut: str | None = None
         self.gated = False
+        self.etag_begins = ""
         self.begun: dict[str, int] = {}
         self.root, self._sent = repositories, set[str]()
         hub = self
@@ -77,7 +79,7 @@ class Hub:
 
     def _file(self, request: BaseHTTPRequestHandler, path: Path) -> None:
         data = path.read_bytes()
-        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        headers = {"ETag": f'"{self.etag_begins}{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
         wanted = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
         begin = int(wanted[1]) if wanted else 0
         if request.command == "GET":

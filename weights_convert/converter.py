@@ -79,7 +79,7 @@ class Conversion:
             culprit, kept = error.filename or self.destination, ""
             if Path(culprit).is_relative_to(self.aside):
                 culprit = self.destination  # nobody asked for what it is made in
-            if self.aside.is_dir():
+            if os.path.isdir(self.aside):
                 kept = "; the same command goes on where this one stopped"
             raise CheckpointError(f"{culprit} can't be read or written: {error.strerror or error}{kept}") from error
         return self.destination
@@ -120,16 +120,16 @@ def prepare(
         CheckpointError: The source can't be used, or the destination is something else or a part of the source.
     """
     destination = expanded(destination)
-    taken = destination.exists() and (not destination.is_dir() or bool(listed(destination)))
+    taken = os.path.lexists(destination) and (not os.path.isdir(destination) or bool(listed(destination)))
     in_the_way = CheckpointError(f"{destination} exists already, from something else: choose another name")
-    if taken and not (destination / files.SUMS).is_file():
+    if taken and not os.path.isfile(destination / files.SUMS):
         raise in_the_way  # before anything is downloaded
     folder = hub.find(source, check=read_description)
     plan = make_plan(folder, scheme, dtype, merged)
     done = _is_result(destination, plan)
     if taken and not done:
         raise in_the_way
-    if destination.resolve().is_relative_to(folder.resolve()):
+    if Path(os.path.realpath(destination)).is_relative_to(folder.resolve()):  # `resolve` stumbles over odd links
         raise CheckpointError(f"{destination} lies in the folder that is to be converted: choose another place")
     return Conversion(folder, destination, plan, done)
 
@@ -143,7 +143,7 @@ def convert(
 
 def _is_result(destination: Path, plan: Plan) -> bool:
     """Whether a folder is what this plan makes."""
-    if not (destination / files.SUMS).is_file():
+    if not os.path.isfile(destination / files.SUMS):
         return False
     ours = read_json(destination / "config.json").get("mlx_mtp")
     return isinstance(ours, dict) and ours.get(FINGERPRINT) == plan.fingerprint

@@ -13,8 +13,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mtp.errors import CheckpointError
-from mlx_mtp.files import sha256
-from mlx_mtp.safetensors_files import header_of
+from mlx_mtp.files import read_bytes, sha256
+from mlx_mtp.safetensors_files import header_of, is_file_name
 
 from .plan import Parameter
 from .source import DTYPES
@@ -77,9 +77,11 @@ def verify_sums(folder: Path) -> int:
     """
     again = f"delete the folder {folder} and convert again"
     try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        lines = read_bytes(folder / SUMS).decode().splitlines()
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
         for name, digest in sums.items():
+            if not is_file_name(name):
+                raise ValueError("not the name of a file")
             if not (folder / name).is_file():
                 raise CheckpointError(f"{folder / name} is missing: {again}")
             if sha256(folder / name) != digest:

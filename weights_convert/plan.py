@@ -165,7 +165,8 @@ def make_plan(folder: Path, scheme: Scheme | None, dtype: str | None, merged: bo
     for file in weight_files(folder):
         digest.update(sample(file))
     fingerprint = digest.hexdigest()
-    new_config["mlx_mtp"] = new_config.get("mlx_mtp", {}) | {FINGERPRINT: fingerprint}
+    ours = new_config.get("mlx_mtp")
+    new_config["mlx_mtp"] = (ours if isinstance(ours, dict) else {}) | {FINGERPRINT: fingerprint}
     modules = tuple(
         ours.removesuffix(".weight") for ours, p in parameters.items() if _is_matrix(ours, p.shape, p.dtype)
     )

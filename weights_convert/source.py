@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mtp.errors import CheckpointError
+from mlx_mtp.files import pieces
 from mlx_mtp.safetensors_files import TYPES, read_header, weight_files
 
 DTYPES = {name: TYPES[name] for name in ("F32", "F16", "BF16", "I64", "I32", "U32", "U8")}
@@ -89,9 +90,5 @@ def find_tensors(folder: Path) -> dict[str, Tensor]:
 def sample(file: Path) -> bytes:
     """A few bytes from all over a file, its header included: other weights have others."""
     size = file.stat().st_size
-    with file.open("rb") as stream:
-        parts = [stream.read(8 + int.from_bytes(stream.read(8), "little"))]
-        for i in range(_SAMPLES):
-            stream.seek(size * i // _SAMPLES)
-            parts.append(stream.read(_SAMPLE_BYTES))
-    return b"".join(parts)
+    places = (size * i // _SAMPLES for i in range(_SAMPLES))
+    return pieces(file, [8], read_header(file).start) + pieces(file, places, _SAMPLE_BYTES)

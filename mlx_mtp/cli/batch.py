@@ -16,7 +16,7 @@ from typing import IO, Annotated, Any
 import typer
 
 from ..errors import MTPError, PromptError
-from ..files import replacing
+from ..files import parse_json, replacing, writable
 from . import options as o
 
 
@@ -62,7 +62,7 @@ def batch(
         raise PromptError(f"{source} isn't UTF-8") from None
     if str(output) == "-" or (output.exists() and not output.is_file()):
         raise PromptError(f"{output} is no plain file, which it takes to go on after a stop: name one for the answers")
-    output = output.resolve()  # a link stays one
+    output = writable(output)  # a link stays one
     if output == source.resolve():
         raise PromptError(f"{output} is the input: choose another name for the answers")
     # What went wrong may have been the model's or an option's fault.
@@ -132,8 +132,8 @@ def _parse(line: str) -> dict[str, Any]:
         PromptError: It is no JSON object with a prompt.
     """
     try:
-        item = json.loads(line, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        item = parse_json(line, parse_constant=_no_constant)
+    except ValueError as error:
         raise PromptError(f"not JSON: {error}") from None
     if not isinstance(item, dict) or "prompt" not in item:
         raise PromptError('not an object with "prompt"')
@@ -144,8 +144,8 @@ def _parse(line: str) -> dict[str, Any]:
 def _head(index: int, line: str) -> dict[str, Any]:
     """What identifies an answer: its line's number from 0, the line's own id, and a hash of the line."""
     try:
-        name = json.loads(line, parse_constant=_no_constant).get("id")
-    except (ValueError, AttributeError, RecursionError):
+        name = parse_json(line, parse_constant=_no_constant).get("id")
+    except (ValueError, AttributeError):
         name = None
     return {"index": index, "id": name, "line_sha256": hashlib.sha256(line.encode()).hexdigest()}
 
@@ -168,9 +168,9 @@ def _finished(output: Path, lines: list[str]) -> dict[int, dict[str, Any]]:
     whole, _, rest = text.rpartition("\n")  # a killed run may have left half a line
     for line in whole.split("\n") if whole else ():
         try:
-            answer = json.loads(line)
+            answer = parse_json(line)
             index, digest = int(answer["index"]), answer["line_sha256"]
-        except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             raise PromptError(f"{output} exists and isn't the output of this command: choose another name") from None
         if 0 <= index < len(lines) and digest == _head(index, lines[index])["line_sha256"]:
             done[index] = answer

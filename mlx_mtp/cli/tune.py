@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MTPError, ProfileError, PromptError
-from ..files import listed
+from ..files import listed, parse_json
 from ..tuning import OBJECTIVES
 from . import options as o
 
@@ -178,8 +178,8 @@ def _read_prompts(path: Path) -> list[Any]:
     found = []
     for number, line in enumerate(lines, 1):
         try:
-            prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+            prompt = parse_json(line)["prompt"]
+        except (ValueError, KeyError, TypeError):
             raise PromptError(f'{path}: line {number} is no JSON object with "prompt"') from None
         if not isinstance(prompt, str | list) or not prompt:
             raise PromptError(f"{path}: the prompt of line {number} is neither text, messages nor token ids")

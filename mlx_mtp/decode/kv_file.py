@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import cast
 
@@ -17,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..errors import CheckpointError, PromptError, one_line
-from ..files import replacing
+from ..files import parse_json, replacing
 from ..kv import KVBuffers, longest_block
 from ..models.target import Target
 from ..safetensors_files import load, read_header
@@ -59,7 +60,7 @@ def load_entry(path: Path, target: Target) -> Entry:
         CheckpointError: No such file, not one of ours, damaged, or written by another model. Numbers that have changed
             in an otherwise whole file aren't noticed.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # False too if it mustn't be looked at
         raise CheckpointError(f"there is no such file: {path}")
     try:
         facts, arrays = read_header(path).metadata, load(path)
@@ -70,7 +71,7 @@ def load_entry(path: Path, target: Target) -> Entry:
     if facts.get("model") != fingerprint(target):
         raise CheckpointError(f"{path} was saved by another model: save it again with this one")
     try:
-        tokens = json.loads(facts["tokens"])
+        tokens = parse_json(facts["tokens"])
         if not isinstance(tokens, list) or not all(map(is_int, tokens)):
             raise ValueError("its tokens are no list of token ids")
         check_prompt(tokens, target.config)
@@ -86,7 +87,7 @@ def load_entry(path: Path, target: Target) -> Entry:
                 buffers[layer] = array
         if arrays:
             raise ValueError(f"nothing is known of {min(arrays)}")
-    except (KeyError, TypeError, ValueError, RecursionError, PromptError) as error:
+    except (KeyError, TypeError, ValueError, PromptError) as error:
         raise CheckpointError(f"{path} is damaged ({one_line(error)}): save it again") from error
     return Entry(tokens, kv, (kv.checkpoint(len(tokens)),), len(tokens), stays=True)
 

@@ -7,9 +7,7 @@ wait without a trace; only drafts and verify pass are handed over one by one ins
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import queue
 import threading
 import time
@@ -20,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..files import replacing
+from ..files import replacing, writable
 from ..paths import expanded
 
 HOST, DEVICE = 1, 2
@@ -34,11 +32,9 @@ class Trace:
         """Starts recording.
 
         Raises:
-            OSError: The file can't be written.
+            OSError: The file can't be written, or something else is there.
         """
-        self._path = expanded(path)
-        if self._path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self._path))
+        self._path = writable(expanded(path))
         self._path.touch()
         self._begun = time.perf_counter()
         self._events: list[dict[str, Any]] = [

@@ -24,7 +24,7 @@ import mlx.core as mx
 from .. import __version__, adapters
 from ..blas import has_openblas
 from ..errors import ProfileError, one_line
-from ..files import listed, replacing
+from ..files import listed, parse_json, pieces, read_bytes, replacing
 from ..models.drafter import POSITIONS
 from ..paths import expanded, published_name
 
@@ -107,23 +107,15 @@ def key_of(
     parts = [(folder, "config.json"), (drafter_folder, "config.json")]
     for part, config in (*parts, (adapter, adapters.CONFIG)) if adapter else parts:
         if part is not None:
-            digest.update((part / config).read_bytes())
+            digest.update(read_bytes(part / config))
             for path in listed(part, "*.safetensors"):
-                digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-                digest.update(_sample(path))
+                if path.is_file():
+                    size = path.stat().st_size
+                    digest.update(f"{path.name} {size}\n".encode("utf-8", "surrogateescape"))
+                    # Another model's of the same shapes are others.
+                    digest.update(pieces(path, range(0, size, max(1, size // _SAMPLES)), 64))
         digest.update(b"\0")
     return Key(published_name(folder.absolute()), digest.hexdigest(), quantize, dtype, **here())
-
-
-def _sample(path: Path) -> bytes:
-    """A few bytes from all over a file: another model's of the same shapes are others."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        parts = []
-        for at in range(0, size, max(1, size // _SAMPLES)):
-            file.seek(at)
-            parts.append(file.read(64))
-    return b"".join(parts)
 
 
 def here() -> dict[str, Any]:
@@ -174,10 +166,12 @@ def read(path: Path) -> Profile:
         ProfileError: There is none in it.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_bytes(path).decode())
         if content.pop("schema") != SCHEMA:
             raise ValueError("another version of this package has written it")
         key = Key(**content.pop("key"))
+        if not isinstance(key.model, str):
+            raise TypeError("its model has no name")
         costs = {
             int(rows): {int(k): _positive(seconds) for k, seconds in by_length.items()}
             for rows, by_length in content.pop("costs").items()
@@ -191,7 +185,7 @@ def read(path: Path) -> Profile:
             raise ValueError(f"drafter_position {profile.drafter_position!r}")
     except OSError as error:
         raise ProfileError(f"{path} can't be read: {error.strerror}") from error
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         # What Python says of parts that are missing or of another type is for nobody who reads this.
         why = one_line(error) if isinstance(error, ValueError) else "parts are missing, or of another kind"
         raise ProfileError(f"{path} is no profile: {why}; delete it, and run mlx-mtp tune") from error
@@ -236,6 +230,6 @@ def check(profile: Profile, key: Key, path: Path) -> None:
 
 
 def _positive(seconds: Any) -> float:
-    if not isinstance(seconds, (int, float)) or not 0 < seconds < float("inf"):
+    if not isinstance(seconds, (int, float)) or not 0 < seconds <= sys.float_info.max:
         raise ValueError(f"a round takes {seconds!r} seconds")
     return float(seconds)
