@@ -66,7 +66,7 @@ def parse_json(text: str, **hooks: Callable[..., Any]) -> Any:
         value = json.loads(text, **hooks)
     except RecursionError:
         raise ValueError(too_deep) from None
-    level = [[value]]
+    level: list[Any] = [[value]]
     for _ in range(_DEEPEST_JSON + 1):
         parts = (part for it in level for part in (it.values() if isinstance(it, dict) else it))
         level = [part for part in parts if isinstance(part, dict | list)]

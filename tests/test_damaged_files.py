@@ -351,7 +351,7 @@ def test_sizes_that_no_model_has(copy: Path, field: str, value: Any):
     if field == "layer_types":
         config["text_config"].update(num_hidden_layers=len(value), num_kv_shared_layers=len(value) // 2)
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="config.json") as error:
+    with pytest.raises(CheckpointError, match="config.json.* expected ") as error:
         load(copy)
     check_error(error)
 
@@ -436,9 +436,11 @@ def test_paths_that_lead_nowhere(lm: mlx_mtp.MTPModel, tmp_path: Path):
 
 def test_a_trace_is_refused_before_the_work_where_it_cannot_be_written(lm: mlx_mtp.MTPModel, tmp_path: Path):
     os.mkfifo(tmp_path / "fifo")
+    begun = []
     for place in (tmp_path / "fifo", tmp_path, Path(os.devnull)):
         with pytest.raises(OSError, match="not a plain file"), lm.trace(place):
-            raise AssertionError("the work has begun")
+            begun.append(place)
+    assert not begun
 
 
 @pytest.mark.parametrize("shape", [[2**31 - 1] * 200_000, [1] * 200_000])
