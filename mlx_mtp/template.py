@@ -157,9 +157,8 @@ def _check(i: int, message: Mapping[str, Any]) -> None:
                 f'message {i} has a tool call that isn\'t {{"function": {{"name": ..., "arguments": ...}}}}'
             )
         if read_arguments(function.get("arguments")) is None:
-            raise PromptError(
-                f"message {i} calls {function['name']} with arguments that are neither a dict nor JSON's text of one"
-            )
+            name = " ".join(function["name"].split())
+            raise PromptError(f"message {i} calls {name} with arguments that are neither a dict nor JSON's text of one")
 
 
 def _with_read_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:

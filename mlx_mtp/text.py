@@ -22,7 +22,7 @@ from .control import NOT_UTF8, ControlTokens
 from .errors import CheckpointError, PromptError
 from .files import read_bytes, read_json
 from .template import ChatTemplate, token_name
-from .tools import CALL, CALL_END, QUOTE, Tools, call_id, parse_calls
+from .tools import CALL, CALL_END, QUOTE, QUOTE_MARK, CallIds, Tools, parse_calls
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _STOPS = ("<eos>", "<turn|>", "<|tool_response>")
@@ -37,7 +37,7 @@ class Tokenizer:
 
     Attributes:
         folder: Where it comes from.
-        special: Ids of the special tokens, which are no text.
+        special: The special tokens, which are no text: their names by id.
         stop_tokens: Ids of those that end an answer: the ones of Gemma 4's chat format that the vocabulary has, and
             tokenizer_config.json's `eos_token`. Not every generation_config.json of a fine-tune names them all.
         control: The special tokens by name, as `control.ControlTokens`.
@@ -58,9 +58,9 @@ class Tokenizer:
         ids = (tokenizer.token_to_id(name) for name in names)
         self.stop_tokens = frozenset(i for i in ids if i is not None)
         self.bos = tokenizer.token_to_id(bos_token or "<bos>")
-        special = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self.special = frozenset(special)
-        self.control = ControlTokens(special.values())
+        added = tokenizer.get_added_tokens_decoder()
+        self.special = {i: token.content for i, token in added.items() if token.special}
+        self.control = ControlTokens(self.special.values())
         tokenizer.encode_special_tokens = True  # what it is given has none: `_ids` takes them out
         self._tokenizer = tokenizer
         self._template = template
@@ -231,7 +231,7 @@ class StreamDecoder:
         """
         self.calls: list[dict[str, Any]] = []
         self.errors: list[str] = []
-        self._tokenizer, self._prompt, self._tools = tokenizer, prompt, tools
+        self._tokenizer, self._tools, self._ids = tokenizer, tools, CallIds(prompt)
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._begin, self._end = tokenizer.token_id(_CHANNEL), tokenizer.token_id(_CHANNEL_END)
         self._quote = tokenizer.token_id(QUOTE)
@@ -248,7 +248,7 @@ class StreamDecoder:
         text, thought = "", ""
         for token in tokens:
             mark = token in (self._begin, self._end)
-            special = mark or token in self._tokenizer.special
+            special = mark or token == self._quote or token in self._tokenizer.special
             piece = self._characters.decode(b"" if special else self._tokenizer.piece(token), final=special)
             if self._call is not None:
                 self._call.append(piece)
@@ -269,28 +269,28 @@ class StreamDecoder:
             elif token == self._call_begin:
                 text += self._end_call()
                 self._in_thought, self._header, self._call = False, None, []
-            elif token == self._quote and self._call is not None:
-                self._call.append(QUOTE)
             elif token == self._call_end or token in self._tokenizer.stop_tokens:
-                text += self._end_call()
+                text += self._end_call(closed=token == self._call_end)
+            elif special and self._call is not None:
+                # Without it, what stands around it would be read as one.
+                self._call.append(QUOTE_MARK if token == self._quote else self._tokenizer.special[token])
         return text, thought
 
-    def _end_call(self) -> str:
+    def _end_call(self, closed: bool = False) -> str:
         """Ends a call, if one was begun; returns what is text after all."""
         if self._call is None:
             return ""
-        text, self._call = "".join(self._call), None
+        marked, self._call = "".join(self._call), None
+        text = marked.replace(QUOTE_MARK, QUOTE)
         try:
-            found = parse_calls(text)
+            found = parse_calls(marked, closed)
             if self._tools:
-                for name, arguments in found:
-                    self._tools.check(name, arguments)
+                found = [self._tools.fitted(name, arguments) for name, arguments in found]
         except ValueError as error:
             shown = text if len(text) <= 80 else f"{text[:80]}..."
-            self.errors.append(f"{shown!r} is no tool call: {error}")
+            self.errors.append(f"{shown!r} is no tool call: {' '.join(str(error).split())[:200]}")
             return text
-        for name, arguments in found:
-            number = call_id(self._prompt, len(self.calls), text)
+        for number, (name, arguments) in zip(self._ids.of(text, len(found)), found, strict=True):
             self.calls.append({"id": number, "type": "function", "function": {"name": name, "arguments": arguments}})
         return ""
 

@@ -1,8 +1,9 @@
 """Tool calls as Gemma 4 writes them: `call:name{key:value,...}` between the tool call tokens.
 
 Values are JSON's, except that strings stand between quote tokens, unescaped, and that keys are bare. Models slip into
-what they have seen elsewhere, so that JSON's and Python's strings and constants, arguments in parentheses, a comma too
-many and several calls in one block are read as well. What is not complete is no call: nothing is ever made up.
+what they have seen elsewhere, so that JSON's and Python's strings and constants, arguments in parentheses, a string
+after "=", a comma too many and several calls in one block are read as well. Strings without any quotes aren't: nobody
+can tell where they end. What is not complete is no call: nothing is ever made up.
 
 How calls are put into a prompt is the chat template's business.
 """
@@ -16,21 +17,25 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from hashlib import blake2b
-from math import isinf
-from typing import Any
+from math import isfinite
+from typing import Any, NamedTuple
 
 from .errors import PromptError
+from .files import parse_json
 
 CALL, CALL_END, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
 
+QUOTE_MARK = "\ud800"
+"""Stands for the quote token in what `parse_calls` reads. Text that was decoded has no lone surrogates, so that a quote
+token which is only spelt out, as in a page that the model quotes, can't end a string."""
+
 # The characters of names in Google's grammar. Parentheses may be part of a name, or stand around the arguments.
-_NAMED = re.compile(r"""\s*call:((?:(?!\bcall:)[\w\s:'"/\\.()-])+)(?=\{)""")
+_NAMED = re.compile(r"""\s*call:((?:(?!(?<![\w:])call:)[\w\s:'"/\\.()-])+)(?=\{)""")
 _NAMED_BEFORE_PARENTHESIS = re.compile(r"""\s*call:([\w\s:'"/\\.-]+)(?=\()""")
 _BETWEEN_CALLS = re.compile(r"[\s,;]*")
 _SPACE = re.compile(r"\s*")
-_KEYS = {":": re.compile(r"[^:{}\[\],]+"), "=:": re.compile(r"[^:=(){}\[\],]+")}
-"""Bare keys, by what may follow them: in braces, as the chat format has them, and in parentheses."""
-_NUMBER = re.compile(r"-?\d+(\.\d+)?([eE][+-]?\d+)?")
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _STRINGS = {mark: re.compile(rf"{mark}((?:[^{mark}\\]|\\.)*){mark}", re.DOTALL) for mark in "\"'"}
 _WORDS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
 _WORD = re.compile(r"[A-Za-z]+")
@@ -39,10 +44,28 @@ _DEEPEST = 50
 """Values within values: more than any tool has, and less than Python's own stack has room for."""
 
 
-def parse_calls(text: str) -> list[tuple[str, dict[str, Any]]]:
+class _Fields(NamedTuple):
+    """How fields are written: their bare keys, and what stands after the last one."""
+
+    key: re.Pattern[str]
+    end: str
+
+
+# In braces, where the chat format has colons, a key may hold "=", but only a colon comes before what is no string.
+_IN_BRACES = _Fields(re.compile(rf"(?:[^:={{}}\[\],{QUOTE_MARK}]|=(?!\s*[\"'{QUOTE_MARK}]))+"), "}")
+_IN_PARENTHESES = _Fields(re.compile(rf"[^:=(){{}}\[\],{QUOTE_MARK}]+"), ")")
+_SEPARATOR = re.compile(r"\s*[:=]")
+
+
+def parse_calls(text: str, closed: bool = False) -> list[tuple[str, dict[str, Any]]]:
     """Reads what stands between the tool call tokens: names and arguments, of one call or more.
 
     Takes time that is linear in the text's length.
+
+    Args:
+        text: What was written, with QUOTE_MARK for the quote token.
+        closed: Whether the closing token came, so that nothing was cut off. The last bracket may be missing then, as
+            long as the value before it is complete.
 
     Raises:
         ValueError: It is something else, or not complete; the message says in which way.
@@ -57,27 +80,45 @@ def parse_calls(text: str) -> list[tuple[str, dict[str, Any]]]:
         if head and other and head[1].count("(") != head[1].count(")"):
             # One that is open belongs to the arguments, if these can be read so, or else to an odd name.
             with suppress(ValueError):
-                call, at = _call(text, other)
+                call, at = _call(text, other, closed)
                 calls.append(call)
                 continue
-        call, at = _call(text, first)
+        call, at = _call(text, first, closed)
         calls.append(call)
     if not calls:
         raise ValueError("it is empty")
     return calls
 
 
-def call_id(prompt: Sequence[int], position: int, text: str) -> str:
-    """The id of a call: the same for the same text after the same prompt, else another.
+class CallIds:
+    """Ids for the calls of an answer: the same for the same calls after the same prompt, else others.
 
-    Args:
-        prompt: Token ids of the prompt, which is longer in every turn of a conversation.
-        position: How many calls of the answer come before it.
-        text: How the model wrote it.
+    The prompt is longer in every turn of a conversation, so that no two of its calls have the same one.
     """
-    digest = blake2b(array("q", prompt).tobytes(), digest_size=8)
-    digest.update(f"{position} {text}".encode())
-    return f"call_{digest.hexdigest()}"
+
+    def __init__(self, prompt: Sequence[int]):
+        """Takes the prompt's token ids."""
+        self._prompt, self._count = prompt, 0
+
+    def of(self, written: str, count: int) -> list[str]:
+        """The ids of the next calls, in time that is linear in what was written.
+
+        Args:
+            written: How the model wrote them.
+            count: How many they are.
+        """
+        self._so_far.update(f"{len(written)} {written}".encode())
+        ids = []
+        for _ in range(count):
+            self._count += 1
+            digest = self._so_far.copy()
+            digest.update(f" {self._count}".encode())
+            ids.append(f"call_{digest.hexdigest()}")
+        return ids
+
+    @cached_property
+    def _so_far(self) -> blake2b:
+        return blake2b(array("q", self._prompt).tobytes(), digest_size=8)
 
 
 def read_arguments(value: Any) -> Mapping[str, Any] | None:
@@ -86,8 +127,8 @@ def read_arguments(value: Any) -> Mapping[str, Any] | None:
         return {}
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = parse_json(value, parse_float=_finite, parse_constant=_finite)
+        except ValueError:
             return None
     return value if isinstance(value, Mapping) else None
 
@@ -95,8 +136,10 @@ def read_arguments(value: Any) -> Mapping[str, Any] | None:
 class Tools:
     """Declared tools, which calls are checked against.
 
-    Arguments must fit a tool's JSON schema. A schema that isn't valid itself, such as one with types in capitals, is
-    shown to the model but can't be checked against.
+    Arguments must fit a tool's JSON schema. What fits but for its form is put right where that leaves no doubt: a
+    string that spells a number or a truth value out where the schema wants that, a whole number that is written as
+    3.0, and a declared name that comes with a namespace ("google:mcp:pdf" for "pdf"). A schema that isn't valid itself,
+    such as one with types in capitals, is shown to the model but can't be checked against.
     """
 
     def __init__(self, declared: Sequence[Mapping[str, Any]]):
@@ -113,30 +156,36 @@ class Tools:
                 raise PromptError('a tool is a dict like {"type": "function", "function": {"name": "...", ...}}')
         self._parameters = {function["name"]: function.get("parameters") for function in functions}
 
-    def check(self, name: str, arguments: Mapping[str, Any]) -> None:
-        """Checks a call.
+    def fitted(self, name: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """A call as the declared tools have it.
 
         Raises:
             ValueError: There is no such tool, or the arguments don't fit.
         """
         if name not in self._parameters:
-            raise ValueError(f"there is no tool {name!r}")
-        if validator := self._validators[name]:
-            from jsonschema.exceptions import best_match
+            meant = [declared for declared in self._parameters if name.endswith(f":{declared}")]
+            if len(meant) != 1:
+                raise ValueError(f"there is no tool {name!r}")
+            name = meant[0]
+        if not (validator := self._validators[name]):
+            return name, arguments
+        from jsonschema.exceptions import best_match
 
-            try:
-                error = best_match(validator.iter_errors(arguments))
-            except Exception as failure:  # references that lead nowhere, or to themselves
-                raise ValueError(f"the schema of {name} can't be used: {type(failure).__name__}") from failure
-            if error:
-                place = "".join(f"[{part!r}]" for part in error.absolute_path)
-                raise ValueError(f"arguments{place}: {' '.join(error.message.split())[:200]}")
+        try:
+            arguments = _fitted(arguments, validator.schema)
+            error = best_match(validator.iter_errors(arguments))
+        except Exception as failure:  # references that lead nowhere, or to themselves
+            raise ValueError(f"the schema of {name} can't be used: {type(failure).__name__}") from failure
+        if error:
+            place = "".join(f"[{part!r}]" for part in error.absolute_path)
+            raise ValueError(f"arguments{place}: {error.message}")
+        return name, arguments
 
     @cached_property
     def _validators(self) -> dict[str, Any]:
         """By name; None where there is nothing to check against."""
         from jsonschema import Draft202012Validator
-        from jsonschema.exceptions import SchemaError
+        from jsonschema.validators import validator_for
         from referencing import Registry
 
         validators: dict[str, Any] = {}
@@ -144,17 +193,39 @@ class Tools:
             validators[name] = None
             if isinstance(schema, Mapping):
                 try:
-                    Draft202012Validator.check_schema(schema)
-                except (SchemaError, RecursionError):
+                    kind = validator_for(schema, default=Draft202012Validator)
+                    kind.check_schema(schema)
+                except Exception:  # not only SchemaError: schemas are anybody's, and may hold anything
                     continue
                 # A registry of its own: schemas that are named by an address are never fetched.
-                validators[name] = Draft202012Validator(schema, registry=Registry())
+                validators[name] = kind(schema, registry=Registry())
         return validators
 
 
-def _call(text: str, head: re.Match[str]) -> tuple[tuple[str, dict[str, Any]], int]:
+def _fitted(value: Any, schema: Any) -> Any:
+    """A value in the form that a valid schema asks for, see `Tools`."""
+    if not isinstance(schema, Mapping):
+        return value
+    if isinstance(value, dict):
+        fields = schema.get("properties", {})
+        return {key: _fitted(item, fields.get(key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_fitted(item, schema.get("items")) for item in value]
+    kinds = schema.get("type", ())
+    kind = {kinds} if isinstance(kinds, str) else set(kinds) - {"null"}
+    if isinstance(value, str) and kind in ({"integer"}, {"number"}) and _NUMBER.fullmatch(value):
+        with suppress(ValueError):
+            value = _number(value)
+    elif isinstance(value, str) and kind == {"boolean"}:
+        value = {"true": True, "false": False}.get(value.lower(), value)
+    if isinstance(value, float) and kind == {"integer"} and value.is_integer():
+        value = int(value)
+    return value
+
+
+def _call(text: str, head: re.Match[str], closed: bool) -> tuple[tuple[str, dict[str, Any]], int]:
     """A call after its name, and where the next one may begin."""
-    reader = _Reader(text, head.end())
+    reader = _Reader(text, head.end(), closed)
     arguments = reader.arguments()
     between = _BETWEEN_CALLS.match(text, reader.at)
     assert between is not None
@@ -166,36 +237,47 @@ def _unquoted(name: str) -> str:
     return name[1:-1] if quoted else name
 
 
+def _number(text: str) -> int | float:
+    return _finite(text) if set(text) & set(".eE") else int(text)
+
+
+def _shown(text: str, at: int = 0) -> str:
+    """A piece of what was written, for a message."""
+    return repr(text[at : at + 30].replace(QUOTE_MARK, QUOTE))
+
+
+def _finite(text: str) -> float:
+    if not isfinite(value := float(text)):
+        raise ValueError(f"{text} is more than JSON's readers take for a number")
+    return value
+
+
 class _Reader:
     """Reads values from a text, from a place that moves on. A ValueError says that there is none."""
 
-    def __init__(self, text: str, at: int):
-        self.text, self.at, self._depth = text, at, 0
+    def __init__(self, text: str, at: int, closed: bool):
+        self.text, self.at, self._closed, self._depth = text, at, closed, 0
 
     def arguments(self) -> dict[str, Any]:
         """What stands in braces or parentheses."""
-        mark, end = (":", "}") if self._skip("{") else ("=:", ")")
+        fields = _IN_BRACES if self._skip("{") else _IN_PARENTHESES
         self._skip("(")
-        return dict(self._items(end, lambda: self._field(mark)))
+        return self._fields(fields)
 
     def value(self) -> Any:
         """A value and all that is in it."""
         self._match(_SPACE)
         if self._skip("{"):
-            return self._inside(lambda: dict(self._items("}", lambda: self._field(":"))))
+            return self._inside(lambda: self._fields(_IN_BRACES))
         if self._skip("["):
             return self._inside(lambda: self._items("]", self.value))
         if (string := self._string()) is not None:
             return string
         if number := self._match(_NUMBER):
-            if not set(number) & set(".eE"):
-                return int(number)
-            if isinf(value := float(number)):
-                raise ValueError(f"{number} is more than JSON's readers take for a number")
-            return value
+            return _number(number)
         if (word := self._match(_WORD)) in _WORDS:
             return _WORDS[word]
-        raise ValueError(f"there is no value at {self.text[self.at : self.at + 20]!r}")
+        raise ValueError(f"there is no value at {_shown(self.text, self.at)}")
 
     def _inside(self, read: Callable[[], Any]) -> Any:
         self._depth += 1
@@ -205,14 +287,16 @@ class _Reader:
         self._depth -= 1
         return value
 
-    def _field(self, marks: str) -> tuple[str, Any]:
-        key = self._string()
-        if key is None:
-            key = (self._match(_KEYS[marks]) or "").strip()
-        self._match(_SPACE)
-        if not any(self._skip(mark) for mark in marks):
-            raise ValueError(f"there is no argument at {self.text[self.at : self.at + 20]!r}")
-        return key, self.value()
+    def _fields(self, form: _Fields) -> dict[str, Any]:
+        def field() -> tuple[str, Any]:
+            key = self._string()
+            if key is None:
+                key = (self._match(form.key) or "").strip()
+            if self._match(_SEPARATOR) is None:
+                raise ValueError(f"there is no argument at {_shown(self.text, self.at)}")
+            return key, self.value()
+
+        return dict(self._items(form.end, field))
 
     def _items(self, end: str, read: Callable[[], Any]) -> list[Any]:
         items: list[Any] = []
@@ -224,18 +308,20 @@ class _Reader:
                 raise ValueError("it isn't complete")
             items.append(read())
             self._match(_SPACE)
-            if not self._skip(",") and not self.text.startswith(end, self.at):
-                raise ValueError(
-                    "it isn't complete" if self.at >= len(self.text) else f"there is no comma before {end}"
-                )
+            if self._skip(",") or self.text.startswith(end, self.at):
+                continue
+            if self.at < len(self.text):
+                raise ValueError(f"there is no comma before {end}")
+            if self._closed and self._depth == 0:
+                return items
 
     def _string(self) -> str | None:
         """A string in any of the ways it may be quoted; None if there is none."""
-        if self._skip(QUOTE):
-            begin, end = self.at, self.text.find(QUOTE, self.at)
+        if self._skip(QUOTE_MARK):
+            begin, end = self.at, self.text.find(QUOTE_MARK, self.at)
             if end < 0:
                 raise ValueError("a string has no end")
-            self.at = end + len(QUOTE)
+            self.at = end + 1
             return self.text[begin:end]
         mark = self.text[self.at : self.at + 1]
         if mark not in _STRINGS:
@@ -247,7 +333,13 @@ class _Reader:
         inner = found[1]
         if mark == "'":
             inner = re.sub(r"\\(.)|\"", lambda m: m[0] if m[1] not in (None, "'") else m[1] or '\\"', inner)
-        return str(json.loads(f'"{inner}"', strict=False))
+        try:
+            string = str(json.loads(f'"{inner}"', strict=False))
+        except ValueError:
+            raise ValueError(f"a string has escapes that JSON doesn't: {_shown(found[0])}") from None
+        if _SURROGATE.search(string):
+            raise ValueError(f"a string has half a character or another quote: {_shown(found[0])}")
+        return string
 
     def _match(self, pattern: re.Pattern[str]) -> str | None:
         found = pattern.match(self.text, self.at)
