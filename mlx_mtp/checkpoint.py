@@ -117,8 +117,7 @@ def load_target(
         MemoryBudgetError: The weights don't fit in this machine's memory.
     """
     raw, config = read_target(folder)
-    model = Target(config.text)
-    table = target_table(config.text)
+    model, table = Target(config.text), target_table(config.text)
     if config.text.tied_head:
         check_tied(folder, table)
     assign(model, dict(tensors(folder)), table, folder, raw, dtype, quantize)

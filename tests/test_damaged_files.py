@@ -206,21 +206,26 @@ def damaged(file: bytes, rng: random.Random, times: int) -> bytes:
     return bytes(content)
 
 
+def refusals(file: Path, sound: bytes, rng: random.Random, read: Callable[[], object]) -> int:
+    """How many of 300 damaged versions of a file are refused, each in one line."""
+    refused = 0
+    for _ in range(300):
+        file.write_bytes(damaged(sound, rng, rng.randrange(1, 4)))
+        try:
+            read()
+        except MTPError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    return refused
+
+
 def test_random_damage_to_a_prompt_file(lm: mlx_mtp.MTPModel, tmp_path: Path):
     """Bytes that change, are lost or come twice, in the header or where the file ends."""
     file, rng = tmp_path / "prompt.safetensors", random.Random(0)
     lm.save_prompt([5, 6, 7, 8], file)
     assert lm.load_prompt(file) == 4
     sound = file.read_bytes()
-    refused = 0
-    for _ in range(300):
-        file.write_bytes(damaged(sound, rng, rng.randrange(1, 4)))
-        try:
-            lm.load_prompt(file)
-        except MTPError as error:
-            refused += 1
-            assert "\n" not in str(error)
-    assert refused > 250
+    assert refusals(file, sound, rng, lambda: lm.load_prompt(file)) > 250
 
 
 @pytest.mark.parametrize("tokens", ["[" * 100_000, "5", "[1.5]", "[-1]", '["a"]', "[true]", "[]"])
@@ -284,15 +289,7 @@ def test_random_damage_to_the_header_of_a_model(target: Path, copy: Path):
     file, rng = copy / "model.safetensors", random.Random(1)
     sound = file.read_bytes()
     checkpoint.load_target(copy)
-    refused = 0
-    for _ in range(300):
-        file.write_bytes(damaged(sound, rng, rng.randrange(1, 4)))
-        try:
-            checkpoint.load_target(copy)
-        except MTPError as error:
-            refused += 1
-            assert "\n" not in str(error)
-    assert refused > 250
+    assert refusals(file, sound, rng, lambda: checkpoint.load_target(copy)) > 250
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", INDEX, "tokenizer.json"])
