@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import read_json
 from .errors import CheckpointError
+from .files import listed, read_json
 
 FOLDER = "additional_chat_templates"
 
@@ -32,7 +32,7 @@ def chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
         found = _named(read_json(old).get("chat_template"), old)
     else:
         found = _named(config.get("chat_template"), folder / "tokenizer_config.json")
-    return found | {path.stem: _read(path) for path in sorted((folder / FOLDER).glob("*.jinja"))}
+    return found | {path.stem: _read(path) for path in listed(folder / FOLDER, "*.jinja")}
 
 
 def _read(path: Path) -> str:

@@ -18,6 +18,7 @@ import mlx_mtp
 from mlx_mtp.errors import CheckpointError
 from mlx_mtp.pair import DEMO
 from mlx_mtp.quantization import Format, Scheme
+from mlx_mtp.template_files import chat_templates
 from mlx_mtp.tuning import profile
 from weights_convert import convert
 from weights_convert.files import verify_sums
@@ -156,6 +157,14 @@ def test_the_embedded_pair_in_mlx_lm():
         messages = [{"role": "user", "content": "Who are you?"}]
         theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False)
         assert theirs == lm.encode(messages)
+
+
+def test_what_macos_leaves_beside_further_chat_templates(tmp_path: Path):
+    templates = tmp_path / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("for tools")
+    (templates / "._tool_use.jinja").write_bytes(b"\0\5\26\7\xff")
+    assert chat_templates(tmp_path, {}) == {"tool_use": "for tools"}
 
 
 def test_what_macos_leaves_beside_files(original: Path, folder: Path, tmp_path: Path):
