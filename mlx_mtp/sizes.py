@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,10 +17,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .config import DrafterConfig, TextConfig
-from .kv import CAPACITY_STEP, LONGEST_VERIFY, longest_block, ring_slots
+from .kv import CAPACITY_STEP, LONGEST_VERIFY, batch_bytes, kv_bytes
 from .models.drafter import Drafter
 from .models.target import Target
 from .quantization import Rule
+
+ABOVE = 2 * LONGEST_VERIFY
+"""Positions above a row's last token that drafts may be written to: those of a round, and of the one before it whose
+tokens haven't been read yet."""
 
 
 @dataclass(frozen=True)
@@ -94,20 +98,14 @@ def drafter_traffic(config: DrafterConfig, dtype_bytes: int, rule: Rule | None =
     return _traffic(Drafter(config, "committed"), dtype_bytes, rule, _drafter_share(config), "head.")
 
 
-def kv_bytes(config: TextConfig, tokens: int, dtype_bytes: int) -> int:
-    """Bytes of the KV buffers of one row of `tokens` tokens."""
-    full = -(-tokens // CAPACITY_STEP) * CAPACITY_STEP
-    ring = ring_slots(config.sliding_window, longest_block(config))
-    return sum(
-        2 * (min(ring, full) if layer.sliding else full) * layer.kv_heads * layer.head_dim * dtype_bytes
-        for i, layer in enumerate(config.layers)
-        if layer.kv_owner == i
-    )
-
-
 def row_bytes(config: TextConfig, tokens: int, dtype_bytes: int) -> int:
-    """Bytes of KV that a row needs to grow to `tokens` tokens: its last round writes drafts above them."""
-    return kv_bytes(config, tokens + LONGEST_VERIFY, dtype_bytes)
+    """Bytes of KV that a row needs to grow to `tokens` tokens, with the drafts that are written above them."""
+    return rows_bytes(config, [tokens], dtype_bytes)
+
+
+def rows_bytes(config: TextConfig, tokens: Sequence[int], dtype_bytes: int) -> int:
+    """The same for rows that decode together."""
+    return batch_bytes(config, [count + ABOVE for count in tokens], dtype_bytes)
 
 
 def longest_context(config: TextConfig, memory: int, dtype_bytes: int) -> int:
@@ -117,7 +115,7 @@ def longest_context(config: TextConfig, memory: int, dtype_bytes: int) -> int:
         return config.max_positions
     steps = range(config.max_positions // CAPACITY_STEP + 1)
     fitting = bisect_right(steps, memory, key=lambda step: kv_bytes(config, step * CAPACITY_STEP, dtype_bytes))
-    return max((fitting - 1) * CAPACITY_STEP - LONGEST_VERIFY, 0)
+    return max((fitting - 1) * CAPACITY_STEP - ABOVE, 0)
 
 
 def kv_read_bytes(config: TextConfig, tokens: int, dtype_bytes: int) -> int:

@@ -41,6 +41,7 @@ from mlx_mtp.decode.prefill import prefill  # noqa: E402
 from mlx_mtp.decode.round import RoundState, draft, verify  # noqa: E402
 from mlx_mtp.decode.sampling import Sampler, SamplingOptions  # noqa: E402
 from mlx_mtp.errors import MTPError  # noqa: E402
+from mlx_mtp.kv import BatchKV  # noqa: E402
 from mlx_mtp.models.drafter import Drafter  # noqa: E402
 from mlx_mtp.models.target import Target  # noqa: E402
 from mlx_mtp.tuning import profile  # noqa: E402
@@ -61,9 +62,7 @@ def measure(target: Target, drafter: Drafter, rows: int, repeats: int) -> tuple[
     """Seconds of verify passes by pattern, and of a step of the drafter; all in a random order."""
     texts = mx.random.randint(0, target.config.vocab_size, (rows, CONTEXT + WIDEST), key=mx.random.key(0))
     prefilled = [prefill(target, text[:CONTEXT]) for text in texts.tolist()]
-    kv = prefilled[0][0].row(0, CONTEXT)
-    kv.regroup([], [own for own, _ in prefilled], CONTEXT + WIDEST)
-    kv.reserve(CONTEXT + WIDEST)
+    kv = BatchKV.of([own for own, _ in prefilled], CONTEXT + WIDEST)
     sampler = Sampler([SamplingOptions()] * rows, target.config.logit_softcap)
     lengths, block = mx.full((rows,), CONTEXT, dtype=mx.int32), texts[:, CONTEXT:].astype(mx.int32)
     state = RoundState(lengths, block[:, 0], mx.concatenate([hidden for _, hidden in prefilled]))

@@ -28,7 +28,7 @@ from mlx_mtp.config import drafter_config, target_config  # noqa: E402
 from mlx_mtp.models.drafter import Drafter  # noqa: E402
 from mlx_mtp.models.target import Target  # noqa: E402
 
-HIDDEN, VOCAB, WINDOW = 512, 8192, 256
+HIDDEN, VOCAB, WINDOW, CONTEXT = 512, 8192, 256, 16384
 _DRAFTER_HIDDEN = 256
 # What the random layers add to the residual stream, each relative to the embedding; and the one that rolls. The first
 # decides how often the target says something else than the next token of the ring.
@@ -45,7 +45,7 @@ def make_medium_pair(kind: str, folder: Path) -> tuple[Path, Path]:
     text = raw["text_config"]
     text |= {"hidden_size": HIDDEN, "intermediate_size": 3 * HIDDEN, "sliding_window": WINDOW, "vocab_size": VOCAB}
     text |= {"vocab_size_per_layer_input": VOCAB, "num_hidden_layers": 2 * text["num_hidden_layers"]}
-    text |= {"layer_types": 2 * text["layer_types"]}
+    text |= {"layer_types": 2 * text["layer_types"], "max_position_embeddings": CONTEXT}
     if text["num_experts"]:
         text |= {"num_experts": 32, "moe_intermediate_size": 128}
     weights = _random(Target(target_config(raw).text), 3)
@@ -66,7 +66,7 @@ def make_medium_pair(kind: str, folder: Path) -> tuple[Path, Path]:
     raw = json.loads((drafter / "config.json").read_text())
     raw["backbone_hidden_size"] = HIDDEN
     raw["text_config"] |= {"hidden_size": _DRAFTER_HIDDEN, "intermediate_size": 2 * _DRAFTER_HIDDEN}
-    raw["text_config"] |= {"sliding_window": WINDOW, "vocab_size": VOCAB}
+    raw["text_config"] |= {"sliding_window": WINDOW, "vocab_size": VOCAB, "max_position_embeddings": CONTEXT}
     weights = _random(Drafter(drafter_config(raw), "committed"), 4)
     for name in weights:
         if name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):

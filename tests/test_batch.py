@@ -15,14 +15,15 @@ from tiny_checkpoints import KINDS, VOCAB, WINDOW, make_pair
 
 from mlx_mtp import checkpoint
 from mlx_mtp.decode import engine as engine_module
+from mlx_mtp.decode.prefill import CHUNK
 from mlx_mtp.decode.request import Request, Row
 from mlx_mtp.decode.sampling import SamplingOptions
 from mlx_mtp.decode.scheduler import Scheduler
 from mlx_mtp.errors import MemoryBudgetError
-from mlx_mtp.kv import longest_block
+from mlx_mtp.kv import kv_bytes
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
-from mlx_mtp.sizes import kv_bytes, row_bytes
+from mlx_mtp.sizes import row_bytes
 
 Pair = tuple[Target, Drafter]
 
@@ -161,15 +162,14 @@ def test_the_order_of_requests_is_kept(e2b: Pair):
 def test_equal_prompts_are_prefilled_once(e2b: Pair, monkeypatch: pytest.MonkeyPatch):
     target, drafter = e2b
     blocks = []
-    call = Target.__call__
-    # A packed block, which only a round can be, has one argument more.
-    monkeypatch.setattr(Target, "__call__", lambda *args: (args[4:] or blocks.append(args[1].shape), call(*args))[1])
+    call = Target.prefill
+    monkeypatch.setattr(Target, "prefill", lambda *args: (blocks.append(args[1].shape), call(*args))[1])
     scheduler = Scheduler(target, drafter)
     prompt = [9] * (WINDOW // 2)
     options = [SamplingOptions(temperature=1.0, seed=seed) for seed in range(4)]
     rows = [scheduler.submit(Request(prompt, 20, sampling, 2)) for sampling in options]
     run(scheduler, rows)
-    assert sum(b * width for b, width in blocks if width > 3) == len(prompt)
+    assert sum(b * width for b, width in blocks) == len(prompt)
     assert [row.tokens for row in rows] == [alone(e2b[0], row.request) for row in rows]
     assert len({tuple(row.tokens) for row in rows}) == 4
 
@@ -178,12 +178,12 @@ def test_a_first_block_of_many_prompts_is_bounded(e2b: Pair, monkeypatch: pytest
     """A block's activations are memory that the budget doesn't count."""
     target, drafter = e2b
     widest = []
-    call = Target.__call__
-    monkeypatch.setattr(Target, "__call__", lambda *args: widest.append(args[1].size) or call(*args))
-    scheduler = Scheduler(target, drafter, max_rows=40)
-    rows = [scheduler.submit(Request([i + 3] * 12, 6, draft_length=2)) for i in range(40)]
+    call = Target.prefill
+    monkeypatch.setattr(Target, "prefill", lambda *args: widest.append(args[1].size) or call(*args))
+    scheduler = Scheduler(target, drafter, max_rows=200)
+    rows = [scheduler.submit(Request([i + 3] * 12, 6, draft_length=2)) for i in range(200)]
     run(scheduler, rows)
-    assert max(widest) <= 8 * longest_block(target.config) < 40 * 12
+    assert max(widest) <= CHUNK < 200 * 12
     assert [row.tokens for row in rows] == [alone(target, row.request) for row in rows]
 
 
@@ -243,7 +243,10 @@ def test_growing_holds_no_second_copy(e2b: Pair):
     engine = scheduler._engine
     kv = engine.kv
     assert kv is not None
-    for grow in (lambda: kv.reserve(40_000), lambda: kv.regroup([0, 1, 2], [], 40_000)):
+    for grow in (
+        lambda: kv.reserve([40_000] * 4),
+        lambda: kv.arrange([kv.find(i) for i in range(3)], [40_000] * 3),
+    ):
         mx.eval(kv.arrays())
         mx.synchronize()
         mx.clear_cache()

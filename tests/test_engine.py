@@ -234,7 +234,7 @@ def test_rounds_copy_no_buffers(mode: str, tmp_path: Path, monkeypatch: pytest.M
         scheduler.step()
     kv = scheduler._engine.kv
     assert kv is not None
-    kv.reserve(8000)
+    kv.reserve([8000])
     assert kv.nbytes > 20 * 2**20
 
     def most_memory(hold: bool) -> int:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from mlx_mtp.config import TextConfig, target_config
-from mlx_mtp.kv import CAPACITY_STEP, KVBuffers, ring_slots
+from mlx_mtp.kv import CAPACITY_STEP, KVBuffers
+from mlx_mtp.kv.buffers import ring_slots
 
 WINDOW, LONGEST = 8, 6
 
@@ -43,13 +44,13 @@ def write(kv: KVBuffers, lengths: list[int], marks: np.ndarray) -> dict[bool, mx
     """Writes a block whose keys carry `marks` [B, L], as the target would; returns what its queries see."""
     rows, width = marks.shape
     kv.reserve(max(lengths) + width)
-    addresses = kv.addresses(mx.array(lengths), width)
+    block = kv.block(mx.array(lengths), width)
     for layer, sliding in ((0, True), (1, False)):
         keys = mx.broadcast_to(
             mx.array(marks, dtype=mx.float32)[:, None, :, None], (rows, 1, width, 4 if sliding else 8)
         )
-        kv.write(layer, keys, keys, addresses[sliding].slots)
-    return {sliding: a.visible for sliding, a in addresses.items()}
+        block[sliding].write(layer, keys, keys)
+    return {sliding: block[sliding].views(layer)[0].visible for sliding, layer in kv.lenders.items()}
 
 
 def seen(kv: KVBuffers, visible: mx.array, layer: int, row: int, query: int) -> list[int]:
@@ -75,7 +76,7 @@ def test_queries_see_their_window_and_nothing_else_whatever_was_rejected(config:
                 assert seen(kv, visible[True], 0, row, query) == list(range(max(0, at - WINDOW + 1), at + 1))
                 assert seen(kv, visible[False], 1, row, query) == list(range(at + 1))
         lengths = [n + int(k) for n, k in zip(lengths, kept, strict=True)]
-        lent = kv.lent_visible(mx.array(lengths), WINDOW)
+        lent = {kind: views[0].visible for kind, views in kv.lend(mx.array(lengths), WINDOW).items()}
         for row, n in enumerate(lengths):
             assert seen(kv, lent[True], 0, row, 0) == list(range(max(0, n - WINDOW), n))
             assert seen(kv, lent[False], 1, row, 0) == list(range(n))
@@ -84,8 +85,8 @@ def test_queries_see_their_window_and_nothing_else_whatever_was_rejected(config:
 def test_the_drafter_gets_the_very_arrays(config: TextConfig):
     kv = KVBuffers(config, batch=1, dtype=mx.float32, longest_block=LONGEST)
     for sliding, layer in ((True, 0), (False, 1)):
-        keys, values = kv.lend(sliding)
-        assert keys is kv.keys[layer] and values is kv.values[layer]
+        (view,) = kv.lend(mx.array([3]), WINDOW)[sliding]
+        assert view.keys is kv.keys[layer] and view.values is kv.values[layer]
     assert sorted(kv.keys) == [0, 1], "layers that share KV own none"
 
 
@@ -102,13 +103,13 @@ def test_a_write_is_in_place(config: TextConfig):
     kv = KVBuffers(config, batch=1, dtype=mx.float32, longest_block=LONGEST)
     kv.reserve(200_000)
     mx.eval(kv.arrays())
-    slots = kv.addresses(mx.array([100_000]), 4)[False].slots
+    place = kv.block(mx.array([100_000]), 4)[False]
     block = mx.ones((1, 1, 4, 8))
-    mx.eval(slots, block)
+    mx.eval(block)
     mx.synchronize()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    kv.write(1, block, block, slots)
+    place.write(1, block, block)
     mx.eval(kv.keys[1], kv.values[1])
     assert mx.get_peak_memory() - before < kv.keys[1].nbytes / 100
 

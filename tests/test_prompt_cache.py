@@ -20,9 +20,10 @@ from mlx_mtp.decode.request import Request, Row
 from mlx_mtp.decode.sampling import SamplingOptions
 from mlx_mtp.decode.scheduler import Scheduler
 from mlx_mtp.errors import CheckpointError, MemoryBudgetError
+from mlx_mtp.kv import kv_bytes
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
-from mlx_mtp.sizes import kv_bytes, row_bytes
+from mlx_mtp.sizes import row_bytes
 
 Pair = tuple[Target, Drafter]
 SAMPLED = SamplingOptions(temperature=1.0, top_k=40, seed=4)
@@ -110,7 +111,8 @@ def test_what_running_rows_hold_counts_as_kept(pair: Pair):
             held = sum({id(it): it.nbytes for row in rows if not row.done for it in row.checkpoints}.values())
             most, kept = max(most, held), max(kept, scheduler.cache.nbytes)
             assert 2 * held <= limit and scheduler.cache.nbytes + held <= limit
-        assert most and (kept or share < 1)
+        scheduler.step()  # the last rows leave the batch
+        assert most and (max(kept, scheduler.cache.nbytes) or share < 1)
 
 
 def test_beginnings_of_beginnings(pair: Pair):
@@ -145,7 +147,8 @@ def test_a_short_beginning_of_a_long_text_is_no_copy_of_it(pair: Pair):
     assert row.stats.cached_tokens == 60 and row.tokens == alone(pair[0], row.request)
 
 
-def test_a_prefill_that_is_given_up_keeps_what_it_has_taken(pair: Pair):
+def test_a_prefill_that_is_given_up_keeps_what_it_has_taken(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mlx_mtp.decode.scheduler.CHUNK", 64)
     scheduler, prompt = Scheduler(*pair), words(100, 0)
     run(scheduler, prompt)
     row = scheduler.submit(Request([*prompt, *words(300, 1)], 5))

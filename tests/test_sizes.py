@@ -13,7 +13,7 @@ import mlx_mtp
 from mlx_mtp import checkpoint, sizes
 from mlx_mtp.cli.info import describe
 from mlx_mtp.errors import MemoryBudgetError
-from mlx_mtp.kv import KVBuffers, longest_block
+from mlx_mtp.kv import KVBuffers, kv_bytes
 from mlx_mtp.quantization import Format, Scheme
 
 
@@ -58,9 +58,9 @@ def test_kv_is_what_the_buffers_take(tmp_path: Path):
     folder, _ = make_pair("e2b", tmp_path)
     config = checkpoint.load_target(folder)[0].text
     for tokens in (10, 300, 2000):
-        kv = KVBuffers(config, 1, mx.float32, longest_block(config))
+        kv = KVBuffers(config, 1, mx.float32)
         kv.reserve(tokens)
-        assert sizes.kv_bytes(config, tokens, 4) == kv.nbytes
+        assert kv_bytes(config, tokens, 4) == kv.nbytes
 
 
 @pytest.mark.parametrize("kind", ["e2b", "31b"])

@@ -11,7 +11,7 @@ from mlx_mtp import checkpoint
 from mlx_mtp.decode.prefill import prefill
 from mlx_mtp.decode.round import decode_round, first_state, verify
 from mlx_mtp.decode.sampling import Sampler, SamplingOptions
-from mlx_mtp.kv import KVBuffers
+from mlx_mtp.kv import BatchKV
 from mlx_mtp.models import attention
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.packing import Packing
@@ -33,13 +33,11 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return target, checkpoint.load_drafter(drafter_folder, config, "committed")[1]
 
 
-def batch(target: Target, positions: list[int]) -> tuple[KVBuffers, mx.array, mx.array]:
+def batch(target: Target, positions: list[int]) -> tuple[BatchKV, mx.array, mx.array]:
     """Rows of these lengths in one batch: buffers, lengths, and the hidden states at their ends."""
     random = np.random.default_rng(0)
     parts = [prefill(target, random.integers(0, VOCAB, length).tolist()) for length in positions]
-    kv = parts[0][0].row(0, positions[0])
-    kv.regroup([], [own for own, _ in parts], max(positions) + 40)
-    kv.reserve(max(positions) + 40)
+    kv = BatchKV.of([own for own, _ in parts], max(positions) + 40)
     return kv, mx.array(positions, dtype=mx.int32), mx.concatenate([hidden for _, hidden in parts])
 
 

@@ -64,6 +64,7 @@ def describe(
     from .. import checkpoint, sizes
     from ..config import check_pair
     from ..errors import PairingError
+    from ..kv import kv_bytes
     from ..models.drafter import POSITIONS, Drafter
     from ..models.target import Target
     from ..names import drafter_table, target_table
@@ -96,7 +97,7 @@ def describe(
             "parameters": target.parameters,
             "bytes_in_memory": target.weights,
             "bytes_read_per_token": target.read_per_token,
-            "kv_bytes_at": {str(n): sizes.kv_bytes(text, n, dtype_bytes) for n in _lengths(text.max_positions)},
+            "kv_bytes_at": {str(n): kv_bytes(text, n, dtype_bytes) for n in _lengths(text.max_positions)},
         },
         "drafter": None,
     }

@@ -22,7 +22,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from ..kv import LONGEST_VERIFY, KVBuffers, Snapshot
+from ..kv import LONGEST_VERIFY, BatchKV, KVBuffers
 from ..models.drafter import Drafter
 from ..models.elementwise import on_gpu
 from ..models.target import Target
@@ -75,7 +75,7 @@ class _Flight:
     policy: AutoLength | None
 
 
-def hands_over_late(kv: KVBuffers) -> bool:
+def hands_over_late(kv: BatchKV) -> bool:
     """Whether a round waits for the one before it to be done, which leaves the device idle meanwhile.
 
     MLX writes a buffer in place only while nothing in flight reads it, and copies it otherwise. On a GPU it never has
@@ -101,19 +101,20 @@ class Engine:
     ):
         """Makes an empty batch; arguments as for `Scheduler`."""
         self.rows: list[Row] = []
-        self.kv: KVBuffers | None = None
+        self.kv: BatchKV | None = None
         self.trace: Trace | None = None
         self._target, self._drafter, self._suppressed = target, drafter, tuple(suppress_tokens)
         self._state: RoundState | None = None
         self._sampler: Sampler
         self._flights: list[_Flight] = []
+        self._building = 0
         self._clock, self._late = _Clock(), False
         self._auto = BatchLength(costs)
 
     def regroup(self, joining: Sequence[Prefilled] = ()) -> None:
-        """Lets go of rows that are done, and takes in others."""
+        """Lets go of rows that are done, takes in others, and gives all of them room to grow."""
         stay = [i for i, row in enumerate(self.rows) if not row.done]
-        if len(stay) == len(self.rows) and not joining:
+        if len(stay) == len(self.rows) and not joining and self._has_room():
             return
         self._clock.disturb()
         new = [row for prompt in joining for row in prompt.rows]
@@ -121,35 +122,34 @@ class Engine:
         if not rows:
             self.clear()
             return
-        buffers = [prompt.kv for prompt in joining for _ in prompt.rows]
-        # Out of sight meanwhile: buffers that are half regrouped are of no use to anybody (see Scheduler.step).
-        kv, self.kv = self.kv, None
-        if not stay:
-            kv = buffers[0] if len(buffers) == 1 else buffers[0].row(0, buffers[0].written)
-        assert kv is not None
-        if stay or len(buffers) > 1:
-            reach = (max(self._reach(row), row.room) for row in rows)
-            kv.regroup(stay, buffers, max([*reach, *(b.written for b in buffers)]))
-        self._state = regroup(self._state, stay, [self._first(prompt) for prompt in joining])
-        self.rows, self._sampler, self.kv = rows, self._make_sampler(rows), kv
         for prompt in joining:
             for row in prompt.rows:
                 row.written = prompt.kv.written
+        # Out of sight meanwhile: buffers that are half rearranged are of no use to anybody (see Scheduler.step).
+        kv, self.kv = self.kv, None
+        sources = [kv.find(i) for i in stay] if kv else []
+        sources += [(prompt.kv, 0) for prompt in joining for _ in prompt.rows]
+        kv = kv if kv and stay else BatchKV(sources[0][0])
+        order = kv.arrange(sources, [max(self._reach(row) + LONGEST_VERIFY, row.room) for row in rows])
+        state = regroup(self._state, stay, [self._first(prompt) for prompt in joining])
+        self._state = state if order == list(range(len(rows))) else regroup(state, order, [])
+        self.rows = [rows[i] for i in order]
+        self._sampler, self.kv = self._make_sampler(self.rows), kv
         if new:
-            tokens = self._state.tokens[len(stay) :, None]
+            tokens = state.tokens[len(stay) :, None]
             report = mx.concatenate([tokens, mx.zeros_like(tokens)], axis=1)
             mx.async_eval(report)
             self._flights.append(_Flight(report, new, None, None))
 
     def clear(self) -> None:
         """Forgets all rows."""
-        self.rows, self.kv, self._state, self._flights = [], None, None, []
+        self.rows, self.kv, self._state, self._flights, self._building = [], None, None, [], 0
 
     def row_kv(self, index: int) -> KVBuffers:
         """The buffers of a row, see `KVBuffers.row`."""
         assert self.kv is not None
         # A round that was handed over, but interrupted before it could be noted, may have written more.
-        return self.kv.row(index, self._reach(self.rows[index]) + LONGEST_VERIFY)
+        return self.kv.row(index, self._reach(self.rows[index]) + self._building)
 
     def round(self, waiting: bool = False) -> None:
         """Builds the next round and reads the tokens of the one before; there must be rows that aren't done.
@@ -163,8 +163,9 @@ class Engine:
         lengths, policy = self._next_lengths(waiting)
         k = max(lengths)
         width = INVARIANT_WIDTH if exactness == "invariant" else None
-        kv.reserve(max(map(self._reach, self.rows)) + (width or k + 1), max(row.room for row in self.rows))
-        before: Snapshot | None = kv.snapshot()
+        self._building = width or k + 1
+        kv.reserve([self._reach(row) + self._building for row in self.rows])
+        before = kv.snapshot()
         with self._span("build", rows=len(self.rows), drafts=k):
             state, report, drafts = decode_round(
                 self._target, self._drafter, kv, self._sampler, self._state, lengths, width, exactness == "stepwise"
@@ -174,7 +175,7 @@ class Engine:
             self._clock.disturb()
             self._late = late
         if not late:
-            before = None
+            before = []
             if self.trace and k:
                 self._hand_over("draft", drafts)
             self._hand_over("verify", report, state.lengths, state.hidden)
@@ -184,12 +185,14 @@ class Engine:
             self._deliver(*reports, lengths)
         if before and all(row.done for row in self.rows):
             kv.restore(before)  # the round built ahead was never handed over: forget it
+            self._building = 0
             return
         if late:
-            before = None  # lets go of the buffers, so that they are written in place
+            before = []  # lets go of the buffers, so that they are written in place
             self._hand_over("draft and verify" if k else "verify", report, state.lengths, state.hidden)
         self._state = state
         self._flights.append(_Flight(report, self.rows, lengths, policy))
+        self._building = 0
         self._clock.leave()
 
     def disturb(self) -> None:
@@ -249,6 +252,10 @@ class Engine:
         """Positions that may have been written for the row once everything handed over so far has run."""
         flying = (f.report.shape[1] - 1 for f in self._flights if f.lengths is not None and row in f.rows)
         return max(row.written, row.committed + sum(flying))
+
+    def _has_room(self) -> bool:
+        """Whether the buffers have room for another round, however long its drafts."""
+        return not self.kv or self.kv.fits([self._reach(row) + LONGEST_VERIFY for row in self.rows])
 
     def _first(self, prompt: Prefilled) -> RoundState:
         count = len(prompt.rows)

@@ -19,14 +19,15 @@ from mlx.utils import tree_flatten
 
 from ..errors import CheckpointError, PromptError, one_line
 from ..files import parse_json, replacing
-from ..kv import KVBuffers, longest_block
+from ..kv import KVBuffers
+from ..kv.blocks import stored
 from ..models.target import Target
 from ..safetensors_files import load, read_header
 from .prompt_cache import Entry
 from .request import check_prompt
 from .sampling import is_int
 
-VERSION = "1"
+VERSION = "2"
 
 _SAMPLE = 256
 """Values of each weight, at least, that tell one model from another."""
@@ -38,13 +39,14 @@ def save_entry(path: Path, entry: Entry, target: Target) -> None:
     Raises:
         OSError: It can't be written.
     """
-    arrays = {f"keys.{i}": a for i, a in entry.kv.keys.items()} | {f"values.{i}": a for i, a in entry.kv.values.items()}
+    kv = entry.kv
+    arrays = {f"{kind}.{i}": kv.plain(a) for kind in ("keys", "values") for i, a in getattr(kv, kind).items()}
     facts = {
         "mlx_mtp_kv": VERSION,
         "model": fingerprint(target),
         "tokens": json.dumps(entry.tokens),
-        "capacity": str(entry.kv.capacity),
-        "written": str(entry.kv.written),
+        "capacity": str(kv.capacity),
+        "written": str(kv.written),
     }
     with replacing(path, ".safetensors") as aside:
         try:
@@ -75,16 +77,17 @@ def load_entry(path: Path, target: Target) -> Entry:
         if not isinstance(tokens, list) or not all(map(is_int, tokens)):
             raise ValueError("its tokens are no list of token ids")
         check_prompt(tokens, target.config)
-        kv = KVBuffers(target.config, 1, target.dtype, longest_block(target.config), len(tokens))
+        kv = KVBuffers(target.config, 1, target.dtype, positions=len(tokens))
         if [kv.capacity, len(tokens)] != [int(facts[name]) for name in ("capacity", "written")]:
             raise ValueError("its sizes don't fit together")
         kv.written = len(tokens)
         for kind, buffers in (("keys", kv.keys), ("values", kv.values)):
             for layer, expected in buffers.items():
                 array = arrays.pop(f"{kind}.{layer}")
-                if (array.shape, array.dtype) != (expected.shape, expected.dtype):
+                shape = kv.plain(expected).shape
+                if (array.shape, array.dtype) != (shape, kv.dtype):
                     raise ValueError(f"{kind} of layer {layer} are {array.dtype} {array.shape}")
-                buffers[layer] = array
+                buffers[layer] = stored(array)
         if arrays:
             raise ValueError(f"nothing is known of {min(arrays)}")
     except (KeyError, TypeError, ValueError, PromptError) as error:

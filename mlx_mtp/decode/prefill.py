@@ -6,9 +6,15 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from ..kv import KVBuffers, longest_block
+from ..kv import KVBuffers
 from ..models.target import Target
 from .request import check_prompt
+
+CHUNK = 2048
+"""Most prompt tokens in one forward pass: what large matrix products, and experts above all, need to be efficient."""
+
+CHUNK_BESIDE = 512
+"""The same while other rows decode, which wait for it."""
 
 
 def prefill(
@@ -28,16 +34,18 @@ def prefill(
         PromptError: See `check_prompt`.
     """
     check_prompt(prompt, target.config)
-    chunk = longest_block(target.config)
-    kv = KVBuffers(target.config, 1, target.dtype, chunk, len(prompt))
-    for start in range(0, len(prompt), chunk):
-        hidden = prefill_block(target, kv, [list(prompt[start : start + chunk])], start)
+    kv = KVBuffers(target.config, 1, target.dtype, positions=len(prompt))
+    for start in range(0, len(prompt), CHUNK):
+        block = [list(prompt[start : start + CHUNK])]
+        hidden = prefill_block(target, kv, block, start, None if keep else [len(block[0]) - 1])
         if keep:
             keep(hidden)
-    return kv, hidden[:, -1]
+    return kv, hidden[:, -1] if keep else hidden
 
 
-def prefill_block(target: Target, kv: KVBuffers, block: list[list[int]], start: int, room: int = 0) -> mx.array:
+def prefill_block(
+    target: Target, kv: KVBuffers, block: list[list[int]], start: int, ends: Sequence[int] | None, room: int = 0
+) -> mx.array:
     """Runs the same positions of several prompts.
 
     Args:
@@ -45,13 +53,14 @@ def prefill_block(target: Target, kv: KVBuffers, block: list[list[int]], start: 
         kv: Buffers with a row for each prompt.
         block: Token ids, [B][L].
         start: Position of the block's first tokens.
+        ends: See `Target.prefill`.
         room: See `KVBuffers.reserve`.
 
     Returns:
-        Hidden states [B, L, hidden], evaluated, as the buffers are.
+        Hidden states [B, hidden], or [B, L, hidden] without `ends`, evaluated, as the buffers are.
     """
     kv.reserve(start + len(block[0]), room)
-    hidden = target(mx.array(block, dtype=mx.int32), mx.full((len(block),), start, dtype=mx.int32), kv)
+    hidden = target.prefill(mx.array(block, dtype=mx.int32), start, kv, ends)
     mx.eval(kv.arrays(), hidden)
     kv.bound_pool()
     return hidden

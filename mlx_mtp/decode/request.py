@@ -11,7 +11,8 @@ import mlx.core as mx
 
 from ..config import TextConfig
 from ..errors import PromptError
-from ..kv import LONGEST_VERIFY, Checkpoint
+from ..kv import Checkpoint
+from ..sizes import ABOVE
 from .limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH
 from .sampling import SamplingOptions, is_int
 
@@ -156,7 +157,7 @@ class Row:
     @property
     def room(self) -> int:
         """Positions to make room for when there is none: all that it may come to, unless these are many more."""
-        most = len(self.request.prompt) + self.limit + LONGEST_VERIFY
+        most = len(self.request.prompt) + self.limit + ABOVE
         return min(most, self.committed + max(ROOM, self.committed // 4))
 
     @property

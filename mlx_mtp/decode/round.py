@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..kv import KVBuffers
+from ..kv import KVCache
 from ..models.drafter import Drafter
 from ..models.packing import Packing
 from ..models.target import Target
@@ -60,7 +60,7 @@ def first_state(target: Target, sampler: Sampler, hidden: mx.array, lengths: mx.
     return RoundState(lengths, sampler.target(target.raw_logits(hidden)[:, None], lengths[:, None])[:, 0], hidden)
 
 
-def draft(target: Target, drafter: Drafter, kv: KVBuffers, sampler: Sampler, state: RoundState, k: int) -> mx.array:
+def draft(target: Target, drafter: Drafter, kv: KVCache, sampler: Sampler, state: RoundState, k: int) -> mx.array:
     """Drafts k tokens for every row: int32 [B, k]."""
     lent = drafter.borrow(kv, state.lengths)
     token, hidden, drafts = state.tokens, state.hidden, []
@@ -73,7 +73,7 @@ def draft(target: Target, drafter: Drafter, kv: KVBuffers, sampler: Sampler, sta
 
 def verify(
     target: Target,
-    kv: KVBuffers,
+    kv: KVCache,
     sampler: Sampler,
     lengths: mx.array,
     block: mx.array,
@@ -129,7 +129,7 @@ def accept(drafts: mx.array, choices: mx.array, most: Sequence[int] | None = Non
 def decode_round(
     target: Target,
     drafter: Drafter | None,
-    kv: KVBuffers,
+    kv: KVCache,
     sampler: Sampler,
     state: RoundState,
     lengths: int | Sequence[int],

@@ -22,14 +22,15 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import MemoryBudgetError
-from ..kv import LONGEST_VERIFY, Checkpoint, KVBuffers, longest_block
+from ..kv import Checkpoint, KVBuffers, kv_bytes
+from ..kv.buffers import ring_slots
 from ..models.drafter import Drafter
 from ..models.target import Target
-from ..sizes import in_words, row_bytes
+from ..sizes import in_words, rows_bytes
 from .batch_length import Costs
 from .engine import Engine, Prefilled
 from .kv_file import load_entry, save_entry
-from .prefill import prefill, prefill_block
+from .prefill import CHUNK, CHUNK_BESIDE, prefill, prefill_block
 from .prompt_cache import Entry, PromptCache
 from .request import Request, Row, Stats, check_prompt, token_limit
 from .trace import Trace
@@ -95,8 +96,8 @@ class Scheduler:
         """
         self.max_rows, self.cache = max_rows, PromptCache(cache_bytes)
         self._target, self._budget = target, kv_budget
+        self._ring = ring_slots(target.config.sliding_window)
         self._engine = Engine(target, drafter, suppress_tokens, costs)
-        self._chunk = longest_block(target.config)
         self._waiting: deque[Row] = deque()
         # From the queue until the engine has them: whatever happens in between, they are told.
         self._admitted: list[Row] = []
@@ -197,11 +198,10 @@ class Scheduler:
 
     def _leave(self) -> None:
         """Keeps the KV of rows that are done."""
-        kv = self._engine.kv
-        if kv is None or kv.nbytes > self.cache.limit * len(self._engine.rows):
-            return  # there is nothing to keep, or it would be copied in vain
-        for i, row in enumerate(self._engine.rows):
-            if row.done:
+        config, size = self._target.config, self._target.dtype.size
+        for i, row in enumerate(self._engine.rows if self._engine.kv else ()):
+            # A larger one would be copied in vain.
+            if row.done and kv_bytes(config, row.committed, size) <= self.cache.limit:
                 self._keep(row, self._engine.row_kv(i), row.held, row.checkpoints)
 
     def _keep(self, row: Row, kv: KVBuffers, held: list[int], checkpoints: Sequence[Checkpoint]) -> None:
@@ -264,7 +264,7 @@ class Scheduler:
         if hit:
             first.stats.cached_tokens = hit.start
             return _Prefill(hit.kv, groups, hit.start, self._parting(prompt, hit.start), hit.checkpoints)
-        kv = KVBuffers(self._target.config, len(groups), self._target.dtype, self._chunk)
+        kv = KVBuffers(self._target.config, len(groups), self._target.dtype)
         return _Prefill(kv, groups, parting=self._parting(prompt, 0) if reuse and len(groups) == 1 else 0)
 
     def _skip_cancelled(self) -> None:
@@ -279,30 +279,34 @@ class Scheduler:
         return self._budget is None or self._kv_bytes([it.request for it in (*rows, row)]) <= self._budget
 
     def _fits_block(self, groups: list[list[Row]], idle: bool) -> bool:
-        """Whether prompts can be prefilled in one block: of a chunk's tokens, or of several if nobody has to wait."""
+        """Whether prompts can be prefilled together, in one chunk."""
         longest = max(len(group[0].request.prompt) for group in groups)
-        # No more than a few: the block's activations take memory that nobody has counted.
-        return longest <= self._chunk and longest * len(groups) <= self._chunk * (MAX_ROWS if idle else 1)
+        # Rings that are full would lose what shorter prompts still need of them.
+        return longest <= self._ring and longest * len(groups) <= (CHUNK if idle else CHUNK_BESIDE)
 
     def _parting(self, prompt: Sequence[int], start: int) -> int:
         """Where the prompt parts from an entry that couldn't be taken up there."""
         parting = min(self.cache.parting(prompt), len(prompt) - 1)
-        return parting if parting > start + self._chunk else 0
+        # A checkpoint holds about a window, and cuts a chunk in two: it should save more than a bit.
+        return parting if parting > start + self._target.config.sliding_window // 2 else 0
 
     def _run_chunk(self, job: _Prefill) -> list[Prefilled]:
         """Runs the next chunk of a prefill; returns the prompts that are ready to decode."""
         prompts, start = job.prompts, job.start
-        end = min(start + self._chunk, max(map(len, prompts)))
+        longest = max(map(len, prompts))
+        chunk = CHUNK_BESIDE if any(not row.done for row in self._engine.rows) else CHUNK
+        end = longest if len(prompts) > 1 else min(start + chunk, longest)
         if start < job.parting < end:
             end = job.parting
         block = [[*prompt[start:end], *[0] * (end - max(len(prompt), start))] for prompt in prompts]
         with self.trace.host("prefill", tokens=len(block) * len(block[0])) if self.trace else nullcontext():
-            hidden = prefill_block(self._target, job.kv, block, start, max(rows[0].room for rows in job.rows))
+            ends = [min(len(prompt), end) - start - 1 for prompt in prompts]
+            hidden = prefill_block(self._target, job.kv, block, start, ends, max(rows[0].room for rows in job.rows))
         self._engine.disturb()
         job.start = end
         if end == job.parting:
             job.checkpoints += (job.kv.checkpoint(end),)
-        if end < max(map(len, prompts)):
+        if end < longest:
             return []
         self._prefill = None
         ready = []
@@ -316,17 +320,14 @@ class Scheduler:
             for row in rows:
                 row.checkpoints = checkpoints if fits else []
             if rows:
-                ready.append(Prefilled(kv, hidden[i : i + 1, len(prompt) - start - 1], rows))
+                ready.append(Prefilled(kv, hidden[i : i + 1], rows))
         self.cache.make_room(self._checkpoint_bytes())
         return ready
 
     def _kv_bytes(self, requests: Sequence[Request]) -> int:
         """Bytes of the KV of some rows when all of them have reached their full length."""
-        longest = max(len(request.prompt) + self._limit(request) for request in requests)
-        if len(requests) > 1:
-            # Drafts are as long as the row with most to go wants them: one near its end has no use for them, but room.
-            longest += LONGEST_VERIFY
-        return len(requests) * row_bytes(self._target.config, longest, self._target.dtype.size)
+        tokens = [len(request.prompt) + self._limit(request) for request in requests]
+        return rows_bytes(self._target.config, tokens, self._target.dtype.size)
 
     def _limit(self, request: Request) -> int:
         return token_limit(request, self._target.config)

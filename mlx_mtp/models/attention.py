@@ -7,12 +7,15 @@ another layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import FULL, SLIDING, LayerConfig, TextConfig
+from ..kv import View
+from ..kv.blocks import stored
 from .elementwise import gelu_times, on_gpu
 from .packing import Packing
 
@@ -114,8 +117,10 @@ class Attention(nn.Module):
 
     def project(
         self, x: mx.array, rope: Rope, rotation: Rotation, packing: Packing | None = None
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries, keys and values [B, heads, L, head_dim] of a block; no heads where it has none.
+    ) -> tuple[mx.array, mx.array | None, mx.array | None]:
+        """Queries [B, heads, L, head_dim] of a block, and its keys and values as KV buffers store them.
+
+        The latter are None where it has none.
 
         Args:
             x: [B, L, hidden], or [1, N, hidden] with a packing.
@@ -129,22 +134,18 @@ class Attention(nn.Module):
         if packing:
             heads = packing.spread(heads)
         if not self._kv_heads:
-            queries = rope.rotate(heads.transpose(0, 2, 1, 3), rotation)
-            return queries, queries[:, :0], queries[:, :0]
+            return rope.rotate(heads.transpose(0, 2, 1, 3), rotation), None, None
         rotated = rope.rotate((heads[:, :, : len(self._norms)] * self._norms).transpose(0, 2, 1, 3), rotation)
         # The last heads are the values; where these are the keys (`attention_k_eq_v`), keys before norm and rotation.
-        values = heads[:, :, heads.shape[2] - self._kv_heads :].transpose(0, 2, 1, 3)
-        return rotated[:, : self._heads], rotated[:, self._heads :], values
+        values = stored(heads)[:, :, heads.shape[2] - self._kv_heads :].transpose(0, 2, 1, 3)
+        return rotated[:, : self._heads], stored(rotated)[:, self._heads :], values
 
-    def attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, visible: mx.array, packing: Packing | None = None
-    ) -> mx.array:
+    def attend(self, queries: mx.array, views: Sequence[View], packing: Packing | None = None) -> mx.array:
         """Attends to KV buffers.
 
         Args:
             queries: [B, heads, L, head_dim], from `project`.
-            keys, values: [B, kv_heads, slots, head_dim].
-            visible: bool [B, 1, L, slots].
+            views: The keys and values for all queries, in the order of rows or of tokens.
             packing: See `project`.
 
         Returns:
@@ -152,16 +153,36 @@ class Attention(nn.Module):
         """
         if packing and not on_gpu():
             # On a CPU the places that no token fills would cost as much as others: row by row, without them.
-            rows = [
-                _attend(*(it[i : i + 1] for it in (queries[:, :, :count], keys, values, visible[:, :, :count])))
-                for i, count in enumerate(packing.counts)
-            ]
-            return self.o_proj(mx.concatenate(rows, axis=1))
-        out = _attend(queries, keys, values, visible)
+            counts = packing.counts
+            views = [row for view in views for row in _by_row(view, counts)]
+            outs = [_attend(queries[it.rows, :, it.tokens], it) for it in views]
+            return self.o_proj(mx.concatenate(outs, axis=1))
+        if len(views) == 1:
+            out = _attend(queries, views[0])
+        else:
+            outs = [_attend(queries[it.rows, :, it.tokens], it) for it in views]
+            out = mx.concatenate(outs, axis=1 if views[0].rows == views[1].rows else 0)
         return self.o_proj(packing.line(out) if packing else out)
 
 
-def _attend(queries: mx.array, keys: mx.array, values: mx.array, visible: mx.array) -> mx.array:
+def _by_row(view: View, counts: Sequence[int]) -> list[View]:
+    """A view of some rows as one for each, of its own number of tokens."""
+    rows = range(len(counts))[view.rows]
+    return [
+        View(
+            slice(row, row + 1),
+            slice(counts[row]),
+            view.keys[i : i + 1],
+            view.values[i : i + 1],
+            view.visible[i : i + 1, :, : counts[row]],
+        )
+        for i, row in enumerate(rows)
+    ]
+
+
+def _attend(queries: mx.array, view: View) -> mx.array:
+    """[b, l, heads * head_dim], for the queries [b, heads, l, head_dim] of a view."""
+    keys, values, visible = view.keys, view.values, view.visible
     if on_gpu() and not _has_kernel(queries.shape, keys.shape[1]):
         out = folded_attention(queries, keys, values, visible)
     else:

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import DrafterConfig, LayerConfig, TextConfig
-from ..kv import KVBuffers
+from ..kv import KVCache, View
 from .attention import MLP, Attention, Rope, Rotation, ropes
 from .clustered_head import ClusteredHead
 from .elementwise import add_scaled
@@ -29,14 +29,11 @@ class Lent:
     """The target's state as the drafter sees it during one round.
 
     Attributes:
-        keys, values: By kind of layer, the target's arrays [B, kv_heads, slots, head_dim].
-        visible: By kind of layer, bool [B, 1, 1, slots].
+        views: By kind of layer, the target's keys and values.
         rotations: By kind of layer, the rotation at the round's one position.
     """
 
-    keys: dict[bool, mx.array]
-    values: dict[bool, mx.array]
-    visible: dict[bool, mx.array]
+    views: dict[bool, list[View]]
     rotations: dict[bool, Rotation]
 
 
@@ -59,7 +56,7 @@ class DrafterLayer(nn.Module):
         """One step h [B, 1, hidden]."""
         kind = self._sliding
         queries, _, _ = self.self_attn.project(self.input_layernorm(h), rope, lent.rotations[kind])
-        x = self.self_attn.attend(queries, lent.keys[kind], lent.values[kind], lent.visible[kind])
+        x = self.self_attn.attend(queries, lent.views[kind])
         h = h + self.post_attention_layernorm(x)
         x = self.mlp(self.pre_feedforward_layernorm(h))
         return add_scaled(h, self.post_feedforward_layernorm(x), self.layer_scalar)
@@ -91,7 +88,7 @@ class Drafter(nn.Module):
         else:
             self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
 
-    def borrow(self, kv: KVBuffers, lengths: mx.array) -> Lent:
+    def borrow(self, kv: KVCache, lengths: mx.array) -> Lent:
         """Looks at the target's buffers, for one round.
 
         Args:
@@ -102,11 +99,8 @@ class Drafter(nn.Module):
         position = (lengths if bonus else lengths - 1)[:, None]
         # transformers counts the window from the newest committed row with both ends included: one row more.
         window = self.config.text.sliding_window + bonus
-        kinds = {sliding: kv.lend(sliding) for sliding in self._ropes}
         return Lent(
-            keys={sliding: keys for sliding, (keys, _) in kinds.items()},
-            values={sliding: values for sliding, (_, values) in kinds.items()},
-            visible=kv.lent_visible(lengths, window),
+            views=kv.lend(lengths, window),
             rotations={kind: rope.at(position, self.norm.weight.dtype) for kind, rope in self._ropes.items()},
         )
 

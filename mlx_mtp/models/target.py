@@ -6,19 +6,21 @@ E2B and E4B have per-layer embeddings and upper layers that read the KV of lower
 layers whose values are their keys; 26B has experts beside the dense MLP. `config.py` has resolved all of this per
 layer. Parameter names are those of Google's checkpoints.
 
-One function, `Target.__call__`, serves prefill chunk, plain step and verify block alike: the difference is only how
-many tokens come in. Not here: sampling, drafting, and the rules of the KV buffers (kv.py).
+The same layers serve a chunk of a prompt (`Target.prefill`), a plain step and a verify block (`Target.__call__`): the
+difference is how many tokens come in, and where their KV goes. Not here: sampling, drafting, and the rules of the KV
+buffers (kv/).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import LayerConfig, TextConfig
-from ..kv import Addresses, KVBuffers
+from ..kv import BlockKV, KVBuffers, KVCache
 from .attention import MLP, Attention, Rope, Rotation, ropes
 from .elementwise import add_scaled, counting, gelu_times, softcap
 from .moe import Experts, Router
@@ -32,13 +34,13 @@ class Block:
     Attributes:
         rope: Rotary embedding of this kind of layer.
         rotation: Its rotation at the block's positions.
-        addresses: The block's place in the KV buffers.
+        kv: The block's place in the KV buffers.
         packing: How its tokens make rows, if these have different numbers of them.
     """
 
     rope: Rope
     rotation: Rotation
-    addresses: Addresses
+    kv: BlockKV
     packing: Packing | None
 
 
@@ -68,17 +70,16 @@ class TargetLayer(nn.Module):
             self.post_per_layer_input_norm = nn.RMSNorm(hidden, eps)
         self.layer_scalar = mx.ones((1,))
 
-    def __call__(self, h: mx.array, ple: mx.array | None, kv: KVBuffers, block: Block) -> mx.array:
+    def __call__(self, h: mx.array, ple: mx.array | None, block: Block) -> mx.array:
         """Runs a block h [B, L, hidden], with its per-layer embeddings ple [B, L, ple_size] if the model has them.
 
         Both are [1, N, ...] if the block is packed.
         """
         packing = block.packing
         queries, keys, values = self.self_attn.project(self.input_layernorm(h), block.rope, block.rotation, packing)
-        if self._kv_owner == self._index:
-            kv.write(self._index, keys, values, block.addresses.slots)
-        keys, values = kv.read(self._kv_owner)
-        x = self.self_attn.attend(queries, keys, values, block.addresses.visible, packing)
+        if keys is not None and values is not None:
+            block.kv.write(self._index, keys, values)
+        x = self.self_attn.attend(queries, block.kv.views(self._kv_owner), packing)
         h = h + self.post_attention_layernorm(x)
 
         x = self.mlp(self.pre_feedforward_layernorm(h))
@@ -124,7 +125,7 @@ class Target(nn.Module):
         """Scaled embeddings [..., hidden] of token ids [...]."""
         return self.embed_tokens(tokens) * mx.array(self.config.hidden_size**0.5, self.dtype)
 
-    def __call__(self, tokens: mx.array, lengths: mx.array, kv: KVBuffers, packing: Packing | None = None) -> mx.array:
+    def __call__(self, tokens: mx.array, lengths: mx.array, kv: KVCache, packing: Packing | None = None) -> mx.array:
         """Runs a block of tokens that follows the committed ones, and writes its KV.
 
         Args:
@@ -137,17 +138,57 @@ class Target(nn.Module):
             Hidden states after the final norm, [..., hidden] as the tokens came: what the head, and the drafter, read.
         """
         width = packing.width if packing else tokens.shape[1]
+        h, places = self.embed(tokens), kv.block(lengths, width)
+        return self.norm(self._run(h, self._ple(tokens, h), places, lengths, width, range(len(self.layers)), packing))
+
+    def prefill(self, tokens: mx.array, start: int, kv: KVBuffers, ends: Sequence[int] | None) -> mx.array:
+        """Runs a chunk of prompts, of any length, and writes its KV.
+
+        The layers above the last one with KV of its own are of use to no later token: they run for the last token of
+        each prompt only.
+
+        Args:
+            tokens: int32 [B, L].
+            start: Position of the chunk's first tokens, the same in all rows.
+            kv: The buffers; room for the chunk must have been reserved.
+            ends: For each row the index of the token in the chunk whose hidden state is wanted; None for all tokens.
+
+        Returns:
+            Hidden states after the final norm, [B, hidden], or [B, L, hidden] without `ends`.
+        """
+        width, below = tokens.shape[1], 1 + max(layer.kv_owner for layer in self.config.layers)
+        starts = mx.full((len(tokens),), start, dtype=mx.int32)
         h = self.embed(tokens)
-        ple = self._per_layer_embeddings(tokens, h) if self.config.ple_size else None
-        addresses = kv.addresses(lengths, width)
+        ple = self._ple(tokens, h)
+        if ends is None:
+            return self.norm(self._run(h, ple, kv.chunk(start, width), starts, width, range(len(self.layers))))
+        h = self._run(h, ple, kv.chunk(start, width), starts, width, range(below))
+        last = mx.array(list(ends), dtype=mx.int32)
+        h = mx.take_along_axis(h, last[:, None, None], axis=1)
+        if above := range(below, len(self.layers)):
+            ple = None if ple is None else mx.take_along_axis(ple, last[:, None, None, None], axis=1)
+            h = self._run(h, ple, kv.block(starts + last, 1), starts + last, 1, above)
+        return self.norm(h)[:, 0]
+
+    def _run(
+        self,
+        h: mx.array,
+        ple: mx.array | None,
+        places: Mapping[bool, BlockKV],
+        lengths: mx.array,
+        width: int,
+        layers: Iterable[int],
+        packing: Packing | None = None,
+    ) -> mx.array:
+        """Runs some layers over a block h [B, L, hidden] of `width` tokens that follows `lengths` [B] tokens."""
         positions = lengths[:, None] + counting(width)
         blocks = {
-            sliding: Block(rope, rope.at(positions, self.dtype), addresses[sliding], packing)
+            sliding: Block(rope, rope.at(positions, self.dtype), places[sliding], packing)
             for sliding, rope in self._ropes.items()
         }
-        for i, (layer, spec) in enumerate(zip(self.layers, self.config.layers, strict=True)):
-            h = layer(h, None if ple is None else ple[:, :, i], kv, blocks[spec.sliding])
-        return self.norm(h)
+        for i in layers:
+            h = self.layers[i](h, None if ple is None else ple[:, :, i], blocks[self.config.layers[i].sliding])
+        return h
 
     def raw_logits(self, hidden: mx.array) -> mx.array:
         """Logits [..., vocab] before the softcap, which changes neither the order of tokens nor the best one."""
@@ -158,8 +199,10 @@ class Target(nn.Module):
         raw = self.raw_logits(hidden)
         return raw if self.config.logit_softcap is None else softcap(raw, self.config.logit_softcap)
 
-    def _per_layer_embeddings(self, tokens: mx.array, embedded: mx.array) -> mx.array:
-        """[B, L, layers, ple_size]: a table's row for the token, plus a projection of its embedding."""
+    def _ple(self, tokens: mx.array, embedded: mx.array) -> mx.array | None:
+        """Per-layer embeddings [B, L, layers, ple_size]: a row of a table, plus a projection of the embedding."""
+        if not self.config.ple_size:
+            return None
         shape = (*tokens.shape, len(self.layers), self.config.ple_size)
         table = self.embed_tokens_per_layer(tokens) * mx.array(self.config.ple_size**0.5, self.dtype)
         projected = self.per_layer_model_projection(embedded) * self.config.hidden_size**-0.5

@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from math import ceil
 
 from ..config import DrafterConfig, TargetConfig, TextConfig
+from ..kv import kv_bytes
 from ..quantization import Format, Scheme
 from ..sizes import (
     Part,
     Traffic,
     drafter_sizes,
     drafter_traffic,
-    kv_bytes,
     kv_read_bytes,
     target_sizes,
     target_traffic,

@@ -28,10 +28,10 @@ from ..decode.request import check_prompt
 from ..decode.round import RoundState, draft, verify
 from ..decode.sampling import Sampler, SamplingOptions
 from ..errors import MemoryBudgetError, PromptError
-from ..kv import KVBuffers
+from ..kv import BatchKV, KVBuffers, kv_bytes
 from ..models.drafter import POSITIONS, Drafter
 from ..models.target import Target
-from ..sizes import in_words, kv_bytes
+from ..sizes import in_words
 
 if TYPE_CHECKING:
     from ..api import MTPModel
@@ -324,9 +324,7 @@ def _step(
     lengths: Sequence[int],
 ) -> Step:
     rows, widest = len(prefilled), max(lengths)
-    kv = prefilled[0][0].row(0, context)
-    kv.regroup([], [own for own, _ in prefilled], context + widest)
-    kv.reserve(context + widest)
+    kv = BatchKV.of([own for own, _ in prefilled], context + widest)
     committed = mx.full((rows,), context, dtype=mx.int32)
     block = mx.array([text[context : context + widest] for text in texts[:rows]], dtype=mx.int32)
     state = RoundState(committed, block[:, 0], mx.concatenate([hidden for _, hidden in prefilled]))
@@ -358,7 +356,7 @@ def _step(
     return Step(context, rows, verified, drafted, median(host), experts)
 
 
-def _time(run: Callable[[], mx.array], kv: KVBuffers) -> tuple[list[float], list[float]]:
+def _time(run: Callable[[], mx.array], kv: BatchKV) -> tuple[list[float], list[float]]:
     """Seconds of a piece of work, done over and over without a gap, and those that building it took the host."""
     mx.eval(run())
     late = hands_over_late(kv)

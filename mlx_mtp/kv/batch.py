@@ -1,0 +1,184 @@
+"""The KV of a running batch: rows in groups of about the same length, so that none pays for a much longer one.
+
+Buffers are rectangular: as many slots for each row as the longest has, all of them held, and read. Rows whose lengths
+differ much lie in buffers of their own, and attention goes through these one by one, which costs a few kernels a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, groupby
+
+import mlx.core as mx
+
+from ..config import TextConfig
+from .blocks import BlockKV, GroupedBlock, View, in_batch
+from .buffers import KVBuffers, Snapshot, capacity_for, kv_bytes
+
+GROUP_SLOTS = 4096
+"""Slots of a row that a group must save to be worth its kernels.
+
+A group adds about four kernels to every layer: some 10 microseconds, in which a Mac reads 1 to 5 MB of KV. In full
+layers, which are one of five or six, a slot has 2 to 8 kB.
+"""
+
+
+class BatchKV:
+    """Rows in groups of buffers.
+
+    Attributes:
+        groups: The buffers, with the rows in the batch's order.
+    """
+
+    def __init__(self, first: KVBuffers):
+        """Takes the rows of some buffers, as they are."""
+        self.groups = [first]
+
+    @classmethod
+    def of(cls, rows: Sequence[KVBuffers], positions: int) -> BatchKV:
+        """Makes a batch of buffers of one row each, which are copied, with room for `positions` positions in each."""
+        batch = cls(rows[0])
+        batch.arrange([(row, 0) for row in rows], [positions] * len(rows))
+        batch.reserve([positions] * len(rows))
+        return batch
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return sum(group.batch for group in self.groups)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all buffers, in bytes."""
+        return sum(group.nbytes for group in self.groups)
+
+    def arrays(self) -> list[mx.array]:
+        """All buffers, for evaluation."""
+        return [array for group in self.groups for array in group.arrays()]
+
+    def fits(self, positions: Sequence[int]) -> bool:
+        """Whether there is room for so many positions of each row."""
+        return all(max(positions[rows]) <= group.capacity for rows, group in self._places())
+
+    def reserve(self, positions: Sequence[int]) -> None:
+        """Has each group read, and if need be hold, as many positions as its rows may reach from now on."""
+        for rows, group in self._places():
+            group.reserve(max(positions[rows]))
+
+    def snapshot(self) -> list[Snapshot]:
+        """See `KVBuffers.snapshot`."""
+        return [group.snapshot() for group in self.groups]
+
+    def restore(self, snapshots: Sequence[Snapshot]) -> None:
+        """See `KVBuffers.restore`."""
+        for group, snapshot in zip(self.groups, snapshots, strict=True):
+            group.restore(snapshot)
+
+    def block(self, lengths: mx.array, width: int) -> dict[bool, BlockKV]:
+        """See `KVBuffers.block`."""
+        if len(self.groups) == 1:
+            return self.groups[0].block(lengths, width)
+        blocks = [(rows, group.block(lengths[rows], width)) for rows, group in self._places()]
+        return {kind: GroupedBlock([(rows, block[kind]) for rows, block in blocks]) for kind in blocks[0][1]}
+
+    def lend(self, lengths: mx.array, window: int) -> dict[bool, list[View]]:
+        """See `KVBuffers.lend`."""
+        if len(self.groups) == 1:
+            return self.groups[0].lend(lengths, window)
+        lent = [(rows, group.lend(lengths[rows], window)) for rows, group in self._places()]
+        return {kind: in_batch((rows, view) for rows, views in lent for view in views[kind]) for kind in lent[0][1]}
+
+    def row(self, index: int, positions: int) -> KVBuffers:
+        """One row as buffers of their own, see `KVBuffers.row`."""
+        group, within = self.find(index)
+        return group.row(within, positions)
+
+    def find(self, index: int) -> tuple[KVBuffers, int]:
+        """The buffers of a row, and its place in them."""
+        for rows, group in self._places():
+            if index < rows.stop:
+                return group, index - rows.start
+        raise IndexError(index)
+
+    def arrange(self, rows: Sequence[tuple[KVBuffers, int]], room: Sequence[int]) -> list[int]:
+        """Makes the batch of these rows, in groups.
+
+        Groups whose rows stay together stay as they are. The arrays of others are replaced one after the other, so
+        that little more than one of them is held twice. Buffers that weren't the batch's are left as they are.
+
+        Args:
+            rows: Buffers and a place in them, for each row: the batch's own (see `find`), or others of the same kind.
+            room: Positions of each row that there must be room for, with what was written of it so far.
+
+        Returns:
+            The batch's order: for each of its rows, which of those given it is.
+        """
+        groups, made = [], []
+        order = list(range(len(rows)))
+        spans = in_groups([capacity_for(positions) for positions in room], GROUP_SLOTS)
+        if len(spans) > 1:
+            order = [i for span in spans for i in span]
+        for span in spans:
+            own, most = [rows[i] for i in span], max(room[i] for i in span)
+            first = own[0][0]
+            if own == [(first, i) for i in range(first.batch)] and most <= first.capacity:
+                groups.append(first)
+                continue
+            new = first.empty(most)
+            new.written = max(source.written for source, _ in own)
+            groups.append(new)
+            made.append((new, [(it, [i for _, i in run]) for it, run in groupby(own, key=lambda row: row[0])]))
+        left = [group for group in self.groups if group not in groups]
+        for name in ("keys", "values") if made else ():
+            for layer in list(getattr(rows[0][0], name)):
+                for new, sources in made:
+                    parts = [source.rows_of(name, layer, own, new.capacity) for source, own in sources]
+                    joined = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+                    del parts
+                    mx.eval(joined)
+                    getattr(new, name)[layer] = joined
+                    del joined
+                for old in left:
+                    del getattr(old, name)[layer]
+        self.groups = groups
+        if made:
+            max(groups, key=lambda it: it.nbytes).bound_pool()
+        return order
+
+    def _places(self) -> list[tuple[slice, KVBuffers]]:
+        """The groups, each with its rows in the batch."""
+        ends = list(accumulate(group.batch for group in self.groups))
+        return [(slice(end - group.batch, end), group) for end, group in zip(ends, self.groups, strict=True)]
+
+
+def in_groups(slots: Sequence[int], price: int) -> list[list[int]]:
+    """The cheapest groups of rows, where each row costs the slots of the longest in its group, and a group `price`.
+
+    Args:
+        slots: Of each row.
+        price: What a group costs, in slots.
+
+    Returns:
+        Indices of the rows, shorter rows first; in their order if they are one group.
+    """
+    rows = sorted(range(len(slots)), key=lambda i: slots[i])
+    best: list[tuple[int, int]] = [(0, 0)]  # for the first n rows: the cost, and where their last group begins
+    for end in range(1, len(rows) + 1):
+        best.append(min((best[b][0] + (end - b) * slots[rows[end - 1]] + price, b) for b in range(end)))
+    groups, end = [], len(rows)
+    while end:
+        begin = best[end][1]
+        groups.insert(0, rows[begin:end])
+        end = begin
+    return [sorted(group) for group in groups]
+
+
+def batch_bytes(config: TextConfig, tokens: Sequence[int], dtype_bytes: int) -> int:
+    """Most bytes of the KV of a batch while its rows grow to so many tokens."""
+    slots = [capacity_for(count) for count in tokens]
+    groups = in_groups(slots, GROUP_SLOTS)
+    # While rows are shorter they may lie in fewer groups, which hold up to a group's price more, and rings as the
+    # longest row's.
+    held = sum(len(group) * max(slots[i] for i in group) for group in groups) + (len(groups) - 1) * GROUP_SLOTS
+    full = kv_bytes(config, held, dtype_bytes, sliding=False)
+    return full + len(slots) * kv_bytes(config, max(slots), dtype_bytes, sliding=True)

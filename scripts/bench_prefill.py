@@ -1,0 +1,81 @@
+"""Speed of prefill beside mlx-lm's, on the same weights in the same run.
+
+Prompts of several lengths go through the medium pairs' targets (random weights of a dense and of a mixture-of-experts
+architecture), ours and mlx-lm's taking turns, each from an empty cache to the first token. Every figure is the median
+of the turns' ratios, mlx-lm's seconds by ours: above 1 ours is faster. Needs the `bench` extra (mlx-lm).
+
+    python scripts/bench_prefill.py [--repeats 5] [--lengths 512,2000,8000] [--kinds 31b,26b] [--json]
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+from mlx_mtp.blas import use_openblas
+
+BLAS = use_openblas()  # before MLX is imported
+
+import mlx.core as mx  # noqa: E402
+import typer  # noqa: E402
+from medium_pair import VOCAB, make_medium_pair  # noqa: E402
+from mlx_lm.generate import generate_step  # noqa: E402
+from mlx_lm.utils import load_model  # noqa: E402
+
+import mlx_mtp  # noqa: E402
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def ratios(kind: str, length: int, repeats: int) -> list[float]:
+    """mlx-lm's seconds to the first token by ours, turn by turn."""
+    prompt = [5 + (i * 7919) % (VOCAB - 10) for i in range(length)]
+    with tempfile.TemporaryDirectory() as folder:
+        target, _ = make_medium_pair(kind, Path(folder))
+        theirs, _ = load_model(target, model_config={"vocab_size": VOCAB})
+        with mlx_mtp.load(target, drafter=False, profile=None, cache_bytes=0) as lm:
+
+            def ours() -> object:
+                return lm.generate(prompt, 1, temperature=0, ignore_eos=True)
+
+            def mlx_lm() -> object:
+                return next(generate_step(mx.array(prompt), theirs, max_tokens=1))
+
+            ours(), mlx_lm()  # warm-up
+            return [seconds(mlx_lm) / seconds(ours) for _ in range(repeats)]
+
+
+def main(
+    repeats: Annotated[int, typer.Option(help="Turns of each.")] = 5,
+    lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "512,2000,8000",
+    kinds: Annotated[str, typer.Option(help="31b is dense, 26b has experts.")] = "31b,26b",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Runs the benchmark and prints its table."""
+    found = {
+        (kind, length): ratios(kind, length, repeats)
+        for kind in kinds.split(",")
+        for length in map(int, lengths.split(","))
+    }
+    if as_json:
+        print(json.dumps({f"{kind} {length}": statistics.median(all_) for (kind, length), all_ in found.items()}))
+        return
+    print(f"{platform.machine()} {platform.system()}, mlx {mx.__version__} on {mx.default_device()}, BLAS {BLAS}")
+    print("prefill, ours / mlx-lm's speed (from - to)")
+    for (kind, length), all_ in found.items():
+        print(f"  {kind} {length:6,} tokens  {statistics.median(all_):5.2f}  ({min(all_):.2f} - {max(all_):.2f})")
+
+
+if __name__ == "__main__":
+    typer.run(main)
