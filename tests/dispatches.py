@@ -32,8 +32,8 @@ from mlx_mtp.models.target import Target
 from mlx_mtp.quantization import Format, Scheme
 from mlx_mtp.tuning.known_models import known_pair
 
-# Views of an array, or constants. "View" changes the type, which is free to a smaller one, and to a larger one where the
-# array is contiguous, as norms and rotations leave theirs.
+# Views of an array, or constants. "View" changes the type, which is free to a smaller one, and to a larger one where
+# the array is contiguous, as norms and rotations leave theirs.
 _FREE = {
     "AsStrided", "Broadcast", "BroadcastAxes", "Depends", "ExpandDims", "Flatten", "Full", "Reshape", "Slice", "Split",
     "Squeeze", "StopGradient", "Transpose", "Unflatten", "View",

@@ -130,14 +130,15 @@ class Experts(nn.Module):
             [B, L, hidden].
         """
         chosen = experts.shape[-1]
+        # Rows are made matrices of one row by reshaping: axes put in with None make MLX take them for columns.
         if experts.size < self._sort_from():
             # Told apart from none at all, rows are constants; MLX would make them anew each time.
             tokens = counting(experts.size // chosen, np.uint32).reshape(*experts.shape[:-1], 1)
-            out = self._mlp(x[..., None, None, :], experts, False, tokens)
+            out = self._mlp(x.reshape(*x.shape[:-1], 1, 1, x.shape[-1]), experts, False, tokens)
         else:
             flat = experts.flatten()
             order = mx.argsort(flat)
-            rows = x.flatten(0, 1)[order // chosen][:, None, :]
+            rows = x.reshape(-1, 1, x.shape[-1])[order // chosen]
             out = self._mlp(rows, flat[order], True)[mx.argsort(order)]
         return (weights[..., None, :] @ out.reshape(*experts.shape, -1)).squeeze(-2)
 
