@@ -30,6 +30,7 @@ from .decode.scheduler import MAX_ROWS, Scheduler
 from .decode.trace import Trace
 from .errors import MTPError, PromptError
 from .generation_config import read_generation
+from .models import self_test
 from .models.drafter import POSITIONS, Drafter
 from .models.target import Target
 from .pair import DEMO as DEMO
@@ -149,6 +150,7 @@ class MTPModel:
                     self.drafter_config, self._drafter = checkpoint.load_drafter(
                         drafter_folder, self.config, position, dtype, quantize
                     )
+            self_test.at_load(self._target, self._drafter)
         self.defaults = read_generation(folder)
         self.kv_budget, cache_bytes = sizes.kv_budget(sizes.held_bytes(self._target, self._drafter), cache_bytes)
         self._most_rows = profile.rows if profile else MAX_ROWS

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import FULL, SLIDING, LayerConfig, TextConfig
+from .avoided import AVOIDED, AttentionShape
 from .elementwise import gelu_times, on_gpu
 from .packing import Packing
 
@@ -153,16 +154,29 @@ class Attention(nn.Module):
         if packing and not on_gpu():
             # On a CPU the places that no token fills would cost as much as others: row by row, without them.
             rows = [
-                _attend(*(it[i : i + 1] for it in (queries[:, :, :count], keys, values, visible[:, :, :count])))
+                attend(*(it[i : i + 1] for it in (queries[:, :, :count], keys, values, visible[:, :, :count])))
                 for i, count in enumerate(packing.counts)
             ]
             return self.o_proj(mx.concatenate(rows, axis=1))
-        out = _attend(queries, keys, values, visible)
+        out = attend(queries, keys, values, visible)
         return self.o_proj(packing.line(out) if packing else out)
 
 
-def _attend(queries: mx.array, keys: mx.array, values: mx.array, visible: mx.array) -> mx.array:
-    if on_gpu() and not _has_kernel(queries.shape, keys.shape[1]):
+def attend(queries: mx.array, keys: mx.array, values: mx.array, visible: mx.array) -> mx.array:
+    """Attention with scale 1, in the faster of two ways that isn't known to be wrong here.
+
+    Args:
+        queries: [B, heads, L, head_dim].
+        keys, values: [B, kv_heads, slots, head_dim].
+        visible: bool [B, 1, L, slots].
+
+    Returns:
+        [B, L, heads * head_dim].
+    """
+    folded = on_gpu() and not _has_kernel(queries.shape, keys.shape[1])
+    if AVOIDED and AttentionShape.of(queries, keys) in AVOIDED:
+        folded = not folded
+    if folded:
         out = folded_attention(queries, keys, values, visible)
     else:
         out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=visible)
