@@ -74,7 +74,9 @@ def main(sizes: list[str]) -> int:
         what = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
         wrong = [it for it in found if it.wrong]
         failed = failed or bool(wrong)
-        verdict = f"{len(wrong)} WRONG" if wrong else "all right"
+        verdict = (
+            f"{len(wrong)} WRONG" if wrong else f"right, off by {max(it.share for it in found):.2f} of what may be"
+        )
         print(f"{size}: {what} kernels: {verdict} ({time.perf_counter() - started:.1f} s)", flush=True)
         for it in wrong:
             print(f"  {it.shape}: {it.wrong}; {'avoided' if it.avoided else 'NO OTHER WAY'}", flush=True)

@@ -56,8 +56,8 @@ class AttentionShape(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"attention of {_count(self.tokens)} tokens to {self.slots or 1} or more slots, heads of {self.head_dim}, "
-            f"{self.heads_per_kv_head} a KV head, {_name(self.dtype)}"
+            f"attention (tokens: {_count(self.tokens)}, slots: {self.slots or 1} or more, heads of {self.head_dim}, "
+            f"{self.heads_per_kv_head} a KV head, {_name(self.dtype)})"
         )
 
 
@@ -78,8 +78,8 @@ class ProductShape(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"product of {_count(self.rows)} rows with {self.outputs} x {self.inputs} weights ({self.stored}), "
-            f"{_name(self.dtype)}"
+            f"product (rows: {_count(self.rows)}, weights: {self.outputs} x {self.inputs}, {self.stored}, "
+            f"{_name(self.dtype)})"
         )
 
 
@@ -103,8 +103,8 @@ class GatherShape(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"products with some of {self.matrices} matrices of {self.outputs} x {self.inputs} ({self.stored}; "
-            f"{self.order}), {_name(self.dtype)}"
+            f"gathered product (of {self.matrices} matrices {self.outputs} x {self.inputs}, {self.stored}, "
+            f"{self.order}, {_name(self.dtype)})"
         )
 
 

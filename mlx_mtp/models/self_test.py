@@ -13,6 +13,7 @@ never, "1" on any backend; else on Metal.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from dataclasses import dataclass
 
@@ -32,8 +33,9 @@ SWITCH = "MLX_MTP_SELF_TEST"
 """Environment variable: "0" for no self-test, "1" for one on any backend."""
 
 ROUNDINGS = 8
-"""Largest difference from the formula, in roundings (`finfo.eps`) of a result of typical size. Two or three are seen:
-one of the result itself, which may be four times as large as is typical, and those of scores, shares and weights."""
+"""Largest difference from the formula, in roundings (`finfo.eps`) of a result of typical size. Two or three are to be
+expected: half a one of the result itself, which may be four times as large as is typical, and those of scores, shares
+and weights on the way to it. Attention that leaves out a fiftieth of the slots is off by ten or more."""
 
 COARSEST_FLOAT32 = 2**-10
 """Rounding of float32 where products may be computed in TF32, as they are on new chips."""
@@ -51,11 +53,13 @@ class Finding:
 
     Attributes:
         shape: The shape; `str` gives it in words.
-        wrong: What was wrong with MLX's kernel, or None.
+        share: Difference from the formula, of the largest that rounding explains; infinite without results.
+        wrong: What was wrong with MLX's kernel, or None if the share is at most 1.
         avoided: Whether it is computed another way since. Not if that is wrong too.
     """
 
     shape: Shape
+    share: float
     wrong: str | None
     avoided: bool
 
@@ -90,9 +94,9 @@ def self_test(target: Target, drafter: Drafter | None) -> list[Finding]:
     try:
         for group in checks_of(target, drafter):
             unknown = [check for check in group if check.shape not in _known]
-            for check, wrong in zip(unknown, _wrongs(unknown), strict=True):
+            for check, (share, wrong) in zip(unknown, _judge(unknown), strict=True):
                 avoided = wrong is not None and _avoid(check, target, drafter)
-                _known[check.shape] = Finding(check.shape, wrong, avoided)
+                _known[check.shape] = Finding(check.shape, share, wrong, avoided)
                 new.append(_known[check.shape])
             found |= {check.shape: _known[check.shape] for check in group}
     finally:
@@ -106,7 +110,7 @@ def _avoid(check: Check, target: Target, drafter: Drafter | None) -> bool:
     """Has a shape computed the other way; False, and nothing is changed, if that isn't right either."""
     AVOIDED.add(check.shape)
     keep_to_avoided(target, drafter)
-    if _wrongs([check]) == [None]:
+    if _judge([check])[0][1] is None:
         return True
     AVOIDED.discard(check.shape)
     return False
@@ -123,19 +127,19 @@ def _report(wrong: list[Finding]) -> None:
         )  # fmt: skip
 
 
-def _wrongs(checks: list[Check]) -> list[str | None]:
-    """What is wrong with each of some shapes of a kind; None for nothing."""
+def _judge(checks: list[Check]) -> list[tuple[float, str | None]]:
+    """The share and what is wrong, as in `Finding`, of each of some shapes of a kind."""
     try:
         results = [check.run() for check in checks]
         mx.eval(results)  # all at once: waiting for each would take longer than computing it
     except _FAILURES as error:
         # Somewhere among them: one by one, then.
-        return [one_line(error)] if len(checks) == 1 else [_wrongs([check])[0] for check in checks]
-    return [_difference(result, check) for result, check in zip(results, checks, strict=True)]
+        return [(math.inf, one_line(error))] if len(checks) == 1 else [_judge([check])[0] for check in checks]
+    with np.errstate(all="ignore"):  # on Macs numpy's products warn of what doesn't happen
+        return [_compare(result, check) for result, check in zip(results, checks, strict=True)]
 
 
-def _difference(result: mx.array, check: Check) -> str | None:
-    """What sets results apart from the formula's, if that is more than rounding."""
+def _compare(result: mx.array, check: Check) -> tuple[float, str | None]:
     expected, most = check.expected(), ROUNDINGS * max(float(mx.finfo(result.dtype).eps), COARSEST_FLOAT32)
     if result.dtype.size == 2 and not on_gpu():
         # There alone sums are rounded to 16 bits after every term; these errors add up like steps in random directions.
@@ -143,8 +147,7 @@ def _difference(result: mx.array, check: Check) -> str | None:
     # A result of an outlier among weights is rounded by its own size; one of zeros only isn't divided by that.
     size = np.maximum(np.sqrt(np.mean(expected**2, axis=-1, keepdims=True)), np.finfo(np.float32).tiny)
     apart = float(np.max(np.abs(numbers(result) - expected) / np.maximum(size, np.abs(expected))))
-    if apart <= most:
-        return None
-    if not np.isfinite(apart):
-        return "results are no finite numbers"
-    return f"results are off by {apart:.2g} of their size, and rounding explains {most:.2g}"
+    if not math.isfinite(apart):
+        return math.inf, "results are no finite numbers"
+    wrong = None if apart <= most else f"results are off by {apart:.2g} of their size, and rounding explains {most:.2g}"
+    return apart / most, wrong
