@@ -138,7 +138,7 @@ def _attention_checks(
         hidden = np.tile(~np.array(seen(longest))[0, 0, tokens], (heads, 1))
         scores = np.where(hidden, -np.inf, rows @ keys.swapaxes(1, 2))
         shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        out = shares @ values / shares.sum(axis=-1, keepdims=True)
+        out: Array = shares @ values / shares.sum(axis=-1, keepdims=True)
         return out.reshape(kv_heads * heads, len(tokens), head_dim).swapaxes(0, 1)
 
     def check(length: int) -> Check:
