@@ -22,6 +22,7 @@ import mlx.core as mx
 
 from . import checkpoint, sizes
 from .answer import Answer, Chunk, Generation
+from .decode.overflow import check_overflow
 from .decode.prefill import prefill
 from .decode.request import Request, Row
 from .decode.round import draft, first_state
@@ -30,6 +31,7 @@ from .decode.scheduler import MAX_ROWS, Scheduler
 from .decode.trace import Trace
 from .errors import MTPError, PromptError
 from .generation_config import read_generation
+from .models import self_test
 from .models.drafter import POSITIONS, Drafter
 from .models.target import Target
 from .pair import DEMO as DEMO
@@ -78,7 +80,8 @@ def load(
         quantize: Bits (2, 3, 4, 5, 6 or 8) to quantise both models to while loading; a drafter that is quantised
             already stays as it is. None takes both as stored.
         dtype: "float32", "bfloat16" or "float16" for activations and unquantised weights. None is the checkpoint's
-            own; on the CPU, where 16-bit arithmetic is slow, float32.
+            own; on the CPU, where 16-bit arithmetic is slow, float32. float16 is faster than bfloat16 on M1 and M2,
+            and too small for what some models compute: that is an error, see `decode.overflow`.
         profile: What `mlx-mtp tune` measured for this pair here: "auto" for the saved one, if there is one; a file;
             or None for none. It says how many rows a batch has, and what rounds cost to begin with; without one
             batches have 8 rows, and costs are learnt while running.
@@ -91,7 +94,7 @@ def load(
             from the weights, which may be quantised. The drafter stays as it is: drafts may be accepted less often.
 
     Raises:
-        CheckpointError: A checkpoint is missing, damaged, or not a Gemma 4 model.
+        CheckpointError: A checkpoint is missing, damaged, or not a Gemma 4 model, or overflows in float16.
         PairingError: The drafter was made for another target.
         MemoryBudgetError: The weights don't fit in this machine's memory.
         ProfileError: The profile's file is damaged, or was measured with something else.
@@ -149,6 +152,8 @@ class MTPModel:
                     self.drafter_config, self._drafter = checkpoint.load_drafter(
                         drafter_folder, self.config, position, dtype, quantize
                     )
+            self_test.at_load(self._target, self._drafter)
+            check_overflow(self._target, self._drafter)
         self.defaults = read_generation(folder)
         self.kv_budget, cache_bytes = sizes.kv_budget(sizes.held_bytes(self._target, self._drafter), cache_bytes)
         self._most_rows = profile.rows if profile else MAX_ROWS

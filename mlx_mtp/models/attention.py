@@ -16,6 +16,7 @@ import mlx.nn as nn
 from ..config import FULL, SLIDING, LayerConfig, TextConfig
 from ..kv import View
 from ..kv.blocks import stored
+from .avoided import AVOIDED, AttentionShape
 from .elementwise import gelu_times, on_gpu
 from .packing import Packing
 
@@ -181,9 +182,25 @@ def _by_row(view: View, counts: Sequence[int]) -> list[View]:
 
 
 def _attend(queries: mx.array, view: View) -> mx.array:
-    """[b, l, heads * head_dim], for the queries [b, heads, l, head_dim] of a view."""
-    keys, values, visible = view.keys, view.values, view.visible
-    if on_gpu() and not _has_kernel(queries.shape, keys.shape[1]):
+    """For the queries [b, heads, l, head_dim] of a view: [b, l, heads * head_dim]."""
+    return attend(queries, view.keys, view.values, view.visible)
+
+
+def attend(queries: mx.array, keys: mx.array, values: mx.array, visible: mx.array) -> mx.array:
+    """Attention with scale 1, in the faster of two ways that isn't known to be wrong here.
+
+    Args:
+        queries: [B, heads, L, head_dim].
+        keys, values: [B, kv_heads, slots, head_dim].
+        visible: bool [B or 1, 1, L, slots].
+
+    Returns:
+        [B, L, heads * head_dim].
+    """
+    folded = on_gpu() and not _has_kernel(queries.shape, keys.shape[1])
+    if AVOIDED and AttentionShape.of(queries, keys) in AVOIDED:
+        folded = not folded
+    if folded:
         out = folded_attention(queries, keys, values, visible)
     else:
         out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=visible)

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .avoided import AVOIDED, GatherShape
 from .elementwise import counting, on_gpu
 
 
@@ -40,18 +41,30 @@ class ClusteredHead(nn.Module):
         """
         best = mx.argpartition(self.centroids(hidden), kth=-self._read, axis=-1)[:, -self._read :]
         ids = self.token_ordering.reshape(self._clusters, -1)[best]
-        if on_gpu():
-            return self._gathered(hidden, best).flatten(1), ids.flatten(1)
+        return self.scores(hidden, best), ids.flatten(1)
+
+    def scores(self, hidden: mx.array, best: mx.array) -> mx.array:
+        """Logits [B, n] of the tokens of clusters [B, clusters read], for hidden states [B, hidden]."""
         # On a CPU MLX has no gathered product of 16-bit numbers.
-        rows = self._in_clusters(self.embedding.weight)[best]
+        if on_gpu() and not (AVOIDED and self.shape(hidden) in AVOIDED):
+            return self._gathered(hidden, best).flatten(1)
+        return (self.matrices(best).flatten(1, 2) @ hidden[:, :, None]).squeeze(-1)
+
+    def shape(self, hidden: mx.array) -> GatherShape:
+        """What MLX chooses a kernel for the scores of hidden states by."""
+        each = len(self.token_ordering) // self._clusters
+        return GatherShape.of(self.embedding, self._clusters, each, hidden, len(hidden) * self._read, False)
+
+    def matrices(self, clusters: mx.array) -> mx.array:
+        """The embeddings [*clusters.shape, tokens per cluster, hidden] of clusters' tokens."""
+        rows = self._in_clusters(self.embedding.weight)[clusters]
         if isinstance(self.embedding, nn.QuantizedEmbedding):
             e = self.embedding
-            biases = None if e.biases is None else self._in_clusters(e.biases)[best]
+            biases = None if e.biases is None else self._in_clusters(e.biases)[clusters]
             rows = mx.dequantize(
-                rows, self._in_clusters(e.scales)[best], biases, group_size=e.group_size, bits=e.bits, mode=e.mode
+                rows, self._in_clusters(e.scales)[clusters], biases, group_size=e.group_size, bits=e.bits, mode=e.mode
             )
-        logits = rows.flatten(1, 2) @ hidden[:, :, None]
-        return logits.squeeze(-1), ids.flatten(1)
+        return rows
 
     def _gathered(self, hidden: mx.array, best: mx.array) -> mx.array:
         """Logits [B, clusters read, 1, tokens per cluster], without a copy of the chosen rows."""

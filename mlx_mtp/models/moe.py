@@ -8,6 +8,7 @@ import numpy as np
 
 from ..config import TextConfig
 from .attention import side_by_side, stack
+from .avoided import AVOIDED, GatherShape, dequantized, gather_by_hand
 from .elementwise import counting, gelu_times, on_gpu
 
 SORT_FROM, SORT_FROM_CUDA = 64, 600
@@ -49,7 +50,19 @@ class Router(nn.Module):
         return experts, weights * self.per_expert_scale[experts]
 
 
-class ExpertLinear(nn.Module):
+class _Bank(nn.Module):
+    """What both kinds of linear maps per expert have in common."""
+
+    def shape(self, x: mx.array, experts: mx.array, in_order: bool) -> GatherShape:
+        """What MLX chooses a kernel for such a call by."""
+        return GatherShape.of(self, *self.weight.shape[:2], x, experts.size, in_order)
+
+    def matrices(self, experts: mx.array) -> mx.array:
+        """The weights [n, out, in] of experts [n]."""
+        return dequantized(self, experts)
+
+
+class ExpertLinear(_Bank):
     """One linear map per expert, weight [experts, out, in]."""
 
     def __init__(self, experts: int, inputs: int, outputs: int):
@@ -69,6 +82,8 @@ class ExpertLinear(nn.Module):
         Returns:
             [*experts.shape, 1, out].
         """
+        if AVOIDED and self.shape(x, experts, in_order) in AVOIDED:
+            return gather_by_hand(self.matrices, x, experts, rows)
         return mx.gather_mm(x, self.weight.swapaxes(-1, -2), rows, experts, sorted_indices=in_order)
 
     def to_quantized(self, group_size: int, bits: int, mode: str = "affine", **_: object) -> QuantizedExpertLinear:
@@ -76,7 +91,7 @@ class ExpertLinear(nn.Module):
         return QuantizedExpertLinear(self.weight, group_size, bits, mode)
 
 
-class QuantizedExpertLinear(nn.Module):
+class QuantizedExpertLinear(_Bank):
     """One quantised linear map per expert."""
 
     def __init__(self, weight: mx.array, group_size: int, bits: int, mode: str):
@@ -88,6 +103,8 @@ class QuantizedExpertLinear(nn.Module):
 
     def __call__(self, x: mx.array, experts: mx.array, in_order: bool, rows: mx.array | None = None) -> mx.array:
         """As `ExpertLinear`."""
+        if AVOIDED and self.shape(x, experts, in_order) in AVOIDED:
+            return gather_by_hand(self.matrices, x, experts, rows)
         return mx.gather_qmm(
             x,
             self.weight,

@@ -1,0 +1,197 @@
+"""Kernels of MLX that aren't used in this process, since self_test.py found them wrong here, and what is done instead.
+
+`AVOIDED` is empty as long as everything is right. The models ask it while they build a graph, which is the host's work
+and changes nothing of the graph:
+
+    attention          the other of its two ways, see `attention.attend`
+    quantised product  `product_by_hand`: weights are dequantised, then multiplied
+    gathered product   `gather_by_hand`: the chosen matrices are copied, then multiplied
+
+All of these are slower, and none shares the kernels that they replace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+MANY = 9
+"""Stands for this number of tokens and any larger one: MLX's kernels for few rows are chosen by numbers up to 8."""
+
+SLOTS = (0, 1024, 4096)
+"""Numbers of slots from which MLX may choose another attention kernel (its scaled_dot_product_attention.cpp)."""
+
+DENSE = 4
+"""Rows a matrix from which MLX multiplies sorted gathers by another kernel (its quantized.cpp)."""
+
+PAIRS = 16
+"""Matrices that are copied at a time: a quarter of a gigabyte for those of the largest experts in 16 bits."""
+
+OUTPUTS = 2**14
+"""Rows of weights that are dequantised at a time, so that an output head doesn't take gigabytes."""
+
+
+def like_slots(slots: int) -> int:
+    """The one of SLOTS that stands for a number of slots."""
+    return max(least for least in SLOTS if least <= slots)
+
+
+class AttentionShape(NamedTuple):
+    """What MLX, and `attention.attend`, choose an attention kernel by; slots are one of SLOTS."""
+
+    head_dim: int
+    heads_per_kv_head: int
+    tokens: int
+    slots: int
+    dtype: mx.Dtype
+
+    @classmethod
+    def of(cls, queries: mx.array, keys: mx.array) -> AttentionShape:
+        """That of queries [B, heads, L, head_dim] and keys [B, kv_heads, slots, head_dim]."""
+        _, heads, length, head_dim = queries.shape
+        return cls(head_dim, heads // keys.shape[1], min(length, MANY), like_slots(keys.shape[2]), queries.dtype)
+
+    def __str__(self) -> str:
+        return (
+            f"attention (tokens: {_count(self.tokens)}, slots: {self.slots or 1} or more, heads of {self.head_dim}, "
+            f"{self.heads_per_kv_head} a KV head, {_name(self.dtype)})"
+        )
+
+
+class ProductShape(NamedTuple):
+    """What MLX chooses a kernel for a quantised product by: rows [rows, inputs] times weights [outputs, inputs]."""
+
+    outputs: int
+    inputs: int
+    stored: str
+    rows: int
+    dtype: mx.Dtype
+
+    @classmethod
+    def of(cls, layer: nn.Module, x: mx.array) -> ProductShape:
+        """That of a quantised layer and its input [..., inputs]."""
+        rows, inputs = x.size // x.shape[-1], x.shape[-1]
+        return cls(layer.weight.shape[-2], inputs, stored_as(layer), min(rows, MANY), x.dtype)
+
+    def __str__(self) -> str:
+        return (
+            f"product (rows: {_count(self.rows)}, weights: {self.outputs} x {self.inputs}, {self.stored}, "
+            f"{_name(self.dtype)})"
+        )
+
+
+class GatherShape(NamedTuple):
+    """The same for products of single rows with chosen ones of many matrices; whether these are sorted counts too."""
+
+    matrices: int
+    outputs: int
+    inputs: int
+    stored: str
+    order: str
+    dtype: mx.Dtype
+
+    @classmethod
+    def of(
+        cls, layer: nn.Module, matrices: int, outputs: int, x: mx.array, products: int, in_order: bool
+    ) -> GatherShape:
+        """That of a layer with matrices [matrices, outputs, inputs], input [..., inputs] and a number of products."""
+        order = "unsorted" if not in_order else "sorted, many" if products >= DENSE * matrices else "sorted"
+        return cls(matrices, outputs, x.shape[-1], stored_as(layer), order, x.dtype)
+
+    def __str__(self) -> str:
+        return (
+            f"gathered product (of {self.matrices} matrices {self.outputs} x {self.inputs}, {self.stored}, "
+            f"{self.order}, {_name(self.dtype)})"
+        )
+
+
+Shape = AttentionShape | ProductShape | GatherShape
+
+AVOIDED: set[Shape] = set()
+"""Shapes that aren't left to the kernel that MLX has for them."""
+
+
+def stored_as(layer: nn.Module) -> str:
+    """How a layer's weights are stored, in words."""
+    if not hasattr(layer, "bits"):
+        return "not quantised"
+    return f"{layer.bits} bits, {layer.mode}, groups of {layer.group_size}"
+
+
+def dequantized(layer: nn.Module, which: mx.array | slice) -> mx.array:
+    """Rows, or matrices, of a layer's weights, quantised or not, by their index along the first axis."""
+    if not hasattr(layer, "bits"):
+        return layer.weight[which]
+    biases = None if layer.get("biases") is None else layer.biases[which]
+    how = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+    return mx.dequantize(layer.weight[which], layer.scales[which], biases, **how)
+
+
+def product_by_hand(layer: nn.Module, x: mx.array) -> mx.array:
+    """x [..., inputs] times the transposed weights of a quantised layer, without MLX's kernels for that."""
+    starts = range(0, layer.weight.shape[0], OUTPUTS)
+    parts = [x @ dequantized(layer, slice(i, i + OUTPUTS)).T.astype(x.dtype) for i in starts]
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+
+
+def gather_by_hand(
+    matrices: Callable[[mx.array], mx.array], x: mx.array, which: mx.array, rows: mx.array | None
+) -> mx.array:
+    """Products of rows with chosen matrices, without MLX's kernels for that.
+
+    Args:
+        matrices: Gives the matrices [n, out, in] of indices [n].
+        x: [..., 1, in].
+        which: uint32, a matrix for each result.
+        rows: uint32 that broadcasts to the same shape, the row of x for each result; None if there is one for each.
+
+    Returns:
+        [*which.shape, 1, out].
+    """
+    flat, vectors = which.flatten(), x.reshape(-1, 1, x.shape[-1])
+    if rows is not None:
+        vectors = vectors[mx.broadcast_to(rows, which.shape).flatten()]
+    parts = [
+        vectors[i : i + PAIRS] @ matrices(flat[i : i + PAIRS]).swapaxes(-1, -2).astype(x.dtype)
+        for i in range(0, flat.size, PAIRS)
+    ]
+    return mx.concatenate(parts).reshape(*which.shape, 1, -1)
+
+
+class CarefulLinear(nn.QuantizedLinear):
+    """A quantised linear layer that keeps to `AVOIDED`."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return product_by_hand(self, x) if ProductShape.of(self, x) in AVOIDED else super().__call__(x)
+
+
+class CarefulEmbedding(nn.QuantizedEmbedding):
+    """The same for an embedding that is an output head."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return product_by_hand(self, x) if ProductShape.of(self, x) in AVOIDED else super().as_linear(x)
+
+
+_CAREFUL: dict[type[nn.Module], type[nn.Module]] = {
+    nn.QuantizedLinear: CarefulLinear,
+    nn.QuantizedEmbedding: CarefulEmbedding,
+}
+
+
+def keep_to_avoided(*models: nn.Module | None) -> None:
+    """Lets quantised layers, whose products are MLX's own code, keep to `AVOIDED` from now on, if it has any."""
+    if any(isinstance(shape, ProductShape) for shape in AVOIDED):
+        for module in (module for model in models if model for module in model.modules()):
+            if type(module) in _CAREFUL:
+                module.__class__ = _CAREFUL[type(module)]
+
+
+def _count(number: int) -> str:
+    return f"{MANY} or more" if number == MANY else str(number)
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")

@@ -1,0 +1,278 @@
+"""What the self-test runs: every kernel that a pair uses, and beside it a plain formula, numpy's in float32.
+
+Attention runs on made-up numbers; products run on the model's own weights, one matrix of each kind, of which some
+outputs are compared. Nothing is computed before somebody calls the checks.
+
+Not checked: products with weights that aren't quantised, other than experts; norms and rotary embedding; attention of
+several rows at a time, which MLX leaves to the same kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+
+from ..config import DrafterConfig, TextConfig
+from ..kv import CAPACITY_STEP
+from ..kv.blocks import visible
+from ..kv.buffers import ring_slots
+from .attention import attend
+from .avoided import DENSE, MANY, SLOTS, AttentionShape, ProductShape, Shape, dequantized, like_slots, stored_as
+from .clustered_head import ClusteredHead
+from .drafter import Drafter
+from .elementwise import on_gpu
+from .moe import SORT_FROM, ExpertLinear, QuantizedExpertLinear
+from .target import Target
+
+LONG = 64
+"""Most tokens of a prompt's block that are checked: as many as fill a tile of a matrix product on Metal."""
+
+OUTPUTS = 256
+"""Outputs of a product that are compared, spread over all of them."""
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One shape's kernel and what it should give.
+
+    Attributes:
+        shape: The shape.
+        run: Results [n, m], lazily, of what the models themselves call.
+        expected: The same from the formula, float32.
+        terms: Products that are added up in a result.
+    """
+
+    shape: Shape
+    run: Callable[[], mx.array]
+    expected: Callable[[], Array]
+    terms: int
+
+
+def checks_of(target: Target, drafter: Drafter | None) -> Iterator[list[Check]]:
+    """The checks of a pair, by what is run together; nothing is computed yet."""
+    config, dtype = target.config, target.dtype
+    lengths = (*range(1, MANY), LONG)
+    yield from _attention_groups(config, dtype, lengths)
+    yield from _product_groups(target, dtype)
+    if drafter:
+        yield from _attention_groups(drafter.config.text, drafter.norm.weight.dtype, (1,))
+        yield from _product_groups(drafter, drafter.norm.weight.dtype)
+
+
+# Attention
+
+
+def _attention_groups(config: TextConfig, dtype: mx.Dtype, lengths: tuple[int, ...]) -> Iterator[list[Check]]:
+    """Of each kind of layer, with buffers of one size for each kernel there may be."""
+    kinds = {(layer.sliding, layer.head_dim, layer.kv_heads) for layer in config.layers}
+    for sliding, head_dim, kv_heads in sorted(kinds):
+        whole = -(-config.max_positions // CAPACITY_STEP) * CAPACITY_STEP
+        most = ring_slots(config.sliding_window) if sliding else whole
+        # Odd multiples of a buffer's steps, of which kernels that work by larger blocks have a part left over.
+        by_kernel: dict[int, int] = {}
+        for least in SLOTS:
+            if least < most:
+                slots = min(least + CAPACITY_STEP * (1 if least else 5), most)
+                by_kernel[like_slots(slots)] = slots
+        if sliding:
+            by_kernel[like_slots(most)] = most  # a whole ring, in which positions wrap
+        for slots in by_kernel.values():
+            window = config.sliding_window if sliding else None
+            heads = config.num_heads // kv_heads
+            yield _attention_checks(head_dim, heads, min(kv_heads, 2), slots, window, slots == most, dtype, lengths)
+
+
+def _attention_checks(
+    head_dim: int,
+    heads: int,
+    kv_heads: int,
+    slots: int,
+    window: int | None,
+    ring: bool,
+    dtype: mx.Dtype,
+    lengths: tuple[int, ...],
+) -> list[Check]:
+    """Attention of blocks of several lengths, at the same place of the same buffers.
+
+    What a query sees doesn't depend on how many come after it, so the formula is computed once, for the longest block.
+
+    Args:
+        head_dim: Size of a head.
+        heads: Query heads of a KV head.
+        kv_heads: KV heads. More than two are as two for every kernel.
+        slots: Slots of the buffers.
+        window: Positions that a query sees; None for all.
+        ring: Whether positions have wrapped around the buffers.
+        dtype: Of everything.
+        lengths: Tokens of the blocks.
+    """
+    longest = max(lengths)
+    first = slots + slots // 3 if ring and window else slots - longest - 3
+
+    @cache
+    def data() -> tuple[mx.array, mx.array, mx.array]:
+        # As the models have them: queries by token, not by head. Scores are of size 1, so that many slots count.
+        queries = _random((1, longest, kv_heads * heads, head_dim), 1, dtype) * (3 / head_dim**0.5)
+        keys, values = (_random((1, kv_heads, slots, head_dim), seed, dtype) for seed in (2, 3))
+        return queries.transpose(0, 2, 1, 3), keys, values
+
+    def seen(length: int) -> mx.array:
+        positions = mx.arange(first, first + length, dtype=mx.int32)[None]
+        return visible(positions[:, -1], positions, slots, window)
+
+    @cache
+    def formula() -> Array:
+        """[tokens compared, heads, head_dim] of the longest block."""
+        tokens = _sample(longest)
+        queries, keys, values = (numbers(it[0]) for it in data())
+        rows = queries[:, tokens].reshape(kv_heads, -1, head_dim)
+        hidden = np.tile(~np.array(seen(longest))[0, 0, tokens], (heads, 1))
+        scores = np.where(hidden, -np.inf, rows @ keys.swapaxes(1, 2))
+        shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        out: Array = shares @ values / shares.sum(axis=-1, keepdims=True)
+        return out.reshape(kv_heads * heads, len(tokens), head_dim).swapaxes(0, 1)
+
+    def check(length: int) -> Check:
+        tokens = _sample(length)
+
+        def run() -> mx.array:
+            queries, keys, values = data()
+            out = attend(queries[:, :, :length], keys, values, seen(length))
+            return out[0, mx.array(tokens)].reshape(-1, head_dim)
+
+        shape = AttentionShape(head_dim, heads, min(length, MANY), like_slots(slots), dtype)
+        return Check(shape, run, lambda: formula()[: len(tokens)].reshape(-1, head_dim), slots)
+
+    return [check(length) for length in lengths]
+
+
+# Products
+
+
+def _product_groups(model: Target | Drafter, dtype: mx.Dtype) -> Iterator[list[Check]]:
+    """Of each kind of weights that are quantised, experts', or a clustered head's."""
+    # A table of embeddings is multiplied with where it is the output head.
+    heads = ("embed_tokens", "embed_tokens.base") if "lm_head" not in model else ()
+    seen: set[tuple[object, ...]] = set()
+    for name, module in model.named_modules():
+        head = name in heads and isinstance(module, nn.QuantizedEmbedding)
+        bank = isinstance(module, ExpertLinear | QuantizedExpertLinear)
+        if head or bank or isinstance(module, nn.QuantizedLinear):
+            kind = (type(module), module.weight.shape, stored_as(module))
+            if kind in seen:
+                continue  # layers are alike
+            seen.add(kind)
+            if bank:
+                yield _expert_checks(module, cast(Target, model).config.experts_per_token, dtype)
+            else:
+                yield _product_checks(module, dtype)
+        elif isinstance(module, ClusteredHead) and on_gpu():  # on a CPU that isn't a gathered product
+            yield [_head_check(module, cast(Drafter, model).config, dtype)]
+
+
+def _product_checks(layer: nn.QuantizedLinear | nn.QuantizedEmbedding, dtype: mx.Dtype) -> list[Check]:
+    """Products of 1 to 8 rows, and of two larger numbers, on either side of where MLX's kernels for few rows end."""
+    outputs, inputs = layer.scales.shape[0], layer.scales.shape[1] * layer.group_size
+    some = mx.array(_spread(outputs, OUTPUTS))
+
+    @cache
+    def data() -> mx.array:
+        return _random((LONG, inputs), 4, dtype)
+
+    @cache
+    def formula() -> Array:
+        return numbers(data()) @ numbers(dequantized(layer, some)).T
+
+    def product(rows: int) -> mx.array:
+        x = data()[:rows]
+        out = layer.as_linear(x) if isinstance(layer, nn.QuantizedEmbedding) else layer(x)
+        return out[mx.array(_sample(rows))][:, some]
+
+    def check(*numbers: int) -> Check:
+        shape = ProductShape.of(layer, mx.zeros((numbers[0], inputs), dtype))
+        return Check(
+            shape,
+            lambda: mx.concatenate([product(rows) for rows in numbers]),
+            lambda: np.concatenate([formula()[_sample(rows)] for rows in numbers]),
+            inputs,
+        )
+
+    return [*(check(rows) for rows in range(1, MANY)), check(16, LONG)]
+
+
+def _expert_checks(layer: ExpertLinear | QuantizedExpertLinear, chosen: int, dtype: mx.Dtype) -> list[Check]:
+    """Products of experts as `Experts` asks for them: few tokens' in any order, more in the experts' order."""
+    experts, outputs = layer.weight.shape[:2]
+    inputs = layer.scales.shape[2] * layer.group_size if hasattr(layer, "bits") else layer.weight.shape[2]
+    some = mx.array(_spread(outputs, OUTPUTS))
+    random = np.random.default_rng(5)
+
+    def check(pairs: int, in_order: bool) -> Check:
+        which = random.integers(0, experts, pairs).astype(np.uint32)
+        which = np.sort(which) if in_order else which
+        # As many rows as pairs, or one for each `chosen` of them.
+        rows = None if in_order else np.arange(pairs, dtype=np.uint32) // chosen
+        compared = _spread(pairs, 8)
+        x = _random((pairs if rows is None else pairs // chosen, 1, inputs), 6, dtype)
+
+        def run() -> mx.array:
+            out = layer(x, mx.array(which), in_order, None if rows is None else mx.array(rows))
+            return out[mx.array(compared), 0][:, some]
+
+        def formula() -> Array:
+            matrices = numbers(layer.matrices(mx.array(which[compared]))[:, some])
+            own = numbers(x)[compared if rows is None else rows[compared]]
+            return (own @ matrices.swapaxes(1, 2))[:, 0]
+
+        return Check(layer.shape(x, mx.array(which), in_order), run, formula, inputs)
+
+    few = max(1, SORT_FROM // chosen - 1)  # tokens
+    checks = [check(few * chosen, False), check(SORT_FROM, True), check(DENSE * max(experts, SORT_FROM), True)]
+    return list({it.shape: it for it in checks}.values())
+
+
+def _head_check(head: ClusteredHead, config: DrafterConfig, dtype: mx.Dtype) -> Check:
+    """Scores of some clusters' tokens, for one row and for a whole batch."""
+    batches, compared = (1, MANY - 1), _spread(config.clusters_read, 4)
+    best = np.random.default_rng(7).integers(0, config.num_clusters, (max(batches), config.clusters_read))
+    best = best.astype(np.uint32)
+    hidden = _random((max(batches), config.text.hidden_size), 8, dtype)
+
+    def run() -> mx.array:
+        scores = [head.scores(hidden[:rows], mx.array(best[:rows])) for rows in batches]
+        by_cluster = [it.reshape(len(it), config.clusters_read, -1)[:, mx.array(compared)] for it in scores]
+        return mx.concatenate([it.flatten(0, 1) for it in by_cluster])
+
+    def formula() -> Array:
+        embeddings = numbers(head.matrices(mx.array(best[:, compared])))
+        scores = (embeddings @ numbers(hidden)[:, None, :, None])[..., 0]
+        return np.concatenate([scores[:rows].reshape(rows * len(compared), -1) for rows in batches])
+
+    return Check(head.shape(hidden), run, formula, config.text.hidden_size)
+
+
+def _random(shape: tuple[int, ...], seed: int, dtype: mx.Dtype) -> mx.array:
+    return mx.random.uniform(-1, 1, shape, key=mx.random.key(seed)).astype(dtype)
+
+
+def numbers(array: mx.array) -> Array:
+    return np.array(array.astype(mx.float32))
+
+
+def _sample(length: int) -> list[int]:
+    """Tokens of a block that are compared: the first ones, and the last."""
+    return sorted({*range(min(length, MANY - 1)), length - 1})
+
+
+def _spread(number: int, most: int) -> Array:
+    """Up to `most` of so many indices, the first and the last among them."""
+    return np.unique(np.linspace(0, number - 1, most).astype(np.int32))

@@ -1,0 +1,88 @@
+"""Checks the kernels of MLX that every Gemma 4 size uses, in their real shapes; needs no checkpoint.
+
+Of each size a layer of each kind and a whole drafter, with random weights in 4 bits, and the embedded pair as it is.
+Prints what is wrong; exits with 1 if anything is. Smaller than in the real thing are only the target's vocabulary and,
+in E2B and E4B, the projection to all layers' embeddings. Meant for a GPU: on a CPU it takes minutes a size.
+
+    scripts/self_test [SIZE ...]      # E2B E4B 12B 26B-A4B 31B demo; all without arguments
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+
+from mlx_mtp.blas import use_openblas
+
+use_openblas()  # before MLX is imported
+
+import mlx.core as mx  # noqa: E402
+from random_weights import with_random_weights  # noqa: E402
+
+import mlx_mtp  # noqa: E402
+from mlx_mtp.checkpoint import activation_dtype  # noqa: E402
+from mlx_mtp.config import TextConfig  # noqa: E402
+from mlx_mtp.models.drafter import Drafter  # noqa: E402
+from mlx_mtp.models.self_test import Finding, self_test  # noqa: E402
+from mlx_mtp.models.target import Target  # noqa: E402
+from mlx_mtp.tuning.known_models import KNOWN_MODELS, known_pair  # noqa: E402
+
+BITS = 4
+VOCAB = 8192
+"""The target's. MLX's kernels don't ask whether a matrix is larger than 4,096 by more than that."""
+
+
+def one_of_each(text: TextConfig) -> TextConfig:
+    """The config with one layer of each kind: sliding or full, with KV of its own or another's, of each MLP's size."""
+    kept: dict[tuple[bool, bool, int], int] = {}
+    for i, layer in enumerate(text.layers):
+        kept.setdefault((layer.sliding, layer.kv_owner == i, layer.intermediate_size), i)
+    chosen = sorted(kept.values())
+    owners = {text.layers[i].sliding: new for new, i in enumerate(chosen) if text.layers[i].kv_owner == i}
+    layers = tuple(replace(text.layers[i], kv_owner=owners[text.layers[i].sliding]) for i in chosen)
+    return replace(text, layers=layers, vocab_size=VOCAB, ple_vocab_size=VOCAB)
+
+
+def findings(size: str) -> list[Finding]:
+    """What the self-test finds for a size, or for the embedded pair."""
+    if size == "demo":
+        with mlx_mtp.load(profile=None) as lm, lm.models() as (target, drafter):
+            return self_test(target, drafter)
+    target_config, drafter_config = known_pair(size)
+    target, drafter = Target(one_of_each(target_config.text)), Drafter(drafter_config, "committed")
+    mx.random.seed(0)
+    for model in (target, drafter):
+        with_random_weights(model, BITS, activation_dtype(mx.bfloat16))
+    return self_test(target, drafter)
+
+
+def main(sizes: list[str]) -> int:
+    """Checks sizes, or all; returns the exit code."""
+    known = [*KNOWN_MODELS, "demo"]
+    if unknown := set(sizes) - set(known):
+        raise SystemExit(f"unknown sizes {', '.join(sorted(unknown))}: use {', '.join(known)}")
+    name = mx.device_info().get("device_name", "unknown")
+    print(f"{platform.platform()}, {name}, {mx.default_device()}, mlx {mx.__version__}", flush=True)
+    failed = False
+    for size in sizes or known:
+        started = time.perf_counter()
+        found = findings(size)
+        kinds = Counter(type(it.shape).__name__.removesuffix("Shape").lower() for it in found)
+        what = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+        wrong = [it for it in found if it.wrong]
+        failed = failed or bool(wrong)
+        verdict = (
+            f"{len(wrong)} WRONG" if wrong else f"right, off by {max(it.share for it in found):.2f} of what may be"
+        )
+        print(f"{size}: {what} kernels: {verdict} ({time.perf_counter() - started:.1f} s)", flush=True)
+        for it in wrong:
+            print(f"  {it.shape}: {it.wrong}; {'avoided' if it.avoided else 'NO OTHER WAY'}", flush=True)
+        mx.clear_cache()
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
