@@ -9,7 +9,7 @@ several rows at a time, which MLX leaves to the same kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from ..config import DrafterConfig, TextConfig
 from ..kv import CAPACITY_STEP
-from ..kv.blocks import visible
+from ..kv.blocks import QUERIES, visible
 from ..kv.buffers import ring_slots
 from .attention import attend
 from .avoided import DENSE, MANY, SLOTS, AttentionShape, ProductShape, Shape, dequantized, like_slots, stored_as
@@ -60,7 +60,7 @@ class Check:
 def checks_of(target: Target, drafter: Drafter | None) -> Iterator[list[Check]]:
     """The checks of a pair, by what is run together; nothing is computed yet."""
     config, dtype = target.config, target.dtype
-    lengths = (*range(1, MANY), LONG)
+    lengths = range(1, MANY)
     yield from _attention_groups(config, dtype, lengths)
     yield from _product_groups(target, dtype)
     if drafter:
@@ -71,7 +71,7 @@ def checks_of(target: Target, drafter: Drafter | None) -> Iterator[list[Check]]:
 # Attention
 
 
-def _attention_groups(config: TextConfig, dtype: mx.Dtype, lengths: tuple[int, ...]) -> Iterator[list[Check]]:
+def _attention_groups(config: TextConfig, dtype: mx.Dtype, lengths: Sequence[int]) -> Iterator[list[Check]]:
     """Of each kind of layer, with buffers of one size for each kernel there may be."""
     kinds = {(layer.sliding, layer.head_dim, layer.kv_heads) for layer in config.layers}
     for sliding, head_dim, kv_heads in sorted(kinds):
@@ -89,6 +89,9 @@ def _attention_groups(config: TextConfig, dtype: mx.Dtype, lengths: tuple[int, .
             window = config.sliding_window if sliding else None
             heads = config.num_heads // kv_heads
             yield _attention_checks(head_dim, heads, min(kv_heads, 2), slots, window, slots == most, dtype, lengths)
+            if len(lengths) > 1:  # a prompt's chunk, for which a window lies in order, not in a ring
+                line = slots + QUERIES if sliding else slots
+                yield _attention_checks(head_dim, heads, min(kv_heads, 2), line, window, False, dtype, [LONG])
 
 
 def _attention_checks(
@@ -99,7 +102,7 @@ def _attention_checks(
     window: int | None,
     ring: bool,
     dtype: mx.Dtype,
-    lengths: tuple[int, ...],
+    lengths: Sequence[int],
 ) -> list[Check]:
     """Attention of blocks of several lengths, at the same place of the same buffers.
 
