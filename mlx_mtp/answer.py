@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from .decode.request import Request, Row, Stats
+from .inbox import News
 from .text import StopStrings, StreamDecoder, Tokenizer
 from .tools import Tools
 
@@ -23,7 +25,8 @@ class Generation:
         tool_errors: One line for everything that was written as a call but can't be read, isn't complete, or doesn't
             fit the declared tools. It is part of the text.
         tokens: All generated token ids, up to and including the stop token, or the end of the stop string.
-        finish_reason: "stop" (a stop token or stop string) or "length" (`max_tokens`, or the context is full).
+        finish_reason: "stop" (a stop token or stop string), "length" (`max_tokens`, or the context is full) or
+            "cancelled" (the option `cancel` was set).
         stats: What it took.
     """
 
@@ -68,26 +71,38 @@ class Answer:
 
     Attributes:
         request: What was asked for.
+        cancel: What ends it early once set, or None.
         row: Its row, once submitted.
         reason: Why it has ended; None while it hasn't.
+        stats: What it has taken, as far as it was read.
     """
 
     row: Row
     reason: str | None
 
-    def __init__(self, request: Request, stops: StopStrings, tokenizer: Tokenizer | None, tools: Tools | None = None):
-        self.request = request
+    def __init__(
+        self,
+        request: Request,
+        stops: StopStrings,
+        tokenizer: Tokenizer | None,
+        tools: Tools | None = None,
+        cancel: threading.Event | None = None,
+    ):
+        self.request, self.cancel = request, cancel
         self.reason = None
         self._stops = stops
         self._decoder = StreamDecoder(tokenizer, request.prompt, tools) if tokenizer else None
         self._chunks: list[Chunk] = []
+        self._generated = 0
+        self.stats = Stats()
 
-    def push(self, tokens: list[int]) -> Chunk:
+    def push(self, news: News) -> Chunk:
         """Takes new tokens of the row."""
-        row, stops, decoder = self.row, self._stops, self._decoder
+        tokens, stops, decoder = news.tokens, self._stops, self._decoder
         reason = None
-        if row.done and not row.error:  # after an error, `tokens` isn't all there would have been
-            reason = "stop" if tokens[-1] in self.request.stop_tokens else "length"
+        if news.done and not news.error:  # after an error, `tokens` isn't all there would have been
+            stopped = bool(tokens) and tokens[-1] in self.request.stop_tokens
+            reason = "cancelled" if news.cancelled else "stop" if stopped else "length"
         text = thought = ""
         known, failed = (len(decoder.calls), len(decoder.errors)) if decoder else (0, 0)
         for i, token in enumerate(tokens):
@@ -100,11 +115,13 @@ class Answer:
             text += stops.push(decoder.finish()) + stops.finish()
         self.reason = "stop" if stops.hit else reason
         calls, errors = (decoder.calls[known:], decoder.errors[failed:]) if decoder else ([], [])
-        chunk = Chunk(text, thought, calls, errors, tokens, self.reason, row.stats)
-        self._chunks.append(chunk)
+        self._generated += len(tokens)
+        vars(self.stats).update(vars(news.stats))
         if stops.hit:
-            row.cancel()  # nothing after it is wanted, nor counted
-            row.stats.generated_tokens = sum(len(it.tokens) for it in self._chunks)
+            self.row.cancel()  # nothing after it is wanted, nor counted
+            self.stats.generated_tokens = self._generated
+        chunk = Chunk(text, thought, calls, errors, tokens, self.reason, self.stats)
+        self._chunks.append(chunk)
         return chunk
 
     def generation(self) -> Generation:
@@ -117,5 +134,5 @@ class Answer:
             tool_errors=[error for chunk in chunks for error in chunk.tool_errors],
             tokens=[token for chunk in chunks for token in chunk.tokens],
             finish_reason=self.reason or "length",
-            stats=self.row.stats,
+            stats=self.stats,
         )

@@ -1,59 +1,60 @@
 """The public Python interface: `load` gives an `MTPModel`, which turns prompts into text.
 
-Puts the parts together (checkpoint, tokeniser, decode engine) and holds what outlives a request: the models and a few
-KV buffers. The decoding itself is in decode/, text matters in text.py, conversations in chat.py.
+Puts the parts together: the session that owns the models (session.py), the tokeniser, the options of a call. The
+decoding itself is in decode/, text matters in text.py, conversations in chat.py.
 
-Calls may come from several threads; they take turns, each a step of the batch that all of them share. MLX ties
-unfinished work to the thread that began it, except on a stream made for this, which is what a model works on, one turn
-at a time.
+Everything here may be called from any thread, and from several at once: they share one batch.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
+import weakref
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
 import mlx.core as mx
 
-from . import checkpoint, sizes
+from . import checkpoint, drafter_precision, sizes
 from .answer import Answer, Chunk, Generation
+from .config import DrafterConfig, TargetConfig
 from .decode.overflow import check_overflow
-from .decode.prefill import prefill
-from .decode.request import Request, Row
+from .decode.prefill import prefill_by_chunks
+from .decode.request import Request
 from .decode.round import draft, first_state
 from .decode.sampling import Sampler, SamplingOptions, is_int, row_seed
 from .decode.scheduler import MAX_ROWS, Scheduler
 from .decode.trace import Trace
 from .errors import MTPError, PromptError
 from .generation_config import read_generation
+from .inbox import Inbox, Stream, failure
 from .models import self_test
 from .models.drafter import POSITIONS, Drafter
 from .models.target import Target
+from .options import GenerationOptions
 from .pair import DEMO as DEMO
 from .pair import find_pair, find_profile, way_out
 from .paths import expanded
+from .quantization import Format
+from .session import Session
 from .text import StopStrings, Tokenizer
 from .tools import Tools
 from .tuning import profile as profiles
-from .turns import Turns
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from .chat import Chat
+    from .options import OptionFields
 
 log = logging.getLogger(__name__)
 
-_OPTIONS = {
-    "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "draft_length", "exactness", "ignore_eos",
-    "thinking", "tools", "stop_token_ids", "sanitize", "chat_template",
-}  # fmt: skip
-
-_FORM = ("thinking", "tools", "sanitize", "chat_template")
-"""Options that say how a prompt becomes tokens."""
+MOST_ANSWERS = 256
+"""Most generations of one call: each has buffers of its own, and nothing is returned before the last is finished."""
 
 T = TypeVar("T")
 
@@ -70,6 +71,7 @@ def load(
     drafter_position: str = "auto",
     cache_bytes: int | None = None,
     adapter: str | Path | None = None,
+    quantize_drafter: int | Literal["auto", "none"] | None = "auto",
 ) -> MTPModel:
     """Loads a target and its drafter.
 
@@ -78,7 +80,7 @@ def load(
         drafter: The same for the drafter. None takes the target's own: merged into its files, or found by its name,
             for a folder beside it or in the hub's cache; if none can be used, a warning says why. False loads none.
         quantize: Bits (2, 3, 4, 5, 6 or 8) to quantise both models to while loading; a drafter that is quantised
-            already stays as it is. None takes both as stored.
+            already stays as it is. None takes the target as stored.
         dtype: "float32", "bfloat16" or "float16" for activations and unquantised weights. None is the checkpoint's
             own; on the CPU, where 16-bit arithmetic is slow, float32. float16 is faster than bfloat16 on M1 and M2,
             and too small for what some models compute: that is an error, see `decode.overflow`.
@@ -92,6 +94,10 @@ def load(
             quarter of the memory that is left beside the models.
         adapter: Folder of a LoRA adapter for the target, as mlx-lm's or PEFT's fine-tuning writes it. It stays apart
             from the weights, which may be quantised. The drafter stays as it is: drafts may be accepted less often.
+        quantize_drafter: How precise the drafter is. "auto" loads it in the target's own format (bits, groups, mode),
+            but with 4 bits at least, if the target is quantised and it isn't; one with a clustered head (E2B's and
+            E4B's, which hardly gain) only if `quantize` is given. Bits quantise it to these, in groups of 64; None or
+            "none" takes it as stored. Changes speed, memory and acceptance, never the text.
 
     Raises:
         CheckpointError: A checkpoint is missing, damaged, or not a Gemma 4 model, or overflows in float16.
@@ -104,14 +110,33 @@ def load(
     if drafter_position not in (*POSITIONS, "auto"):
         raise MTPError(f"drafter_position must be auto, {' or '.join(POSITIONS)}, not {drafter_position!r}")
     checkpoint.check_options(dtype, quantize)
-    folder, drafter_folder = find_pair(target, drafter, check=lambda it: checkpoint.check_config(it, dtype, quantize))
+    expected = drafter_precision.expected_bits(quantize, quantize_drafter)
+    folder, drafter_folder = find_pair(
+        target, drafter, check=lambda it: checkpoint.check_config(it, dtype, quantize, expected)
+    )
+    drafter_format = drafter_precision.of_pair(folder, drafter_folder, quantize, quantize_drafter)
     adapter = None if adapter is None else expanded(adapter)
-    tuned = find_profile(profile, folder, drafter_folder, quantize, dtype, adapter)
+    tuned = find_profile(profile, folder, drafter_folder, quantize, dtype, adapter, drafter_format)
     if drafter_position == "auto":
         drafter_position = (tuned and tuned.drafter_position) or "committed"
     if cache_bytes is not None and (not is_int(cache_bytes) or cache_bytes < 0):
         raise MTPError(f"cache_bytes must be a whole number of bytes or None, not {cache_bytes!r}")
-    return MTPModel(folder, drafter_folder, quantize, dtype, drafter_position, cache_bytes, tuned, adapter)
+    return MTPModel(
+        folder, drafter_folder, quantize, dtype, drafter_position, cache_bytes, tuned, adapter, drafter_format
+    )
+
+
+@dataclass
+class _Loaded:
+    """What the session's thread owns, see `session.Loaded`."""
+
+    config: TargetConfig
+    target: Target
+    drafter_config: DrafterConfig | None
+    drafter: Drafter | None
+    scheduler: Scheduler
+    weights: int
+    kv_budget: int
 
 
 class MTPModel:
@@ -121,6 +146,7 @@ class MTPModel:
         adapter: Folder of the target's LoRA adapter, or None.
         config: The target's `config.TargetConfig`.
         drafter_config: The drafter's `config.DrafterConfig`, or None.
+        drafter_format: The `quantization.Format` that the drafter was quantised to while loading, or None.
         tokenizer: The target's `text.Tokenizer`, or None if its folder has none (then prompts are token ids).
         defaults: The target's generation_config, as `generation_config.GenerationDefaults`.
         profile: What is known of this pair on this machine, as `tuning.profile.Profile`, or None.
@@ -137,35 +163,41 @@ class MTPModel:
         cache_bytes: int | None,
         profile: profiles.Profile | None,
         adapter: Path | None = None,
+        drafter_format: Format | None = None,
     ):
-        self.profile = profile
+        self.profile, self.drafter_format = profile, drafter_format
         self.folder, self.drafter_folder, self.adapter = folder, drafter_folder, adapter
-        self._closed = False
-        self._turns = Turns()
-        self._wanted: list[int] = []
-        self._stream = mx.new_thread_unsafe_stream(mx.default_device())
-        self.drafter_config, self._drafter = None, None
-        with self._turn():
-            self.config, self._target = checkpoint.load_target(folder, dtype, quantize, adapter)
+        self.defaults = defaults = read_generation(folder)
+        self._most_rows = most_rows = profile.rows if profile else MAX_ROWS
+
+        def load() -> _Loaded:
+            config, target = checkpoint.load_target(folder, dtype, quantize, adapter)
+            drafter_config, drafter = None, None
             if drafter_folder is not None:
                 with way_out():
-                    self.drafter_config, self._drafter = checkpoint.load_drafter(
-                        drafter_folder, self.config, position, dtype, quantize
+                    drafter_config, drafter = checkpoint.load_drafter(
+                        drafter_folder, config, position, dtype, drafter_format
                     )
-            self_test.at_load(self._target, self._drafter)
-            check_overflow(self._target, self._drafter)
-        self.defaults = read_generation(folder)
-        self.kv_budget, cache_bytes = sizes.kv_budget(sizes.held_bytes(self._target, self._drafter), cache_bytes)
-        self._most_rows = profile.rows if profile else MAX_ROWS
-        self._scheduler = Scheduler(
-            self._target,
-            self._drafter,
-            self.defaults.suppress_tokens,
-            max_rows=self._most_rows,
-            kv_budget=self.kv_budget,
-            cache_bytes=cache_bytes,
-            costs=profile.costs_of if profile else None,
-        )
+            self_test.at_load(target, drafter)
+            check_overflow(target, drafter)
+            weights = sizes.held_bytes(target, drafter)
+            budget, kept = sizes.kv_budget(weights, cache_bytes)
+            scheduler = Scheduler(
+                target,
+                drafter,
+                defaults.suppress_tokens,
+                max_rows=most_rows,
+                kv_budget=budget,
+                cache_bytes=kept,
+                costs=profile.costs_of if profile else None,
+            )
+            return _Loaded(config, target, drafter_config, drafter, scheduler, weights, budget)
+
+        self._session = Session(load, f"mlx_mtp {folder.name}")
+        # Neither of both refers to this model, so that dropping it gives its memory back.
+        self._finalizer = weakref.finalize(self, self._session.close)
+        loaded = cast(_Loaded, self._session.owned())
+        self.config, self.drafter_config, self.kv_budget = loaded.config, loaded.drafter_config, loaded.kv_budget
         self.tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
         if self.tokenizer and self.tokenizer.seems_base(self.defaults.stop_tokens):
             log.warning(
@@ -173,25 +205,36 @@ class MTPModel:
                 "completes text as it is", folder,
             )  # fmt: skip
 
+    @overload
     def generate(
         self,
         prompt: Prompt,
-        max_tokens: int = 256,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        draft_length: int | str = "auto",
-        exactness: str = "fast",
+        max_tokens: int | None = None,
+        *,
+        n: Literal[1] = 1,
+        options: GenerationOptions | None = None,
+        **more: Unpack[OptionFields],
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        max_tokens: int | None = None,
+        *,
+        n: int,
+        options: GenerationOptions | None = None,
+        **more: Unpack[OptionFields],
+    ) -> Generation | list[Generation]: ...
+
+    def generate(
+        self,
+        prompt: Prompt,
+        max_tokens: int | None = None,
+        *,
         n: int = 1,
-        ignore_eos: bool = False,
-        thinking: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        stop_token_ids: Sequence[int] | None = None,
-        sanitize: bool = True,
-        chat_template: bool = True,
+        options: GenerationOptions | None = None,
+        **more: Any,
     ) -> Generation | list[Generation]:
         """Generates text.
 
@@ -199,50 +242,30 @@ class MTPModel:
             prompt: A string (a user's message, put into the chat template), messages as dicts with "role" and
                 "content", or token ids, used as they are. A last message of the assistant's, without tool calls, is
                 continued.
-            max_tokens: Most tokens to generate.
-            temperature: 0 is greedy. This and the next three default to the model's generation_config.
-            top_k: Only the k best tokens; 0 for all.
-            top_p: Only the best tokens that together reach this probability.
-            min_p: Only tokens with at least this share of the best one's probability.
-            seed: Same seed, same text, with and without a drafter; None for a new one each time.
-            stop: Strings that end the text; they aren't part of it. One that is a special token's name ("<turn|>")
-                stands for that token.
-            draft_length: Tokens to draft a round, 0 for plain decoding, or "auto".
-            exactness: "fast", "invariant" (one block width for the whole run, so that the draft length can't matter
-                on any backend) or "stepwise" (verifies token by token: plain decoding, bit for bit, and no faster).
-            n: Number of generations, side by side. The prompt is prefilled once; the i-th runs with
-                `row_seed(seed, i)`, so the first is what n = 1 gives.
-            ignore_eos: Whether to go on after the model's own stop tokens: those of its generation_config, of Gemma 4's
-                chat format, and its tokenizer's `eos_token`.
-            thinking: Whether the chat template asks the model to think first.
-            tools: Tools that the model may call, as in OpenAI's interface: {"type": "function", "function": {"name",
-                "description", "parameters"}}, the last one a JSON schema. `Generation.tool_calls` holds the calls that
-                fit them, `Generation.tool_errors` says what doesn't.
-            stop_token_ids: Further token ids that end the text.
-            sanitize: Whether special tokens that are spelt out in a message or a tool ("<turn|>") are text. False
-                makes them what they are for the model, which then can't tell a message's from the chat template's.
-            chat_template: False completes a string as it is, after the token that begins texts: no chat, so no
-                messages, thinking or tools, and special tokens that it spells out are those.
+            max_tokens: Most tokens to generate; 256 unless said.
+            n: Number of generations, side by side, at most MOST_ANSWERS. The prompt is prefilled once; the i-th runs
+                with `row_seed(seed, i)`, so the first is what n = 1 gives.
+            options: See `options.GenerationOptions`.
+            **more: The same by name (temperature, top_k, top_p, min_p, seed, stop, draft_length, exactness,
+                ignore_eos, thinking, tools, stop_token_ids, sanitize, chat_template, cancel), in place of those.
 
         Returns:
             The generation; a list of them for n > 1.
 
         Raises:
             PromptError: The prompt or an option can't be used.
+            MemoryBudgetError: The KV doesn't fit, even alone.
+            MTPError: Decoding failed, or the model is closed.
         """
-        if not is_int(n) or n < 1:
-            raise PromptError(f"n must be a whole number from 1, not {n!r}")
-        seed = secrets.randbits(32) if seed is None else seed
-        tokens = self.encode(prompt, thinking, tools, sanitize, chat_template)
-        answers = [
-            self._answer(
-                tokens, max_tokens, temperature, top_k, top_p, min_p, row_seed(seed, i), stop, draft_length,
-                exactness, ignore_eos, stop_token_ids, tools,
-            )
-            for i in range(n)
-        ]  # fmt: skip
-        for _ in self._together(iter(answers), n):
+        if not is_int(n) or not 1 <= n <= MOST_ANSWERS:
+            raise PromptError(f"n must be a whole number from 1 to {MOST_ANSWERS}, not {n!r}: make several calls")
+        chosen = _options(options, max_tokens, more)
+        seed = secrets.randbits(32) if chosen.seed is None else chosen.seed
+        tokens = self._tokens(prompt, chosen)
+        answers = [self._answer(tokens, chosen, row_seed(seed, i)) for i in range(n)]
+        for _ in self._together(iter(answers), n, inbox := Inbox()):
             pass
+        del inbox
         results = [answer.generation() for answer in answers]
         return results if n > 1 else results[0]
 
@@ -264,15 +287,16 @@ class MTPModel:
             PromptError: A prompt or an option can't be used. Nothing is generated then.
             MemoryBudgetError: The KV of a prompt doesn't fit even alone.
         """
-        options["seed"] = secrets.randbits(32) if options.get("seed") is None else options["seed"]
-        answers = [self._one_of_many(i, prompt, options) for i, prompt in enumerate(_several(prompts))]
-        for _ in self._together(iter(answers), self._batch_size(batch_size)):
+        common = _common(options)
+        answers = [self._one_of_many(i, prompt, common) for i, prompt in enumerate(_several(prompts))]
+        for _ in self._together(iter(answers), self._batch_size(batch_size), inbox := Inbox()):
             pass
+        del inbox
         return [answer.generation() for answer in answers]
 
     def generate_each(
         self, prompts: Iterable[Prompt | Mapping[str, Any]], batch_size: int | Literal["auto"] = "auto", **options: Any
-    ) -> Generator[tuple[int, Generation | MTPError], None, None]:
+    ) -> Stream[tuple[int, Generation | MTPError]]:
         """As `generate_batch`, but yields what is finished at once, and takes prompts only when there is room.
 
         Args:
@@ -280,139 +304,55 @@ class MTPModel:
             batch_size: As for `generate_batch`.
             **options: As for `generate_batch`.
 
-        Yields:
-            The index of a prompt, and its generation, or why there is none.
+        Returns:
+            An iterator over the index of a prompt, and its generation, or why there is none. Closing it, from any
+            thread, ends what is running.
         """
-        options["seed"] = secrets.randbits(32) if options.get("seed") is None else options["seed"]
-        index: dict[int, int] = {}
-
-        def answers() -> Iterator[Answer | tuple[int, MTPError]]:
-            for i, prompt in enumerate(_several(prompts)):
-                try:
-                    answer = self._one_of_many(i, prompt, options)
-                except MTPError as error:
-                    yield i, error
-                else:
-                    index[id(answer)] = i
-                    yield answer
-
-        with closing(self._together(answers(), self._batch_size(batch_size))) as finished:
-            for answer in finished:
-                yield answer if isinstance(answer, tuple) else (index.pop(id(answer)), answer.generation())
+        inbox = Inbox()
+        return Stream(self._each(prompts, batch_size, _common(options), inbox), inbox)
 
     def stream(
         self,
         prompt: Prompt,
-        max_tokens: int = 256,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        draft_length: int | str = "auto",
-        exactness: str = "fast",
-        ignore_eos: bool = False,
-        thinking: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        stop_token_ids: Sequence[int] | None = None,
-        sanitize: bool = True,
-        chat_template: bool = True,
-    ) -> Generator[Chunk, None, None]:
-        """Generates text piece by piece; closing the iterator cancels the rest.
+        max_tokens: int | None = None,
+        *,
+        options: GenerationOptions | None = None,
+        **more: Unpack[OptionFields],
+    ) -> Stream[Chunk]:
+        """Generates text piece by piece, from the first piece that is asked for on.
 
-        The arguments, and the errors, are those of `generate`; errors are raised at once, not at the first chunk.
+        Closing the iterator, from any thread, ends the generation; so does dropping it. The arguments, and the
+        errors, are those of `generate`; errors are raised at once, not at the first chunk.
         """
-        tokens = self.encode(prompt, thinking, tools, sanitize, chat_template)
-        return self._chunks(
-            self._answer(
-                tokens, max_tokens, temperature, top_k, top_p, min_p, seed, stop, draft_length, exactness, ignore_eos,
-                stop_token_ids, tools,
-            )
-        )  # fmt: skip
+        inbox = Inbox()
+        return Stream(self._chunks(self._prepared(prompt, max_tokens, options, more), inbox), inbox)
 
-    def _answer(
+    async def astream(
         self,
-        tokens: list[int],
-        max_tokens: int = 256,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        draft_length: int | str = "auto",
-        exactness: str = "fast",
-        ignore_eos: bool = False,
-        stop_token_ids: Sequence[int] | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> Answer:
-        """Checks options, which are those of `generate`, and prepares an answer."""
-        scheduler = self._scheduler  # `close` in another thread may take it away
-        self._check_open()
-        defaults = self.defaults
-        sampling = SamplingOptions(
-            temperature=defaults.temperature if temperature is None else temperature,
-            top_k=defaults.top_k if top_k is None else top_k,
-            top_p=defaults.top_p if top_p is None else top_p,
-            min_p=defaults.min_p if min_p is None else min_p,
-            seed=secrets.randbits(32) if seed is None else seed,
-        )
-        stop_tokens, stops = self._stops(stop, stop_token_ids, ignore_eos)
-        request = Request(
-            prompt=tokens,
-            max_tokens=max_tokens,
-            sampling=sampling,
-            draft_length=draft_length,
-            exactness=exactness,
-            stop_tokens=stop_tokens,
-        )
-        scheduler.check(request)
-        return Answer(request, stops, self.tokenizer, Tools(tools) if tools else None)
-
-    def _stops(
-        self, stop: str | Sequence[str] | None, stop_token_ids: Sequence[int] | None, ignore_eos: bool
-    ) -> tuple[frozenset[int], StopStrings]:
-        """The tokens and the strings that end an answer."""
-        tokenizer = self.tokenizer
-        strings = [stop] if isinstance(stop, str) else [] if stop is None else stop
-        if not isinstance(strings, Sequence) or not all(isinstance(text, str) for text in strings):
-            raise PromptError(f"stop must be a string or a list of strings, not {stop!r}")
-        if strings and tokenizer is None:
-            raise PromptError(f"stop strings need a tokenizer, and {self.folder} has none")
-        given = [] if stop_token_ids is None else stop_token_ids
-        vocabulary = self.config.text.vocab_size
-        if not isinstance(given, Sequence) or not all(is_int(token) and 0 <= token < vocabulary for token in given):
-            raise PromptError(f"stop_token_ids must be a list of token ids below {vocabulary}, not {stop_token_ids!r}")
-        tokens = set(given)
-        if not ignore_eos:
-            tokens.update(self.defaults.stop_tokens, tokenizer.stop_tokens if tokenizer else ())
-        # Special tokens never become text, where a string could be found.
-        special = {text: tokenizer.special_id(text) for text in strings} if tokenizer else {}
-        tokens.update(token for token in special.values() if token is not None)
-        return frozenset(tokens), StopStrings([text for text in strings if special[text] is None])
-
-    async def astream(self, prompt: Prompt, **options: Any) -> AsyncIterator[Chunk]:
-        """`stream` for asyncio: the work runs in threads, so the event loop stays free."""
-        chunks = self.stream(prompt, **options)
-        step: asyncio.Future[Chunk | None] | None = None
+        prompt: Prompt,
+        max_tokens: int | None = None,
+        *,
+        options: GenerationOptions | None = None,
+        **more: Unpack[OptionFields],
+    ) -> AsyncIterator[Chunk]:
+        """`stream` for asyncio: the event loop stays free, and a task that is cancelled ends at once."""
+        answer, inbox = self._prepared(prompt, max_tokens, options, more), Inbox()
         try:
-            while True:
-                # A thread can't be cancelled: the step goes on when the task is, and is waited for below.
-                step = asyncio.ensure_future(asyncio.to_thread(next, chunks, None))
-                if (chunk := await asyncio.shield(step)) is None:
-                    return
-                yield chunk
+            self._submit(answer, inbox)
+            while answer.reason is None:
+                news = await inbox.aget()
+                if news.tokens or not news.error:
+                    yield answer.push(news)
+                if news.error:
+                    raise failure(news.error)
         finally:
-            if step:
-                await asyncio.wait([step])
-            await asyncio.to_thread(chunks.close)
+            inbox.close()
 
     def chat(self, system: str | None = None, thinking: bool = False) -> Chat:
         """Starts a conversation; see `chat.Chat`."""
         from .chat import Chat
 
-        self._check_open()
+        self._session.owned()
         return Chat(self, system=system, thinking=thinking)
 
     def save_prompt(self, prompt: Prompt, path: str | Path) -> None:
@@ -429,8 +369,7 @@ class MTPModel:
             OSError: The file can't be written.
         """
         tokens = self.encode(prompt)
-        with self._turn():
-            self._scheduler.save_prompt(tokens, expanded(path))
+        self._session.call(lambda it: it.scheduler.save_prompt(tokens, expanded(path)))
 
     def load_prompt(self, path: str | Path) -> int:
         """Takes a saved prompt into memory; prompts that begin like it start where it ends.
@@ -442,8 +381,7 @@ class MTPModel:
             CheckpointError: The file is missing, damaged, or was saved by another model.
             MemoryBudgetError: It is larger than all that is kept for prompts (`cache_bytes`).
         """
-        with self._turn():
-            return self._scheduler.load_prompt(expanded(path))
+        return self._session.call(lambda it: it.scheduler.load_prompt(expanded(path)))
 
     @contextmanager
     def trace(self, path: str | Path) -> Iterator[None]:
@@ -453,16 +391,22 @@ class MTPModel:
             MTPError: Another trace is being recorded.
             OSError: The file can't be written.
         """
-        with self._turn():
-            if self._scheduler.trace:
+
+        def begin(scheduler: Scheduler) -> Trace:
+            if scheduler.trace:
                 raise MTPError("a trace is being recorded already, and there can be only one at a time")
-            trace = self._scheduler.trace = Trace(path)
+            scheduler.trace = Trace(path)
+            return scheduler.trace
+
+        def end(scheduler: Scheduler) -> None:
+            scheduler.trace = None
+
+        trace = self._session.call(lambda it: begin(it.scheduler))
         try:
             yield
         finally:
-            if not self._closed:
-                with self._turn():
-                    self._scheduler.trace = None
+            with suppress(MTPError):  # closed meanwhile
+                self._session.call(lambda it: end(it.scheduler))
             trace.close()
 
     def encode(
@@ -502,29 +446,27 @@ class MTPModel:
             raise PromptError("messages need the chat template: give a string to complete it as it is")
         return self._text_tokenizer().chat(messages, thinking, tools, sanitize)
 
-    def _text_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise PromptError(
-                f"{self.folder} has no tokenizer.json: copy the original's there, or give token ids from Python"
-            )
-        return self.tokenizer
-
     def logits(self, tokens: Sequence[int]) -> mx.array:
         """The target's logits float32 [len(tokens), vocab] after each of the tokens.
 
         Raises:
             PromptError: Empty, too long, or a token id outside the vocabulary.
         """
-        parts: list[mx.array] = []
-        with self._turn():
-            prefill(
-                self._target,
-                _ids(tokens),
-                lambda hidden: parts.append(self._target.logits(hidden)[0].astype(mx.float32)),
-            )
+        prompt = _ids(tokens)
+
+        def work(target: Target) -> Generator[None, None, mx.array]:
+            parts: list[mx.array] = []
+
+            def keep(hidden: mx.array) -> None:
+                parts.append(target.logits(hidden)[0].astype(mx.float32))
+                mx.eval(parts[-1])
+
+            yield from prefill_by_chunks(target, prompt, keep)
             logits = mx.concatenate(parts)
             mx.eval(logits)
-        return logits
+            return logits
+
+        return self._session.call(lambda it: work(it.target))
 
     def propose(self, tokens: Sequence[int], k: int) -> list[int]:
         """What the drafter proposes after a prompt, greedily.
@@ -539,35 +481,35 @@ class MTPModel:
         Raises:
             PromptError: As `logits`, or k is no such number, or there is no drafter.
         """
-        self._check_open()
-        if self._drafter is None:
+        self._session.owned()
+        if self.drafter_config is None:
             raise PromptError("there is no drafter to propose with: load one with drafter=")
-        tokens = _ids(tokens)
-        room = self.config.text.max_positions - len(tokens)
+        prompt, config = _ids(tokens), self.config.text
+        room = config.max_positions - len(prompt)
         if not is_int(k) or not 1 <= k <= max(1, room):
             raise PromptError(f"k must be a whole number from 1 to the {room:,} tokens that fit, not {k!r}")
-        with self._turn():
-            kv, hidden = prefill(self._target, tokens)
-            sampler = Sampler([SamplingOptions()], None, self.defaults.suppress_tokens, self.config.text.vocab_size)
-            state = first_state(self._target, sampler, hidden, mx.array([len(tokens)], dtype=mx.int32))
-            drafts = draft(self._target, self._drafter, kv, sampler, state, k)
+
+        def work(target: Target, drafter: Drafter) -> Generator[None, None, list[int]]:
+            kv, hidden = yield from prefill_by_chunks(target, prompt)
+            sampler = Sampler([SamplingOptions()], None, self.defaults.suppress_tokens, config.vocab_size)
+            state = first_state(target, sampler, hidden, mx.array([len(prompt)], dtype=mx.int32))
+            drafts = draft(target, drafter, kv, sampler, state, k)
             return cast("list[int]", mx.concatenate([state.tokens, drafts[0]]).tolist())
+
+        return self._session.call(lambda it: work(it.target, cast(Drafter, it.drafter)))
 
     @contextmanager
     def models(self) -> Iterator[tuple[Target, Drafter | None]]:
         """The target and the drafter, for this thread alone meanwhile; for what measures them."""
-        with self._turn():
-            yield self._target, self._drafter
+        with self._session.lend() as models:
+            yield models
 
     def close(self) -> None:
-        """Lets go of the models and their memory. Calling anything afterwards is an error; closing twice isn't."""
-        with self._turns.turn():
-            if self._closed:
-                return
-            self._closed = True
-            self._scheduler.close()
-            self._scheduler = self._target = self._drafter = None  # type: ignore[assignment]
-            mx.clear_cache()
+        """Lets go of the models and their memory; whoever waits for a text gets an error within a round.
+
+        Calling anything afterwards is an error; closing twice isn't. May be called from any thread.
+        """
+        self._session.close()
 
     def __enter__(self) -> MTPModel:
         return self
@@ -575,93 +517,133 @@ class MTPModel:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise MTPError("the model is closed: load it again")
+    def _prepared(
+        self, prompt: Prompt, max_tokens: int | None, options: GenerationOptions | None, more: Mapping[str, Any]
+    ) -> Answer:
+        """An answer of its own, ready to be submitted."""
+        chosen = _options(options, max_tokens, more)
+        seed = secrets.randbits(32) if chosen.seed is None else chosen.seed
+        return self._answer(self._tokens(prompt, chosen), chosen, seed)
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """This thread's turn to work on the model."""
-        with self._turns.turn(), mx.stream(self._stream):
-            self._check_open()
-            yield
+    def _tokens(self, prompt: Prompt, options: GenerationOptions) -> list[int]:
+        return self.encode(prompt, options.thinking, options.tools, options.sanitize, options.chat_template)
 
-    def _chunks(self, answer: Answer) -> Generator[Chunk, None, None]:
-        with self._turn():
-            row = self._submit(answer)
+    def _answer(self, tokens: list[int], options: GenerationOptions, seed: int) -> Answer:
+        """Checks options against the model, and prepares an answer."""
+        scheduler = self._session.owned().scheduler
+        stop_tokens, stops = self._stops(options)
+        request = Request(
+            prompt=tokens,
+            max_tokens=options.max_tokens,
+            sampling=options.sampling(self.defaults, seed),
+            draft_length=options.draft_length,
+            exactness=options.exactness,
+            stop_tokens=stop_tokens,
+        )
+        scheduler.check(request)
+        tools = Tools(options.tools) if options.tools else None
+        return Answer(request, stops, self.tokenizer, tools, options.cancel)
+
+    def _stops(self, options: GenerationOptions) -> tuple[frozenset[int], StopStrings]:
+        """The tokens and the strings that end an answer."""
+        tokenizer, strings = self.tokenizer, options.stop_strings
+        if strings and tokenizer is None:
+            raise PromptError(f"stop strings need a tokenizer, and {self.folder} has none")
+        given = [] if options.stop_token_ids is None else options.stop_token_ids
+        vocabulary = self.config.text.vocab_size
+        if not isinstance(given, Sequence) or not all(is_int(token) and 0 <= token < vocabulary for token in given):
+            raise PromptError(f"stop_token_ids must be a list of token ids below {vocabulary}, not {given!r}")
+        tokens = set(given)
+        if not options.ignore_eos:
+            tokens.update(self.defaults.stop_tokens, tokenizer.stop_tokens if tokenizer else ())
+        # Special tokens never become text, where a string could be found.
+        special = {text: tokenizer.special_id(text) for text in strings} if tokenizer else {}
+        tokens.update(token for token in special.values() if token is not None)
+        return frozenset(tokens), StopStrings([text for text in strings if special[text] is None])
+
+    def _text_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise PromptError(
+                f"{self.folder} has no tokenizer.json: copy the original's there, or give token ids from Python"
+            )
+        return self.tokenizer
+
+    def _submit(self, answer: Answer, inbox: Inbox, width: int = 0) -> None:
+        answer.row = self._session.submit(answer.request, inbox, width, answer.cancel)
+
+    def _chunks(self, answer: Answer, inbox: Inbox) -> Generator[Chunk, None, None]:
+        self._submit(answer, inbox)
         try:
             while answer.reason is None:
-                chunk = None
-                with self._turn():  # a step a turn: others may wait for theirs
-                    if not row.fresh:
-                        self._run(row)
-                    if tokens := row.take():
-                        chunk = answer.push(tokens)
-                if chunk:
-                    yield chunk
+                news = inbox.get()
+                if news.tokens or not news.error:
+                    yield answer.push(news)
+                if news.error:
+                    raise failure(news.error)
         finally:
-            row.cancel()
+            inbox.close()
 
-    def _together(self, answers: Iterator[Answer | T], batch_size: int) -> Generator[Answer | T, None, None]:
+    def _each(
+        self, prompts: Iterable[Prompt | Mapping[str, Any]], batch_size: int | str, common: dict[str, Any], inbox: Inbox
+    ) -> Generator[tuple[int, Generation | MTPError], None, None]:
+        index: dict[int, int] = {}
+
+        def answers() -> Iterator[Answer | tuple[int, MTPError]]:
+            for i, prompt in enumerate(_several(prompts)):
+                try:
+                    answer = self._one_of_many(i, prompt, common)
+                except MTPError as error:
+                    yield i, error
+                else:
+                    index[id(answer)] = i
+                    yield answer
+
+        with closing(self._together(answers(), self._batch_size(batch_size), inbox)) as finished:
+            for answer in finished:
+                yield answer if isinstance(answer, tuple) else (index.pop(id(answer)), answer.generation())
+
+    def _together(
+        self, answers: Iterator[Answer | T], batch_size: int, inbox: Inbox
+    ) -> Generator[Answer | T, None, None]:
         """Runs answers, `batch_size` at a time, and yields each when it is finished; anything else among them at once.
 
-        Where they come from may take its time, or use the model itself: they are never asked for during a turn.
+        Where they come from may take its time, or use the model itself.
         """
-        running: list[Answer] = []
-        self._wanted.append(batch_size)
+        running: dict[int, Answer] = {}
         try:
             while True:
-                arrived: list[Answer] = []
-                while len(running) + len(arrived) < batch_size and (answer := next(answers, None)) is not None:
+                while len(running) < batch_size and (answer := next(answers, None)) is not None:
                     if isinstance(answer, Answer):
-                        arrived.append(answer)
+                        self._submit(answer, inbox, batch_size)
+                        running[answer.row.number] = answer
                     else:
                         yield answer
-                if not running and not arrived:
+                if not running:
                     return
-                with self._turn():
-                    for answer in arrived:
-                        self._submit(answer)
-                        running.append(answer)
-                    if not any(answer.row.fresh for answer in running):
-                        self._run(*(answer.row for answer in running))
-                    for answer in running:
-                        if tokens := answer.row.take():
-                            answer.push(tokens)
-                finished = [answer for answer in running if answer.reason]
-                running = [answer for answer in running if not answer.reason]
-                yield from finished
+                news = inbox.get()
+                current = running.get(news.row.number)
+                if current is None:
+                    continue  # it has found a stop string before
+                current.push(news)
+                if news.error:
+                    raise failure(news.error)
+                if current.reason:
+                    del running[news.row.number]
+                    yield current
         finally:
-            self._wanted.remove(batch_size)
-            for answer in running:
-                answer.row.cancel()
+            inbox.close()
 
-    def _submit(self, answer: Answer) -> Row:
-        """Puts an answer's request into the queue of a batch that is as large as somebody wants it now."""
-        self._scheduler.max_rows = max([self._most_rows, *self._wanted])
-        answer.row = self._scheduler.submit(answer.request)
-        return answer.row
-
-    def _run(self, *rows: Row) -> None:
-        """A step of all that is under way, for rows that wait for tokens."""
-        for row in rows:
-            if row.error:
-                raise MTPError(f"this generation ended with another one: {row.error!r}") from row.error
-        self._scheduler.step()
-
-    def _one_of_many(self, i: int, prompt: Prompt | Mapping[str, Any], options: Mapping[str, Any]) -> Answer:
+    def _one_of_many(self, i: int, prompt: Prompt | Mapping[str, Any], common: Mapping[str, Any]) -> Answer:
         """Prepares the i-th answer of a batch, see `generate_batch`."""
-        own = {**options, "seed": row_seed(options["seed"], i)}
+        own = {**common, "seed": row_seed(common["seed"], i)}
         if isinstance(prompt, Mapping):
             own |= prompt
             if "prompt" not in own:
                 raise PromptError('a prompt with options is a dict with "prompt"')
             prompt = cast(Prompt, own.pop("prompt"))
-        if unknown := own.keys() - _OPTIONS:
-            raise PromptError(f"unknown options: {', '.join(sorted(map(str, unknown)))}")
-        tools = own.get("tools")  # for the prompt, and for the answer
-        form = {name: own.pop(name) for name in _FORM if name in own}
-        return self._answer(self.encode(prompt, **form), **own, tools=tools)
+        options = GenerationOptions.of(own)
+        seed = secrets.randbits(32) if options.seed is None else options.seed
+        return self._answer(self._tokens(prompt, options), options, seed)
 
     def _batch_size(self, batch_size: int | str) -> int:
         if batch_size == "auto":
@@ -669,6 +651,21 @@ class MTPModel:
         if not is_int(batch_size) or batch_size < 1:
             raise PromptError(f"batch_size must be 'auto' or at least 1, not {batch_size!r}")
         return batch_size
+
+
+def _options(options: GenerationOptions | None, max_tokens: int | None, more: Mapping[str, Any]) -> GenerationOptions:
+    """The options of a call: an object, with what was given by name in its place."""
+    given = dict(more) if max_tokens is None else {"max_tokens": max_tokens, **more}
+    if options is None:
+        return GenerationOptions(**given)
+    if not isinstance(options, GenerationOptions):
+        raise PromptError(f"options must be GenerationOptions, not {options!r}")
+    return replace(options, **given) if given else options
+
+
+def _common(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of all prompts of a batch, with a seed to spread over them."""
+    return {**options, "seed": secrets.randbits(32) if options.get("seed") is None else options["seed"]}
 
 
 def _several(prompts: Iterable[T]) -> Iterable[T]:

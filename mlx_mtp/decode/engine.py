@@ -59,6 +59,21 @@ class Prefilled:
 
 
 @dataclass(frozen=True)
+class Parked:
+    """A row that has made room, and can go on where it was.
+
+    Attributes:
+        kv: Buffers of its own.
+        state: What its next round starts from.
+        rows: The row.
+    """
+
+    kv: KVBuffers
+    state: RoundState
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
 class _Flight:
     """A round whose tokens the host hasn't read.
 
@@ -107,13 +122,12 @@ class Engine:
         self._state: RoundState | None = None
         self._sampler: Sampler
         self._flights: list[_Flight] = []
-        self._building = 0
         self._clock, self._late = _Clock(), False
         self._auto = BatchLength(costs)
 
-    def regroup(self, joining: Sequence[Prefilled] = ()) -> None:
-        """Lets go of rows that are done, takes in others, and gives all of them room to grow."""
-        stay = [i for i, row in enumerate(self.rows) if not row.done]
+    def regroup(self, joining: Sequence[Prefilled | Parked] = (), leaving: Sequence[Row] = ()) -> None:
+        """Lets go of rows that are done or leave, takes in others, and gives all of them room to grow."""
+        stay = [i for i, row in enumerate(self.rows) if not row.done and row not in leaving]
         if len(stay) == len(self.rows) and not joining and self._has_room():
             return
         self._clock.disturb()
@@ -131,25 +145,42 @@ class Engine:
         sources += [(prompt.kv, 0) for prompt in joining for _ in prompt.rows]
         kv = kv if kv and stay else BatchKV(sources[0][0])
         order = kv.arrange(sources, [max(self._reach(row) + LONGEST_VERIFY, row.room) for row in rows])
-        state = regroup(self._state, stay, [self._first(prompt) for prompt in joining])
+        states = [it.state if isinstance(it, Parked) else self._first(it) for it in joining]
+        state = regroup(self._state, stay, states)
         self._state = state if order == list(range(len(rows))) else regroup(state, order, [])
         self.rows = [rows[i] for i in order]
         self._sampler, self.kv = self._make_sampler(self.rows), kv
-        if new:
-            tokens = state.tokens[len(stay) :, None]
-            report = mx.concatenate([tokens, mx.zeros_like(tokens)], axis=1)
-            mx.async_eval(report)
-            self._flights.append(_Flight(report, new, None, None))
+        for prompt, first in zip(joining, states, strict=True):
+            if isinstance(prompt, Prefilled):
+                report = mx.stack([first.tokens, mx.zeros_like(first.tokens)], axis=1)
+                mx.async_eval(report)
+                self._flights.append(_Flight(report, prompt.rows, None, None))
 
     def clear(self) -> None:
         """Forgets all rows."""
-        self.rows, self.kv, self._state, self._flights, self._building = [], None, None, [], 0
+        self.rows, self.kv, self._state, self._flights = [], None, None, []
 
     def row_kv(self, index: int) -> KVBuffers:
         """The buffers of a row, see `KVBuffers.row`."""
         assert self.kv is not None
-        # A round that was handed over, but interrupted before it could be noted, may have written more.
-        return self.kv.row(index, self._reach(self.rows[index]) + self._building)
+        return self.kv.row(index, self._reach(self.rows[index]))
+
+    def park(self) -> list[Parked]:
+        """Takes out the rows that are paused."""
+        if not any(row.paused and not row.done for row in self.rows):
+            return []
+        assert self._state is not None
+        with self._span("wait and read"):
+            reports, _ = self._read()  # of the round in flight: what was written is then known
+        self._deliver(reports, None, [])
+        parked = [
+            Parked(self.row_kv(i), regroup(self._state, [i], []), [row])
+            for i, row in enumerate(self.rows)
+            if row.paused and not row.done
+        ]
+        mx.eval([array for it in parked for array in (it.state.lengths, it.state.tokens, it.state.hidden)])
+        self.regroup(leaving=[row for it in parked for row in it.rows])
+        return parked
 
     def round(self, waiting: bool = False) -> None:
         """Builds the next round and reads the tokens of the one before; there must be rows that aren't done.
@@ -163,8 +194,7 @@ class Engine:
         lengths, policy = self._next_lengths(waiting)
         k = max(lengths)
         width = INVARIANT_WIDTH if exactness == "invariant" else None
-        self._building = width or k + 1
-        kv.reserve([self._reach(row) + self._building for row in self.rows])
+        kv.reserve([self._reach(row) + (width or k + 1) for row in self.rows])
         before = kv.snapshot()
         with self._span("build", rows=len(self.rows), drafts=k):
             state, report, drafts = decode_round(
@@ -185,14 +215,12 @@ class Engine:
             self._deliver(*reports, lengths)
         if before and all(row.done for row in self.rows):
             kv.restore(before)  # the round built ahead was never handed over: forget it
-            self._building = 0
             return
         if late:
             before = []  # lets go of the buffers, so that they are written in place
             self._hand_over("draft and verify" if k else "verify", report, state.lengths, state.hidden)
         self._state = state
         self._flights.append(_Flight(report, self.rows, lengths, policy))
-        self._building = 0
         self._clock.leave()
 
     def disturb(self) -> None:
@@ -230,7 +258,7 @@ class Engine:
             if flight.policy and flight.lengths is not None:
                 # The time counts only if all of it was this round's. On a CPU much of it is the next round's: work is
                 # done while it is handed over.
-                own = len(flights) == 1 and alike(flight.lengths, next_lengths)
+                own = seconds is not None and len(flights) == 1 and alike(flight.lengths, next_lengths)
                 drafted = {row.number: length for row, length in zip(flight.rows, flight.lengths, strict=True)}
                 flight.policy.observe(drafted, kept, seconds if own else None)
 

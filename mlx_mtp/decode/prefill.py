@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from typing import cast
 
 import mlx.core as mx
 
@@ -33,6 +34,18 @@ def prefill(
     Raises:
         PromptError: See `check_prompt`.
     """
+    work = prefill_by_chunks(target, prompt, keep)
+    while True:
+        try:
+            next(work)
+        except StopIteration as done:
+            return cast("tuple[KVBuffers, mx.array]", done.value)
+
+
+def prefill_by_chunks(
+    target: Target, prompt: Sequence[int], keep: Callable[[mx.array], None] | None = None
+) -> Generator[None, None, tuple[KVBuffers, mx.array]]:
+    """As `prefill`, with a pause after every chunk, so that others may run in between."""
     check_prompt(prompt, target.config)
     kv = KVBuffers(target.config, 1, target.dtype, positions=len(prompt))
     for start in range(0, len(prompt), CHUNK):
@@ -40,6 +53,7 @@ def prefill(
         hidden = prefill_block(target, kv, block, start, None if keep else [len(block[0]) - 1])
         if keep:
             keep(hidden)
+        yield
     return kv, hidden[:, -1] if keep else hidden
 
 

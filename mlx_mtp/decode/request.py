@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 import mlx.core as mx
@@ -51,12 +52,21 @@ class Request:
     def __post_init__(self) -> None:
         if not is_int(self.max_tokens) or self.max_tokens < 1:
             raise PromptError(f"max_tokens must be a whole number from 1, not {self.max_tokens!r}")
-        if self.exactness not in EXACTNESS:
-            raise PromptError(f"exactness must be one of {', '.join(EXACTNESS)}, not {self.exactness!r}")
-        if self.draft_length != "auto":
-            most = INVARIANT_WIDTH - 1 if self.exactness == "invariant" else MAX_DRAFT_LENGTH
-            if not is_int(self.draft_length) or not 0 <= self.draft_length <= most:
-                raise PromptError(f"draft_length must be 'auto' or 0 to {most}, not {self.draft_length!r}")
+        check_draft_length(self.draft_length, self.exactness)
+
+
+def check_draft_length(draft_length: object, exactness: object) -> None:
+    """Checks what a request asks for.
+
+    Raises:
+        PromptError: There is no such exactness, or it takes no such draft length.
+    """
+    if exactness not in EXACTNESS:
+        raise PromptError(f"exactness must be one of {', '.join(EXACTNESS)}, not {exactness!r}")
+    if draft_length != "auto":
+        most = INVARIANT_WIDTH - 1 if exactness == "invariant" else MAX_DRAFT_LENGTH
+        if not is_int(draft_length) or not 0 <= draft_length <= most:
+            raise PromptError(f"draft_length must be 'auto' or 0 to {most}, not {draft_length!r}")
 
 
 @dataclass
@@ -109,6 +119,12 @@ class Stats:
         """What follows from the other figures, by name."""
         return {name: getattr(self, name) for name in ("mean_accepted", "prompt_tps", "generation_tps")}
 
+    def snapshot(self) -> Stats:
+        """A copy, as it is now."""
+        return replace(
+            self, accepted_by_position=[*self.accepted_by_position], draft_lengths=dict(self.draft_lengths)
+        )
+
     def count(self, drafted: int, kept: int) -> None:
         """Records a round."""
         self.rounds += 1
@@ -128,21 +144,28 @@ class Row:
         request: What was asked for.
         stats: What it has taken so far.
         limit: Most tokens it can generate, see `token_limit`.
+        width: Rows that the batch may have while it is under way, if more than usual.
         tokens: Generated so far, the stop token included.
         fresh: Those of them that nobody has taken yet.
         done: Whether there will be no more: finished, or cancelled.
+        cancelled: Whether it was ended before it was finished, as somebody wished.
+        cancel_event: What else ends it, once set; whoever steps the scheduler looks at it.
+        paused: Whether it is to make room until its reader has caught up.
+        passed: How many requests behind it in the queue were admitted before it.
         error: What ended it, if that was none of its own doing.
         checkpoints: Where its KV can be taken up again later, see `prompt_cache.Entry`.
         written: Positions that its buffers had been written to when it joined the batch, see `KVBuffers.written`. They
             may be more than it has committed: buffers of a longer text that begins like its prompt.
     """
 
-    def __init__(self, request: Request, stats: Stats, limit: int):
+    def __init__(self, request: Request, stats: Stats, limit: int, width: int = 0):
         self.number = next(_NUMBERS)
-        self.request, self.stats, self.limit = request, stats, limit
+        self.request, self.stats, self.limit, self.width = request, stats, limit, width
         self.tokens: list[int] = []
         self.fresh: list[int] = []
-        self.done = False
+        self.done = self.cancelled = self.paused = False
+        self.cancel_event: threading.Event | None = None
+        self.passed = 0
         self.error: BaseException | None = None
         self.checkpoints: list[Checkpoint] = []
         self.written = 0
@@ -202,7 +225,8 @@ class Row:
 
     def cancel(self) -> None:
         """Ends it, wherever it is; may be called from any thread, at any time."""
-        self.done = True
+        if not self.done:
+            self.cancelled = self.done = True
 
     def take(self) -> list[int]:
         """The tokens that came since the last call."""

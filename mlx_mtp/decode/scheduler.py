@@ -2,7 +2,8 @@
 
 One `step` is at most one chunk of prefill and one round of the batch, so that running rows never wait for more than a
 chunk. Requests are admitted in their order, as long as there is a free row and the KV of all rows at their full length
-fits the budget. Short prompts that wait together are prefilled in one block, padded: what a shorter row computes past
+fits the budget; one that has to wait for an empty batch, or for room, is passed by a few behind it that needn't. Rows
+whose reader is far behind make room for others until it has caught up. Short prompts that wait together are prefilled in one block, padded: what a shorter row computes past
 its end lies above its length and is never seen. Equal prompts that wait together are prefilled once.
 
 Nothing runs by itself: whoever wants tokens calls `step`. Not thread-safe.
@@ -14,7 +15,7 @@ they run alone and reuse no KV.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +29,18 @@ from ..models.drafter import Drafter
 from ..models.target import Target
 from ..sizes import in_words, rows_bytes
 from .batch_length import Costs
-from .engine import Engine, Prefilled
+from .engine import Engine, Parked, Prefilled
 from .kv_file import load_entry, save_entry
-from .prefill import CHUNK, CHUNK_BESIDE, prefill, prefill_block
+from .prefill import CHUNK, CHUNK_BESIDE, prefill_block, prefill_by_chunks
 from .prompt_cache import Entry, PromptCache
 from .request import Request, Row, Stats, check_prompt, token_limit
 from .trace import Trace
 
 MAX_ROWS = 8
 """Most rows of a batch unless told otherwise."""
+
+MOST_PASSED = 8
+"""Requests that may be admitted before one that came earlier."""
 
 CACHE_BYTES = 2**30
 """Most bytes of KV that are kept for later prompts unless told otherwise."""
@@ -69,7 +73,7 @@ class Scheduler:
     """Runs requests on a target and its drafter.
 
     Attributes:
-        max_rows: Most rows of the batch.
+        max_rows: Most rows of the batch, unless a row under way says otherwise.
         cache: KV of earlier prompts.
     """
 
@@ -102,6 +106,20 @@ class Scheduler:
         # From the queue until the engine has them: whatever happens in between, they are told.
         self._admitted: list[Row] = []
         self._prefill: _Prefill | None = None
+        self._parked: list[Parked] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+        if self._engine.rows or self._admitted or self._waiting:
+            return True
+        return any(row.done or not row.paused for it in self._parked for row in it.rows)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Most bytes of KV that the rows under way come to."""
+        requests = [row.request for row in self._under_way()]
+        return self._kv_bytes(requests) if requests else 0
 
     @property
     def trace(self) -> Trace | None:
@@ -128,28 +146,45 @@ class Scheduler:
                 "shorten the prompt"
             )
 
+    def row(self, request: Request, width: int = 0, stats: Stats | None = None) -> Row:
+        """A row for `enqueue`; errors as in `check`. May be called from any thread.
+
+        Args:
+            request: What to generate.
+            width: Rows that the batch may have while this one is under way, if more than `max_rows`.
+            stats: Where to count; None for new ones.
+        """
+        self.check(request)
+        return Row(request, stats or Stats(), self._limit(request), width)
+
+    def enqueue(self, row: Row) -> None:
+        """Takes a row into the queue."""
+        self._waiting.append(row)
+
     def submit(self, request: Request, stats: Stats | None = None) -> Row:
         """Takes a request into the queue; errors as in `check`."""
-        self.check(request)
-        row = Row(request, stats or Stats(), self._limit(request))
-        self._waiting.append(row)
+        row = self.row(request, stats=stats)
+        self.enqueue(row)
         return row
 
     def step(self) -> None:
         """A chunk of prefill, if somebody waits for it, and a round for the rows that run.
 
         Raises:
-            BaseException: Whatever went wrong, a KeyboardInterrupt included. All requests under way end with it
-                (`Row.error`); those that wait stay in the queue.
+            BaseException: Whatever went wrong. All requests under way end with it (`Row.error`); those that wait stay
+                in the queue.
         """
         try:
             self._leave()
+            self._parked += self._engine.park()
             if self._prefill and all(row.done for row in self._admitted):
                 self._keep_prefilled(self._prefill)
                 self._prefill, self._admitted = None, []
-            self._prefill = self._prefill or self._next_prefill()
+            back = self._come_back()
+            self._prefill = self._prefill or self._next_prefill([row for it in back for row in it.rows])
             # Not kept in a variable: the buffers that join are copied, and must not outlive that.
-            self._engine.regroup(self._run_chunk(self._prefill) if self._prefill else [])
+            self._engine.regroup([*back, *(self._run_chunk(self._prefill) if self._prefill else [])])
+            del back
             if not self._prefill:
                 self._admitted = []
             if self._engine.rows:
@@ -163,14 +198,14 @@ class Scheduler:
         for row in (*self._waiting, *self._under_way()):
             row.cancel()
         self._waiting.clear()
-        self._prefill, self._admitted = None, []
+        self._prefill, self._admitted, self._parked = None, [], []
         self._engine.clear()
         self.cache.clear()
 
-    def save_prompt(self, prompt: Sequence[int], path: Path) -> None:
-        """Prefills a prompt and writes its KV to a file, see `kv_file`; errors as in `check`."""
+    def save_prompt(self, prompt: Sequence[int], path: Path) -> Generator[None, None, None]:
+        """Prefills a prompt, chunk by chunk, and writes its KV to a file, see `kv_file`; errors as in `check`."""
         self.check(Request(prompt, 1))
-        kv, _ = prefill(self._target, prompt)
+        kv, _ = yield from prefill_by_chunks(self._target, prompt)
         save_entry(path, Entry(list(prompt), kv.row(0, kv.written), (), len(prompt)), self._target)
 
     def load_prompt(self, path: Path) -> int:
@@ -222,43 +257,55 @@ class Scheduler:
         return sum(held.values())
 
     def _abandon(self, error: BaseException) -> None:
-        """Ends all requests under way; after an interruption, what they have committed is as good as ever."""
+        """Ends all requests under way."""
         for row in self._under_way():
             if not row.done:
                 row.error, row.done = error, True
-        prefill, self._prefill, self._admitted = self._prefill, None, []
-        if isinstance(error, KeyboardInterrupt):
-            if prefill:
-                self._keep_prefilled(prefill)
-            self._leave()
+        self._prefill, self._admitted, self._parked = None, [], []
         self._engine.clear()
 
     def _under_way(self) -> list[Row]:
-        return [*self._engine.rows, *self._admitted]
+        return [*self._engine.rows, *self._admitted, *(row for it in self._parked for row in it.rows)]
 
-    def _next_prefill(self) -> _Prefill | None:
-        """Takes the next requests from the queue, as many as can be prefilled together."""
-        rows = [row for row in self._engine.rows if not row.done]
-        self._skip_cancelled()
-        if not self._waiting or not self._may_join(self._waiting[0], rows):
+    def _come_back(self) -> list[Parked]:
+        """Parked rows that go on, as far as there are places for them; lets go of those that are done."""
+        self._parked = [it for it in self._parked if not it.rows[0].done]
+        running = [row for row in (*self._engine.rows, *self._admitted) if not row.done]
+        free = self._width(running) - len(running)
+        back = [it for it in self._parked if not it.rows[0].paused][: max(0, free)]
+        self._parked = [it for it in self._parked if it not in back]
+        return back
+
+    def _width(self, rows: Iterable[Row]) -> int:
+        """Rows that the batch may have with these."""
+        return max([self.max_rows, *(row.width for row in rows)])
+
+    def _next_prefill(self, back: list[Row]) -> _Prefill | None:
+        """Takes the next requests from the queue, as many as can be prefilled together, beside rows that come back."""
+        running = [row for row in self._engine.rows if not row.done] + back
+        rows, idle = [*running, *(row for it in self._parked for row in it.rows)], not running
+        first = self._next_waiting(running, rows)
+        if not first:
             return None
-        first, idle = self._waiting[0], not rows
         prompt, reuse = first.request.prompt, first.request.exactness == "fast"
         hit = self.cache.find(prompt) if reuse else None
         groups: list[list[Row]] = []
-        while self._waiting and self._may_join(row := self._waiting[0], rows):
-            same = next((group for group in groups if list(group[0].request.prompt) == list(row.request.prompt)), None)
+        row: Row | None = first
+        while row:
+            wanted = list(row.request.prompt)
+            same = next((group for group in groups if list(group[0].request.prompt) == wanted), None)
             if same:
                 same.append(row)
-                row.stats.cached_tokens = len(row.request.prompt)
+                row.stats.cached_tokens = len(wanted)
             elif not groups or (not hit and self._fits_block([*groups, [row]], idle)):
                 groups.append([row])
             else:
                 break
+            running.append(row)
             rows.append(row)
             self._admitted.append(row)
-            self._waiting.popleft()
-            self._skip_cancelled()
+            self._take(row)
+            row = self._next_waiting(running, rows)
         if idle:
             mx.reset_peak_memory()
         if hit:
@@ -267,14 +314,34 @@ class Scheduler:
         kv = KVBuffers(self._target.config, len(groups), self._target.dtype)
         return _Prefill(kv, groups, parting=self._parting(prompt, 0) if reuse and len(groups) == 1 else 0)
 
-    def _skip_cancelled(self) -> None:
+    def _next_waiting(self, running: list[Row], rows: list[Row]) -> Row | None:
+        """Who may join next: the first in the queue, or one behind it that needn't wait while that one must.
+
+        Args:
+            running: The rows that have a place in the batch.
+            rows: Those that have KV: these, and the parked ones.
+        """
         while self._waiting and self._waiting[0].done:
             self._waiting.popleft()
+        for row in self._waiting:
+            if not row.done and self._may_join(row, running, rows):
+                return row
+            if not row.done and row.passed >= MOST_PASSED:
+                break
+        return None
 
-    def _may_join(self, row: Row, rows: list[Row]) -> bool:
+    def _take(self, row: Row) -> None:
+        """Takes a row out of the queue, and notes whom it has passed."""
+        for other in self._waiting:
+            if other is row:
+                break
+            other.passed += 1
+        self._waiting.remove(row)
+
+    def _may_join(self, row: Row, running: list[Row], rows: list[Row]) -> bool:
         if rows and {it.request.exactness for it in (row, *rows)} != {"fast"}:
             return False
-        if len(rows) >= self.max_rows:
+        if len(running) >= self._width([*running, row]):
             return False
         return self._budget is None or self._kv_bytes([it.request for it in (*rows, row)]) <= self._budget
 
