@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import mlx.core as mx
 
-from . import checkpoint, sizes
+from . import checkpoint, drafter_precision, sizes
 from .answer import Answer, Chunk, Generation
 from .decode.prefill import prefill
 from .decode.request import Request, Row
@@ -35,6 +35,7 @@ from .models.target import Target
 from .pair import DEMO as DEMO
 from .pair import find_pair, find_profile, way_out
 from .paths import expanded
+from .quantization import Format
 from .text import StopStrings, Tokenizer
 from .tools import Tools
 from .tuning import profile as profiles
@@ -68,6 +69,7 @@ def load(
     drafter_position: str = "auto",
     cache_bytes: int | None = None,
     adapter: str | Path | None = None,
+    quantize_drafter: int | Literal["auto", "none"] | None = "auto",
 ) -> MTPModel:
     """Loads a target and its drafter.
 
@@ -76,7 +78,7 @@ def load(
         drafter: The same for the drafter. None takes the target's own: merged into its files, or found by its name,
             for a folder beside it or in the hub's cache; if none can be used, a warning says why. False loads none.
         quantize: Bits (2, 3, 4, 5, 6 or 8) to quantise both models to while loading; a drafter that is quantised
-            already stays as it is. None takes both as stored.
+            already stays as it is. None takes the target as stored.
         dtype: "float32", "bfloat16" or "float16" for activations and unquantised weights. None is the checkpoint's
             own; on the CPU, where 16-bit arithmetic is slow, float32.
         profile: What `mlx-mtp tune` measured for this pair here: "auto" for the saved one, if there is one; a file;
@@ -89,9 +91,14 @@ def load(
             quarter of the memory that is left beside the models.
         adapter: Folder of a LoRA adapter for the target, as mlx-lm's or PEFT's fine-tuning writes it. It stays apart
             from the weights, which may be quantised. The drafter stays as it is: drafts may be accepted less often.
+        quantize_drafter: How precise the drafter is. "auto" loads it in the target's own format (bits, groups, mode),
+            but with 4 bits at least, if the target is quantised and it isn't; one with a clustered head (E2B's and
+            E4B's, which hardly gain) only if `quantize` is given. Bits quantise it to these, in groups of 64; None or
+            "none" takes it as stored. Changes speed, memory and acceptance, never the text.
 
     Raises:
-        CheckpointError: A checkpoint is missing, damaged, or not a Gemma 4 model.
+        CheckpointError: A checkpoint is missing, damaged, or not a Gemma 4 model; or bits are asked for of a model
+            that is quantised already.
         PairingError: The drafter was made for another target.
         MemoryBudgetError: The weights don't fit in this machine's memory.
         ProfileError: The profile's file is damaged, or was measured with something else.
@@ -101,14 +108,20 @@ def load(
     if drafter_position not in (*POSITIONS, "auto"):
         raise MTPError(f"drafter_position must be auto, {' or '.join(POSITIONS)}, not {drafter_position!r}")
     checkpoint.check_options(dtype, quantize)
-    folder, drafter_folder = find_pair(target, drafter, check=lambda it: checkpoint.check_config(it, dtype, quantize))
+    expected = drafter_precision.expected_bits(quantize, quantize_drafter)
+    folder, drafter_folder = find_pair(
+        target, drafter, check=lambda it: checkpoint.check_config(it, dtype, quantize, expected)
+    )
+    drafter_format = drafter_precision.of_pair(folder, drafter_folder, quantize, quantize_drafter)
     adapter = None if adapter is None else expanded(adapter)
-    tuned = find_profile(profile, folder, drafter_folder, quantize, dtype, adapter)
+    tuned = find_profile(profile, folder, drafter_folder, quantize, dtype, adapter, drafter_format)
     if drafter_position == "auto":
         drafter_position = (tuned and tuned.drafter_position) or "committed"
     if cache_bytes is not None and (not is_int(cache_bytes) or cache_bytes < 0):
         raise MTPError(f"cache_bytes must be a whole number of bytes or None, not {cache_bytes!r}")
-    return MTPModel(folder, drafter_folder, quantize, dtype, drafter_position, cache_bytes, tuned, adapter)
+    return MTPModel(
+        folder, drafter_folder, quantize, dtype, drafter_position, cache_bytes, tuned, adapter, drafter_format
+    )
 
 
 class MTPModel:
@@ -118,6 +131,7 @@ class MTPModel:
         adapter: Folder of the target's LoRA adapter, or None.
         config: The target's `config.TargetConfig`.
         drafter_config: The drafter's `config.DrafterConfig`, or None.
+        drafter_format: The `quantization.Format` that the drafter was quantised to while loading, or None.
         tokenizer: The target's `text.Tokenizer`, or None if its folder has none (then prompts are token ids).
         defaults: The target's generation_config, as `generation_config.GenerationDefaults`.
         profile: What is known of this pair on this machine, as `tuning.profile.Profile`, or None.
@@ -134,8 +148,9 @@ class MTPModel:
         cache_bytes: int | None,
         profile: profiles.Profile | None,
         adapter: Path | None = None,
+        drafter_format: Format | None = None,
     ):
-        self.profile = profile
+        self.profile, self.drafter_format = profile, drafter_format
         self.folder, self.drafter_folder, self.adapter = folder, drafter_folder, adapter
         self._closed = False
         self._turns = Turns()
@@ -147,7 +162,7 @@ class MTPModel:
             if drafter_folder is not None:
                 with way_out():
                     self.drafter_config, self._drafter = checkpoint.load_drafter(
-                        drafter_folder, self.config, position, dtype, quantize
+                        drafter_folder, self.config, position, dtype, drafter_format
                     )
         self.defaults = read_generation(folder)
         self.kv_budget, cache_bytes = sizes.kv_budget(sizes.held_bytes(self._target, self._drafter), cache_bytes)

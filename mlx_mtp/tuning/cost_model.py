@@ -83,38 +83,44 @@ class Pair:
         drafter: The drafter's; None for a target alone.
         bits: Of the target's weights; None for 16-bit floats.
         traffic: What a step of the target reads.
-        drafter_traffic: What a step of the drafter reads, in 16-bit floats; None without one.
+        drafter_bits: The same of the drafter's.
+        drafter_traffic: What a step of the drafter reads; None without one.
         weights: Bytes of the models in memory.
     """
 
     target: TextConfig
     drafter: TextConfig | None
     bits: int | None
+    drafter_bits: int | None
     traffic: Traffic
     drafter_traffic: Traffic | None
     weights: int
 
 
-def pair(target: TargetConfig, drafter: DrafterConfig | None, bits: int | None) -> Pair:
+def pair(
+    target: TargetConfig, drafter: DrafterConfig | None, bits: int | None, drafter_bits: int | None = None
+) -> Pair:
     """Counts what the steps of a pair read.
 
     Args:
         target: The target.
-        drafter: Its drafter, taken as 16-bit floats; None for plain decoding.
+        drafter: Its drafter; None for plain decoding.
         bits: Quantisation of the target, in groups of 64; None for 16-bit floats.
+        drafter_bits: The same of the drafter.
 
     Raises:
         CheckpointError: A number of bits that MLX can't quantise to.
     """
-    rule = Scheme(Format(bits)).rule() if bits else None
+    rule, own = (Scheme(Format(b)).rule() if b else None for b in (bits, drafter_bits))
     text = target.text
     return Pair(
         text,
         drafter.text if drafter else None,
         bits,
+        drafter_bits,
         target_traffic(text, 2, rule),
-        drafter_traffic(drafter, 2) if drafter else None,
-        target_sizes(text, 2, rule).weights + (drafter_sizes(drafter, 2).weights if drafter else 0),
+        drafter_traffic(drafter, 2, own) if drafter else None,
+        target_sizes(text, 2, rule).weights + (drafter_sizes(drafter, 2, own).weights if drafter else 0),
     )
 
 
@@ -213,7 +219,7 @@ def draft_seconds(chip: Chip, pair: Pair, batch: int, context: int, fit: Calibra
     assert pair.drafter and pair.drafter_traffic, "a target alone drafts nothing"
     seconds = KERNELS_DRAFTER * len(pair.drafter.layers) * fit.launch
     parts = (pair.drafter_traffic.body, pair.drafter_traffic.head)
-    seconds += sum(matmul_seconds(chip, part, batch, False, fit) for part in parts)
+    seconds += sum(matmul_seconds(chip, part, batch, pair.drafter_bits is not None, fit) for part in parts)
     return seconds + _read_seconds(chip, batch * kv_read_bytes(pair.drafter, context, 2), fit)
 
 
