@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _PREDICTED_AT = 1024
 """Tokens of context that speeds are predicted for."""
 
-_TYPICAL_ERROR = 0.26
+_TYPICAL_ERROR = 0.15
 """Median error of the cost model against published figures, see docs/cost_model.md."""
 
 
@@ -157,10 +157,9 @@ def describe(
         facts["machine"]["choices"] = [fit(bits) for bits in (None, 8, 6, 4)]
     facts["expected"] = None
     if chip:
-        bits = stored.common.bits if stored else quantize
-        own_format = pair[1][1].common if len(pair) > 1 and pair[1][1] else drafter_wanted
+        drafter_how = pair[1][1].common if len(pair) > 1 and pair[1][1] else drafter_wanted
         fitting = config_d if facts["drafter"] and facts["drafter"]["pairing"] == _FITS else None
-        facts["expected"] = _expected(config, fitting, bits, own_format.bits if own_format else None, chip)
+        facts["expected"] = _expected(config, fitting, stored.common if stored else wanted, drafter_how, chip)
     return facts
 
 
@@ -175,7 +174,7 @@ def _chip(name: str | None) -> Chip | None:
 
 
 def _expected(
-    config: TargetConfig, drafter: DrafterConfig | None, bits: int | None, drafter_bits: int | None, chip: Chip
+    config: TargetConfig, drafter: DrafterConfig | None, how: Format | None, drafter_how: Format | None, chip: Chip
 ) -> dict[str, Any]:
     """What the cost model predicts for one row; half of the published figures lie in ranges as wide as these.
 
@@ -183,7 +182,7 @@ def _expected(
     """
     from ..tuning import cost_model, report
 
-    pair = cost_model.pair(config, drafter, bits, drafter_bits)
+    pair = cost_model.pair(config, drafter, how, drafter_how)
     (alone, *_) = report.choices(chip, pair, _PREDICTED_AT, batches=(1,)) or (None,)
 
     def around(speed: float) -> list[float]:

@@ -21,6 +21,7 @@ from . import options as o
 
 if TYPE_CHECKING:
     from ..config import DrafterConfig, TargetConfig, TextConfig
+    from ..quantization import Format
     from ..tuning.choose import Choice, Option
     from ..tuning.measure import Measurement
 
@@ -352,7 +353,7 @@ def _simulation(
     except MTPError as error:
         raise typer.BadParameter(str(error), param_hint="--simulate") from None
     if "/" in name or Path(name).is_dir():
-        target, own_drafter, bits, own_bits = _configs(name, drafter, no_draft, quantize, quantize_drafter)
+        target, own_drafter, how, drafter_how = _configs(name, drafter, no_draft, quantize, quantize_drafter)
     else:
         try:
             target, own_drafter = known_models.known_pair(name)
@@ -362,14 +363,14 @@ def _simulation(
             raise typer.BadParameter(
                 "a size has its own: give a folder or repository for another", param_hint="--drafter"
             )
-        bits = quantize
-        own_format = drafter_format(own_drafter, None, Format(bits) if bits else None, quantize, quantize_drafter)
-        own_bits = own_format.bits if own_format else None
-    pair = cost_model.pair(target, None if no_draft else own_drafter, bits, own_bits)
+        how = Format(quantize) if quantize else None
+        drafter_how = drafter_format(own_drafter, None, how, quantize, quantize_drafter)
+    pair = cost_model.pair(target, None if no_draft else own_drafter, how, drafter_how)
     if max(contexts) > (longest := pair.target.max_positions):
         raise typer.BadParameter(f"the model's own is {longest:,} tokens", param_hint="--contexts")
     if as_json:
         predicted = [report.simulation_facts(machine, pair, context, batches, objective) for context in contexts]
+        bits = how.bits if how else None
         about = {"predicted": True, "chip": machine.name, "model": name, "bits": bits, "objective": objective}
         accepted = list(cost_model.PUBLISHED_ACCEPTANCE) if pair.drafter else []
         return json.dumps({**about, "acceptance": accepted, "contexts": predicted})
@@ -380,20 +381,21 @@ def _simulation(
 
 def _configs(
     model: str, drafter: str | None, no_draft: bool, quantize: int | None, quantize_drafter: str | int
-) -> tuple[TargetConfig, DrafterConfig | None, int | None, int | None]:
-    """The configurations of a folder or repository and of its drafter, if it has one, and the bits of both."""
+) -> tuple[TargetConfig, DrafterConfig | None, Format | None, Format | None]:
+    """The configurations of a folder or repository and of its drafter, if it has one, and how both are quantised."""
     from ..checkpoint import read_drafter, read_quantization, read_target
     from ..drafter_precision import of_pair
     from ..names import drafter_table, target_table
     from ..pair import find_pair
+    from ..quantization import Format
 
     folder, drafter_folder = find_pair(model, False if no_draft else drafter, weights=False)
     raw, target = read_target(folder)
     found = read_quantization(raw, target_table(target.text), folder, quantize)
-    bits = found.common.bits if found else quantize
+    how = found.common if found else Format(quantize) if quantize else None
     if drafter_folder is None:
-        return target, None, bits, None
+        return target, None, how, None
     raw, own = read_drafter(drafter_folder)
     stored = read_quantization(raw, drafter_table(own), drafter_folder)
     loaded = stored.common if stored else of_pair(folder, drafter_folder, quantize, quantize_drafter)
-    return target, own, bits, loaded.bits if loaded else None
+    return target, own, how, loaded
