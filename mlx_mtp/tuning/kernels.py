@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from ..config import TextConfig
+from ..models.attention import FUSED_HEAD, FUSED_ROWS, FUSED_TOKENS
 from ..quantization import Format
 from ..sizes import Part
 from .chips import Chip
@@ -47,9 +48,6 @@ SMALL, MIDDLE = 2048, 4096
 
 _MATRIX_FROM = {"early": (14, 10, 6), "Ultra": (32, 18, 12), "later": (13, 15, 13), "M5": (33, 25, 13)}
 """That number of rows for quantised matrices whose sides are up to SMALL, up to MIDDLE, and larger."""
-
-FUSED_TOKENS, FUSED_ROWS, FUSED_HEAD = 8, 32, 256
-"""What the fused attention kernel takes of several tokens: tokens, tokens x query heads of a KV head, head_dim."""
 
 
 @dataclass(frozen=True)
