@@ -193,7 +193,7 @@ class MTPModel:
             )
             return _Loaded(config, target, drafter_config, drafter, scheduler, weights, budget)
 
-        self._session = Session(load, f"mlx_mtp {folder.name}")
+        self._session = Session(load)
         # Neither of both refers to this model, so that dropping it gives its memory back.
         self._finalizer = weakref.finalize(self, self._session.close)
         loaded = cast(_Loaded, self._session.owned())

@@ -86,7 +86,9 @@ def drafter_tensors(folder: Path) -> dict[str, mx.array]:
     return of_merged_drafter(stored) if holds_drafter(folder) else stored
 
 
-def read_quantization(config: dict[str, Any], table: Table, folder: Path, quantize: int | None) -> Stored | None:
+def read_quantization(
+    config: dict[str, Any], table: Table, folder: Path, quantize: int | Format | None = None
+) -> Stored | None:
     """How a folder's weights are quantised; None if they aren't. Arguments as for `assign`.
 
     Raises:
@@ -120,7 +122,7 @@ def load_target(
     model, table = Target(config.text), target_table(config.text)
     if config.text.tied_head:
         check_tied(folder, table)
-    assign(model, dict(tensors(folder)), table, folder, raw, dtype, quantize)
+    assign(model, dict(tensors(folder)), table, folder, raw, dtype, _format(quantize))
     if adapter:
         adapters.apply(adapters.read_adapter(adapter), model, table)
     if not on_gpu() and config.text.num_experts and model.dtype != mx.float32:
@@ -130,7 +132,7 @@ def load_target(
 
 
 def load_drafter(
-    folder: Path, target: TargetConfig, position: str, dtype: str | None = None, quantize: int | None = None
+    folder: Path, target: TargetConfig, position: str, dtype: str | None = None, quantize: Format | None = None
 ) -> tuple[DrafterConfig, Drafter]:
     """Loads a drafter and checks that it belongs to a target.
 
@@ -139,8 +141,8 @@ def load_drafter(
         target: The target's config.
         position: One of `models.drafter.POSITIONS`.
         dtype: As for `load_target`; should be what the target runs in.
-        quantize: As for `load_target`; never inherited from the target's config. A drafter that is quantised already
-            stays as it is: whoever has one beside an original means this for the target.
+        quantize: What to quantise to while loading, see `drafter_precision.drafter_format`; None to take the weights
+            as they are.
 
     Raises:
         CheckpointError: See `errors.CheckpointError`.
@@ -153,12 +155,11 @@ def load_drafter(
 
 
 def open_drafter(
-    folder: Path, target: TargetConfig, position: str, dtype: str | None = None, quantize: int | None = None
+    folder: Path, target: TargetConfig, position: str, dtype: str | None = None, quantize: Format | None = None
 ) -> tuple[DrafterConfig, Drafter]:
     """`load_drafter` up to the point where weights would be read: whether it can be loaded is known then."""
     raw, config = read_drafter(folder)
     check_pair(target, config)
-    quantize = drafter_bits(raw, config, folder, quantize)
     model = Drafter(config, position)
     stored = drafter_tensors(folder)
     if config.num_clusters:
@@ -167,12 +168,15 @@ def open_drafter(
     return config, model
 
 
-def check_config(folder: Path, dtype: str | None = None, quantize: int | None = None) -> None:
+def check_config(
+    folder: Path, dtype: str | None = None, quantize: int | None = None, drafter_bits: int | None = None
+) -> None:
     """Checks what config.json alone can tell, which is worth knowing before weights are downloaded.
 
     Args:
         folder: A target's or a drafter's folder; it needs no weights.
         dtype, quantize: As for `load_target`.
+        drafter_bits: Bits that a drafter is quantised to unless it is already; None for none.
 
     Raises:
         CheckpointError, MemoryBudgetError: The model couldn't be loaded.
@@ -182,11 +186,11 @@ def check_config(folder: Path, dtype: str | None = None, quantize: int | None = 
     if raw.get("model_type") in DRAFTER_TYPES:
         _, config = read_drafter(folder)
         stored = read_quantization(raw, drafter_table(config), folder, None)
-        check_memory(sizes.drafter_sizes(config, *in_memory(raw, stored, quantize, dtype)).weights, folder)
+        check_memory(sizes.drafter_sizes(config, *in_memory(raw, stored, _format(drafter_bits), dtype)).weights, folder)
     else:
         text = read_target(folder)[1].text
         stored = read_quantization(raw, target_table(text), folder, quantize)
-        check_memory(sizes.target_sizes(text, *in_memory(raw, stored, quantize, dtype)).weights, folder)
+        check_memory(sizes.target_sizes(text, *in_memory(raw, stored, _format(quantize), dtype)).weights, folder)
 
 
 def check_dtype(dtype: str | None) -> None:
@@ -230,28 +234,23 @@ def named_dtype(raw: dict[str, Any]) -> str | None:
 
 
 def in_memory(
-    raw: dict[str, Any], stored: Stored | None, quantize: int | None, dtype: str | None = None
+    raw: dict[str, Any], stored: Stored | None, quantize: Format | None, dtype: str | None = None
 ) -> tuple[int, Rule | None]:
     """Bytes of an unquantised parameter once loaded here, and how the others are quantised: as `sizes` takes them.
 
     Args:
         raw: A config.json.
         stored: How it says that weights are quantised.
-        dtype, quantize: As for `load_target`.
+        quantize: What the others are quantised to while loading, if anything.
+        dtype: As for `load_target`.
     """
-    rule = stored.rule() if stored else Scheme(Format(quantize)).rule() if quantize else None
+    rule = stored.rule() if stored else Scheme(quantize).rule() if quantize else None
     own = DTYPES.get(named_dtype(raw) or "", mx.bfloat16)
     return (DTYPES[dtype] if dtype else activation_dtype(own)).size, rule
 
 
-def drafter_bits(raw: dict[str, Any], config: DrafterConfig, folder: Path, quantize: int | None) -> int | None:
-    """To how many bits a drafter is quantised while loading, if this is asked for a pair; None if it is already.
-
-    Args:
-        raw, config: Its config.json, as it is and as it is understood.
-        folder, quantize: As for `load_drafter`.
-    """
-    return None if read_quantization(raw, drafter_table(config), folder, None) else quantize
+def _format(bits: int | None) -> Format | None:
+    return Format(bits) if bits else None
 
 
 def in_cluster_order(config: dict[str, Any]) -> bool:
@@ -294,7 +293,7 @@ def assign(
     folder: Path,
     config: dict[str, Any],
     dtype: str | None,
-    quantize: int | None,
+    quantize: Format | None,
 ) -> None:
     """Gives a model its weights, after checking that names and shapes are exactly the model's. Evaluates nothing.
 
@@ -304,7 +303,8 @@ def assign(
         table: What these names mean.
         folder: Where they come from, for messages.
         config: The folder's config.json.
-        dtype, quantize: As for `load_target`.
+        dtype: As for `load_target`.
+        quantize: What to quantise to; None to take the weights as they are.
 
     Raises:
         CheckpointError: See `errors.CheckpointError`.
@@ -331,8 +331,7 @@ def assign(
     # The model alone holds the weights now, so that what is replaced below is let go at once.
     weights.clear()
     if quantize:
-        scheme = Scheme(Format(quantize))
-        nn.quantize(model, class_predicate=scheme.rule())  # in the stored type, as a conversion does it
+        nn.quantize(model, class_predicate=Scheme(quantize).rule())  # in the stored type, as a conversion does it
     model.set_dtype(DTYPES[dtype] if dtype else activation_dtype(own))
 
 

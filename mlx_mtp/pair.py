@@ -13,6 +13,7 @@ from .errors import MTPError, ProfileError
 from .files import listed
 from .models.drafter import POSITIONS
 from .paths import expanded
+from .quantization import Format
 from .safetensors_files import weight_files
 from .tuning import profile as profiles
 
@@ -80,6 +81,7 @@ def find_profile(
     quantize: int | None,
     dtype: str | None,
     adapter: Path | None = None,
+    drafter_format: Format | None = None,
 ) -> profiles.Profile | None:
     """The profile that `load` is to use, see there."""
     if wanted is None:
@@ -87,7 +89,7 @@ def find_profile(
     if not isinstance(wanted, str | Path):
         raise ProfileError(f"profile must be 'auto', a file or None, not {wanted!r}")
     try:
-        key = profiles.key_of(folder, drafter_folder, quantize, dtype, adapter)
+        key = profiles.key_of(folder, drafter_folder, quantize, dtype, adapter, drafter_format)
     except OSError:
         return None  # a file is missing: reading the checkpoint says which
     if wanted == "auto":

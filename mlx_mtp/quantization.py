@@ -55,6 +55,9 @@ class Format:
                 "and groups of 32, 64 or 128"
             )
 
+    def __str__(self) -> str:
+        return f"{self.bits} bits in groups of {self.group_size}" if self.mode == "affine" else self.mode
+
     @classmethod
     def make(cls, mode: str = "affine", bits: int | None = None, group_size: int | None = None) -> Format:
         """A format with what isn't given at the mode's default: for affine 4 bits in groups of 64.

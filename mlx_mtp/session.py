@@ -11,21 +11,23 @@ has gone, for whatever reason, ends with the step that is running, which is a ro
 Nobody else's row is touched by that. An error in a step ends all rows that were under way, each with an error of its
 own; those that wait in the queue don't notice.
 
-The thread ends with `close`, when the model is dropped, or when the interpreter exits. It loads the model, too, and
-gives back what it holds of MLX: a stream that outlives the thread it was made in aborts the process at exit.
+The owner loads the model, too, and lets go of it with `close`, when the model is dropped, or when the interpreter exits.
+Then its thread waits for the next model: MLX keeps a thread of its own for every stream that was ever made, and aborts
+the process at exit if that outlives the thread it was made in.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import queue
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import mlx.core as mx
 
@@ -64,15 +66,46 @@ class _Work:
     pieces: Iterator[Any] | None = None
 
 
+class _Thread:
+    """A thread with a stream, which does one thing after another; daemons, since they never end."""
+
+    idle: ClassVar[list[_Thread]] = []
+
+    def __init__(self) -> None:
+        self._tasks: queue.SimpleQueue[Callable[[mx.Stream], None]] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._run, name="mlx_mtp", daemon=True)
+        self.thread.start()
+
+    @classmethod
+    def start(cls, task: Callable[[mx.Stream], None]) -> threading.Thread:
+        """Has something done in a thread that has nothing to do, or a new one."""
+        try:
+            free = cls.idle.pop()
+        except IndexError:
+            free = cls()
+        free._tasks.put(task)
+        return free.thread
+
+    def _run(self) -> None:
+        stream = mx.new_thread_unsafe_stream(mx.default_device())
+        with mx.stream(stream):
+            while True:
+                self._tasks.get()(stream)
+                self.idle.append(self)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Thread.idle.clear)  # there they don't exist
+
+
 class Session:
     """Runs a model in a thread of its own; all methods may be called from any thread."""
 
-    def __init__(self, load: Callable[[], Loaded], name: str):
-        """Loads a model in a new thread, and waits for it.
+    def __init__(self, load: Callable[[], Loaded]):
+        """Loads a model in its thread, and waits for it.
 
         Args:
             load: Makes what the thread is to own.
-            name: Of the thread.
 
         Raises:
             BaseException: What `load` raises.
@@ -86,9 +119,8 @@ class Session:
         self._lent_to: int | None = None
         self._owned: Loaded | None = None
         loaded: Future[None] = Future()
-        # A daemon, since nothing would tell it to end before the interpreter waits for it; see MTPModel.
-        self._thread = threading.Thread(target=self._main, args=(loaded,), name=name, daemon=True)
-        self._thread.start()
+        self._ended = threading.Event()
+        self._thread = _Thread.start(lambda stream: self._main(stream, loaded))
         try:
             loaded.result()
         except BaseException:
@@ -192,7 +224,7 @@ class Session:
             self._closing = True
             self._changed.notify_all()
         if wait and threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._ended.wait()
 
     def _check_usable(self) -> None:
         self.owned()
@@ -221,26 +253,24 @@ class Session:
 
     # In the owner's thread
 
-    def _main(self, loaded: Future[None]) -> None:
-        stream = mx.new_thread_unsafe_stream(mx.default_device())
+    def _main(self, stream: mx.Stream, loaded: Future[None]) -> None:
         try:
-            with mx.stream(stream):
-                try:
-                    self._owned = self._load()
-                except BaseException as error:
-                    loaded.set_exception(error)
-                    return
-                finally:
-                    del self._load
-                loaded.set_result(None)
-                while self._wait():
-                    self._do_work()
-                    self._step()
+            try:
+                self._owned = self._load()
+            except BaseException as error:
+                loaded.set_exception(error)
+                return
+            finally:
+                del self._load
+            loaded.set_result(None)
+            while self._wait():
+                self._do_work()
+                self._step()
         except BaseException:
-            log.exception("the thread of a model has ended by an error")
-            raise
+            log.exception("the owner of a model has met an error of its own: the model is closed")
         finally:
             self._end(stream)
+            self._ended.set()
 
     def _wait(self) -> bool:
         """Waits until there is something to do; False if that is to end."""
@@ -338,7 +368,6 @@ class Session:
         with suppress(Exception):
             mx.synchronize(stream)
         mx.clear_cache()
-        mx.clear_streams()
 
 
 def _resolve(result: Future[Any], value: Any) -> None:

@@ -218,9 +218,7 @@ def measure_acceptance(prompts: int) -> None:
 
 
 def _name(how: Format | None) -> str:
-    if how is None:
-        return "bfloat16"
-    return f"{how.bits} bits in groups of {how.group_size}" if how.mode == "affine" else how.mode
+    return str(how) if how else "bfloat16"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from mlx_mtp.quantization import Format
 from mlx_mtp.tuning import cost_model as model
 from mlx_mtp.tuning.chips import chip
 from mlx_mtp.tuning.known_models import known_pair
@@ -33,7 +34,8 @@ def write_plots(folder: Path) -> None:
 def _batch(path: Path) -> None:
     figure, (total, row) = plt.subplots(1, 2, figsize=(10, 4))
     for colour, bits in zip(COLOURS, (4, None), strict=True):
-        found = choices(chip(CHIP), model.pair(*known_pair(MODEL), bits), CONTEXT, batches=BATCHES)
+        how = Format(bits) if bits else None
+        found = choices(chip(CHIP), model.pair(*known_pair(MODEL), how, how), CONTEXT, batches=BATCHES)
         name = f"{bits} bits" if bits else "bf16"
         batches = [c.batch for c in found]
         for axes, share in ((total, lambda c: 1), (row, lambda c: c.batch)):

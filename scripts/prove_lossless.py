@@ -44,6 +44,7 @@ from mlx_mtp.api import DEMO  # noqa: E402
 from mlx_mtp.decode.request import Request, Stats  # noqa: E402
 from mlx_mtp.decode.sampling import SamplingOptions  # noqa: E402
 from mlx_mtp.decode.scheduler import Scheduler  # noqa: E402
+from mlx_mtp.quantization import Format  # noqa: E402
 from mlx_mtp.text import Tokenizer  # noqa: E402
 
 SAMPLINGS = {
@@ -99,7 +100,7 @@ def compare(
 ) -> Iterator[Run]:
     """Compares all kinds of runs with plain decoding, for one pair."""
     config, target = checkpoint.load_target(target_folder, "float32", quantize)
-    _, own = checkpoint.load_drafter(drafter_folder, config, "committed", "float32", quantize)
+    _, own = checkpoint.load_drafter(drafter_folder, config, "committed", "float32", quantize and Format(quantize))
     for sampling in samplings:
         plain, _ = generate(target, None, prompt, tokens, sampling, 0, "fast")
         script = prompt + plain

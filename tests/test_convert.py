@@ -131,7 +131,7 @@ def test_a_drafter_that_is_quantised_already_stays_as_it_is(tmp_path: Path):
     assert proposed == mlx_mtp.load(folder, small).propose(TOKENS, 6)
     done = mlx_mtp_command("info", target, "--drafter", small, "--quantize", 4, "--json")
     facts = json.loads(done.stdout)
-    assert facts["target"]["stored_as"] == "float32, quantised to 4 bits while loading"
+    assert facts["target"]["stored_as"] == "float32, quantised to 4 bits in groups of 64 while loading"
     assert facts["drafter"]["stored_as"] == "8 bits, affine"
     assert [choice["quantize"] for choice in facts["machine"]["choices"]] == [None, 8, 6, 4]
     assert facts["machine"]["needed"] == facts["target"]["bytes_in_memory"] + facts["drafter"]["bytes_in_memory"]

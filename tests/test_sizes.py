@@ -23,7 +23,9 @@ def test_weights_take_what_was_predicted(kind: str, bits: int | None, tmp_path: 
     target_folder, drafter_folder = make_pair(kind, tmp_path)
     rule = Scheme(Format(bits)).rule() if bits else None
     config, target = checkpoint.load_target(target_folder, quantize=bits)
-    drafter_config, drafter = checkpoint.load_drafter(drafter_folder, config, "committed", quantize=bits)
+    drafter_config, drafter = checkpoint.load_drafter(
+        drafter_folder, config, "committed", quantize=bits and Format(bits)
+    )
     for model, predicted in (
         (target, sizes.target_sizes(config.text, 4, rule)),
         (drafter, sizes.drafter_sizes(drafter_config, 4, rule)),

@@ -126,7 +126,7 @@ def a_profile(lm: mlx_mtp.MTPModel) -> profile.Profile:
 @pytest.mark.parametrize("field, value, culprit", [
     ("mlx", "0.1", "another version of mlx"), ("mlx_mtp", "0.0.1", "another version of mlx_mtp"),
     ("device", "Apple M9", "another device"), ("files", "0" * 64, "other model files"),
-    ("quantize", 4, "another quantisation"),
+    ("quantize", 4, "another quantisation"), ("drafter", "mxfp4", "another precision of the drafter"),
 ])  # fmt: skip
 def test_profiles_of_something_else(field: str, value: object, culprit: str, tmp_path: Path):
     with mlx_mtp.load(drafter=False) as lm:
@@ -166,7 +166,7 @@ def test_a_missing_profile_is_an_error(tmp_path: Path):
 
 
 def test_costs_between_measured_batches():
-    key = profile.Key("m", "f", None, None, "d", "1", "1")
+    key = profile.Key("m", "f", None, None, None, "d", "1", "1")
     known = profile.Profile(key, {2: {0: 1.0, 1: 2.0}, 6: {0: 3.0, 1: 4.0}}, {}, 2, 1, "latency", None, "now")
     assert known.costs_of(2) == {0: 1.0, 1: 2.0}
     assert known.costs_of(3) == {0: 1.5, 1: 2.5}

@@ -43,6 +43,7 @@ def batch(
     no_sanitize: o.NoSanitize = False,
     exactness: o.Exactness = "fast",
     quantize: o.Quantize = None,
+    quantize_drafter: o.QuantizeDrafter = "auto",
     trace: o.TraceFile = None,
     debug: o.Debug = False,
 ) -> None:
@@ -75,7 +76,7 @@ def batch(
     try:
         output.open("a").close()  # before anything takes long
         with (
-            o.load(model, drafter, no_draft, quantize, adapter=adapter) as lm,
+            o.load(model, drafter, no_draft, quantize, quantize_drafter, adapter=adapter) as lm,
             o.tracing(lm, trace),
             _only(output, done) as file,
         ):

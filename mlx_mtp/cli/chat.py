@@ -46,6 +46,7 @@ def chat(
     no_sanitize: o.NoSanitize = False,
     exactness: o.Exactness = "fast",
     quantize: o.Quantize = None,
+    quantize_drafter: o.QuantizeDrafter = "auto",
     trace: o.TraceFile = None,
     debug: o.Debug = False,
 ) -> None:
@@ -62,7 +63,7 @@ def chat(
         "exactness": exactness,
         "sanitize": not no_sanitize,
     }
-    with o.load(model, drafter, no_draft, quantize, adapter=adapter) as lm, o.tracing(lm, trace):
+    with o.load(model, drafter, no_draft, quantize, quantize_drafter, adapter=adapter) as lm, o.tracing(lm, trace):
         name = "the embedded demo pair" if model is None else model
         print(f"{name}{'' if lm.drafter_config else ', without a drafter'}; /help lists commands", file=sys.stderr)
         conversation = lm.chat(system, think)

@@ -37,6 +37,7 @@ def generate(
     no_sanitize: o.NoSanitize = False,
     exactness: o.Exactness = "fast",
     quantize: o.Quantize = None,
+    quantize_drafter: o.QuantizeDrafter = "auto",
     as_json: o.Json = False,
     trace: o.TraceFile = None,
     debug: o.Debug = False,
@@ -57,7 +58,7 @@ def generate(
     messages.append({"role": "user", "content": prompt})
     asked = prompt if raw else messages
 
-    with o.load(model, drafter, no_draft, quantize, adapter=adapter) as lm, o.tracing(lm, trace):
+    with o.load(model, drafter, no_draft, quantize, quantize_drafter, adapter=adapter) as lm, o.tracing(lm, trace):
         given: dict[str, Any] = {
             "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
             "seed": seed, "stop": stop, "draft_length": draft_length, "exactness": exactness, "thinking": think,

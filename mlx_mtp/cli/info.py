@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
     from ..config import DrafterConfig, TargetConfig
     from ..names import Table
-    from ..quantization import Stored
+    from ..quantization import Format, Stored
     from ..tuning.chips import Chip
 
 _PREDICTED_AT = 1024
 """Tokens of context that speeds are predicted for."""
 
-_TYPICAL_ERROR = 0.26
+_TYPICAL_ERROR = 0.15
 """Median error of the cost model against published figures, see docs/cost_model.md."""
 
 
@@ -35,6 +35,7 @@ def info(
     drafter: o.Drafter = None,
     no_draft: o.NoDraft = False,
     quantize: o.Quantize = None,
+    quantize_drafter: o.QuantizeDrafter = "auto",
     chip: Annotated[
         str | None,
         typer.Option(help="Predict the speed for this Apple chip instead of this machine's.", metavar="CHIP"),
@@ -43,25 +44,29 @@ def info(
     debug: o.Debug = False,
 ) -> None:
     """Shows sizes, memory, pairing, whether it fits, and what speed to expect; downloads no weights."""
-    o.check_loading(drafter, no_draft, quantize)
+    o.check_loading(drafter, no_draft, quantize, quantize_drafter)
     machine = _chip(chip)
-    facts = describe(model, False if no_draft else drafter, quantize, machine)
+    facts = describe(model, False if no_draft else drafter, quantize, machine, quantize_drafter)
     print(json.dumps(facts) if as_json else _table(facts))
 
 
 def describe(
-    model: str | None, drafter: str | Literal[False] | None, quantize: int | None, chip: Chip | None
+    model: str | None,
+    drafter: str | Literal[False] | None,
+    quantize: int | None,
+    chip: Chip | None,
+    quantize_drafter: int | str | None = "auto",
 ) -> dict[str, Any]:
     """Facts about a pair, as `mlx-mtp info --json` prints them.
 
     Args:
-        model, drafter, quantize: As for `api.load`.
+        model, drafter, quantize, quantize_drafter: As for `api.load`.
         chip: What to predict the speed for; None for no prediction.
 
     Raises:
         CheckpointError: A config.json is missing or isn't Gemma 4's, or weights that are here can't be loaded.
     """
-    from .. import checkpoint, sizes
+    from .. import checkpoint, drafter_precision, sizes
     from ..config import check_pair
     from ..errors import PairingError
     from ..kv import kv_bytes
@@ -69,13 +74,15 @@ def describe(
     from ..models.target import Target
     from ..names import drafter_table, target_table
     from ..pair import find_pair, way_out
+    from ..quantization import Format
 
     target_folder, drafter_folder = find_pair(model, drafter, weights=False)
     raw, config = checkpoint.read_target(target_folder)
     text = config.text
     table = target_table(text)
     stored = checkpoint.read_quantization(raw, table, target_folder, quantize)
-    dtype_bytes, rule = checkpoint.in_memory(raw, stored, quantize)
+    wanted = Format(quantize) if quantize else None
+    dtype_bytes, rule = checkpoint.in_memory(raw, stored, wanted)
     target = sizes.target_sizes(text, dtype_bytes, rule)
     owners = [layer for i, layer in enumerate(text.layers) if layer.kv_owner == i]
     facts: dict[str, Any] = {
@@ -91,9 +98,9 @@ def describe(
             "vocabulary": text.vocab_size,
             "window": text.sliding_window,
             "context": text.max_positions,
-            "stored_as": _stored_as(raw, stored, quantize),
+            "stored_as": _stored_as(raw, stored, wanted),
             "activation_bits": 8 * dtype_bytes,
-            **_on_disk(target_folder, Target(text), table, raw, quantize),
+            **_on_disk(target_folder, Target(text), table, raw, wanted),
             "parameters": target.parameters,
             "bytes_in_memory": target.weights,
             "bytes_read_per_token": target.read_per_token,
@@ -102,15 +109,15 @@ def describe(
         "drafter": None,
     }
     pair = [(raw, stored)]  # of each model, config.json and how it is quantised
-    config_d = None
+    config_d = drafter_wanted = None
     if drafter_folder is not None:
         with way_out():
             drafter_raw, config_d = checkpoint.read_drafter(drafter_folder)
             table, model_d = drafter_table(config_d), Drafter(config_d, POSITIONS[0])
-            pair.append((drafter_raw, checkpoint.read_quantization(drafter_raw, table, drafter_folder, None)))
-            own_bits = checkpoint.drafter_bits(drafter_raw, config_d, drafter_folder, quantize)
-            on_disk = _on_disk(drafter_folder, model_d, table, drafter_raw, own_bits)
-        own = sizes.drafter_sizes(config_d, *checkpoint.in_memory(*pair[1], own_bits))
+            pair.append((drafter_raw, checkpoint.read_quantization(drafter_raw, table, drafter_folder)))
+            drafter_wanted = drafter_precision.of_pair(target_folder, drafter_folder, quantize, quantize_drafter)
+            on_disk = _on_disk(drafter_folder, model_d, table, drafter_raw, drafter_wanted)
+        own = sizes.drafter_sizes(config_d, *checkpoint.in_memory(*pair[1], drafter_wanted))
         try:
             check_pair(config, config_d)
             pairing = _FITS
@@ -121,7 +128,7 @@ def describe(
             "merged": checkpoint.holds_drafter(drafter_folder),
             "model_type": config_d.model_type,
             "head": f"{config_d.num_clusters} clusters" if config_d.num_clusters else "dense",
-            "stored_as": _stored_as(*pair[1], own_bits),
+            "stored_as": _stored_as(*pair[1], drafter_wanted),
             **on_disk,
             "parameters": own.parameters,
             "bytes_in_memory": own.weights,
@@ -132,11 +139,12 @@ def describe(
 
     def fit(bits: int | None) -> dict[str, Any]:
         """What the pair takes if it is quantised like this while loading."""
-        dtype_bytes, rule = checkpoint.in_memory(raw, stored, bits)
+        dtype_bytes, rule = checkpoint.in_memory(raw, stored, Format(bits) if bits else None)
         target = sizes.target_sizes(text, dtype_bytes, rule)
         needed = target.weights
         if config_d is not None:
-            needed += sizes.drafter_sizes(config_d, *checkpoint.in_memory(*pair[1], bits)).weights
+            like = drafter_precision.of_pair(target_folder, drafter_folder, bits, quantize_drafter)
+            needed += sizes.drafter_sizes(config_d, *checkpoint.in_memory(*pair[1], like)).weights
         return {
             "quantize": bits,
             "needed": needed,
@@ -150,9 +158,9 @@ def describe(
         facts["machine"]["choices"] = [fit(bits) for bits in (None, 8, 6, 4)]
     facts["expected"] = None
     if chip:
-        bits = stored.common.bits if stored else quantize
+        drafter_how = pair[1][1].common if len(pair) > 1 and pair[1][1] else drafter_wanted
         fitting = config_d if facts["drafter"] and facts["drafter"]["pairing"] == _FITS else None
-        facts["expected"] = _expected(config, fitting, bits, chip)
+        facts["expected"] = _expected(config, fitting, stored.common if stored else wanted, drafter_how, chip)
     return facts
 
 
@@ -166,14 +174,16 @@ def _chip(name: str | None) -> Chip | None:
         raise typer.BadParameter(str(error), param_hint="--chip") from None
 
 
-def _expected(config: TargetConfig, drafter: DrafterConfig | None, bits: int | None, chip: Chip) -> dict[str, Any]:
+def _expected(
+    config: TargetConfig, drafter: DrafterConfig | None, how: Format | None, drafter_how: Format | None, chip: Chip
+) -> dict[str, Any]:
     """What the cost model predicts for one row; half of the published figures lie in ranges as wide as these.
 
     Drafting has no speed of its own where there is no drafter, or where no draft length pays (0).
     """
     from ..tuning import cost_model, report
 
-    pair = cost_model.pair(config, drafter, bits)
+    pair = cost_model.pair(config, drafter, how, drafter_how)
     (alone, *_) = report.choices(chip, pair, _PREDICTED_AT, batches=(1,)) or (None,)
 
     def around(speed: float) -> list[float]:
@@ -194,16 +204,18 @@ def _lengths(longest: int) -> list[int]:
     return [n for n in (1024, 8192, 32768, 131072) if n < longest] + [longest]
 
 
-def _stored_as(raw: dict[str, Any], stored: Stored | None, quantize: int | None) -> str:
+def _stored_as(raw: dict[str, Any], stored: Stored | None, quantize: Format | None) -> str:
     if stored:
         return f"{stored.common.bits} bits, {stored.common.mode}"
     from ..checkpoint import named_dtype
 
     dtype = named_dtype(raw) or "unknown type"
-    return f"{dtype}, quantised to {quantize} bits while loading" if quantize else dtype
+    return f"{dtype}, quantised to {quantize} while loading" if quantize else dtype
 
 
-def _on_disk(folder: Path, model: nn.Module, table: Table, raw: dict[str, Any], quantize: int | None) -> dict[str, Any]:
+def _on_disk(
+    folder: Path, model: nn.Module, table: Table, raw: dict[str, Any], quantize: Format | None
+) -> dict[str, Any]:
     """Bytes of the weight files that are there, None for none, and the names of those that aren't.
 
     Raises:

@@ -19,12 +19,23 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 
+_BITS = (2, 3, 4, 5, 6, 8)
+"""`quantization.BITS`, which comes with MLX: options are read before that is imported."""
+
 
 def _draft_length(value: str) -> str | int:
     if value == "auto":
         return value
     if not value.isdecimal() or int(value) > MAX_DRAFT_LENGTH:
         raise typer.BadParameter(f"expected auto or a number from 0 to {MAX_DRAFT_LENGTH}")
+    return int(value)
+
+
+def _quantize_drafter(value: str) -> str | int:
+    if value in ("auto", "none"):
+        return value
+    if not value.isdecimal() or int(value) not in _BITS:
+        raise typer.BadParameter("expected auto, none, or 2, 3, 4, 5, 6 or 8 bits")
     return int(value)
 
 
@@ -67,6 +78,14 @@ Exactness = Annotated[
 Quantize = Annotated[
     int | None, typer.Option(help="Bits to quantise both models to while loading: 2, 3, 4, 5, 6 or 8.", metavar="BITS")
 ]
+QuantizeDrafter = Annotated[
+    Any,
+    typer.Option(
+        help="Precision of the drafter: a quantised model's own (auto), as stored (none), or bits. Texts stay alike.",
+        metavar="auto|none|BITS",
+        parser=_quantize_drafter,
+    ),
+]
 System = Annotated[str | None, typer.Option(help="System prompt.", metavar="TEXT")]
 Think = Annotated[bool, typer.Option("--think", help="Ask the model to think first.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Complete the text as it is, without a chat template.")]
@@ -96,11 +115,15 @@ def check_decoding(draft_length: str | int, exactness: str) -> None:
         raise typer.BadParameter(f"with --exactness invariant at most {MAX_AUTO_LENGTH}", param_hint="--draft-length")
 
 
-def check_loading(drafter: str | None, no_draft: bool, quantize: int | None) -> None:
+def check_loading(
+    drafter: str | None, no_draft: bool, quantize: int | None, quantize_drafter: str | int = "auto"
+) -> None:
     """The same for what is loaded."""
     if drafter and no_draft:
         raise typer.BadParameter("either a drafter or --no-draft, not both", param_hint="--drafter")
-    if quantize not in (None, 2, 3, 4, 5, 6, 8):
+    if no_draft and isinstance(quantize_drafter, int):
+        raise typer.BadParameter("--no-draft loads no drafter", param_hint="--quantize-drafter")
+    if quantize not in (None, *_BITS):
         raise typer.BadParameter("expected 2, 3, 4, 5, 6 or 8", param_hint="--quantize")
 
 
@@ -109,15 +132,23 @@ def load(
     drafter: str | None,
     no_draft: bool,
     quantize: int | None,
+    quantize_drafter: str | int,
     profile: str | None = "auto",
     adapter: str | None = None,
 ) -> MTPModel:
     """Loads the pair that the options name, with a fast BLAS."""
-    check_loading(drafter, no_draft, quantize)
+    check_loading(drafter, no_draft, quantize, quantize_drafter)
     use_openblas()
     from .. import api
 
-    return api.load(model, drafter=False if no_draft else drafter, quantize=quantize, profile=profile, adapter=adapter)
+    return api.load(
+        model,
+        drafter=False if no_draft else drafter,
+        quantize=quantize,
+        quantize_drafter=quantize_drafter,  # type: ignore[arg-type]  # the option's parser has checked it
+        profile=profile,
+        adapter=adapter,
+    )
 
 
 def tracing(lm: MTPModel, file: Path | None) -> AbstractContextManager[None]:

@@ -21,6 +21,7 @@ from . import options as o
 
 if TYPE_CHECKING:
     from ..config import DrafterConfig, TargetConfig, TextConfig
+    from ..quantization import Format
     from ..tuning.choose import Choice, Option
     from ..tuning.measure import Measurement
 
@@ -31,6 +32,7 @@ def tune(
     no_draft: o.NoDraft = False,
     adapter: o.Adapter = None,
     quantize: o.Quantize = None,
+    quantize_drafter: o.QuantizeDrafter = "auto",
     objective: Annotated[
         str,
         typer.Option(
@@ -67,7 +69,7 @@ def tune(
     """Measures this machine with a model, and saves what suits it: batch and draft length."""
     if objective not in OBJECTIVES:
         raise typer.BadParameter(f"expected {', '.join(OBJECTIVES)}", param_hint="--objective")
-    o.check_loading(drafter, no_draft, quantize)
+    o.check_loading(drafter, no_draft, quantize, quantize_drafter)
     rows, tokens = _numbers(batch_sizes, "--batch-sizes"), _numbers(contexts, "--contexts")
     if show:
         _list(as_json)
@@ -75,14 +77,16 @@ def tune(
         for option, given in (("--plot", plot), ("--prompts", prompts), ("--adapter", adapter)):
             if given:
                 raise typer.BadParameter("nothing is measured with --simulate", param_hint=option)
-        print(_simulation(simulate, model, drafter, no_draft, quantize, objective, tokens, rows, as_json))
+        loading = drafter, no_draft, quantize, quantize_drafter
+        print(_simulation(simulate, model, *loading, objective, tokens, rows, as_json))
     else:
         if plot:
             from ..tuning.plot import check_plot
 
             check_plot(plot)
         own = {"yours": _read_prompts(prompts)} if prompts else None
-        _tune(model, drafter, no_draft, quantize, objective, rows, tokens, own, plot, as_json, adapter)
+        loading = drafter, no_draft, quantize, quantize_drafter
+        _tune(model, *loading, objective, rows, tokens, own, plot, as_json, adapter)
 
 
 def _tune(
@@ -90,6 +94,7 @@ def _tune(
     drafter: str | None,
     no_draft: bool,
     quantize: int | None,
+    quantize_drafter: str | int,
     objective: str,
     batches: list[int],
     contexts: list[int],
@@ -98,7 +103,7 @@ def _tune(
     as_json: bool,
     adapter: str | None,
 ) -> None:
-    with o.load(model, drafter, no_draft, quantize, profile=None, adapter=adapter) as lm:
+    with o.load(model, drafter, no_draft, quantize, quantize_drafter, profile=None, adapter=adapter) as lm:
         from ..tuning import choose, measure, profile
         from ..tuning.plot import write_plot
 
@@ -116,7 +121,7 @@ def _tune(
                 print(f"\nstopped: {so_far}", file=sys.stderr)
         options = choose.options(found) if found.acceptance or not lm.drafter_config else []
         choices = [choose.choose(options, name) for name in OBJECTIVES] if options else []
-        key = profile.key_of(lm.folder, lm.drafter_folder, quantize, None, lm.adapter)
+        key = profile.key_of(lm.folder, lm.drafter_folder, quantize, None, lm.adapter, lm.drafter_format)
         saved, failed = None, None
         # What an interruption has left is better than nothing, but not than a whole measurement.
         if options and (found.complete or profile.find(key) is None):
@@ -296,9 +301,9 @@ def _list(as_json: bool) -> None:
         rows.append(row)
         try:
             known = profile.read(path)
-            row |= {"model": known.key.model, "quantize": known.key.quantize, "device": known.key.device,
-                    "objective": known.objective, "rows": known.rows, "drafts": known.drafts,
-                    "measured": known.measured}  # fmt: skip
+            row |= {"model": known.key.model, "quantize": known.key.quantize, "drafter": known.key.drafter,
+                    "device": known.key.device, "objective": known.objective, "rows": known.rows,
+                    "drafts": known.drafts, "measured": known.measured}  # fmt: skip
             # What it holds for besides this can only be told with the model at hand.
             profile.check(known, replace(known.key, **profile.here()), path)
         except ProfileError as error:
@@ -311,6 +316,7 @@ def _list(as_json: bool) -> None:
             print(f"not usable: {row['why']}")
             continue
         stored = f"{row['quantize']} bits" if row["quantize"] else "as stored"
+        stored += f", the drafter in {row['drafter']}" if row["drafter"] else ""
         print(
             f"{row['model']} ({stored}) on {row['device']}: batch {row['rows']}, draft length {row['drafts']} "
             f"({row['objective']}), measured {row['measured']}\n    {row['path']}"
@@ -325,6 +331,7 @@ def _simulation(
     drafter: str | None,
     no_draft: bool,
     quantize: int | None,
+    quantize_drafter: str | int,
     objective: str,
     contexts: list[int],
     batches: list[int],
@@ -335,6 +342,8 @@ def _simulation(
     Raises:
         typer.BadParameter: Unknown chip or size, where the message lists those there are; too long a context.
     """
+    from ..drafter_precision import drafter_format
+    from ..quantization import Format
     from ..tuning import chips, cost_model, known_models, report
 
     name = model or "26B-A4B"
@@ -344,7 +353,7 @@ def _simulation(
     except MTPError as error:
         raise typer.BadParameter(str(error), param_hint="--simulate") from None
     if "/" in name or Path(name).is_dir():
-        target, own_drafter, bits = _configs(name, drafter, no_draft, quantize)
+        target, own_drafter, how, drafter_how = _configs(name, drafter, no_draft, quantize, quantize_drafter)
     else:
         try:
             target, own_drafter = known_models.known_pair(name)
@@ -354,12 +363,14 @@ def _simulation(
             raise typer.BadParameter(
                 "a size has its own: give a folder or repository for another", param_hint="--drafter"
             )
-        bits = quantize
-    pair = cost_model.pair(target, None if no_draft else own_drafter, bits)
+        how = Format(quantize) if quantize else None
+        drafter_how = drafter_format(own_drafter, None, how, quantize, quantize_drafter)
+    pair = cost_model.pair(target, None if no_draft else own_drafter, how, drafter_how)
     if max(contexts) > (longest := pair.target.max_positions):
         raise typer.BadParameter(f"the model's own is {longest:,} tokens", param_hint="--contexts")
     if as_json:
         predicted = [report.simulation_facts(machine, pair, context, batches, objective) for context in contexts]
+        bits = how.bits if how else None
         about = {"predicted": True, "chip": machine.name, "model": name, "bits": bits, "objective": objective}
         accepted = list(cost_model.PUBLISHED_ACCEPTANCE) if pair.drafter else []
         return json.dumps({**about, "acceptance": accepted, "contexts": predicted})
@@ -369,15 +380,22 @@ def _simulation(
 
 
 def _configs(
-    model: str, drafter: str | None, no_draft: bool, quantize: int | None
-) -> tuple[TargetConfig, DrafterConfig | None, int | None]:
-    """The configurations of a folder or repository and of its drafter, if it has one, and the target's bits."""
+    model: str, drafter: str | None, no_draft: bool, quantize: int | None, quantize_drafter: str | int
+) -> tuple[TargetConfig, DrafterConfig | None, Format | None, Format | None]:
+    """The configurations of a folder or repository and of its drafter, if it has one, and how both are quantised."""
     from ..checkpoint import read_drafter, read_quantization, read_target
-    from ..names import target_table
+    from ..drafter_precision import of_pair
+    from ..names import drafter_table, target_table
     from ..pair import find_pair
+    from ..quantization import Format
 
     folder, drafter_folder = find_pair(model, False if no_draft else drafter, weights=False)
     raw, target = read_target(folder)
     found = read_quantization(raw, target_table(target.text), folder, quantize)
-    bits = found.common.bits if found else quantize
-    return target, read_drafter(drafter_folder)[1] if drafter_folder else None, bits
+    how = found.common if found else Format(quantize) if quantize else None
+    if drafter_folder is None:
+        return target, None, how, None
+    raw, own = read_drafter(drafter_folder)
+    stored = read_quantization(raw, drafter_table(own), drafter_folder)
+    loaded = stored.common if stored else of_pair(folder, drafter_folder, quantize, quantize_drafter)
+    return target, own, how, loaded

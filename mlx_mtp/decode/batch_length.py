@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from .draft_length import AutoLength, Ends
+from .limits import MAX_AUTO_LENGTH
 from .request import Row
 
 Costs = Callable[[int], Mapping[int, float]]
@@ -29,9 +30,14 @@ _ANSWER = 300
 class BatchLength:
     """Chooses draft lengths for the rows that ask for "auto"."""
 
-    def __init__(self, costs: Costs | None = None):
-        """Begins with nothing known, or with measured costs of "fast" rounds."""
-        self._costs = costs
+    def __init__(self, costs: Costs | None = None, longest: int = MAX_AUTO_LENGTH):
+        """Begins with nothing known, or with measured costs of "fast" rounds.
+
+        Args:
+            costs: Those costs; they tell by themselves up to where longer drafts pay.
+            longest: Most drafts of a row where nothing was measured, at least `limits.PROBE`.
+        """
+        self._costs, self._longest = costs, longest
         self._policies: dict[tuple[int, str], AutoLength] = {}
         self._used: AutoLength | None = None
         self._rows: set[int] = set()
@@ -68,7 +74,8 @@ class BatchLength:
     def _policy(self, size: int, exactness: str) -> AutoLength:
         key = size, exactness
         if key not in self._policies:
-            self._policies[key] = AutoLength(self._costs(size) if self._costs and exactness == "fast" else None)
+            known = self._costs(size) if self._costs and exactness == "fast" else None
+            self._policies[key] = AutoLength(known, MAX_AUTO_LENGTH if known else self._longest)
         return self._policies[key]
 
     def _ends(self, rows: Sequence[Row]) -> Ends:

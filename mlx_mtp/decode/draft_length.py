@@ -23,7 +23,7 @@ from math import sqrt
 import numpy as np
 
 from .beliefs import Acceptance, RoundCosts
-from .limits import MAX_AUTO_LENGTH
+from .limits import MAX_AUTO_LENGTH, PROBE
 
 
 def alike(lengths: Sequence[int], others: Sequence[int]) -> bool:
@@ -118,7 +118,7 @@ class AutoLength:
     # second; while nothing is drafted, always after as many as that.
     _STALE, _STALE_MOST = 64, 256
     # While nothing is drafted: what a trial drafts, and the rounds between trials, so that plain ones can be timed.
-    _PROBE, _APART = 2, 8
+    _PROBE, _APART = PROBE, 8
     # Rounds between weighings in a batch while something is drafted, once there were as many as the third says; and
     # between those while nothing is.
     _EVERY, _EVERY_OFF, _EARLY = 2, 64, 16
@@ -130,13 +130,15 @@ class AutoLength:
     # to their like.
     _BETTER = 0.01
 
-    def __init__(self, costs: Mapping[int, float] | None = None) -> None:
+    def __init__(self, costs: Mapping[int, float] | None = None, longest: int = MAX_AUTO_LENGTH) -> None:
         """Begins with nothing known, or with what was measured earlier.
 
         Args:
             costs: Seconds of a round by draft length, the same for all rows, as a tuner's profile has them; replaced by
                 what is seen.
+            longest: Most drafts of a row.
         """
+        self._longest = longest
         self._costs, self._acceptance = RoundCosts(costs or {}), Acceptance()
         self._rounds = 0
         # Rounds not learnt of yet: arguments of `observe`.
@@ -286,6 +288,7 @@ class AutoLength:
             choices = np.concatenate([choices, uneven], axis=1)
         if last:
             choices = np.concatenate([choices, np.array([*last.values()])[:, None]], axis=1)
+        choices = np.minimum(choices, self._longest)
         gains = tokens[np.arange(len(rows))[:, None], choices]
         self._rows, self._choices = rows, choices
         if ends:
@@ -355,7 +358,7 @@ class AutoLength:
             due = [
                 k
                 for k in sorted(near - {self._best})
-                if 0 <= k <= MAX_AUTO_LENGTH
+                if 0 <= k <= self._longest
                 and self._costs.age(k, self._rounds) > min(self._STALE * self._costs.times(k), self._STALE_MOST)
                 and self._may_win(k)
             ]

@@ -22,13 +22,15 @@ from typing import cast
 
 import mlx.core as mx
 
+from ..config import TextConfig
 from ..kv import LONGEST_VERIFY, BatchKV, KVBuffers
+from ..models.attention import longest_fused
 from ..models.drafter import Drafter
 from ..models.elementwise import on_gpu
 from ..models.target import Target
 from .batch_length import BatchLength, Costs
 from .draft_length import AutoLength, alike
-from .limits import MAX_DRAFT_LENGTH
+from .limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH, PROBE
 from .request import INVARIANT_WIDTH, Row
 from .round import RoundState, decode_round, first_state, regroup
 from .sampling import Sampler
@@ -102,6 +104,15 @@ def hands_over_late(kv: BatchKV) -> bool:
     return switch == "late" if switch in ("early", "late") else not on_gpu() and kv.nbytes > COPY_LIMIT
 
 
+def longest_auto(config: TextConfig) -> int:
+    """Longest draft that is chosen by itself while nothing was measured.
+
+    On a GPU no more than the fused attention kernel takes with the newest token: for E2B, with 8 query heads for a KV
+    head, 3 drafts, and for others 7. Beyond, a round takes a step up, and whether it pays is for a tuner to find out.
+    """
+    return max(PROBE, min(MAX_AUTO_LENGTH, longest_fused(config) - 1)) if on_gpu() else MAX_AUTO_LENGTH
+
+
 class Engine:
     """Rows that decode together.
 
@@ -123,7 +134,7 @@ class Engine:
         self._sampler: Sampler
         self._flights: list[_Flight] = []
         self._clock, self._late = _Clock(), False
-        self._auto = BatchLength(costs)
+        self._auto = BatchLength(costs, longest_auto(target.config))
 
     def regroup(self, joining: Sequence[Prefilled | Parked] = (), leaving: Sequence[Row] = ()) -> None:
         """Lets go of rows that are done or leave, takes in others, and gives all of them room to grow."""

@@ -121,9 +121,7 @@ class Stats:
 
     def snapshot(self) -> Stats:
         """A copy, as it is now."""
-        return replace(
-            self, accepted_by_position=[*self.accepted_by_position], draft_lengths=dict(self.draft_lengths)
-        )
+        return replace(self, accepted_by_position=[*self.accepted_by_position], draft_lengths=dict(self.draft_lengths))
 
     def count(self, drafted: int, kept: int) -> None:
         """Records a round."""

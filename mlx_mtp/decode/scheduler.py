@@ -3,10 +3,12 @@
 One `step` is at most one chunk of prefill and one round of the batch, so that running rows never wait for more than a
 chunk. Requests are admitted in their order, as long as there is a free row and the KV of all rows at their full length
 fits the budget; one that has to wait for an empty batch, or for room, is passed by a few behind it that needn't. Rows
-whose reader is far behind make room for others until it has caught up. Short prompts that wait together are prefilled in one block, padded: what a shorter row computes past
-its end lies above its length and is never seen. Equal prompts that wait together are prefilled once.
+whose reader is far behind make room for others until it has caught up.
 
-Nothing runs by itself: whoever wants tokens calls `step`. Not thread-safe.
+Short prompts that wait together are prefilled in one block, padded: what a shorter row computes past its end lies above
+its length and is never seen. Equal prompts that wait together are prefilled once.
+
+Nothing runs by itself: the owner of the model calls `step` (session.py). Not thread-safe but for `check` and `row`.
 
 Only "fast" requests share a batch. The other exactness levels promise bits that could depend on the batch's shape, so
 they run alone and reuse no KV.

@@ -24,6 +24,10 @@ Rotation = mx.array | tuple[mx.array, mx.array]
 """From `Rope.at` for `Rope.rotate`: on a GPU offsets [B], else cosines and signed sines [B, 1, L, head_dim]."""
 
 
+FUSED_TOKENS, FUSED_ROWS, FUSED_HEAD = 8, 32, 256
+"""What MLX's fused kernel takes of several tokens: tokens, tokens x query heads of a KV head, and head_dim."""
+
+
 class Rope:
     """Rotary embedding of one kind of layer ("default" and "proportional" of config field `rope_parameters`).
 
@@ -215,9 +219,15 @@ def _has_kernel(queries: tuple[int, ...], kv_heads: int) -> bool:
     query head, each of which reads the keys, and fills a tile of 64 rows with L of them.
     """
     _, heads, length, head_dim = queries
-    if head_dim > 256:
+    if head_dim > FUSED_HEAD:
         return length == 1
-    return length > 8 or length * (heads // kv_heads) <= 32
+    return length > FUSED_TOKENS or length * (heads // kv_heads) <= FUSED_ROWS
+
+
+def longest_fused(config: TextConfig) -> int:
+    """Tokens of the longest block that the fused kernel takes in all layers, but those with too large heads."""
+    groups = [config.num_heads // layer.kv_heads for layer in config.layers if layer.head_dim <= FUSED_HEAD]
+    return min(FUSED_TOKENS, *(FUSED_ROWS // group for group in groups)) if groups else FUSED_TOKENS
 
 
 def folded_attention(queries: mx.array, keys: mx.array, values: mx.array, visible: mx.array) -> mx.array:

@@ -10,12 +10,13 @@ import numpy as np
 
 from ..errors import MTPError
 from .chips import Chip
-from .cost_model import TILE_ROWS, Calibration, Pair, verify_seconds
+from .cost_model import Pair, verify_seconds
+from .kernels import TILE_ROWS, Calibration
 
 
 @dataclass(frozen=True)
 class Step:
-    """A measured step of a quantised target on the `qmv` kernel (fewer than about 8 rows).
+    """A measured step of a quantised target on the vector kernel of M3 and later, without the wide one.
 
     Attributes:
         chip: Where.
@@ -37,23 +38,29 @@ class Step:
 
 
 def fit_steps(steps: Sequence[Step], start: Calibration) -> Calibration:
-    """`start` with the bandwidth, qmv and launch that explain the steps best.
+    """`start` with the bandwidth, vector and launch that explain the steps best.
 
-    On the qmv kernel a step's time is linear in launch and in the reciprocals of the two shares, so there is one
-    solution and no search.
+    Where reading takes longer than a row's arithmetic, a step's time is linear in launch and in the reciprocals of the
+    two shares, so there is one solution and no search.
 
     Raises:
         MTPError: The steps can't tell the parameters apart, or contradict the model (a cost below zero).
     """
-    # With the matrix kernel made endlessly slow, and the other parameters free of cost, what remains is one column.
-    free = Calibration(bandwidth=inf, qmv=inf, qmv_wide=None, matrix=1e-12, launch=0)
-    columns = [replace(free, bandwidth=1), replace(free, qmv=1), replace(free, launch=1)]
-    rows = np.array(
+    # The other parameters free of cost, what remains is one column; arithmetic is what it adds to reading.
+    reading = Calibration(bandwidth=1, vector=inf, vector_early=inf, wide=None, matrix=inf, launch=0)
+    launching = replace(reading, bandwidth=inf, launch=1)
+
+    def seconds(step: Step, fit: Calibration) -> float:
+        return verify_seconds(step.chip, step.pair, step.batch, step.length, step.context, step.overlap, fit)
+
+    rows = np.array([
         [
-            [verify_seconds(s.chip, s.pair, s.batch, s.length, s.context, s.overlap, c) / s.seconds for c in columns]
-            for s in steps
+            seconds(s, reading) / s.seconds,
+            (seconds(s, replace(reading, vector=1)) - seconds(s, reading)) / s.seconds,
+            seconds(s, launching) / s.seconds,
         ]
-    )
+        for s in steps
+    ])  # fmt: skip
     scale = np.abs(rows).max(axis=0, initial=0)
     if len(steps) < 3 or not scale.all():
         raise MTPError("the steps can't tell the parameters apart: give plain and wide steps of several models")
@@ -61,7 +68,7 @@ def fit_steps(steps: Sequence[Step], start: Calibration) -> Calibration:
     if rank < 3 or min(solution) <= 0:
         raise MTPError("the steps can't tell the parameters apart: give plain and wide steps of several models")
     read, arithmetic, launch = solution / scale
-    return replace(start, bandwidth=1 / float(read), qmv=1 / float(arithmetic), launch=float(launch))
+    return replace(start, bandwidth=1 / float(read), vector=1 / float(arithmetic), launch=float(launch))
 
 
 def share_of_peak(tflops: float, bandwidth: float, bits_per_weight: float, rows: int, relative: float) -> float:

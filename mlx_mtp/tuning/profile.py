@@ -1,7 +1,7 @@
 """Profiles: what the tuner measured for a pair on this machine, kept in the user's data folder.
 
-A profile holds for the same files, quantisation and type on the same device, with the same versions of MLX and of this
-package. Anything else that a file may hold is no profile: it is left alone, and measured again.
+A profile holds for the same files, quantisation of both models and type on the same device, with the same versions of
+MLX and of this package. Anything else that a file may hold is no profile: it is left alone, and measured again.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from ..errors import ProfileError, one_line
 from ..files import listed, parse_json, pieces, read_bytes, replacing
 from ..models.drafter import POSITIONS
 from ..paths import expanded, published_name
+from ..quantization import Format
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
-"""Version of the file's form."""
+SCHEMA = 2
+"""Version of the file's form. The first one didn't say how precise the drafter was."""
 
 _SAMPLES = 64
 """Places of a file of weights that are looked at."""
@@ -45,6 +46,7 @@ class Key:
         model: The target's repository, or the end of its path; for people.
         files: Fingerprint of both folders: their config.json, and names, sizes and a sample of their weights.
         quantize: Bits that `load` quantises to, or None.
+        drafter: The format that it quantises the drafter to, for people; None for the drafter as stored.
         dtype: As `load` takes it.
         device: Name of the chip, and whether the CPU or the GPU computes.
         mlx: MLX's version.
@@ -54,6 +56,7 @@ class Key:
     model: str
     files: str
     quantize: int | None
+    drafter: str | None
     dtype: str | None
     device: str
     mlx: str
@@ -62,7 +65,7 @@ class Key:
     @property
     def name(self) -> str:
         """Name of the profile's file. The versions aren't part of it: a newer profile replaces an older one."""
-        text = json.dumps([self.files, self.quantize, self.dtype, self.device])
+        text = json.dumps([self.files, self.quantize, self.drafter, self.dtype, self.device])
         return f"{self.model.replace('/', '--')}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
 
 
@@ -100,9 +103,20 @@ class Profile:
 
 
 def key_of(
-    folder: Path, drafter_folder: Path | None, quantize: int | None, dtype: str | None, adapter: Path | None = None
+    folder: Path,
+    drafter_folder: Path | None,
+    quantize: int | None,
+    dtype: str | None,
+    adapter: Path | None = None,
+    drafter_format: Format | None = None,
 ) -> Key:
-    """What a profile of a pair would hold for, now and here."""
+    """What a profile of a pair would hold for, now and here.
+
+    Args:
+        folder, drafter_folder: The pair's.
+        quantize, dtype, adapter: As for `api.load`.
+        drafter_format: What the drafter is quantised to while loading; None if it is taken as stored.
+    """
     digest = hashlib.sha256()
     parts = [(folder, "config.json"), (drafter_folder, "config.json")]
     for part, config in (*parts, (adapter, adapters.CONFIG)) if adapter else parts:
@@ -115,7 +129,8 @@ def key_of(
                     # Another model's of the same shapes are others.
                     digest.update(pieces(path, range(0, size, max(1, size // _SAMPLES)), 64))
         digest.update(b"\0")
-    return Key(published_name(folder.absolute()), digest.hexdigest(), quantize, dtype, **here())
+    drafter = str(drafter_format) if drafter_format else None
+    return Key(published_name(folder.absolute()), digest.hexdigest(), quantize, drafter, dtype, **here())
 
 
 def here() -> dict[str, Any]:
@@ -222,7 +237,8 @@ def check(profile: Profile, key: Key, path: Path) -> None:
         ProfileError: It doesn't.
     """
     for what, name in (
-        ("files", "other model files"), ("quantize", "another quantisation"), ("dtype", "another dtype"),
+        ("files", "other model files"), ("quantize", "another quantisation"),
+        ("drafter", "another precision of the drafter"), ("dtype", "another dtype"),
         ("device", "another device"), ("mlx", "another version of mlx"), ("mlx_mtp", "another version of mlx_mtp"),
     ):  # fmt: skip
         if getattr(profile.key, what) != getattr(key, what):

@@ -112,7 +112,7 @@ def simulation(
         batches: Which batches.
         objective: One of `tuning.OBJECTIVES`.
     """
-    stored = f"{pair.bits} bits" if pair.bits else "16-bit"
+    stored = f"{pair.how.bits} bits" if pair.how else "16-bit"
     accepted = " ".join(f"{chance:.2f}" for chance in acceptance)
     lines = [
         f"PREDICTION, not a measurement: {name}, {stored}, on {chip.name} ({chip.bandwidth:.0f} GB/s, "
