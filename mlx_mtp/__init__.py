@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .api import MTPModel, load
     from .chat import Chat
     from .errors import CheckpointError, MemoryBudgetError, MTPError, PairingError, ProfileError, PromptError
+    from .options import GenerationOptions
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ _HOMES = {
     **dict.fromkeys(("load", "MTPModel"), "api"),
     **dict.fromkeys(("Generation", "Chunk"), "answer"),
     "Chat": "chat",
+    "GenerationOptions": "options",
     **dict.fromkeys(
         ("MTPError", "CheckpointError", "PairingError", "ProfileError", "PromptError", "MemoryBudgetError"), "errors"
     ),
@@ -38,6 +40,7 @@ __all__ = [
     "CheckpointError",
     "Chunk",
     "Generation",
+    "GenerationOptions",
     "MTPError",
     "MTPModel",
     "MemoryBudgetError",

@@ -11,9 +11,9 @@ has gone, for whatever reason, ends with the step that is running, which is a ro
 Nobody else's row is touched by that. An error in a step ends all rows that were under way, each with an error of its
 own; those that wait in the queue don't notice.
 
-The owner loads the model, too, and lets go of it with `close`, when the model is dropped, or when the interpreter exits.
-Then its thread waits for the next model: MLX keeps a thread of its own for every stream that was ever made, and aborts
-the process at exit if that outlives the thread it was made in.
+The owner loads the model, too, and lets go of it with `close`, when the model is dropped, or when the interpreter
+exits. Then its thread waits for the next model: MLX keeps a thread of its own for every stream that was ever made, and
+aborts the process at exit if that outlives the thread it was made in.
 """
 
 from __future__ import annotations
