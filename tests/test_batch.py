@@ -297,23 +297,3 @@ def test_an_error_ends_what_runs_and_nothing_else(e2b: Pair, monkeypatch: pytest
     assert [bool(row.error) for row in rows] == [True, True, False]
     run(scheduler, rows)
     assert rows[2].tokens == alone(e2b[0], rows[2].request)
-
-
-def test_an_interrupted_row_leaves_its_kv(e2b: Pair, monkeypatch: pytest.MonkeyPatch):
-    scheduler = Scheduler(*e2b)
-    row = scheduler.submit(Request([3] * 50, 40))
-    for _ in range(12):
-        scheduler.step()
-
-    def interrupt(_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine_module, "_host", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            scheduler.step()
-    assert row.done and 0 < len(row.tokens) < 40
-    again = scheduler.submit(Request([*row.request.prompt, *row.tokens, 5], 30))
-    run(scheduler, [again])
-    assert again.stats.cached_tokens >= 50
-    assert again.tokens == alone(e2b[0], again.request)

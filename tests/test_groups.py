@@ -41,7 +41,7 @@ def attention_work(pair: Pair, lengths: list[int], monkeypatch: pytest.MonkeyPat
     rows = [KVBuffers(target.config, 1, target.dtype, positions=length + 8) for length in lengths]
     for row, length in zip(rows, lengths, strict=True):
         row.reserve(length)
-    kv = BatchKV(rows[0])
+    kv = BatchKV()
     order = kv.arrange([(row, 0) for row in rows], [length + 8 for length in lengths])
     kv.reserve([lengths[i] + 8 for i in order])
     work = 0
@@ -118,7 +118,7 @@ def test_rows_that_stay_are_not_copied(pair: Pair):
     """Who joins a group of its own leaves the others' arrays as they are."""
     target, _ = pair
     first, second, third = (KVBuffers(target.config, 1, target.dtype, positions=n) for n in (200, 200, 9000))
-    batch = BatchKV(first)
+    batch = BatchKV()
     batch.arrange([(first, 0), (second, 0)], [200, 200])
     (group,) = batch.groups
     arrays = [id(a) for a in group.arrays()]

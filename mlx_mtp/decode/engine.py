@@ -154,7 +154,7 @@ class Engine:
         kv, self.kv = self.kv, None
         sources = [kv.find(i) for i in stay] if kv else []
         sources += [(prompt.kv, 0) for prompt in joining for _ in prompt.rows]
-        kv = kv if kv and stay else BatchKV(sources[0][0])
+        kv = kv if kv and stay else BatchKV()
         order = kv.arrange(sources, [max(self._reach(row) + LONGEST_VERIFY, row.room) for row in rows])
         states = [it.state if isinstance(it, Parked) else self._first(it) for it in joining]
         state = regroup(self._state, stay, states)

@@ -30,14 +30,14 @@ class BatchKV:
         groups: The buffers, with the rows in the batch's order.
     """
 
-    def __init__(self, first: KVBuffers):
-        """Takes the rows of some buffers, as they are."""
-        self.groups = [first]
+    def __init__(self) -> None:
+        """No rows; `arrange` gives it some."""
+        self.groups: list[KVBuffers] = []
 
     @classmethod
     def of(cls, rows: Sequence[KVBuffers], positions: int) -> BatchKV:
         """Makes a batch of buffers of one row each, which are copied, with room for `positions` positions in each."""
-        batch = cls(rows[0])
+        batch = cls()
         batch.arrange([(row, 0) for row in rows], [positions] * len(rows))
         batch.reserve([positions] * len(rows))
         return batch

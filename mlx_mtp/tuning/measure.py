@@ -263,24 +263,31 @@ def _answers(lm: MTPModel, result: Measurement, prompts: Mapping[str, Sequence[A
     with lm.models() as (_, drafter):
         before = drafter.position if drafter else None
     try:
-        for position in POSITIONS if drafter else (None,):
-            if drafter and position:
-                drafter.position = position
+        for position in POSITIONS if before else (None,):
+            if position:
+                _set_position(lm, position)
             found = lm.generate_batch(
-                encoded, max_tokens=ANSWER_TOKENS, draft_length=MAX_AUTO_LENGTH if drafter else 0, seed=0
+                encoded, max_tokens=ANSWER_TOKENS, draft_length=MAX_AUTO_LENGTH if before else 0, seed=0
             )
             answers = [[*prompt, *answer.tokens] for prompt, answer in zip(encoded, found, strict=True)]
             kept = [answer.stats.accepted / max(1, answer.stats.rounds) for answer in found]
-            if drafter and (best is None or _clearly_more(kept, best)):
+            if before and (best is None or _clearly_more(kept, best)):
                 best, result.drafter_position = kept, position
                 result.acceptance = {
                     kind: _acceptance([answer.stats for answer, of in zip(found, kinds, strict=True) if of == kind])
                     for kind in prompts
                 }
     finally:
-        if drafter and before:
-            drafter.position = before
+        if before:
+            _set_position(lm, before)
     return answers
+
+
+def _set_position(lm: MTPModel, position: str) -> None:
+    """Has the drafter's queries sit somewhere else from the next round on."""
+    with lm.models() as (_, drafter):
+        assert drafter
+        drafter.position = position
 
 
 def _clearly_more(kept: Sequence[float], before: Sequence[float]) -> bool:

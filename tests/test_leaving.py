@@ -5,13 +5,10 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from random_requests import alone
-from scripted_drafter import ScriptedDrafter
 from tiny_checkpoints import VOCAB, make_pair
 
 from mlx_mtp import checkpoint
 from mlx_mtp.decode import engine as engine_module
-from mlx_mtp.decode.limits import MAX_DRAFT_LENGTH
 from mlx_mtp.decode.request import Request, Row
 from mlx_mtp.decode.scheduler import Scheduler
 from mlx_mtp.models.drafter import Drafter
@@ -39,11 +36,8 @@ def run(scheduler: Scheduler, *prompts: list[int], tokens: int = 10) -> list[Row
     return rows
 
 
-def interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def test_an_error_ends_what_is_being_prefilled(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mlx_mtp.decode.scheduler.CHUNK_BESIDE", 16)
     scheduler = Scheduler(*pair)
     running = scheduler.submit(Request(words(4, 0), 40))
     scheduler.step()
@@ -58,38 +52,6 @@ def test_an_error_ends_what_is_being_prefilled(pair: Pair, monkeypatch: pytest.M
     with pytest.raises(RuntimeError):
         scheduler.step()
     assert all(row.done and isinstance(row.error, RuntimeError) for row in (running, coming))
-
-
-def test_an_interruption_while_rows_leave(pair: Pair, monkeypatch: pytest.MonkeyPatch):
-    """The buffers' rows have moved up, and are no longer those of the batch."""
-    scheduler = Scheduler(*pair)
-    first, other = (scheduler.submit(Request(words(12, i), count, draft_length=0)) for i, count in enumerate((4, 60)))
-    while not first.done:
-        scheduler.step()
-    with monkeypatch.context() as patch:
-        patch.setattr(engine_module, "regroup", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            scheduler.step()
-    assert isinstance(other.error, KeyboardInterrupt)
-    (again,) = run(scheduler, [*first.request.prompt, 7])
-    assert again.tokens == alone(pair[0], again.request)
-
-
-def test_an_interrupted_round_has_written_as_well(pair: Pair, monkeypatch: pytest.MonkeyPatch):
-    """The round that was handed over last has written further than anybody noted."""
-    target, text = pair[0], words(100, 0)
-    script = [*text, *alone(target, Request(text, 90))]
-    for back in range(18, 34, 3):
-        scheduler: Scheduler = Scheduler(target, ScriptedDrafter(script))  # type: ignore[arg-type]
-        row = scheduler.submit(Request(text, 90, draft_length=MAX_DRAFT_LENGTH))
-        while len(row.tokens) < 2:
-            scheduler.step()
-        with monkeypatch.context() as patch:
-            patch.setattr(engine_module, "_host", interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                scheduler.step()
-        (again,) = run(scheduler, [*script[: row.committed - back], 7], tokens=4)
-        assert again.tokens == alone(target, again.request), (back, again.stats.cached_tokens)
 
 
 def test_rows_that_have_left_are_forgotten(pair: Pair):
