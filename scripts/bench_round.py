@@ -34,6 +34,8 @@ from mlx_mtp.api import DEMO  # noqa: E402
 from mlx_mtp.decode.prefill import prefill  # noqa: E402
 from mlx_mtp.decode.round import draft, first_state, verify  # noqa: E402
 from mlx_mtp.decode.sampling import Sampler, SamplingOptions  # noqa: E402
+from mlx_mtp.models.drafter import Drafter  # noqa: E402
+from mlx_mtp.models.target import Target  # noqa: E402
 
 PROMPTS = (
     "What is a drafter?",
@@ -71,7 +73,13 @@ def mlx_lm_seconds(model: object, prompt: list[int], tokens: int) -> float:
 
 def timed_parts(lm: mlx_mtp.MTPModel, prompt: list[int], k: int, repeats: int) -> tuple[float, float, float]:
     """Median seconds of a plain step, of a verify pass over k + 1 tokens, and of k draft steps, each on its own."""
-    target, drafter = lm._target, lm._drafter
+    with lm.models() as (target, drafter):
+        return _timed_parts(target, drafter, prompt, k, repeats)
+
+
+def _timed_parts(
+    target: Target, drafter: Drafter, prompt: list[int], k: int, repeats: int
+) -> tuple[float, float, float]:
     sampler = Sampler([SamplingOptions()])
     kv, hidden = prefill(target, prompt)
     lengths = mx.array([len(prompt)], dtype=mx.int32)

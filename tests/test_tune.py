@@ -289,7 +289,8 @@ def test_tokens_are_chosen_as_the_model_chooses_them(tmp_path: Path, monkeypatch
 def test_what_does_not_fit_is_left_out(tmp_path: Path):
     target, drafter = make_pair("31b", tmp_path)
     with mlx_mtp.load(target, drafter=drafter) as lm:
-        one = measure._needed(lm._target, 1, 23)
+        with lm.models() as (target, _):
+            one = measure._needed(target, 1, 23)
         lm.kv_budget = 2 * one
         done: list[str] = []
         found = measured(lm, batches=(1, 2, 4), contexts=(20, 10**6), progress=done.append)
