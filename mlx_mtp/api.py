@@ -195,7 +195,7 @@ class MTPModel:
 
         self._session = Session(load)
         # Neither of both refers to this model, so that dropping it gives its memory back.
-        self._finalizer = weakref.finalize(self, self._session.close)
+        weakref.finalize(self, self._session.close).atexit = False
         loaded = cast(_Loaded, self._session.owned())
         self.config, self.drafter_config, self.kv_budget = loaded.config, loaded.drafter_config, loaded.kv_budget
         self.tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None

@@ -18,6 +18,7 @@ aborts the process at exit if that outlives the thread it was made in.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import queue
@@ -94,6 +95,19 @@ class _Thread:
                 self.idle.append(self)
 
 
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Ends all sessions: a thread that is in the midst of MLX when the interpreter goes takes the process with it."""
+    sessions = [*_sessions]
+    for session in sessions:
+        session.close(wait=False)
+    for session in sessions:
+        session.close()
+
+
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_Thread.idle.clear)  # there they don't exist
 
@@ -121,10 +135,14 @@ class Session:
         loaded: Future[None] = Future()
         self._ended = threading.Event()
         self._thread = _Thread.start(lambda stream: self._main(stream, loaded))
+        _sessions.add(self)
         try:
             loaded.result()
+        except Exception:
+            self.close()
+            raise
         except BaseException:
-            self.close(wait=False)  # interrupted, perhaps: then loading goes on to its end
+            self.close(wait=False)  # interrupted: loading goes on to its end
             raise
 
     # For callers

@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import sys
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -79,7 +80,11 @@ def main() -> None:
         print(f"error: {_message(error)}", file=sys.stderr)
         sys.exit(1 if isinstance(error, MTPError) else 2)
     except typer.Abort:  # Ctrl-C outside an answer
-        sys.exit(o.INTERRUPTED)
+        # At once: the interpreter would wait for the thread that is just loading a model.
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(o.INTERRUPTED)
     except OSError as error:
         if "--debug" in sys.argv:
             raise

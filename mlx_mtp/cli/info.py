@@ -75,6 +75,7 @@ def describe(
     from ..names import drafter_table, target_table
     from ..pair import find_pair, way_out
     from ..quantization import Format
+    from ..wired import WIRED
 
     target_folder, drafter_folder = find_pair(model, drafter, weights=False)
     raw, config = checkpoint.read_target(target_folder)
@@ -153,7 +154,13 @@ def describe(
         }
 
     asked = fit(quantize)
-    facts["machine"] = {"memory": have, **asked, "fits": asked["longest_context"] > 0, "choices": []}
+    facts["machine"] = {
+        "memory": have,
+        "wired_at_most": WIRED.most,
+        **asked,
+        "fits": asked["longest_context"] > 0,
+        "choices": [],
+    }
     if not stored:
         facts["machine"]["choices"] = [fit(bits) for bits in (None, 8, 6, 4)]
     facts["expected"] = None
@@ -282,6 +289,12 @@ def _table(facts: dict[str, Any]) -> str:
     else:
         lines.append(("drafter", "none"))
     lines.append(("machine", f"{_size(m['memory'])} for models; {_fits(m, t['context'])}"))
+    wired = (
+        f"what a model needs while it has rows, {_size(m['wired_at_most'])} at most (macOS 15 or later)"
+        if m["wired_at_most"]
+        else "nothing: that is a matter of Macs"
+    )
+    lines.append(("  wired", wired))
     if e := facts["expected"]:
         lines.append((f"  on {e['chip']}", _speed(e)))
     for choice in m["choices"]:
