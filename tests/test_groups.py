@@ -127,3 +127,19 @@ def test_rows_that_stay_are_not_copied(pair: Pair):
     # The long one leaves again.
     batch.arrange([batch.find(i) for i in range(2)], [200, 200])
     assert batch.groups == [group] and [id(a) for a in group.arrays()] == arrays
+
+
+def test_joining_holds_no_second_copy(pair: Pair):
+    """Two long rows that become a batch: each layer is let go of once it is copied."""
+    target, _ = pair
+    rows = [KVBuffers(target.config, 1, target.dtype, positions=20_000) for _ in range(2)]
+    mx.eval([array for row in rows for array in row.arrays()])
+    batch = BatchKV()
+    largest = 2 * max(array.nbytes for array in rows[0].arrays())
+    mx.synchronize()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    batch.arrange([(row, 0) for row in rows], [20_000] * 2)
+    assert mx.get_peak_memory() - before < 1.5 * largest < 0.5 * batch.nbytes
+    assert not rows[0].keys

@@ -308,8 +308,6 @@ class Scheduler:
             self._admitted.append(row)
             self._take(row)
             row = self._next_waiting(running, rows)
-        if idle:
-            mx.reset_peak_memory()
         if hit:
             first.stats.cached_tokens = hit.start
             return _Prefill(hit.kv, groups, hit.start, self._parting(prompt, hit.start), hit.checkpoints)
