@@ -18,7 +18,7 @@ from mlx_mtp.decode import engine as engine_module
 from mlx_mtp.decode.prefill import CHUNK
 from mlx_mtp.decode.request import Request, Row
 from mlx_mtp.decode.sampling import SamplingOptions
-from mlx_mtp.decode.scheduler import Scheduler
+from mlx_mtp.decode.scheduler import MOST_PASSED, Scheduler
 from mlx_mtp.errors import MemoryBudgetError
 from mlx_mtp.kv import kv_bytes
 from mlx_mtp.models.drafter import Drafter
@@ -297,3 +297,35 @@ def test_an_error_ends_what_runs_and_nothing_else(e2b: Pair, monkeypatch: pytest
     assert [bool(row.error) for row in rows] == [True, True, False]
     run(scheduler, rows)
     assert rows[2].tokens == alone(e2b[0], rows[2].request)
+
+
+def test_fast_requests_pass_one_that_waits_for_an_empty_batch(e2b: Pair):
+    """A few of them: then the batch runs empty, and it has its turn."""
+    scheduler = Scheduler(*e2b, max_rows=4)
+    running = [scheduler.submit(Request([i + 3] * 6, 30, draft_length=0)) for i in range(2)]
+    scheduler.step()
+    exact = scheduler.submit(Request([9] * 6, 4, exactness="invariant", draft_length=2))
+    later = [scheduler.submit(Request([i + 20] * 6, 8, draft_length=0)) for i in range(MOST_PASSED + 6)]
+    while not exact.tokens:
+        scheduler.step()
+    assert all(row.done for row in running)
+    assert [bool(row.tokens) for row in later] == [True] * MOST_PASSED + [False] * 6
+    run(scheduler, [exact, *later])
+    assert [row.tokens for row in later] == [alone(e2b[0], row.request) for row in later]
+
+
+def test_what_waits_for_room_is_passed_by_what_fits(e2b: Pair, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mlx_mtp.kv.batch.GROUP_SLOTS", 64)
+    target, drafter = e2b
+    config = target.config
+    budget = row_bytes(config, 3000, 4) + row_bytes(config, 300, 4)
+    scheduler = Scheduler(target, drafter, kv_budget=budget)
+    long = scheduler.submit(Request([5] * 2000, 900, draft_length=0))
+    while not long.tokens:
+        scheduler.step()
+    large = scheduler.submit(Request([6] * 2000, 900, draft_length=0))
+    small = scheduler.submit(Request([7] * 20, 5, draft_length=0))
+    run(scheduler, [small])
+    assert not large.tokens and not long.done
+    long.cancel()
+    large.cancel()
