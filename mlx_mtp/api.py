@@ -304,7 +304,7 @@ class MTPModel:
             thread, ends what is running.
         """
         inbox = Inbox()
-        return Stream(self._calls.each(prompts, batch_size, common_options(options), inbox), inbox)
+        return Stream(self._calls.each(prompts, batch_size, common_options(options), inbox), inbox.close)
 
     def stream(
         self,
@@ -320,7 +320,7 @@ class MTPModel:
         errors, are those of `generate`; errors are raised at once, not at the first chunk.
         """
         inbox = Inbox()
-        return Stream(self._calls.chunks(self._calls.prepared(prompt, max_tokens, options, more), inbox), inbox)
+        return Stream(self._calls.chunks(self._calls.prepared(prompt, max_tokens, options, more), inbox), inbox.close)
 
     def astream(
         self,
@@ -354,7 +354,7 @@ class MTPModel:
             OSError: The file can't be written.
         """
         tokens = self.encode(prompt)
-        self._session.call(lambda it: it.scheduler.save_prompt(tokens, expanded(path)))
+        self._session.run(lambda it: it.scheduler.save_prompt(tokens, expanded(path)))
 
     def load_prompt(self, path: str | Path) -> int:
         """Takes a saved prompt into memory; prompts that begin like it start where it ends.
@@ -430,7 +430,7 @@ class MTPModel:
             mx.eval(logits)
             return logits
 
-        return self._session.call(lambda it: work(it.target))
+        return self._session.run(lambda it: work(it.target))
 
     def propose(self, tokens: Sequence[int], k: int) -> list[int]:
         """What the drafter proposes after a prompt, greedily.
@@ -460,7 +460,7 @@ class MTPModel:
             drafts = draft(target, drafter, kv, sampler, state, k)
             return cast("list[int]", mx.concatenate([state.tokens, drafts[0]]).tolist())
 
-        return self._session.call(lambda it: work(it.target, cast(Drafter, it.drafter)))
+        return self._session.run(lambda it: work(it.target, cast(Drafter, it.drafter)))
 
     @contextmanager
     def models(self) -> Iterator[tuple[Target, Drafter | None]]:

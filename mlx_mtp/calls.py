@@ -87,7 +87,7 @@ class Calls:
         if not known:
             raise PromptError("the prompt is empty")
         if len(tokens) == len(known):
-            return cast("list[int]", tokens)
+            return tokens
         if len(messages) != len(known):
             raise PromptError("a prompt is a string, a list of messages (dicts), or a list of token ids (ints)")
         if not options.chat_template:

@@ -168,7 +168,8 @@ def in_groups(slots: Sequence[int], price: int) -> list[list[int]]:
     best: list[tuple[int, int]] = [(0, 0)]  # for the first n rows: the cost, and where their last group begins
     for end in range(1, len(rows) + 1):
         best.append(min((best[b][0] + (end - b) * slots[rows[end - 1]] + price, b) for b in range(end)))
-    groups, end = [], len(rows)
+    groups: list[list[int]] = []
+    end = len(rows)
     while end:
         begin = best[end][1]
         groups.insert(0, rows[begin:end])
