@@ -12,10 +12,10 @@ published size with random weights (`--pair 26B-A4B`, in `--bits` 4 or 8 or else
 work, but what it proposes is replaced by the right or a wrong token, so that its price is real and its luck isn't.
 Every variant has a scheduler of its own, which knows nothing of costs when it begins.
 
-Then on a simulated clock, with published prices of rounds (tests/simulated_clock.py has their sources), those included
+Then on a simulated clock, with published prices of rounds (tests/simulated_cases.py has their sources), those included
 with which drafting never pays; with batches of 8 rows that all reach their limits ("limits"), end anywhere ("stops"),
 or make room for others ("queue"); and with batches of the texts above at the prices that rounds of real sizes have on a
-GPU (docs/measurements/cuda.md).
+GPU (docs/measurements/cuda.json).
 
     python scripts/bench_never_slower.py [--tokens 2000] [--repeats 1] [--text wrong] [--pair 26B-A4B --bits 4] [--json]
 """
@@ -48,16 +48,8 @@ from random_weights import random_pair  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from simulated_clock import (  # noqa: E402
-    BATCH_COSTS,
-    COSTS,
-    ROWS,
-    TEXTS,
-    against_fixed,
-    batch_against_fixed,
-    measured_costs,
-    texts_against_fixed,
-)
+from simulated_cases import BATCH_COSTS, COSTS, ROWS, TEXTS, measured_costs  # noqa: E402
+from simulated_clock import against_fixed, batch_against_fixed, texts_against_fixed  # noqa: E402
 
 import mlx_mtp  # noqa: E402
 from mlx_mtp.decode.draft_length import AutoLength  # noqa: E402

@@ -1,32 +1,22 @@
 """Draft length policies on a simulated clock: rounds take what a published cost curve says, not what this machine does.
 
+The curves and texts are in simulated_cases.py.
+
 A helper for tests and scripts, which import it by path.
 """
 
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Protocol
 
-import numpy as np
+from simulated_cases import BatchCost, Chance, Cost, texts
 
 from mlx_mtp.decode.batch_length import BatchLength
 from mlx_mtp.decode.draft_length import alike
 from mlx_mtp.decode.limits import MAX_AUTO_LENGTH
 from mlx_mtp.decode.request import Request, Row, Stats
-
-Cost = Callable[[float, float], float]
-"""Seconds of a round by steps of the drafter and drafts verified a row, in plain steps."""
-
-BatchCost = Callable[[int, int, int], float]
-"""Seconds of a round by number of rows, steps of the drafter and tokens verified in all."""
-
-Chance = Callable[[int, int], float]
-"""Chance that draft j is kept if those before it were, at a position of the text."""
 
 
 class Policy(Protocol):
@@ -57,114 +47,6 @@ class FixedLength:
 
     def observe(self, drafted: Mapping[int, int], kept: Mapping[int, int], seconds: float | None) -> None:
         """Doesn't matter."""
-
-
-def curve(verify: dict[int, float], draft: float) -> Cost:
-    """A cost from the seconds of verify passes at some block widths, the rest on lines between, and of a draft."""
-    widths = sorted(verify)
-
-    def cost(steps: float, mean: float) -> float:
-        width = mean + 1
-        below = max((w for w in widths if w <= width), default=widths[0])
-        above = min((w for w in widths if w >= width), default=widths[-1])
-        if above == below:
-            # Past the last width, on with the last slope.
-            slope = (verify[widths[-1]] - verify[widths[-2]]) / (widths[-1] - widths[-2])
-            return verify[below] + max(0, width - below) * slope + steps * draft
-        share = (width - below) / (above - below)
-        return verify[below] * (1 - share) + verify[above] * share + steps * draft
-
-    return cost
-
-
-COSTS: dict[str, Cost] = {
-    "flat": curve({1: 1, 2: 1.15, 8: 1.2}, 0.08),
-    "linear": curve({1: 1, 8: 1 + 7 * 0.26}, 0.1),
-    # A 4-bit product on an M3 Ultra, mlx #4265.
-    "4-bit product": curve({1: 1, 2: 1.83, 4: 3.26, 8: 6.12}, 0.1),
-    # The same in 16 bits: flat at about 2 for more than one row.
-    "16-bit product": curve({1: 1, 2: 2, 8: 2}, 0.1),
-    # 26B-A4B on an M2 Pro, Rapid-MLX.
-    "Rapid-MLX 26B": curve({1: 1, 2: 1.74, 4: 3.12, 5: 3.82, 9: 6.13}, 0.1),
-    # Rounds of 31B at 4 bits on an M3 Ultra, mlxcel #1217; drafts included.
-    "mlxcel 31B": curve({1: 1, 2: 1.17, 4: 1.51, 8: 2.19}, 0.0),
-}
-"""Prices of a round; sources in the comments, the first two made up."""
-
-BATCH_COSTS: dict[str, BatchCost] = {
-    # Most of the time goes into reading weights, however many tokens are verified.
-    "bandwidth": lambda rows, steps, tokens: 1 + 0.03 * tokens + 0.06 * steps,
-    # Most of it into arithmetic.
-    "arithmetic": lambda rows, steps, tokens: 1 + 0.22 * tokens + (0.12 + 0.05 * rows) * steps,
-    # A product in 4 bits pays by the token, up to about ten.
-    "kernel step": lambda rows, steps, tokens: 1 + 0.25 * min(tokens - 1, 9) + 0.01 * tokens + 0.06 * steps,
-    # More tokens touch more experts.
-    "experts": lambda rows, steps, tokens: 1 + 0.25 * tokens**0.7 + 0.05 * steps,
-}
-"""Prices of rounds of batches, made up for what they may depend on."""
-
-MEASURED = Path(__file__).resolve().parent.parent / "docs" / "measurements" / "cuda.md"
-"""What passes of real sizes cost on a GPU."""
-
-
-def measured_costs() -> dict[str, BatchCost]:
-    """Prices of rounds by model and weights, from the table in `MEASURED`; between its batches on lines."""
-    line = r"^\| (\S+, \w+(?: bits)?) \| (\d) \|([\d. |]+)\|$"
-    tables: dict[str, dict[int, list[float]]] = {}
-    for model, batch, cells in re.findall(line, MEASURED.read_text(), re.MULTILINE):
-        tables.setdefault(model, {})[int(batch)] = [float(cell) for cell in cells.split("|")]
-    return {model: _cost_of_table(table) for model, table in tables.items()}
-
-
-def _cost_of_table(table: Mapping[int, Sequence[float]]) -> BatchCost:
-    """By batch: milliseconds of passes of 1, 2, ... tokens a row, of a draft, and of the host, which is hidden."""
-
-    @cache
-    def cost(rows: int, steps: int, tokens: int) -> float:
-        passes = [np.interp(tokens / rows, range(1, len(cells) - 1), cells[:-2]) for cells in table.values()]
-        drafts = [cells[-2] for cells in table.values()]
-        return float(np.interp(rows, [*table], passes) + steps * np.interp(rows, [*table], drafts)) / 1000
-
-    return cost
-
-
-TEXTS: dict[str, Chance] = {
-    "wrong": lambda position, j: 0.0,
-    "right": lambda position, j: 1.0,
-    "0.31": lambda position, j: 0.31,
-    "0.66": lambda position, j: 0.66,
-    # Published for chat with thinking off; the last figure is repeated.
-    "published": lambda position, j: [0.92, 0.78, 0.67, 0.57][min(j, 3)],
-    "switching": lambda position, j: 0.97 if position // 200 % 2 == 0 else 0.05,
-}
-"""How predictable a text is."""
-
-ROWS: dict[str, list[float]] = {
-    "alike": [0.7] * 8,
-    "spread": [0.95, 0.9, 0.85, 0.8, 0.6, 0.5, 0.4, 0.2],
-    "one hard": [0.9] * 7 + [0.1],
-    "one easy": [0.3] * 7 + [0.97],
-    "half hard": [0.9] * 4 + [0.2] * 4,
-}
-"""Chances that a draft is kept, of the rows of a batch."""
-
-
-def texts(kind: str, rows: int) -> list[Chance]:
-    """Rows as bench_never_slower.py has them: mixed, switching, different or, four times as many, queue."""
-    kinds: list[Chance] = [
-        TEXTS["right"],
-        TEXTS["wrong"],
-        lambda position, j: 0.7,
-        lambda position, j: (position + j) // 200 % 2 == 0,
-    ]
-    if kind == "mixed":
-        return [kinds[2]] * rows
-    if kind == "switching":
-        return [lambda position, j, row=row: kinds[3](position + 400 * row // rows, j) for row in range(rows)]
-    chances = [kinds[i % 4] for i in range(4 * rows if kind == "queue" else rows)]
-    if kind == "queue":
-        random.Random(1).shuffle(chances)
-    return chances
 
 
 def speed(
