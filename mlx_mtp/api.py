@@ -22,6 +22,7 @@ import mlx.core as mx
 
 from . import checkpoint, sizes
 from .answer import Answer, Chunk, Generation
+from .decode.draft_length import DraftLengthPolicy
 from .decode.prefill import prefill
 from .decode.request import Request, Row
 from .decode.round import draft, first_state
@@ -159,7 +160,7 @@ class MTPModel:
             max_rows=self._most_rows,
             kv_budget=self.kv_budget,
             cache_bytes=cache_bytes,
-            costs=profile.costs_of if profile else None,
+            policy=DraftLengthPolicy(profile.prices if profile else None),
         )
         self.tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
         if self.tokenizer and self.tokenizer.seems_base(self.defaults.stop_tokens):

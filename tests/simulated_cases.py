@@ -15,9 +15,6 @@ from typing import Any
 
 import numpy as np
 
-Cost = Callable[[float, float], float]
-"""Seconds of a round by steps of the drafter and drafts verified a row, in plain steps."""
-
 BatchCost = Callable[[int, int, int], float]
 """Seconds of a round by number of rows, steps of the drafter and tokens verified in all."""
 
@@ -30,28 +27,28 @@ GPU: dict[str, Any] = json.loads(
 """What passes of real sizes cost on a GPU."""
 
 
-def curve(verify: Mapping[int, float], draft: float) -> Cost:
-    """A cost from the seconds of verify passes at some block widths, the rest on lines between, and of a draft."""
+def curve(verify: Mapping[int, float], draft: float) -> BatchCost:
+    """A cost from the seconds of verify passes at some tokens a row, the rest on lines between, and of a draft."""
     widths = sorted(verify)
     seconds = [verify[width] for width in widths]
     # Past the last width, on with the last slope.
     slope = (seconds[-1] - seconds[-2]) / (widths[-1] - widths[-2])
 
-    def cost(steps: float, mean: float) -> float:
-        past = max(0.0, mean + 1 - widths[-1])
-        return float(np.interp(mean + 1, widths, seconds)) + past * slope + steps * draft
+    def cost(rows: int, steps: int, tokens: int) -> float:
+        past = max(0.0, tokens / rows - widths[-1])
+        return float(np.interp(tokens / rows, widths, seconds)) + past * slope + steps * draft
 
     return cache(cost)
 
 
-def _gpu_curve(model: str) -> Cost:
+def _gpu_curve(model: str) -> BatchCost:
     """One row of a real size on a GPU, in its plain steps."""
     row = GPU["passes_ms"][model]["1"]
     plain = row["verify"][0]
     return curve({i + 1: ms / plain for i, ms in enumerate(row["verify"])}, row["draft"] / plain)
 
 
-COSTS: dict[str, Cost] = {
+COSTS: dict[str, BatchCost] = {
     "flat": curve({1: 1, 2: 1.15, 8: 1.2}, 0.08),
     "linear": curve({1: 1, 8: 1 + 7 * 0.26}, 0.1),
     # A 4-bit product on an M3 Ultra, mlx #4265.
