@@ -113,8 +113,7 @@ class Survival:
         """Learns of a round: drafts and those kept, by row."""
         self._counts[:, 0] *= FAST
         self.idle += 1
-        places = [i for i, row in enumerate(self._rows) if row in drafted and drafted[row][0]]
-        if places:
+        if places := [i for i, row in enumerate(self._rows) if row in drafted]:
             self._ended *= SLOW ** (len(places) / len(self._rows))
             self._counts[places, 1] *= SLOW
             # Draft j was put to the test only if all drafts before it were kept.
@@ -149,16 +148,22 @@ class RoundCost:
         # Rounds that told of a length, and the round of the last one; a tuner's medians are worth several.
         self._seen, self._last = dict.fromkeys(self._ratios, 4), dict.fromkeys(self._ratios, 0)
         self._scale, self._now = 1.0, 0
-        self._update()
+        # The price of every length; None if something was learnt since it was asked for.
+        self._known_line: list[float] | None = None
         self._draft = prices.draft if prices else like._draft if like else DRAFT
         self._packing = prices.packing if prices else like._packing if like else 0.0
 
-    def _update(self) -> None:
+    @property
+    def _line(self) -> list[float]:
+        if self._known_line is not None:
+            return self._known_line
         known = sorted(self._ratios)
         settled = [k for k in known if self.settled(k)] or known
         usual = np.interp(known, settled, [self._ratios[k] for k in settled]) if known else []
         ratios = [min(self._ratios[k], ratio / UNKNOWN) for k, ratio in zip(known, usual, strict=True)] or [1.0]
-        self._line: list[float] = (np.interp(range(len(self._prior)), known or [0], ratios) * self._prior).tolist()
+        line = np.interp(range(len(self._prior)), known or [0], ratios) * self._prior
+        self._known_line = line.tolist()
+        return self._known_line
 
     def settled(self, length: int) -> bool:
         """Whether a length was measured more than once: a single round may have met a pause of the machine."""
@@ -189,14 +194,15 @@ class RoundCost:
         """Learns what a round with these lengths took."""
         self._now += 1
         steps, mean = max(lengths), sum(lengths) / len(lengths)
-        expected = float(self.seconds(np.array(steps), np.array(mean)))
-        if not self._ratios:
-            # The first round says what a plain step is.
-            self._prior, self._draft = self._prior * seconds / expected, self._draft * seconds / expected
-        if steps > mean:
-            change = (min(seconds / expected, CLIP) - 1) if self._ratios else 0.0
-            self._packing = max(0.0, self._packing + DRIFT * change * expected / self._scale)
-        else:
+        if steps > mean or not self._ratios:
+            expected = float(self.seconds(np.array(steps), np.array(mean)))
+            change = min(seconds / expected, CLIP) - 1
+            if self._ratios:
+                self._packing = max(0.0, self._packing + DRIFT * change * expected / self._scale)
+            else:
+                # The first round says what a plain step is.
+                self._prior, self._draft = self._prior * seconds / expected, self._draft * seconds / expected
+        if steps == mean:
             seen, ratio = self._seen.get(steps, 0), seconds / self._scale / self._prior[steps]
             if seen < 2:
                 self._ratios[steps] = min(ratio, self._ratios.get(steps, ratio))
@@ -205,7 +211,7 @@ class RoundCost:
                 self._ratios[steps] *= 1 + max(1 / (2 * seen), DRIFT) * change
                 self._scale *= 1 + (DRIFT * change if seen > 3 else 0.0)
             self._seen[steps], self._last[steps] = seen + 1, self._now
-        self._update()
+        self._known_line = None
 
 
 class DraftLengthPolicy:
@@ -235,8 +241,8 @@ class DraftLengthPolicy:
             waiting: Whether others wait for the places of rows that are done.
         """
         given = [0 if row.done else row.draft_length for row in rows]
-        auto = [row for row, length in zip(rows, given, strict=True) if length is None]
         others = [length for length in given if length is not None]
+        auto = [row for row, length in zip(rows, given, strict=True) if length is None] if others else [*rows]
         cost = self._cost_of(len(rows), rows[0].request.exactness)
         if auto != self._rows or cost is not self._cost:
             self._rows, self._cost, self._again, self._until = auto, cost, None, 0
@@ -250,7 +256,7 @@ class DraftLengthPolicy:
         chosen = iter(trial or self._lengths)
         wanted = [next(chosen) if length is None else length for length in given]
         # The round in flight may yield no more than one token a row.
-        lengths = [max(0, min(length, row.remaining - 1)) for row, length in zip(rows, wanted, strict=True)]
+        lengths = [length and max(0, min(length, row.remaining - 1)) for row, length in zip(rows, wanted, strict=True)]
         return Decision(rows, lengths, trial is not None, cost, self._best)
 
     def observe(self, decision: Decision, kept: Sequence[int | None], seconds: float | None) -> None:
@@ -262,19 +268,19 @@ class DraftLengthPolicy:
             seconds: What the round took; None if it couldn't be measured.
         """
         assert decision.cost
-        drafted = {
-            row.number: (length, count)
-            for row, length, count in zip(decision.rows, decision.lengths, kept, strict=True)
-            if count is not None and row.draft_length is None
-        }
         if seconds is not None:
             decision.cost.observe(decision.lengths, seconds)
-        if decision.trial and drafted:
+        outcome = [
+            (row.number, length, count)
+            for row, length, count in zip(decision.rows, decision.lengths, kept, strict=True)
+            if count is not None and row.draft_length is None
+        ]
+        if decision.trial and outcome:
             took = float(decision.cost.seconds(np.max(decision.lengths), np.mean(decision.lengths)))
-            tokens = 1 + sum(count for _, count in drafted.values()) / len(drafted)
+            tokens = 1 + sum(count for _, _, count in outcome) / len(outcome)
             self._bucket -= took / decision.best[0] - tokens / decision.best[1]
             self._until = 0
-        self._survival.observe(drafted)
+        self._survival.observe({number: (length, count) for number, length, count in outcome if length})
 
     def _cost_of(self, size: int, exactness: str) -> RoundCost:
         if (size, exactness) not in self._costs:
@@ -286,7 +292,8 @@ class DraftLengthPolicy:
         """Finds the lengths with the best goodput, beside rows with lengths of their own."""
         cost, survival = self._cost, self._survival.probabilities()
         rows, size, longest = len(survival), len(survival) + len(others), self._longest
-        self._tokens = tokens = np.pad(1 + survival.cumsum(axis=1), [(0, 0), (1, 0)], constant_values=1.0)
+        self._tokens = tokens = np.ones((rows, longest + 1))
+        tokens[:, 1:] += survival.cumsum(axis=1)
         if size == 1:
             goodput = [many / cost.even(k) for k, many in enumerate(tokens[0].tolist())]
             self._lengths = [k] = [goodput.index(max(goodput))]
