@@ -23,6 +23,7 @@ from . import checkpoint, drafter_precision, sizes
 from .answer import Chunk, Generation
 from .calls import Calls, Prompt, chosen_options, common_options, several
 from .config import DrafterConfig, TargetConfig
+from .decode.draft_length import DraftLengthPolicy
 from .decode.overflow import check_overflow
 from .decode.prefill import prefill_by_chunks
 from .decode.round import draft, first_state
@@ -183,7 +184,7 @@ class MTPModel:
                 max_rows=most_rows,
                 kv_budget=budget,
                 cache_bytes=kept,
-                costs=profile.costs_of if profile else None,
+                policy=DraftLengthPolicy(profile.prices) if profile else None,
             )
             return _Loaded(config, target, drafter_config, drafter, scheduler, weights, budget)
 

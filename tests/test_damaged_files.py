@@ -380,13 +380,21 @@ def test_a_tokenizer_that_cannot_be_read(tmp_path: Path, change: Json):
     check_error(error)
 
 
-@pytest.mark.parametrize(("part", "value"), [("key", {"model": 5}), ("costs", {"1": {"0": 10**400}})])
+@pytest.mark.parametrize(
+    ("part", "value"), [("key", {"model": 5}), ("costs", {"1": {"verify": {"1": 10**400}, "draft": 0, "packing": 0}})]
+)
 def test_a_profile_among_others_that_says_nonsense(
     target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, value: Json
 ):
     """One that nobody asked for is no reason to stop; one that was asked for is an error."""
     key = asdict(profiles.key_of(target, None, None, None)) | {"device": "another"}
-    content: Json = {"schema": profiles.SCHEMA, "key": key, "costs": {"1": {"0": 1.0}}, "acceptance": {}, "rows": 1}
+    content: Json = {
+        "schema": profiles.SCHEMA,
+        "key": key,
+        "costs": {"1": {"verify": {"1": 1.0}, "draft": 0.0, "packing": 0.0}},
+        "acceptance": {},
+        "rows": 1,
+    }
     content |= {"drafts": 1, "objective": "latency", "drafter_position": None, "measured": ""}
     content[part] = content[part] | value
     (tmp_path / "another.json").write_text(json.dumps(content))

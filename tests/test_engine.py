@@ -14,7 +14,7 @@ from tiny_checkpoints import VOCAB, make_pair
 
 from mlx_mtp import checkpoint
 from mlx_mtp.decode import engine as engine_module
-from mlx_mtp.decode.draft_length import AutoLength
+from mlx_mtp.decode.draft_length import DraftLengthPolicy
 from mlx_mtp.decode.prefill import prefill
 from mlx_mtp.decode.request import INVARIANT_WIDTH, Request, Stats
 from mlx_mtp.decode.round import accept, decode_round, first_state
@@ -267,7 +267,9 @@ def test_requests_out_of_range(wrong: dict[str, object], culprit: str):
 def test_automatic_length_is_told_what_rounds_take(pair: Pair, late: bool, monkeypatch: pytest.MonkeyPatch):
     """Also where a round is handed over late, which on a CPU is when it runs."""
     monkeypatch.setattr(engine_module, "COPY_LIMIT", 0 if late else 2**40)
-    told, observe = [], AutoLength.observe
-    monkeypatch.setattr(AutoLength, "observe", lambda self, *args: (told.append(args[2]), observe(self, *args))[1])
+    told, observe = [], DraftLengthPolicy.observe
+    monkeypatch.setattr(
+        DraftLengthPolicy, "observe", lambda self, *args: (told.append(args[2]), observe(self, *args))[1]
+    )
     run(Scheduler(*pair), prompt(), 150)
     assert sum(seconds is not None for seconds in told) > len(told) / 2

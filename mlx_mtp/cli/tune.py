@@ -129,7 +129,7 @@ def _tune(
             steps = choose.counted(found)
             new = profile.Profile(
                 key=key,
-                costs={rows: choose.round_seconds(steps, rows) for rows in sorted({step.rows for step in steps})},
+                costs={rows: choose.prices(steps, rows) for rows in sorted({step.rows for step in steps})},
                 acceptance=found.acceptance,
                 rows=chosen.option.rows,
                 drafts=chosen.option.drafts,

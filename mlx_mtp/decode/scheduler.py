@@ -30,7 +30,7 @@ from ..kv.buffers import ring_slots
 from ..models.drafter import Drafter
 from ..models.target import Target
 from ..sizes import in_words, rows_bytes
-from .batch_length import Costs
+from .draft_length import DraftLengthPolicy
 from .engine import Engine, Parked, Prefilled
 from .kv_file import load_entry, save_entry
 from .prefill import CHUNK, CHUNK_BESIDE, prefill_block, prefill_by_chunks
@@ -87,7 +87,7 @@ class Scheduler:
         max_rows: int = MAX_ROWS,
         kv_budget: int | None = None,
         cache_bytes: int = CACHE_BYTES,
-        costs: Costs | None = None,
+        policy: DraftLengthPolicy | None = None,
     ):
         """Makes a scheduler with nothing to do.
 
@@ -98,12 +98,12 @@ class Scheduler:
             max_rows: Most rows of the batch.
             kv_budget: Most bytes for the KV of all rows; None for no limit.
             cache_bytes: Most bytes of KV kept for later prompts.
-            costs: What rounds of "fast" requests cost, if it was measured.
+            policy: What chooses draft lengths; None for one that knows no prices.
         """
         self.max_rows, self.cache = max_rows, PromptCache(cache_bytes)
         self._target, self._budget = target, kv_budget
         self._ring = ring_slots(target.config.sliding_window)
-        self._engine = Engine(target, drafter, suppress_tokens, costs)
+        self._engine = Engine(target, drafter, suppress_tokens, policy)
         self._waiting: deque[Row] = deque()
         # From the queue until the engine has them: whatever happens in between, they are told.
         self._admitted: list[Row] = []

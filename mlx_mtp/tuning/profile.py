@@ -23,6 +23,7 @@ import mlx.core as mx
 
 from .. import __version__, adapters
 from ..blas import has_openblas
+from ..decode.draft_length import Prices
 from ..errors import ProfileError, one_line
 from ..files import listed, parse_json, pieces, read_bytes, replacing
 from ..models.drafter import POSITIONS
@@ -32,7 +33,7 @@ from ..quantization import Format
 log = logging.getLogger(__name__)
 
 SCHEMA = 2
-"""Version of the file's form. The first one didn't say how precise the drafter was."""
+"""Version of the file's form. The first one had prices of whole rounds, and didn't say how precise the drafter was."""
 
 _SAMPLES = 64
 """Places of a file of weights that are looked at."""
@@ -75,7 +76,7 @@ class Profile:
 
     Attributes:
         key: What it holds for.
-        costs: By rows, the seconds of a round by draft length.
+        costs: By rows, what rounds take.
         acceptance: By kind of text and position, the chance that a draft is kept if those before it were.
         rows: Rows of a batch, as chosen for `objective`.
         drafts: Draft length chosen with it; the online control begins with the costs and may choose another.
@@ -85,7 +86,7 @@ class Profile:
     """
 
     key: Key
-    costs: Mapping[int, Mapping[int, float]]
+    costs: Mapping[int, Prices]
     acceptance: Mapping[str, list[float]]
     rows: int
     drafts: int
@@ -93,13 +94,21 @@ class Profile:
     drafter_position: str | None
     measured: str
 
-    def costs_of(self, rows: int) -> dict[int, float]:
-        """Seconds of a round by draft length, for any number of rows: between two measured ones, on the line."""
+    def prices(self, rows: int) -> Prices:
+        """What rounds of any number of rows take: between two that were measured, on the line."""
         below = max((b for b in self.costs if b <= rows), default=min(self.costs))
         above = min((b for b in self.costs if b >= rows), default=max(self.costs))
         share = (rows - below) / (above - below) if above > below else 0.0
         low, high = self.costs[below], self.costs[above]
-        return {k: low[k] * (1 - share) + high[k] * share for k in low if k in high}
+
+        def between(one: float, other: float) -> float:
+            return one * (1 - share) + other * share
+
+        return Prices(
+            {width: between(low.verify[width], high.verify[width]) for width in low.verify if width in high.verify},
+            between(low.draft, high.draft),
+            between(low.packing, high.packing),
+        )
 
 
 def key_of(
@@ -188,11 +197,15 @@ def read(path: Path) -> Profile:
         if not isinstance(key.model, str):
             raise TypeError("its model has no name")
         costs = {
-            int(rows): {int(k): _positive(seconds) for k, seconds in by_length.items()}
-            for rows, by_length in content.pop("costs").items()
+            int(rows): Prices(
+                {int(width): _seconds(it) for width, it in prices["verify"].items()},
+                _seconds(prices["draft"], least=0.0),
+                _seconds(prices["packing"], least=0.0),
+            )
+            for rows, prices in content.pop("costs").items()
         }
         profile = Profile(key=key, costs=costs, **content)
-        if not costs or not all(0 in by_length for by_length in costs.values()):
+        if not costs or not all(1 in prices.verify for prices in costs.values()):
             raise ValueError("costs of plain decoding are missing")
         if not isinstance(profile.rows, int) or profile.rows < 1:
             raise ValueError(f"{profile.rows!r} rows")
@@ -245,7 +258,7 @@ def check(profile: Profile, key: Key, path: Path) -> None:
             raise ProfileError(f"{path} was measured with {name}: run mlx-mtp tune again")
 
 
-def _positive(seconds: Any) -> float:
-    if not isinstance(seconds, (int, float)) or not 0 < seconds <= sys.float_info.max:
-        raise ValueError(f"a round takes {seconds!r} seconds")
-    return float(seconds)
+def _seconds(value: Any, least: float = sys.float_info.min) -> float:
+    if not isinstance(value, (int, float)) or not least <= value <= sys.float_info.max:
+        raise ValueError(f"a part of a round takes {value!r} seconds")
+    return float(value)
