@@ -272,6 +272,23 @@ def test_what_is_measured(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
             assert alone.steps[1].experts[2] > alone.steps[0].experts[2]
 
 
+def test_what_rows_of_different_lengths_take_more_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    target, drafter = make_pair("12b", tmp_path)
+    verify = measure.verify
+
+    def slower(*arguments: Any, counts: Any = None) -> Any:
+        time.sleep(0.02 if counts else 0.0)
+        return verify(*arguments, counts=counts)
+
+    monkeypatch.setattr(measure, "verify", slower)
+    with mlx_mtp.load(target, drafter=drafter) as lm:
+        one, two = measured(lm, batches=(1, 2)).steps
+    assert one.packing == 0.0 and 0.01 < two.packing < 0.2
+    kept = choose.prices([two], 2)
+    assert kept.packing == two.packing and kept.verify[3] == two.verify[3].median
+    assert two.draft and kept.draft == two.draft.median
+
+
 def test_tokens_are_chosen_as_the_model_chooses_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A sampled token takes longer than the best one, so greedy passes would be too cheap."""
     target, drafter = make_pair("12b", tmp_path)
