@@ -19,8 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
 import mlx.core as mx
 
-from . import checkpoint, drafter_precision, sizes
 from .answer import Answer, Chunk, Generation
+from .checkpoint import drafter_precision, sizes
+from .checkpoint import load as checkpoint
+from .checkpoint.pair import DEMO as DEMO
+from .checkpoint.pair import find_pair, find_profile, way_out
+from .checkpoint.quantization import Format
 from .config import DrafterConfig, TargetConfig
 from .decode.overflow import check_overflow
 from .decode.prefill import prefill_by_chunks
@@ -36,10 +40,7 @@ from .models import self_test
 from .models.drafter import POSITIONS, Drafter
 from .models.target import Target
 from .options import GenerationOptions
-from .pair import DEMO as DEMO
-from .pair import find_pair, find_profile, way_out
 from .paths import expanded
-from .quantization import Format
 from .session import Session
 from .text import StopStrings, Tokenizer
 from .tools import Tools

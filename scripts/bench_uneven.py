@@ -36,7 +36,7 @@ import typer  # noqa: E402
 from medium_pair import make_medium_pair  # noqa: E402
 from random_weights import random_pair  # noqa: E402
 
-from mlx_mtp.checkpoint import load_drafter, load_target  # noqa: E402
+from mlx_mtp.checkpoint.load import load_drafter, load_target  # noqa: E402
 from mlx_mtp.decode.prefill import prefill  # noqa: E402
 from mlx_mtp.decode.round import RoundState, draft, verify  # noqa: E402
 from mlx_mtp.decode.sampling import Sampler, SamplingOptions  # noqa: E402

@@ -39,12 +39,12 @@ from scripted_drafter import LuckyDrafter, ScriptedDrafter  # noqa: E402
 from tiny_checkpoints import KINDS, make_pair  # noqa: E402
 
 import mlx_mtp  # noqa: E402
-from mlx_mtp import checkpoint  # noqa: E402
 from mlx_mtp.api import DEMO  # noqa: E402
+from mlx_mtp.checkpoint import load as checkpoint  # noqa: E402
+from mlx_mtp.checkpoint.quantization import Format  # noqa: E402
 from mlx_mtp.decode.request import Request, Stats  # noqa: E402
 from mlx_mtp.decode.sampling import SamplingOptions  # noqa: E402
 from mlx_mtp.decode.scheduler import Scheduler  # noqa: E402
-from mlx_mtp.quantization import Format  # noqa: E402
 from mlx_mtp.text import Tokenizer  # noqa: E402
 
 SAMPLINGS = {

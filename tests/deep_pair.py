@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 from tiny_checkpoints import make_pair
 
-from mlx_mtp.checkpoint import load_drafter
+from mlx_mtp.checkpoint.load import load_drafter
 from mlx_mtp.config import target_config
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target

@@ -17,8 +17,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from tiny_checkpoints import VOCAB, make_pair
 
 import mlx_mtp
+from mlx_mtp.checkpoint.quantization import Format, Scheme
 from mlx_mtp.errors import CheckpointError
-from mlx_mtp.quantization import Format, Scheme
 from mlx_mtp.tuning import profile
 from weights_convert import convert
 

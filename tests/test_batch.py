@@ -13,7 +13,8 @@ from random_requests import alone, differs, make_request, run_at_random
 from scripted_drafter import LuckyDrafter, ScriptedDrafter
 from tiny_checkpoints import KINDS, VOCAB, WINDOW, make_pair
 
-from mlx_mtp import checkpoint
+from mlx_mtp.checkpoint import load as checkpoint
+from mlx_mtp.checkpoint.sizes import row_bytes
 from mlx_mtp.decode import engine as engine_module
 from mlx_mtp.decode.prefill import CHUNK
 from mlx_mtp.decode.request import Request, Row
@@ -23,7 +24,6 @@ from mlx_mtp.errors import MemoryBudgetError
 from mlx_mtp.kv import kv_bytes
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
-from mlx_mtp.sizes import row_bytes
 
 Pair = tuple[Target, Drafter]
 

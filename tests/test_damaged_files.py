@@ -17,10 +17,10 @@ from tiny_checkpoints import make_pair
 from tiny_tokenizer import write_tokenizer
 
 import mlx_mtp
-from mlx_mtp import checkpoint
+from mlx_mtp.checkpoint import load as checkpoint
+from mlx_mtp.checkpoint.safetensors_files import INDEX, read_header
 from mlx_mtp.errors import CheckpointError, MTPError, ProfileError
 from mlx_mtp.files import replacing
-from mlx_mtp.safetensors_files import INDEX, read_header
 from mlx_mtp.text import Tokenizer
 from mlx_mtp.tuning import profile as profiles
 from weights_convert import convert, verify_sums

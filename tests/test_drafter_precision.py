@@ -12,11 +12,11 @@ import pytest
 from tiny_checkpoints import make_pair
 
 import mlx_mtp
+from mlx_mtp.checkpoint.quantization import Format, Scheme
+from mlx_mtp.checkpoint.sizes import held_bytes
 from mlx_mtp.cli.info import describe
 from mlx_mtp.errors import CheckpointError, MTPError, ProfileError
 from mlx_mtp.models.drafter import Drafter
-from mlx_mtp.quantization import Format, Scheme
-from mlx_mtp.sizes import held_bytes
 from mlx_mtp.tuning import profile as profiles
 from weights_convert.converter import convert
 

@@ -12,7 +12,7 @@ from deep_pair import deep_pair
 from scripted_drafter import ScriptedDrafter
 from tiny_checkpoints import VOCAB, make_pair
 
-from mlx_mtp import checkpoint
+from mlx_mtp.checkpoint import load as checkpoint
 from mlx_mtp.decode import engine as engine_module
 from mlx_mtp.decode.draft_length import AutoLength
 from mlx_mtp.decode.prefill import prefill

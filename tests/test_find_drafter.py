@@ -17,7 +17,7 @@ import pytest
 from tiny_checkpoints import VOCAB, make_pair
 
 import mlx_mtp
-from mlx_mtp import download, sizes
+from mlx_mtp.checkpoint import download, sizes
 from mlx_mtp.errors import MTPError
 from mlx_mtp.tuning import profile
 

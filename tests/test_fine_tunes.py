@@ -15,9 +15,9 @@ import pytest
 from tiny_checkpoints import VOCAB, make_pair
 
 import mlx_mtp
+from mlx_mtp.checkpoint.pair import DEMO
+from mlx_mtp.checkpoint.quantization import Format, Scheme
 from mlx_mtp.errors import CheckpointError
-from mlx_mtp.pair import DEMO
-from mlx_mtp.quantization import Format, Scheme
 from mlx_mtp.template_files import chat_templates
 from mlx_mtp.tuning import profile
 from weights_convert import convert

@@ -10,7 +10,7 @@ import pytest
 from random_requests import alone, differs, make_request, run_at_random
 from tiny_checkpoints import KINDS, VOCAB, WINDOW, make_pair
 
-from mlx_mtp import checkpoint
+from mlx_mtp.checkpoint import load as checkpoint
 from mlx_mtp.decode.request import Request
 from mlx_mtp.decode.round import RoundState, decode_round
 from mlx_mtp.decode.sampling import Sampler, SamplingOptions

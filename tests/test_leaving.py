@@ -7,7 +7,7 @@ from random import Random
 import pytest
 from tiny_checkpoints import VOCAB, make_pair
 
-from mlx_mtp import checkpoint
+from mlx_mtp.checkpoint import load as checkpoint
 from mlx_mtp.decode import engine as engine_module
 from mlx_mtp.decode.request import Request, Row
 from mlx_mtp.decode.scheduler import Scheduler

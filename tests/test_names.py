@@ -1,4 +1,4 @@
-"""Every tensor of every published checkpoint finds its place, and every parameter gets one (names.py).
+"""Every tensor of every published checkpoint finds its place, and every parameter gets one (tensor_names.py).
 
 The models have their real shapes here; nothing is evaluated, so nothing is allocated.
 """
@@ -17,11 +17,13 @@ import pytest
 from mlx.utils import tree_flatten
 from real_tensors import SIZES, Tensors, drafter, drafter_config, mlx_community, payload, target, target_config
 
-from mlx_mtp import checkpoint, config, quantization
+from mlx_mtp import config
+from mlx_mtp.checkpoint import load as checkpoint
+from mlx_mtp.checkpoint import quantization
+from mlx_mtp.checkpoint.tensor_names import Table, drafter_table, target_table
 from mlx_mtp.errors import CheckpointError
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
-from mlx_mtp.names import Table, drafter_table, target_table
 from weights_convert import Format, Scheme
 from weights_convert.plan import make_plan
 

@@ -9,7 +9,7 @@ import pytest
 from tiny_checkpoints import make_pair
 
 import mlx_mtp
-from mlx_mtp import checkpoint
+from mlx_mtp.checkpoint import load as checkpoint
 from mlx_mtp.models.self_test import SWITCH
 
 

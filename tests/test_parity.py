@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 import mlx_mtp
 import mlx_mtp.config
-from mlx_mtp import checkpoint
+from mlx_mtp.checkpoint import load as checkpoint
 from mlx_mtp.config import in_published_fields
 from mlx_mtp.decode.prefill import prefill
 from weights_convert import convert

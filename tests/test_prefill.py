@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_checkpoints import KINDS, VOCAB, WINDOW, make_pair
 
-from mlx_mtp import checkpoint
+from mlx_mtp.checkpoint import load as checkpoint
 from mlx_mtp.decode import prefill as prefill_module
 from mlx_mtp.decode.prefill import prefill, prefill_block
 from mlx_mtp.decode.request import Request

@@ -13,7 +13,8 @@ from scripted_drafter import ScriptedDrafter
 from tiny_checkpoints import VOCAB, make_pair
 
 import mlx_mtp
-from mlx_mtp import checkpoint
+from mlx_mtp.checkpoint import load as checkpoint
+from mlx_mtp.checkpoint.sizes import row_bytes
 from mlx_mtp.decode.limits import MAX_DRAFT_LENGTH
 from mlx_mtp.decode.prompt_cache import MIN_REUSE
 from mlx_mtp.decode.request import Request, Row
@@ -23,7 +24,6 @@ from mlx_mtp.errors import CheckpointError, MemoryBudgetError
 from mlx_mtp.kv import kv_bytes
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
-from mlx_mtp.sizes import row_bytes
 
 Pair = tuple[Target, Drafter]
 SAMPLED = SamplingOptions(temperature=1.0, top_k=40, seed=4)

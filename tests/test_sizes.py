@@ -10,11 +10,12 @@ from mlx.utils import tree_flatten
 from tiny_checkpoints import KINDS, make_pair
 
 import mlx_mtp
-from mlx_mtp import checkpoint, sizes
+from mlx_mtp.checkpoint import load as checkpoint
+from mlx_mtp.checkpoint import sizes
+from mlx_mtp.checkpoint.quantization import Format, Scheme
 from mlx_mtp.cli.info import describe
 from mlx_mtp.errors import MemoryBudgetError
 from mlx_mtp.kv import KVBuffers, kv_bytes
-from mlx_mtp.quantization import Format, Scheme
 
 
 @pytest.mark.parametrize("kind", KINDS)

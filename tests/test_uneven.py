@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_checkpoints import KINDS, VOCAB, make_pair
 
-from mlx_mtp import checkpoint
+from mlx_mtp.checkpoint import load as checkpoint
 from mlx_mtp.decode.prefill import prefill
 from mlx_mtp.decode.round import decode_round, first_state, verify
 from mlx_mtp.decode.sampling import Sampler, SamplingOptions

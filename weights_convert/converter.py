@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_mtp import hub
+from mlx_mtp.checkpoint import hub
+from mlx_mtp.checkpoint.quantization import Scheme
+from mlx_mtp.checkpoint.sizes import in_words
 from mlx_mtp.errors import CheckpointError
 from mlx_mtp.files import listed, read_json, sha256
 from mlx_mtp.paths import expanded
-from mlx_mtp.quantization import Scheme
-from mlx_mtp.sizes import in_words
 
 from . import files
 from .plan import FINGERPRINT, Plan, file_bytes, make_plan, read_description

@@ -17,15 +17,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp import checkpoint
+from mlx_mtp.checkpoint import load as checkpoint
+from mlx_mtp.checkpoint.quantization import Format, Scheme
+from mlx_mtp.checkpoint.safetensors_files import check_tied, weight_files
+from mlx_mtp.checkpoint.tensor_names import Source, Table, drafter_table, mlx_lm_name, of_merged_drafter, target_table
 from mlx_mtp.config import DRAFTER_TYPES, MERGED_FIELDS, drafter_config, in_published_fields, target_config
 from mlx_mtp.errors import CheckpointError
 from mlx_mtp.files import read_json
 from mlx_mtp.models.drafter import POSITIONS, Drafter
 from mlx_mtp.models.target import Target
-from mlx_mtp.names import Source, Table, drafter_table, mlx_lm_name, of_merged_drafter, target_table
-from mlx_mtp.quantization import Format, Scheme
-from mlx_mtp.safetensors_files import check_tied, weight_files
 
 from .source import Tensor, find_tensors, sample
 
@@ -64,7 +64,7 @@ class Parameter:
         dtype: The type it is converted to.
         format: How it is quantised, or None.
         sources: Stored tensors whose rows make it up, one after the other.
-        half: See `names.Source`.
+        half: See `tensor_names.Source`.
         order: A tensor that says in which order the rows go, or None for the stored one.
     """
 

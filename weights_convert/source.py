@@ -13,9 +13,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_mtp.checkpoint.safetensors_files import TYPES, read_header, weight_files
 from mlx_mtp.errors import CheckpointError
 from mlx_mtp.files import pieces
-from mlx_mtp.safetensors_files import TYPES, read_header, weight_files
 
 DTYPES = {name: TYPES[name] for name in ("F32", "F16", "BF16", "I64", "I32", "U32", "U8")}
 """Names of the types that can be converted."""

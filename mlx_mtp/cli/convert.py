@@ -17,7 +17,7 @@ from . import options as o
 if TYPE_CHECKING:
     from weights_convert import Conversion
 
-    from ..quantization import Scheme
+    from ..checkpoint.quantization import Scheme
 
 EMBEDDINGS = ("embed_tokens*", "lm_head", "head.embedding")
 """Modules whose rows belong to tokens."""
@@ -100,7 +100,7 @@ def _value_of(option: str) -> Iterator[None]:
 
 
 def _check_dtype(dtype: str | None) -> None:
-    from ..checkpoint import DTYPES
+    from ..checkpoint.load import DTYPES
 
     if dtype not in (None, *DTYPES):
         raise typer.BadParameter(f"expected {', '.join(DTYPES)}", param_hint="--dtype")
@@ -109,7 +109,7 @@ def _check_dtype(dtype: str | None) -> None:
 def _scheme(
     mode: str, bits: int | None, group_size: int | None, embeddings_bits: int | None, overrides: list[str]
 ) -> Scheme | None:
-    from ..quantization import Format, Scheme
+    from ..checkpoint.quantization import Format, Scheme
 
     rows: list[tuple[str, int | None]] = [
         (pattern, embeddings_bits) for pattern in EMBEDDINGS if embeddings_bits is not None
@@ -153,8 +153,8 @@ def _prepare(
     from weights_convert import Format, Scheme, prepare
     from weights_convert.plan import read_description
 
-    from ..checkpoint import holds_drafter
-    from ..pair import find_pair, way_out
+    from ..checkpoint.load import holds_drafter
+    from ..checkpoint.pair import find_pair, way_out
 
     bits = (4 if scheme else None) if drafter_bits is None else drafter_bits
     with _value_of("--drafter-bits"):

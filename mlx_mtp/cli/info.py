@@ -14,9 +14,9 @@ from . import options as o
 if TYPE_CHECKING:
     import mlx.nn as nn
 
+    from ..checkpoint.quantization import Format, Stored
+    from ..checkpoint.tensor_names import Table
     from ..config import DrafterConfig, TargetConfig
-    from ..names import Table
-    from ..quantization import Format, Stored
     from ..tuning.chips import Chip
 
 _PREDICTED_AT = 1024
@@ -66,15 +66,16 @@ def describe(
     Raises:
         CheckpointError: A config.json is missing or isn't Gemma 4's, or weights that are here can't be loaded.
     """
-    from .. import checkpoint, drafter_precision, sizes
+    from ..checkpoint import drafter_precision, sizes
+    from ..checkpoint import load as checkpoint
+    from ..checkpoint.pair import find_pair, way_out
+    from ..checkpoint.quantization import Format
+    from ..checkpoint.tensor_names import drafter_table, target_table
     from ..config import check_pair
     from ..errors import PairingError
     from ..kv import kv_bytes
     from ..models.drafter import POSITIONS, Drafter
     from ..models.target import Target
-    from ..names import drafter_table, target_table
-    from ..pair import find_pair, way_out
-    from ..quantization import Format
     from ..wired import WIRED
 
     target_folder, drafter_folder = find_pair(model, drafter, weights=False)
@@ -214,7 +215,7 @@ def _lengths(longest: int) -> list[int]:
 def _stored_as(raw: dict[str, Any], stored: Stored | None, quantize: Format | None) -> str:
     if stored:
         return f"{stored.common.bits} bits, {stored.common.mode}"
-    from ..checkpoint import named_dtype
+    from ..checkpoint.load import named_dtype
 
     dtype = named_dtype(raw) or "unknown type"
     return f"{dtype}, quantised to {quantize} while loading" if quantize else dtype
@@ -228,7 +229,8 @@ def _on_disk(
     Raises:
         CheckpointError: What is there can't be loaded, by the files' headers. Arguments as for `checkpoint.assign`.
     """
-    from .. import checkpoint, safetensors_files
+    from ..checkpoint import load as checkpoint
+    from ..checkpoint import safetensors_files
     from ..files import listed
     from ..models.drafter import Drafter
 
@@ -251,7 +253,7 @@ def _on_disk(
 
 
 def _size(count: int) -> str:
-    from ..sizes import in_words
+    from ..checkpoint.sizes import in_words
 
     return in_words(count)
 

@@ -20,8 +20,8 @@ from ..tuning import OBJECTIVES
 from . import options as o
 
 if TYPE_CHECKING:
+    from ..checkpoint.quantization import Format
     from ..config import DrafterConfig, TargetConfig, TextConfig
-    from ..quantization import Format
     from ..tuning.choose import Choice, Option
     from ..tuning.measure import Measurement
 
@@ -342,8 +342,8 @@ def _simulation(
     Raises:
         typer.BadParameter: Unknown chip or size, where the message lists those there are; too long a context.
     """
-    from ..drafter_precision import drafter_format
-    from ..quantization import Format
+    from ..checkpoint.drafter_precision import drafter_format
+    from ..checkpoint.quantization import Format
     from ..tuning import chips, cost_model, known_models, report
 
     name = model or "26B-A4B"
@@ -383,11 +383,11 @@ def _configs(
     model: str, drafter: str | None, no_draft: bool, quantize: int | None, quantize_drafter: str | int
 ) -> tuple[TargetConfig, DrafterConfig | None, Format | None, Format | None]:
     """The configurations of a folder or repository and of its drafter, if it has one, and how both are quantised."""
-    from ..checkpoint import read_drafter, read_quantization, read_target
-    from ..drafter_precision import of_pair
-    from ..names import drafter_table, target_table
-    from ..pair import find_pair
-    from ..quantization import Format
+    from ..checkpoint.drafter_precision import of_pair
+    from ..checkpoint.load import read_drafter, read_quantization, read_target
+    from ..checkpoint.pair import find_pair
+    from ..checkpoint.quantization import Format
+    from ..checkpoint.tensor_names import drafter_table, target_table
 
     folder, drafter_folder = find_pair(model, False if no_draft else drafter, weights=False)
     raw, target = read_target(folder)

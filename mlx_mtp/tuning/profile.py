@@ -21,13 +21,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import __version__, adapters
+from .. import __version__
 from ..blas import has_openblas
+from ..checkpoint import adapters
+from ..checkpoint.quantization import Format
 from ..errors import ProfileError, one_line
 from ..files import listed, parse_json, pieces, read_bytes, replacing
 from ..models.drafter import POSITIONS
 from ..paths import expanded, published_name
-from ..quantization import Format
 
 log = logging.getLogger(__name__)
 

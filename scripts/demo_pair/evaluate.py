@@ -17,7 +17,7 @@ from random import Random
 import mlx.core as mx
 from tokenizers import Tokenizer
 
-from mlx_mtp.checkpoint import load_drafter, load_target
+from mlx_mtp.checkpoint.load import load_drafter, load_target
 from mlx_mtp.decode.prefill import prefill
 from mlx_mtp.decode.request import Request, Stats
 from mlx_mtp.decode.sampling import SamplingOptions

@@ -89,7 +89,7 @@ def check(out: Path, target: Target, drafter: Drafter, tokens: list[int], steps:
     """
     import mlx.core as mx
 
-    from mlx_mtp.checkpoint import load_drafter, load_target
+    from mlx_mtp.checkpoint.load import load_drafter, load_target
     from mlx_mtp.decode.prefill import prefill
 
     rounded(target)

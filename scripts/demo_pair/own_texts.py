@@ -38,7 +38,7 @@ def write(folder: Path, prompts: list[list[int]], seed: int) -> list[list[int]]:
     """
     import mlx.core as mx
 
-    from mlx_mtp.checkpoint import load_target
+    from mlx_mtp.checkpoint.load import load_target
     from mlx_mtp.kv import KVBuffers
 
     _, model = load_target(folder, "float32")

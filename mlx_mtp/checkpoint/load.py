@@ -17,8 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from . import adapters, quantization, sizes
-from .config import (
+from ..config import (
     DRAFTER_TYPES,
     DrafterConfig,
     TargetConfig,
@@ -27,14 +26,23 @@ from .config import (
     merged_drafter,
     target_config,
 )
-from .errors import CheckpointError, MemoryBudgetError
-from .files import read_json
-from .models.drafter import Drafter
-from .models.elementwise import on_gpu
-from .models.target import Target
-from .names import MERGED_DRAFTER, VISION_AND_AUDIO, Source, Table, drafter_table, of_merged_drafter, target_table
+from ..errors import CheckpointError, MemoryBudgetError
+from ..files import read_json
+from ..models.drafter import Drafter
+from ..models.elementwise import on_gpu
+from ..models.target import Target
+from . import adapters, quantization, sizes
 from .quantization import Format, Rule, Scheme, Stored
 from .safetensors_files import check_tied, tensors
+from .tensor_names import (
+    MERGED_DRAFTER,
+    VISION_AND_AUDIO,
+    Source,
+    Table,
+    drafter_table,
+    of_merged_drafter,
+    target_table,
+)
 
 log = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from . import checkpoint
-from .config import DrafterConfig
-from .errors import CheckpointError, MTPError
-from .names import drafter_table, target_table
+from ..config import DrafterConfig
+from ..errors import CheckpointError, MTPError
+from . import load as checkpoint
 from .pair import way_out
 from .quantization import BITS, Format, Stored
+from .tensor_names import drafter_table, target_table
 
 LEAST_BITS = 4
 """Fewest bits that a drafter gets without being asked for: with 2 the embedded pair's loses half of what is accepted

@@ -7,17 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from . import checkpoint, hub
-from .config import check_pair
-from .errors import MTPError, ProfileError
-from .files import listed
-from .models.drafter import POSITIONS
-from .paths import expanded
+from ..config import check_pair
+from ..errors import MTPError, ProfileError
+from ..files import listed
+from ..models.drafter import POSITIONS
+from ..paths import expanded
+from ..tuning import profile as profiles
+from . import hub
+from . import load as checkpoint
 from .quantization import Format
 from .safetensors_files import weight_files
-from .tuning import profile as profiles
 
-DEMO = Path(__file__).parent / "demo"
+DEMO = Path(__file__).parents[1] / "demo"
 """The embedded demo pair: folders `target` and `drafter`."""
 
 

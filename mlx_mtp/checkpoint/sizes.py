@@ -16,10 +16,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .config import DrafterConfig, TextConfig
-from .kv import CAPACITY_STEP, LONGEST_VERIFY, batch_bytes, kv_bytes
-from .models.drafter import Drafter
-from .models.target import Target
+from ..config import DrafterConfig, TextConfig
+from ..kv import CAPACITY_STEP, LONGEST_VERIFY, batch_bytes, kv_bytes
+from ..models.drafter import Drafter
+from ..models.target import Target
 from .quantization import Rule
 
 ABOVE = 2 * LONGEST_VERIFY

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from ..errors import CheckpointError, MTPError
+from ..paths import published_name
 from . import download
-from .errors import CheckpointError, MTPError
-from .paths import published_name
 from .safetensors_files import INDEX, weight_files
 
 log = logging.getLogger(__name__)
