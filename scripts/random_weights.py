@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_mtp.checkpoint.load import activation_dtype
+from mlx_mtp.checkpoint.description import activation_dtype
 from mlx_mtp.checkpoint.quantization import Format, Scheme
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target

@@ -24,7 +24,7 @@ from typing import Any
 import mlx.core as mx
 from random_weights import with_random_weights
 
-from mlx_mtp.checkpoint.load import activation_dtype
+from mlx_mtp.checkpoint.description import activation_dtype
 from mlx_mtp.checkpoint.sizes import held_bytes
 from mlx_mtp.config import DrafterConfig, TextConfig, drafter_config, target_config
 from mlx_mtp.decode.prefill import prefill_block

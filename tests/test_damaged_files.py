@@ -17,7 +17,8 @@ from tiny_checkpoints import make_pair
 from tiny_tokenizer import write_tokenizer
 
 import mlx_mtp
-from mlx_mtp.checkpoint import load as checkpoint
+from mlx_mtp.checkpoint.description import read_target
+from mlx_mtp.checkpoint.load import load_target
 from mlx_mtp.checkpoint.safetensors_files import INDEX, read_header
 from mlx_mtp.errors import CheckpointError, MTPError, ProfileError
 from mlx_mtp.files import replacing
@@ -288,8 +289,8 @@ def test_random_damage_to_the_header_of_a_model(target: Path, copy: Path):
     """As above; what can still be loaded is what was there before, under a header that says the same."""
     file, rng = copy / "model.safetensors", random.Random(1)
     sound = file.read_bytes()
-    checkpoint.load_target(copy)
-    assert refusals(file, sound, rng, lambda: checkpoint.load_target(copy)) > 250
+    load_target(read_target(copy))
+    assert refusals(file, sound, rng, lambda: load_target(read_target(copy))) > 250
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", INDEX, "tokenizer.json"])
@@ -385,7 +386,7 @@ def test_a_profile_among_others_that_says_nonsense(
     target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, value: Json
 ):
     """One that nobody asked for is no reason to stop; one that was asked for is an error."""
-    key = asdict(profiles.key_of(target, None, None, None)) | {"device": "another"}
+    key = asdict(profiles.key_of(read_target(target), None)) | {"device": "another"}
     content: Json = {"schema": profiles.SCHEMA, "key": key, "costs": {"1": {"0": 1.0}}, "acceptance": {}, "rows": 1}
     content |= {"drafts": 1, "objective": "latency", "drafter_position": None, "measured": ""}
     content[part] = content[part] | value

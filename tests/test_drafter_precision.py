@@ -115,7 +115,7 @@ def test_a_profile_holds_for_one_precision(pairs: dict[str, Path], tmp_path: Pat
     folders = pairs["31b-4"], pairs["31b-drafter"]
     path = tmp_path / "profile.json"
     with mlx_mtp.load(*folders) as lm:
-        key = profiles.key_of(lm.folder, lm.drafter_folder, None, None, None, lm.drafter_format)
+        key = profiles.key_of(lm.description, lm.drafter_description)
     assert key.drafter == "4 bits in groups of 32"
     saved = profiles.Profile(key, {1: {0: 1.0, 1: 2.0}}, {}, 1, 1, "latency", "committed", "now")
     profiles.save(saved).rename(path)

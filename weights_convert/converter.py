@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_mtp.checkpoint import hub
+from mlx_mtp.checkpoint.description import read, read_drafter
 from mlx_mtp.checkpoint.quantization import Scheme
 from mlx_mtp.checkpoint.sizes import in_words
 from mlx_mtp.errors import CheckpointError
@@ -25,7 +26,7 @@ from mlx_mtp.files import listed, read_json, sha256
 from mlx_mtp.paths import expanded
 
 from . import files
-from .plan import FINGERPRINT, Plan, file_bytes, make_plan, read_description
+from .plan import FINGERPRINT, Plan, check_original, file_bytes, make_plan
 
 log = logging.getLogger("mlx_mtp.convert")
 
@@ -124,8 +125,11 @@ def prepare(
     in_the_way = CheckpointError(f"{destination} exists already, from something else: choose another name")
     if taken and not os.path.isfile(destination / files.SUMS):
         raise in_the_way  # before anything is downloaded
-    folder = hub.find(source, check=read_description)
-    plan = make_plan(folder, scheme, dtype, merged)
+    place = hub.find(source)
+    described = read_drafter(place.folder) if merged else read(place.folder)
+    check_original(described)  # before its weights are downloaded
+    folder = place.fetch_weights()
+    plan = make_plan(described, scheme, dtype)
     done = _is_result(destination, plan)
     if taken and not done:
         raise in_the_way

@@ -9,14 +9,11 @@ drafter (E2B's, E4B's) is so small that its time is not what it reads.
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from ..config import DrafterConfig
 from ..errors import CheckpointError, MTPError
-from . import load as checkpoint
-from .pair import way_out
-from .quantization import BITS, Format, Stored
-from .tensor_names import drafter_table, target_table
+from .description import DrafterDescription, TargetDescription
+from .quantization import BITS, Format
 
 LEAST_BITS = 4
 """Fewest bits that a drafter gets without being asked for: with 2 the embedded pair's loses half of what is accepted
@@ -34,65 +31,42 @@ def check(choice: object) -> None:
         raise MTPError(f"quantize_drafter must be 'auto', 'none' or 2, 3, 4, 5, 6 or 8 bits, not {choice!r}")
 
 
-def expected_bits(quantize: int | None, choice: int | str | None) -> int | None:
-    """To how many bits a drafter is quantised, as far as it is known before there is one; None for as stored.
-
-    Raises:
-        MTPError: See `check`.
-    """
-    check(choice)
-    if choice == "auto":
-        return max(quantize, LEAST_BITS) if quantize else None
-    return choice if isinstance(choice, int) else None
-
-
 def drafter_format(
-    config: DrafterConfig,
-    stored: Stored | None,
-    target: Format | None,
-    quantize: int | None,
-    choice: int | str | None,
+    config: DrafterConfig, target: Format | None, asked: bool, choice: int | str | None
 ) -> Format | None:
-    """What a drafter is quantised to while loading; None to take it as stored.
+    """What a drafter whose files aren't quantised is quantised to while loading; None to take it as stored.
 
     Args:
         config: The drafter's config.
-        stored: How it is quantised; None if it isn't.
-        target: The target's format, as it is stored or as `quantize` makes it; None if it isn't quantised.
-        quantize: Bits to quantise the pair to, as for `api.load`.
+        target: The target's format once it is loaded; None if it isn't quantised.
+        asked: Whether it has this format because bits were asked for (`quantize`), and not by its files.
         choice: `quantize_drafter`, as for `api.load`.
-
-    Raises:
-        MTPError: See `check`.
-        CheckpointError: Bits are asked for, and it is quantised already.
     """
-    check(choice)
     if isinstance(choice, int):
-        if stored:
-            raise CheckpointError("the drafter is quantised already: load it without quantize_drafter "
-                                  "(--quantize-drafter), or name one that isn't")  # fmt: skip
         return Format(choice)
-    if choice != "auto" or stored:
-        return None
     # Who asks for bits means both models, for less memory too.
-    if target is None or (config.num_clusters and not quantize):
+    if choice != "auto" or target is None or (config.num_clusters and not asked):
         return None
     return replace(target, bits=LEAST_BITS) if target.bits < LEAST_BITS else target
 
 
-def of_pair(folder: Path, drafter_folder: Path | None, quantize: int | None, choice: int | str | None) -> Format | None:
-    """`drafter_format` for folders of a target and its drafter; None without a drafter.
+def beside(drafter: DrafterDescription, target: TargetDescription, choice: int | str | None) -> DrafterDescription:
+    """A drafter as it is loaded beside a target.
+
+    Args:
+        drafter: The drafter as it is stored.
+        target: The target as it is loaded.
+        choice: `quantize_drafter`, as for `api.load`.
 
     Raises:
-        CheckpointError: See `drafter_format`, or a config.json can't be used.
+        CheckpointError: Bits are asked for, and it is quantised already.
     """
-    if drafter_folder is None:
-        return None
-    raw, target = checkpoint.read_target(folder)
-    of_target = checkpoint.read_quantization(raw, target_table(target.text), folder, quantize)
-    common = of_target.common if of_target else Format(quantize) if quantize else None
-    with way_out():
-        raw, config = checkpoint.read_drafter(drafter_folder)
-        stored = checkpoint.read_quantization(raw, drafter_table(config), drafter_folder)
-        with checkpoint.about(drafter_folder):
-            return drafter_format(config, stored, common, quantize, choice)
+    if not drafter.stored:
+        asked = target.quantize is not None
+        return replace(drafter, quantize=drafter_format(drafter.config, target.format, asked, choice))
+    if isinstance(choice, int):
+        raise CheckpointError(
+            f"{drafter.folder}: the drafter is quantised already: load it without quantize_drafter "
+            "(--quantize-drafter), or name one that isn't"
+        )
+    return drafter
