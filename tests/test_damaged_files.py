@@ -21,7 +21,7 @@ from mlx_mtp.checkpoint.description import read_target
 from mlx_mtp.checkpoint.load import load_target
 from mlx_mtp.checkpoint.safetensors_files import INDEX, read_header
 from mlx_mtp.errors import CheckpointError, MTPError, ProfileError
-from mlx_mtp.files import replacing
+from mlx_mtp.files import replacing, sample
 from mlx_mtp.text import Tokenizer
 from mlx_mtp.tuning import profile as profiles
 from weights_convert import convert, verify_sums
@@ -283,6 +283,23 @@ def test_a_file_takes_its_place_when_it_is_whole(tmp_path: Path):
         aside.write_text("half")
         raise KeyboardInterrupt
     assert file.read_text() == "one" and sorted(os.listdir(tmp_path)) == ["link", "real"]
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 10**5, 10**6])
+def test_a_sample_tells_files_apart(size: int, tmp_path: Path):
+    """By any byte of a small file, by what was drawn elsewhere of a large one."""
+    file, rng = tmp_path / "file", random.Random(size)
+    content = rng.randbytes(size)
+    file.write_bytes(content)
+    told = sample(file)
+    assert told == sample(file) and len(told) <= 64 * 4096
+    for place in (0, size // 2, size - 1) if 0 < size <= 10**5 else ():
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert sample(file) != told
+    file.write_bytes(rng.randbytes(size))
+    assert (sample(file) != told) == (size > 0)
+    with pytest.raises(OSError):
+        sample(tmp_path / "missing")
 
 
 def test_random_damage_to_the_header_of_a_model(target: Path, copy: Path):

@@ -122,6 +122,7 @@ SMALL = (
     (["-m", "mlx_mtp", "generate", "x", "--model", "org/llama"], "model_type 'llama' isn't supported"),
     (["-m", "mlx_mtp", "generate", "x", "--model", "org/quantised", "--quantize", "4"], "is quantised already"),
     (["-m", "mlx_mtp", "generate", "x", "--drafter", "org/llama"], "model_type 'llama' isn't a drafter"),
+    (["-m", "mlx_mtp", "generate", "x", "--model", "org/model-assistant"], "is a drafter, not a target"),
     (["-m", "mlx_mtp", "convert", "org/llama", "new"], "model_type 'llama' isn't supported"),
     (["-m", "mlx_mtp", "convert", "org/quantised", "new"], "is quantised already"),
     (["-m", "mlx_mtp", "convert", "org/model", "/"], "/ exists already"),

@@ -22,7 +22,7 @@ from mlx_mtp.checkpoint.description import read, read_drafter
 from mlx_mtp.checkpoint.quantization import Scheme
 from mlx_mtp.checkpoint.sizes import in_words
 from mlx_mtp.errors import CheckpointError
-from mlx_mtp.files import listed, read_json, sha256
+from mlx_mtp.files import listed, read_json, replacing, sha256
 from mlx_mtp.paths import expanded
 
 from . import files
@@ -192,9 +192,8 @@ def _finished_files(aside: Path, plan: Plan) -> dict[str, str]:
 
 
 def _write_journal(aside: Path, plan: Plan, done: dict[str, str]) -> None:
-    unfinished = aside / f"{_JOURNAL}.unfinished"
-    _write_json(unfinished, {"fingerprint": plan.fingerprint, "files": done})
-    unfinished.rename(aside / _JOURNAL)
+    with replacing(aside / _JOURNAL) as unfinished:
+        _write_json(unfinished, {"fingerprint": plan.fingerprint, "files": done})
 
 
 def _check_space(aside: Path, plan: Plan, done: dict[str, str]) -> None:
@@ -216,8 +215,8 @@ def _write_weights(aside: Path, plan: Plan, done: dict[str, str], progress: Prog
         if name in done:
             step(name, file_bytes(parameters))
             continue
-        digest = files.write_safetensors(aside / f"{name}.unfinished", parameters, step)
-        (aside / f"{name}.unfinished").rename(aside / name)
+        with replacing(aside / name) as unfinished:
+            digest = files.write_safetensors(unfinished, parameters, step)
         done[name] = digest
         _write_journal(aside, plan, done)
 

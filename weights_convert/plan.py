@@ -18,12 +18,13 @@ import mlx.core as mx
 from mlx_mtp.checkpoint.description import CLUSTER_ORDER, DTYPES, AnyDescription, check_dtype
 from mlx_mtp.checkpoint.load import check_complete, check_ordering, empty_model
 from mlx_mtp.checkpoint.quantization import Format, Scheme
-from mlx_mtp.checkpoint.safetensors_files import check_tied, weight_files
+from mlx_mtp.checkpoint.safetensors_files import check_tied, read_header, weight_files
 from mlx_mtp.checkpoint.tensor_names import Source, mlx_lm_name, of_merged_drafter
 from mlx_mtp.config import DRAFTER_TYPES, MERGED_FIELDS, DrafterConfig, TargetConfig, in_published_fields
 from mlx_mtp.errors import CheckpointError
+from mlx_mtp.files import sample
 
-from .source import Tensor, find_tensors, sample
+from .source import Tensor, find_tensors
 
 FILE_BYTES = 2**30
 """Tensors are gathered into files of about this size: what an interruption can cost."""
@@ -161,7 +162,8 @@ def make_plan(source: AnyDescription, scheme: Scheme | None, dtype: str | None) 
     for name, group in files.items():
         digest.update(f"{name} {[str(entry) for parameter in group for entry in parameter.entries()]}".encode())
     for file in weight_files(source.folder):
-        digest.update(sample(file))
+        # Which bytes are which tensor is said in the header alone, of which a sample may miss a part.
+        digest.update(f"{read_header(file)}".encode() + sample(file))
     fingerprint = digest.hexdigest()
     ours = new_config.get("mlx_mtp")
     new_config["mlx_mtp"] = (ours if isinstance(ours, dict) else {}) | {FINGERPRINT: fingerprint}

@@ -26,7 +26,7 @@ from ..blas import has_openblas
 from ..checkpoint import adapters
 from ..checkpoint.description import DrafterDescription, TargetDescription
 from ..errors import ProfileError, one_line
-from ..files import listed, parse_json, pieces, read_bytes, replacing
+from ..files import listed, parse_json, read_bytes, replacing, sample
 from ..models.drafter import POSITIONS
 from ..paths import expanded, published_name
 
@@ -34,9 +34,6 @@ log = logging.getLogger(__name__)
 
 SCHEMA = 2
 """Version of the file's form. The first one didn't say how precise the drafter was."""
-
-_SAMPLES = 64
-"""Places of a file of weights that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +117,8 @@ def key_of(target: TargetDescription, drafter: DrafterDescription | None, adapte
             digest.update(read_bytes(part / config))
             for path in listed(part, "*.safetensors"):
                 if path.is_file():
-                    size = path.stat().st_size
-                    digest.update(f"{path.name} {size}\n".encode("utf-8", "surrogateescape"))
-                    # Another model's of the same shapes are others.
-                    digest.update(pieces(path, range(0, size, max(1, size // _SAMPLES)), 64))
+                    digest.update(f"{path.name} {path.stat().st_size}\n".encode("utf-8", "surrogateescape"))
+                    digest.update(sample(path))
         digest.update(b"\0")
     bits = target.quantize.bits if target.quantize else None
     drafter_format = str(drafter.quantize) if drafter and drafter.quantize else None
