@@ -19,10 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import mlx.core as mx
 
-from . import checkpoint, drafter_precision, sizes
 from .answer import Chunk, Generation
 from .calls import Calls, Prompt, chosen_options, common_options, several
-from .config import DrafterConfig, TargetConfig
+from .checkpoint import sizes
+from .checkpoint.description import DrafterDescription, TargetDescription
+from .checkpoint.load import check_fits, load_drafter, load_target
+from .checkpoint.pair import DEMO as DEMO
+from .checkpoint.pair import find_pair, way_out
 from .decode.draft_length import DraftLengthPolicy
 from .decode.overflow import check_overflow
 from .decode.prefill import prefill_by_chunks
@@ -37,10 +40,7 @@ from .models import self_test
 from .models.drafter import POSITIONS, Drafter
 from .models.target import Target
 from .options import GenerationOptions
-from .pair import DEMO as DEMO
-from .pair import find_pair, find_profile, way_out
 from .paths import expanded
-from .quantization import Format
 from .session import Session
 from .text import Tokenizer
 from .tuning import profile as profiles
@@ -104,30 +104,21 @@ def load(
         raise MTPError("target and drafter must be folders or repository names: strings or paths")
     if drafter_position not in (*POSITIONS, "auto"):
         raise MTPError(f"drafter_position must be auto, {' or '.join(POSITIONS)}, not {drafter_position!r}")
-    checkpoint.check_options(dtype, quantize)
-    expected = drafter_precision.expected_bits(quantize, quantize_drafter)
-    folder, drafter_folder = find_pair(
-        target, drafter, check=lambda it: checkpoint.check_config(it, dtype, quantize, expected)
-    )
-    drafter_format = drafter_precision.of_pair(folder, drafter_folder, quantize, quantize_drafter)
+    pair = find_pair(target, drafter, quantize, dtype, quantize_drafter, check=check_fits)
     adapter = None if adapter is None else expanded(adapter)
-    tuned = find_profile(profile, folder, drafter_folder, quantize, dtype, adapter, drafter_format)
+    tuned = profiles.chosen(profile, *pair, adapter)
     if drafter_position == "auto":
         drafter_position = (tuned and tuned.drafter_position) or "committed"
     if cache_bytes is not None and (not is_int(cache_bytes) or cache_bytes < 0):
         raise MTPError(f"cache_bytes must be a whole number of bytes or None, not {cache_bytes!r}")
-    return MTPModel(
-        folder, drafter_folder, quantize, dtype, drafter_position, cache_bytes, tuned, adapter, drafter_format
-    )
+    return MTPModel(*pair, drafter_position, cache_bytes, tuned, adapter)
 
 
 @dataclass
 class _Loaded:
     """What the session's thread owns, see `session.Loaded`."""
 
-    config: TargetConfig
     target: Target
-    drafter_config: DrafterConfig | None
     drafter: Drafter | None
     scheduler: Scheduler
     weights: int
@@ -139,6 +130,8 @@ class MTPModel:
 
     Attributes:
         adapter: Folder of the target's LoRA adapter, or None.
+        description, drafter_description: What was known of both models before they were loaded, as
+            `checkpoint.description.Description`; None for no drafter.
         config: The target's `config.TargetConfig`.
         drafter_config: The drafter's `config.DrafterConfig`, or None.
         drafter_format: The `quantization.Format` that the drafter was quantised to while loading, or None.
@@ -150,29 +143,27 @@ class MTPModel:
 
     def __init__(
         self,
-        folder: Path,
-        drafter_folder: Path | None,
-        quantize: int | None,
-        dtype: str | None,
+        description: TargetDescription,
+        drafter_description: DrafterDescription | None,
         position: str,
         cache_bytes: int | None,
         profile: profiles.Profile | None,
         adapter: Path | None = None,
-        drafter_format: Format | None = None,
     ):
-        self.profile, self.drafter_format = profile, drafter_format
-        self.folder, self.drafter_folder, self.adapter = folder, drafter_folder, adapter
-        self.defaults = defaults = read_generation(folder)
+        self.profile, self.adapter = profile, adapter
+        self.description, self.folder, self.config = description, description.folder, description.config
+        self.drafter_description = own = drafter_description
+        self.drafter_folder = own.folder if own else None
+        self.drafter_config = own.config if own else None
+        self.drafter_format = own.quantize if own else None
+        self.defaults = defaults = read_generation(description)
         most_rows = profile.rows if profile else MAX_ROWS
 
         def load() -> _Loaded:
-            config, target = checkpoint.load_target(folder, dtype, quantize, adapter)
-            drafter_config, drafter = None, None
-            if drafter_folder is not None:
+            target, drafter = load_target(description, adapter), None
+            if own:
                 with way_out():
-                    drafter_config, drafter = checkpoint.load_drafter(
-                        drafter_folder, config, position, dtype, drafter_format
-                    )
+                    drafter = load_drafter(own, description.config, position)
             self_test.at_load(target, drafter)
             check_overflow(target, drafter)
             weights = sizes.held_bytes(target, drafter)
@@ -186,13 +177,14 @@ class MTPModel:
                 cache_bytes=kept,
                 policy=DraftLengthPolicy(profile.prices) if profile else None,
             )
-            return _Loaded(config, target, drafter_config, drafter, scheduler, weights, budget)
+            return _Loaded(target, drafter, scheduler, weights, budget)
 
         self._session = Session(load)
         # Neither of both refers to this model, so that dropping it gives its memory back.
         weakref.finalize(self, self._session.close).atexit = False
         loaded = cast(_Loaded, self._session.owned())
-        self.config, self.drafter_config, self.kv_budget = loaded.config, loaded.drafter_config, loaded.kv_budget
+        self.kv_budget = loaded.kv_budget
+        folder = self.folder
         self.tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
         if self.tokenizer and self.tokenizer.seems_base(self.defaults.stop_tokens):
             log.warning(

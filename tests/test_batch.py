@@ -11,9 +11,9 @@ import mlx.core as mx
 import pytest
 from random_requests import alone, differs, make_request, run_at_random
 from scripted_drafter import LuckyDrafter, ScriptedDrafter
-from tiny_checkpoints import KINDS, VOCAB, WINDOW, make_pair
+from tiny_checkpoints import KINDS, VOCAB, WINDOW, load_pair, make_pair
 
-from mlx_mtp import checkpoint
+from mlx_mtp.checkpoint.sizes import row_bytes
 from mlx_mtp.decode import engine as engine_module
 from mlx_mtp.decode.prefill import CHUNK
 from mlx_mtp.decode.request import Request, Row
@@ -23,7 +23,6 @@ from mlx_mtp.errors import MemoryBudgetError
 from mlx_mtp.kv import kv_bytes
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
-from mlx_mtp.sizes import row_bytes
 
 Pair = tuple[Target, Drafter]
 
@@ -40,8 +39,7 @@ def e2b(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 def load(kind: str, folder: Path) -> Pair:
     target_folder, drafter_folder = make_pair(kind, folder)
-    config, target = checkpoint.load_target(target_folder, "float32")
-    return target, checkpoint.load_drafter(drafter_folder, config, "committed", "float32")[1]
+    return load_pair(target_folder, drafter_folder, "float32")
 
 
 def draw(rng: Random, **given: Any) -> Request:

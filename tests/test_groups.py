@@ -8,9 +8,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from random_requests import alone, differs, make_request, run_at_random
-from tiny_checkpoints import KINDS, VOCAB, WINDOW, make_pair
+from tiny_checkpoints import KINDS, VOCAB, WINDOW, load_pair, make_pair
 
-from mlx_mtp import checkpoint
 from mlx_mtp.decode.request import Request
 from mlx_mtp.decode.round import RoundState, decode_round
 from mlx_mtp.decode.sampling import Sampler, SamplingOptions
@@ -31,8 +30,7 @@ UNLIKE = [500, 500, 500, 16_000, 500, 500, 500, 500]
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder, drafter_folder = make_pair(request.param, tmp_path_factory.mktemp(request.param))
-    config, target = checkpoint.load_target(folder, "float32")
-    return target, checkpoint.load_drafter(drafter_folder, config, "committed", "float32")[1]
+    return load_pair(folder, drafter_folder, "float32")
 
 
 def attention_work(pair: Pair, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:

@@ -10,10 +10,10 @@ import mlx.core as mx
 import pytest
 from random_requests import alone
 from scripted_drafter import ScriptedDrafter
-from tiny_checkpoints import VOCAB, make_pair
+from tiny_checkpoints import VOCAB, load_pair, make_pair
 
 import mlx_mtp
-from mlx_mtp import checkpoint
+from mlx_mtp.checkpoint.sizes import row_bytes
 from mlx_mtp.decode.limits import MAX_DRAFT_LENGTH
 from mlx_mtp.decode.prompt_cache import MIN_REUSE
 from mlx_mtp.decode.request import Request, Row
@@ -23,7 +23,6 @@ from mlx_mtp.errors import CheckpointError, MemoryBudgetError
 from mlx_mtp.kv import kv_bytes
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
-from mlx_mtp.sizes import row_bytes
 
 Pair = tuple[Target, Drafter]
 SAMPLED = SamplingOptions(temperature=1.0, top_k=40, seed=4)
@@ -32,8 +31,7 @@ SAMPLED = SamplingOptions(temperature=1.0, top_k=40, seed=4)
 @pytest.fixture(scope="module", params=["e2b", "31b"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     target_folder, drafter_folder = make_pair(request.param, tmp_path_factory.mktemp(request.param))
-    config, target = checkpoint.load_target(target_folder, "float32")
-    return target, checkpoint.load_drafter(drafter_folder, config, "committed", "float32")[1]
+    return load_pair(target_folder, drafter_folder, "float32")
 
 
 def words(count: int, seed: int) -> list[int]:

@@ -113,7 +113,7 @@ def test_a_profile_is_used_and_changes_no_text(profiles: Path):
 
 def a_profile(lm: mlx_mtp.MTPModel) -> profile.Profile:
     return profile.Profile(
-        key=profile.key_of(lm.folder, lm.drafter_folder, None, None),
+        key=profile.key_of(lm.description, lm.drafter_description),
         costs={1: Prices({1: 0.01, 2: 9.0, 8: 63.0}, 1.0, 0.0), 3: Prices({1: 0.03, 2: 27.0, 8: 189.0}, 3.0, 0.01)},
         acceptance={"chat": [0.9, 0.8]},
         rows=3,

@@ -24,12 +24,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..checkpoint.sizes import in_words, rows_bytes
 from ..errors import MemoryBudgetError
 from ..kv import Checkpoint, KVBuffers, kv_bytes
 from ..kv.buffers import ring_slots
 from ..models.drafter import Drafter
 from ..models.target import Target
-from ..sizes import in_words, rows_bytes
 from .draft_length import DraftLengthPolicy
 from .engine import Engine, Parked, Prefilled
 from .kv_file import load_entry, save_entry

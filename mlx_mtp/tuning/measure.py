@@ -21,6 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..checkpoint.sizes import in_words
 from ..decode.engine import hands_over_late
 from ..decode.limits import MAX_AUTO_LENGTH
 from ..decode.prefill import prefill
@@ -31,7 +32,6 @@ from ..errors import MemoryBudgetError, PromptError
 from ..kv import BatchKV, KVBuffers, kv_bytes
 from ..models.drafter import POSITIONS, Drafter
 from ..models.target import Target
-from ..sizes import in_words
 
 if TYPE_CHECKING:
     from ..api import MTPModel

@@ -21,22 +21,20 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import __version__, adapters
+from .. import __version__
 from ..blas import has_openblas
+from ..checkpoint import adapters
+from ..checkpoint.description import DrafterDescription, TargetDescription
 from ..decode.draft_length import Prices
 from ..errors import ProfileError, one_line
-from ..files import listed, parse_json, pieces, read_bytes, replacing
+from ..files import listed, parse_json, read_bytes, replacing, sample
 from ..models.drafter import POSITIONS
 from ..paths import expanded, published_name
-from ..quantization import Format
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 2
 """Version of the file's form. The first one had prices of whole rounds, and didn't say how precise the drafter was."""
-
-_SAMPLES = 64
-"""Places of a file of weights that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -111,35 +109,30 @@ class Profile:
         )
 
 
-def key_of(
-    folder: Path,
-    drafter_folder: Path | None,
-    quantize: int | None,
-    dtype: str | None,
-    adapter: Path | None = None,
-    drafter_format: Format | None = None,
-) -> Key:
+def key_of(target: TargetDescription, drafter: DrafterDescription | None, adapter: Path | None = None) -> Key:
     """What a profile of a pair would hold for, now and here.
 
     Args:
-        folder, drafter_folder: The pair's.
-        quantize, dtype, adapter: As for `api.load`.
-        drafter_format: What the drafter is quantised to while loading; None if it is taken as stored.
+        target, drafter: The pair as it is loaded.
+        adapter: As for `api.load`.
+
+    Raises:
+        OSError: A file of theirs can't be read.
     """
     digest = hashlib.sha256()
-    parts = [(folder, "config.json"), (drafter_folder, "config.json")]
+    parts = [(target.folder, "config.json"), (drafter.folder if drafter else None, "config.json")]
     for part, config in (*parts, (adapter, adapters.CONFIG)) if adapter else parts:
         if part is not None:
             digest.update(read_bytes(part / config))
             for path in listed(part, "*.safetensors"):
                 if path.is_file():
-                    size = path.stat().st_size
-                    digest.update(f"{path.name} {size}\n".encode("utf-8", "surrogateescape"))
-                    # Another model's of the same shapes are others.
-                    digest.update(pieces(path, range(0, size, max(1, size // _SAMPLES)), 64))
+                    digest.update(f"{path.name} {path.stat().st_size}\n".encode("utf-8", "surrogateescape"))
+                    digest.update(sample(path))
         digest.update(b"\0")
-    drafter = str(drafter_format) if drafter_format else None
-    return Key(published_name(folder.absolute()), digest.hexdigest(), quantize, drafter, dtype, **here())
+    bits = target.quantize.bits if target.quantize else None
+    drafter_format = str(drafter.quantize) if drafter and drafter.quantize else None
+    name = published_name(target.folder.absolute())
+    return Key(name, digest.hexdigest(), bits, drafter_format, target.dtype, **here())
 
 
 def here() -> dict[str, Any]:
@@ -240,6 +233,33 @@ def find(key: Key) -> Profile | None:
     except ProfileError as error:
         log.warning("profile ignored: %s", error)
         return None
+    return profile
+
+
+def chosen(
+    wanted: str | Path | None,
+    target: TargetDescription,
+    drafter: DrafterDescription | None,
+    adapter: Path | None = None,
+) -> Profile | None:
+    """The profile that `api.load` is to use for a pair; `wanted` is its argument `profile`.
+
+    Raises:
+        ProfileError: The one that was asked for is damaged, or was measured with something else.
+    """
+    if wanted is None:
+        return None
+    if not isinstance(wanted, str | Path):
+        raise ProfileError(f"profile must be 'auto', a file or None, not {wanted!r}")
+    try:
+        key = key_of(target, drafter, adapter)
+    except OSError:
+        return None  # a file is missing: reading the checkpoint says which
+    if wanted == "auto":
+        return find(key)
+    path = expanded(wanted)
+    profile = read(path)
+    check(profile, key, path)
     return profile
 
 
