@@ -371,13 +371,13 @@ class MTPModel:
         """
 
         def begin(scheduler: Scheduler) -> Trace:
-            if scheduler.trace:
+            if scheduler.engine.trace:
                 raise MTPError("a trace is being recorded already, and there can be only one at a time")
-            scheduler.trace = Trace(path)
-            return scheduler.trace
+            scheduler.engine.trace = Trace(path)
+            return scheduler.engine.trace
 
         def end(scheduler: Scheduler) -> None:
-            scheduler.trace = None
+            scheduler.engine.trace = None
 
         trace = self._session.call(lambda it: begin(it.scheduler))
         try:

@@ -326,6 +326,7 @@ class Session:
             work, self._work = self._work, []
         left = []
         for item in work:
+            self._scheduler.engine.disturb()
             try:
                 if item.result.cancelled() or (item.cancel is not None and item.cancel.is_set()):
                     item.result.cancel()

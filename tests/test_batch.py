@@ -93,8 +93,8 @@ def test_the_only_running_row_is_cancelled_during_a_step(e2b: Pair, monkeypatch:
     scheduler.step()
     other = scheduler.submit(Request([4] * (5 * WINDOW), 10))
     with monkeypatch.context() as patch:
-        regroup = scheduler._engine.regroup
-        patch.setattr(scheduler._engine, "regroup", lambda *joining: (regroup(*joining), row.cancel()))
+        regroup = scheduler.engine.regroup
+        patch.setattr(scheduler.engine, "regroup", lambda *joining: (regroup(*joining), row.cancel()))
         scheduler.step()
     run(scheduler, [other])
     assert other.tokens == alone(e2b[0], other.request)
@@ -193,7 +193,7 @@ def test_exact_requests_run_alone(e2b: Pair, exactness: str):
     sizes: dict[str, set[int]] = {"fast": set(), exactness: set()}
     while not all(row.done for row in rows):
         scheduler.step()
-        running = scheduler._engine.rows
+        running = scheduler.engine.rows
         sizes[running[0].request.exactness].add(len(running))
     assert sizes[exactness] == {1}
     assert [row.tokens for row in rows] == [alone(e2b[0], row.request) for row in rows]
@@ -207,7 +207,7 @@ def test_the_budget_admits_what_fits(e2b: Pair):
     most = 0
     while not all(row.done for row in rows):
         scheduler.step()
-        most = max(most, len(scheduler._engine.rows))
+        most = max(most, len(scheduler.engine.rows))
     assert most == 2
     assert [row.tokens for row in rows] == [alone(e2b[0], row.request) for row in rows]
     with pytest.raises(MemoryBudgetError, match="need .* of KV"):
@@ -228,7 +228,7 @@ def test_the_budget_holds_for_rows_near_their_end(e2b: Pair):
     rows = [scheduler.submit(Request([i] * (205 if i % 3 else 70), 35, draft_length=15)) for i in range(6)]
     while not all(row.done for row in rows):
         scheduler.step()
-        assert not scheduler._engine.kv or scheduler._engine.kv.nbytes <= budget
+        assert not scheduler.engine.kv or scheduler.engine.kv.nbytes <= budget
 
 
 def test_growing_holds_no_second_copy(e2b: Pair):
@@ -238,7 +238,7 @@ def test_growing_holds_no_second_copy(e2b: Pair):
     rows = [scheduler.submit(Request([i] * 4, 2000)) for i in range(4)]
     for _ in range(2):
         scheduler.step()
-    engine = scheduler._engine
+    engine = scheduler.engine
     kv = engine.kv
     assert kv is not None
     for grow in (

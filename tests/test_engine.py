@@ -232,7 +232,7 @@ def test_rounds_copy_no_buffers(mode: str, tmp_path: Path, monkeypatch: pytest.M
     row = scheduler.submit(Request(prompt(), 100, draft_length=2))
     while not row.fresh:
         scheduler.step()
-    kv = scheduler._engine.kv
+    kv = scheduler.engine.kv
     assert kv is not None
     kv.reserve([8000])
     assert kv.nbytes > 20 * 2**20

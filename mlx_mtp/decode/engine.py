@@ -141,7 +141,9 @@ class Engine:
         self._state: RoundState | None = None
         self._sampler: Sampler
         self._flights: list[_Flight] = []
-        self._clock, self._late = _Clock(), False
+        self._late = False
+        # When the last round was read; None if something else has taken time since.
+        self._read_at: float | None = None
         self._policy = policy or DraftLengthPolicy(longest=longest_auto(target.config))
 
     def regroup(self, joining: Sequence[Prefilled | Parked] = (), leaving: Sequence[Row] = ()) -> None:
@@ -149,7 +151,7 @@ class Engine:
         stay = [i for i, row in enumerate(self.rows) if not row.done and row not in leaving]
         if len(stay) == len(self.rows) and not joining and self._has_room():
             return
-        self._clock.disturb()
+        self.disturb()
         new = [row for prompt in joining for row in prompt.rows]
         rows = [self.rows[i] for i in stay] + new
         if not rows:
@@ -189,7 +191,7 @@ class Engine:
         if not any(row.paused and not row.done for row in self.rows):
             return []
         assert self._state is not None
-        with self._span("wait and read"):
+        with self.span("wait and read"):
             reports, _ = self._read()  # of the round in flight: what was written is then known
         self._deliver(reports, None, [])
         parked = [
@@ -208,29 +210,28 @@ class Engine:
             waiting: Whether others wait for the places of rows that are done.
         """
         assert self.kv is not None and self._state is not None
-        self._clock.resume()
         kv, exactness = self.kv, self.rows[0].request.exactness
         decision = self._policy.next(self.rows, waiting) if self._drafter else Decision(self.rows, [0] * len(self.rows))
         lengths, k = decision.lengths, max(decision.lengths)
         width = INVARIANT_WIDTH if exactness == "invariant" else None
         kv.reserve([self._reach(row) + (width or k + 1) for row in self.rows])
         before = kv.snapshot()
-        with self._span("build", rows=len(self.rows), drafts=k):
+        with self.span("build", rows=len(self.rows), drafts=k):
             state, report, drafts = decode_round(
                 self._target, self._drafter, kv, self._sampler, self._state, lengths, width, exactness == "stepwise"
             )
         late = hands_over_late(kv)
         if late is not self._late:
-            self._clock.disturb()
+            self.disturb()
             self._late = late
         if not late:
             before = []
             if self.trace and k:
                 self._hand_over("draft", drafts)
             self._hand_over("verify", report, state.lengths, state.hidden)
-        with self._span("wait and read"):
+        with self.span("wait and read"):
             reports = self._read()
-        with self._span("deliver"):
+        with self.span("deliver"):
             self._deliver(*reports, lengths)
         if before and all(row.done for row in self.rows):
             kv.restore(before)  # the round built ahead was never handed over: forget it
@@ -240,11 +241,10 @@ class Engine:
             self._hand_over("draft and verify" if k else "verify", report, state.lengths, state.hidden)
         self._state = state
         self._flights.append(_Flight(report, self.rows, decision))
-        self._clock.leave()
 
     def disturb(self) -> None:
-        """Something else than a round took the device's time."""
-        self._clock.disturb()
+        """Something else than a round takes time: that until the next one isn't a round's."""
+        self._read_at = None
 
     def _hand_over(self, name: str, *results: mx.array) -> None:
         with self.trace.device(name, results[0], rows=len(self.rows)) if self.trace else nullcontext():
@@ -252,9 +252,9 @@ class Engine:
 
     def _read(self) -> tuple[list[list[list[int]]], float | None]:
         """Waits for the rounds handed over before the latest; their reports, and the seconds they took."""
-        self._clock.wait()
         reports = [_host(flight.report) for flight in self._flights]
-        return reports, self._clock.lap()
+        before, self._read_at = self._read_at, time.perf_counter()
+        return reports, None if before is None else self._read_at - before
 
     def _deliver(self, reports: list[list[list[int]]], seconds: float | None, next_lengths: list[int]) -> None:
         """Gives every row its tokens, and the policy what it can learn from a round.
@@ -293,7 +293,8 @@ class Engine:
         hidden = mx.repeat(prompt.hidden, count, axis=0)
         return first_state(self._target, self._make_sampler(prompt.rows), hidden, lengths)
 
-    def _span(self, name: str, **facts: int) -> AbstractContextManager[None]:
+    def span(self, name: str, **facts: int) -> AbstractContextManager[None]:
+        """A bar of the host's in the trace, if one is being recorded."""
         return self.trace.host(name, **facts) if self.trace else nullcontext()
 
     def _make_sampler(self, rows: Sequence[Row]) -> Sampler:
@@ -306,37 +307,3 @@ class Engine:
 def _host(report: mx.array) -> list[list[int]]:
     """Waits for a report: the only place where the host reads from the device while rows are decoded."""
     return cast("list[list[int]]", report.tolist())
-
-
-class _Clock:
-    """Times rounds as the host sees them finish."""
-
-    def __init__(self) -> None:
-        self._last = self._left = self._resumed = self._waited_from = time.perf_counter()
-        self._disturbed = True
-
-    def leave(self) -> None:
-        """The consumer of the tokens has its turn."""
-        self._left = time.perf_counter()
-
-    def resume(self) -> None:
-        """The consumer has come back."""
-        self._resumed = time.perf_counter()
-
-    def disturb(self) -> None:
-        """The time until the next lap isn't that of a round."""
-        self._disturbed = True
-
-    def wait(self) -> None:
-        """The host has nothing left to do but to wait for the round."""
-        self._waited_from = time.perf_counter()
-
-    def lap(self) -> float | None:
-        """The round is there: seconds since the one before, or None if something else took a good part of them."""
-        now = time.perf_counter()
-        lap, waited, paused = now - self._last, now - self._waited_from, self._resumed - self._left
-        disturbed, self._last, self._disturbed = self._disturbed, now, False
-        if disturbed or 2 * paused > lap:
-            return None
-        # Where nothing is left to wait for, the consumer's time wasn't hidden behind the round's.
-        return lap - paused if waited < 0.05 * lap else lap
