@@ -8,7 +8,6 @@ Not here: the chat format (template.py), conversations (chat.py), and images or 
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, cast
 
 import tokenizers
 
+from .characters import CharacterStream
 from .control import CHANNEL as _CHANNEL
 from .control import CHANNEL_END as _CHANNEL_END
 from .control import NOT_UTF8, ControlTokens
@@ -24,7 +24,6 @@ from .files import read_bytes, read_json
 from .template import ChatTemplate, token_name
 from .tools import CALL, CALL_END, QUOTE, QUOTE_MARK, CallIds, Tools, parse_calls
 
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _STOPS = ("<eos>", "<turn|>", "<|tool_response>")
 """What ends an answer in Gemma 4's chat format: the end of the text or of the turn, or where a tool's answer goes."""
 
@@ -190,14 +189,9 @@ class Tokenizer:
             raise CheckpointError(f"{self.folder} has no chat template: give the prompt as token ids")
         return self._template.render(*conversation, **variables)
 
-    def piece(self, token: int) -> bytes:
-        """The UTF-8 bytes that a token stands for; a part of a character in the case of byte tokens."""
-        piece = self._tokenizer.id_to_token(token)
-        # Models have more embeddings than the tokenizer has tokens.
-        if piece is None or token in self.special:
-            return b""
-        byte = _BYTE.fullmatch(piece)
-        return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
+    def characters(self) -> CharacterStream:
+        """What turns this tokenizer's tokens into characters, one token at a time."""
+        return CharacterStream(self._tokenizer)
 
     def token_id(self, token: str) -> int | None:
         """The id of a token by its name, None if there is no such token."""
@@ -232,7 +226,7 @@ class StreamDecoder:
         self.calls: list[dict[str, Any]] = []
         self.errors: list[str] = []
         self._tokenizer, self._tools, self._ids = tokenizer, tools, CallIds(prompt)
-        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+        self._characters = tokenizer.characters()
         self._begin, self._end = tokenizer.token_id(_CHANNEL), tokenizer.token_id(_CHANNEL_END)
         self._quote = tokenizer.token_id(QUOTE)
         self._call_begin, self._call_end = tokenizer.token_id(CALL), tokenizer.token_id(CALL_END)
@@ -249,7 +243,7 @@ class StreamDecoder:
         for token in tokens:
             mark = token in (self._begin, self._end)
             special = mark or token == self._quote or token in self._tokenizer.special
-            piece = self._characters.decode(b"" if special else self._tokenizer.piece(token), final=special)
+            piece = self._characters.finish() if special else self._characters.push(token)
             if self._call is not None:
                 self._call.append(piece)
             elif not self._in_thought:
@@ -296,7 +290,7 @@ class StreamDecoder:
 
     def finish(self) -> str:
         """What is left of an incomplete character, or of what is no tool call, when no token follows."""
-        rest = self._characters.decode(b"", final=True)
+        rest = self._characters.finish()
         if self._call is not None:
             self._call.append(rest)
             return self._end_call()
