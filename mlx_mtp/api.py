@@ -41,7 +41,7 @@ from .pair import find_pair, find_profile, way_out
 from .paths import expanded
 from .quantization import Format
 from .session import Session
-from .text import StopStrings, Tokenizer
+from .text import StopStrings, Tokenizer, has_tokenizer
 from .tools import Tools
 from .tuning import profile as profiles
 
@@ -198,7 +198,7 @@ class MTPModel:
         weakref.finalize(self, self._session.close).atexit = False
         loaded = cast(_Loaded, self._session.owned())
         self.config, self.drafter_config, self.kv_budget = loaded.config, loaded.drafter_config, loaded.kv_budget
-        self.tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
+        self.tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
         if self.tokenizer and self.tokenizer.seems_base(self.defaults.stop_tokens):
             log.warning(
                 "%s has no chat template and seems to be a base model, which can't chat: chat_template=False (--raw) "

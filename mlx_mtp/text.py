@@ -1,7 +1,7 @@
 """Between text and token ids: tokenizer, streaming detokenizer, stop strings.
 
 Reads what Gemma 4 folders hold: tokenizer.json (BPE with byte fallback, "▁" for a space, no prefix space) and
-tokenizer_config.json.
+tokenizer_config.json; without tokenizer.json, sentencepiece's tokenizer.model.
 
 Not here: the chat format (template.py), conversations (chat.py), and images or audio.
 """
@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import tokenizers
 
+from . import sentencepiece_model
 from .characters import CharacterStream
 from .control import CHANNEL as _CHANNEL
 from .control import CHANNEL_END as _CHANNEL_END
@@ -23,6 +24,8 @@ from .errors import CheckpointError, PromptError
 from .files import read_bytes, read_json
 from .template import ChatTemplate, token_name
 from .tools import CALL, CALL_END, QUOTE, QUOTE_MARK, CallIds, Tools, parse_calls
+
+FILE = "tokenizer.json"
 
 _STOPS = ("<eos>", "<turn|>", "<|tool_response>")
 """What ends an answer in Gemma 4's chat format: the end of the text or of the turn, or where a tool's answer goes."""
@@ -69,18 +72,15 @@ class Tokenizer:
         """Reads a checkpoint's tokenizer.
 
         Raises:
-            CheckpointError: No tokenizer.json, or files that can't be read.
+            CheckpointError: No tokenizer.json or tokenizer.model, or files that can't be read.
         """
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(f"{folder} has no tokenizer.json")
-        try:
-            tokenizer = tokenizers.Tokenizer.from_buffer(read_bytes(path))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the library raises the bare class, and panics of its own
-            raise CheckpointError(f"{path} can't be read: {error}") from error
         config = read_json(folder / "tokenizer_config.json", required=False)
+        if (folder / FILE).is_file() or not (folder / sentencepiece_model.FILE).is_file():
+            tokenizer = _read_tokenizer(folder / FILE)
+        else:
+            tokenizer = sentencepiece_model.read_model(
+                folder / sentencepiece_model.FILE, config.get("added_tokens_decoder")
+            )
         return cls(
             folder,
             tokenizer,
@@ -201,6 +201,22 @@ class Tokenizer:
         """The id of the special token that a text names, None if it names none."""
         token = self.token_id(text)
         return token if token in self.special else None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer's file."""
+    return any((folder / name).is_file() for name in (FILE, sentencepiece_model.FILE))
+
+
+def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} has no {path.name}")
+    try:
+        return tokenizers.Tokenizer.from_buffer(read_bytes(path))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises the bare class, and panics of its own
+        raise CheckpointError(f"{path} can't be read: {error}") from error
 
 
 class StreamDecoder:

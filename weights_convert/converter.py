@@ -33,7 +33,9 @@ Progress = Callable[[str, int, int], None]
 """Told a parameter's name, the bytes written so far, and the bytes that there will be."""
 
 _JOURNAL = "conversion.json"
-_COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+_COPIED = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
