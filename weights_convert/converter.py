@@ -25,6 +25,7 @@ from mlx_mtp.quantization import Scheme
 from mlx_mtp.sizes import in_words
 
 from . import files
+from .learned import Learning, learn
 from .plan import FINGERPRINT, Plan, file_bytes, make_plan, read_description
 
 log = logging.getLogger("mlx_mtp.convert")
@@ -47,12 +48,18 @@ class Conversion:
         destination: Folder to make.
         plan: What it will hold.
         done: Whether it is there already.
+        learning: How the weights are learnt; None if they are rounded plainly.
+        scheme: How matrices are quantised.
+        dtype: As for `prepare`.
     """
 
     source: Path
     destination: Path
     plan: Plan
     done: bool
+    learning: Learning | None = None
+    scheme: Scheme | None = None
+    dtype: str | None = None
 
     @property
     def aside(self) -> Path:
@@ -87,11 +94,14 @@ class Conversion:
         return self.destination
 
     def _run(self, progress: Progress) -> None:
-        aside = self.aside
-        finished = _finished_files(aside, self.plan)
+        aside, plan = self.aside, self.plan
+        finished = _finished_files(aside, plan)
         try:
-            _check_space(aside, self.plan, finished)
-            _write_weights(aside, self.plan, finished, progress)
+            if self.learning and len(finished) < len(plan.files):
+                finished.clear()  # what is learnt belongs together
+                plan = self._learned(self.learning)
+            _check_space(aside, plan, finished)
+            _write_weights(aside, plan, finished, progress)
             _write_rest(aside, self.plan, self.source, finished)
         finally:
             if not finished:
@@ -101,6 +111,19 @@ class Conversion:
         aside.rename(self.destination)
         (self.destination / _JOURNAL).unlink()
 
+    def _learned(self, learning: Learning) -> Plan:
+        """The plan with learnt weights. For that an unquantised conversion lies beside the destination meanwhile."""
+        assert self.scheme is not None
+        data = learning.sequences(self.source)
+        beside = self.destination.with_name(f"{self.destination.name}.unquantised")
+        plain = prepare(self.source, beside, None, self.dtype)
+        learning.check_memory(plain.plan.total)
+        try:
+            plain.run()
+            return learn(self.plan, beside, data, learning.method, self.scheme.common)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
 
 def prepare(
     source: str | Path,
@@ -108,6 +131,7 @@ def prepare(
     scheme: Scheme | None = None,
     dtype: str | None = None,
     merged: bool = False,
+    learning: Learning | None = None,
 ) -> Conversion:
     """Plans the conversion of a target or a drafter, and checks that it can be made.
 
@@ -117,10 +141,13 @@ def prepare(
         scheme: How matrices are quantised; None leaves all as it is.
         dtype: Type of what isn't quantised, "float32", "bfloat16" or "float16"; None keeps the stored one.
         merged: Of a target that has its drafter merged into it, convert the drafter and not the target.
+        learning: How a target's quantised weights are learnt; None to round them plainly.
 
     Raises:
         CheckpointError: The source can't be used, or the destination is something else or a part of the source.
     """
+    if learning:
+        learning.check(scheme)
     destination = expanded(destination)
     taken = os.path.lexists(destination) and (not os.path.isdir(destination) or bool(listed(destination)))
     in_the_way = CheckpointError(f"{destination} exists already, from something else: choose another name")
@@ -128,12 +155,14 @@ def prepare(
         raise in_the_way  # before anything is downloaded
     folder = hub.find(source, check=read_description)
     plan = make_plan(folder, scheme, dtype, merged)
+    if learning and scheme:
+        plan = learning.planned(plan, scheme)
     done = _is_result(destination, plan)
     if taken and not done:
         raise in_the_way
     if Path(os.path.realpath(destination)).is_relative_to(folder.resolve()):  # `resolve` stumbles over odd links
         raise CheckpointError(f"{destination} lies in the folder that is to be converted: choose another place")
-    return Conversion(folder, destination, plan, done)
+    return Conversion(folder, destination, plan, done, learning, scheme, dtype)
 
 
 def convert(
