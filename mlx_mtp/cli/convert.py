@@ -13,6 +13,7 @@ import typer
 
 from ..errors import CheckpointError, MemoryBudgetError
 from . import options as o
+from . import render
 
 if TYPE_CHECKING:
     from weights_convert import Conversion, Learning
@@ -211,22 +212,15 @@ def _is_drafter(conversion: Conversion) -> bool:
 
 def _run(conversion: Conversion) -> None:
     """One conversion, with a progress bar."""
-    from tqdm import tqdm
-
-    with tqdm(unit="B", unit_scale=True, desc=conversion.destination.name, disable=None, file=sys.stderr) as bar:
-
-        def progress(name: str, written: int, total: int) -> None:
-            bar.total = total
-            bar.update(written - bar.n)
-
-        try:
-            conversion.run(progress)
-        except KeyboardInterrupt:
-            bar.close()
-            kept = conversion.aside.exists()
-            more = "the same command goes on where this one stopped" if kept else "nothing was finished"
-            print(f"interrupted: {more}", file=sys.stderr)
-            raise typer.Exit(o.INTERRUPTED) from None
+    try:
+        name, total = conversion.destination.name, conversion.plan.total
+        with render.progress(name, total, in_bytes=True, announce=False) as report:
+            conversion.run(lambda name, written, total: report(written))
+    except KeyboardInterrupt:
+        kept = conversion.aside.exists()
+        more = "the same command goes on where this one stopped" if kept else "nothing was finished"
+        print(f"interrupted: {more}", file=sys.stderr)
+        raise typer.Exit(o.INTERRUPTED) from None
 
 
 def _compared(conversion: Conversion, target: Path | None) -> str:
