@@ -12,37 +12,37 @@ import logging
 import secrets
 import weakref
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import mlx.core as mx
 
-from . import checkpoint, drafter_precision, sizes
-from .answer import Answer, Chunk, Generation
-from .config import DrafterConfig, TargetConfig
+from .answer import Chunk, Generation
+from .calls import Calls, Prompt, chosen_options, common_options, several
+from .checkpoint import sizes
+from .checkpoint.description import DrafterDescription, TargetDescription
+from .checkpoint.load import check_fits, load_drafter, load_target
+from .checkpoint.pair import DEMO as DEMO
+from .checkpoint.pair import find_pair, way_out
+from .decode.draft_length import DraftLengthPolicy
 from .decode.overflow import check_overflow
 from .decode.prefill import prefill_by_chunks
-from .decode.request import Request
 from .decode.round import draft, first_state
 from .decode.sampling import Sampler, SamplingOptions, is_int, row_seed
 from .decode.scheduler import MAX_ROWS, Scheduler
 from .decode.trace import Trace
 from .errors import MTPError, PromptError
 from .generation_config import read_generation
-from .inbox import Inbox, Stream, failure
+from .inbox import Inbox, Stream
 from .models import self_test
 from .models.drafter import POSITIONS, Drafter
 from .models.target import Target
 from .options import GenerationOptions
-from .pair import DEMO as DEMO
-from .pair import find_pair, find_profile, way_out
 from .paths import expanded
-from .quantization import Format
 from .session import Session
-from .text import StopStrings, Tokenizer, has_tokenizer
-from .tools import Tools
+from .text import Tokenizer, has_tokenizer
 from .tuning import profile as profiles
 
 if TYPE_CHECKING:
@@ -55,11 +55,6 @@ log = logging.getLogger(__name__)
 
 MOST_ANSWERS = 256
 """Most generations of one call: each has buffers of its own, and nothing is returned before the last is finished."""
-
-T = TypeVar("T")
-
-Message = Mapping[str, Any]
-Prompt = str | Sequence[int] | Sequence[Message]
 
 
 def load(
@@ -109,30 +104,21 @@ def load(
         raise MTPError("target and drafter must be folders or repository names: strings or paths")
     if drafter_position not in (*POSITIONS, "auto"):
         raise MTPError(f"drafter_position must be auto, {' or '.join(POSITIONS)}, not {drafter_position!r}")
-    checkpoint.check_options(dtype, quantize)
-    expected = drafter_precision.expected_bits(quantize, quantize_drafter)
-    folder, drafter_folder = find_pair(
-        target, drafter, check=lambda it: checkpoint.check_config(it, dtype, quantize, expected)
-    )
-    drafter_format = drafter_precision.of_pair(folder, drafter_folder, quantize, quantize_drafter)
+    pair = find_pair(target, drafter, quantize, dtype, quantize_drafter, check=check_fits)
     adapter = None if adapter is None else expanded(adapter)
-    tuned = find_profile(profile, folder, drafter_folder, quantize, dtype, adapter, drafter_format)
+    tuned = profiles.chosen(profile, *pair, adapter)
     if drafter_position == "auto":
         drafter_position = (tuned and tuned.drafter_position) or "committed"
     if cache_bytes is not None and (not is_int(cache_bytes) or cache_bytes < 0):
         raise MTPError(f"cache_bytes must be a whole number of bytes or None, not {cache_bytes!r}")
-    return MTPModel(
-        folder, drafter_folder, quantize, dtype, drafter_position, cache_bytes, tuned, adapter, drafter_format
-    )
+    return MTPModel(*pair, drafter_position, cache_bytes, tuned, adapter)
 
 
 @dataclass
 class _Loaded:
     """What the session's thread owns, see `session.Loaded`."""
 
-    config: TargetConfig
     target: Target
-    drafter_config: DrafterConfig | None
     drafter: Drafter | None
     scheduler: Scheduler
     weights: int
@@ -144,6 +130,8 @@ class MTPModel:
 
     Attributes:
         adapter: Folder of the target's LoRA adapter, or None.
+        description, drafter_description: What was known of both models before they were loaded, as
+            `checkpoint.description.Description`; None for no drafter.
         config: The target's `config.TargetConfig`.
         drafter_config: The drafter's `config.DrafterConfig`, or None.
         drafter_format: The `quantization.Format` that the drafter was quantised to while loading, or None.
@@ -155,29 +143,27 @@ class MTPModel:
 
     def __init__(
         self,
-        folder: Path,
-        drafter_folder: Path | None,
-        quantize: int | None,
-        dtype: str | None,
+        description: TargetDescription,
+        drafter_description: DrafterDescription | None,
         position: str,
         cache_bytes: int | None,
         profile: profiles.Profile | None,
         adapter: Path | None = None,
-        drafter_format: Format | None = None,
     ):
-        self.profile, self.drafter_format = profile, drafter_format
-        self.folder, self.drafter_folder, self.adapter = folder, drafter_folder, adapter
-        self.defaults = defaults = read_generation(folder)
-        self._most_rows = most_rows = profile.rows if profile else MAX_ROWS
+        self.profile, self.adapter = profile, adapter
+        self.description, self.folder, self.config = description, description.folder, description.config
+        self.drafter_description = own = drafter_description
+        self.drafter_folder = own.folder if own else None
+        self.drafter_config = own.config if own else None
+        self.drafter_format = own.quantize if own else None
+        self.defaults = defaults = read_generation(description)
+        most_rows = profile.rows if profile else MAX_ROWS
 
         def load() -> _Loaded:
-            config, target = checkpoint.load_target(folder, dtype, quantize, adapter)
-            drafter_config, drafter = None, None
-            if drafter_folder is not None:
+            target, drafter = load_target(description, adapter), None
+            if own:
                 with way_out():
-                    drafter_config, drafter = checkpoint.load_drafter(
-                        drafter_folder, config, position, dtype, drafter_format
-                    )
+                    drafter = load_drafter(own, description.config, position)
             self_test.at_load(target, drafter)
             check_overflow(target, drafter)
             weights = sizes.held_bytes(target, drafter)
@@ -189,21 +175,23 @@ class MTPModel:
                 max_rows=most_rows,
                 kv_budget=budget,
                 cache_bytes=kept,
-                costs=profile.costs_of if profile else None,
+                policy=DraftLengthPolicy(profile.prices) if profile else None,
             )
-            return _Loaded(config, target, drafter_config, drafter, scheduler, weights, budget)
+            return _Loaded(target, drafter, scheduler, weights, budget)
 
         self._session = Session(load)
         # Neither of both refers to this model, so that dropping it gives its memory back.
         weakref.finalize(self, self._session.close).atexit = False
         loaded = cast(_Loaded, self._session.owned())
-        self.config, self.drafter_config, self.kv_budget = loaded.config, loaded.drafter_config, loaded.kv_budget
+        self.kv_budget = loaded.kv_budget
+        folder = self.folder
         self.tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
         if self.tokenizer and self.tokenizer.seems_base(self.defaults.stop_tokens):
             log.warning(
                 "%s has no chat template and seems to be a base model, which can't chat: chat_template=False (--raw) "
                 "completes text as it is", folder,
             )  # fmt: skip
+        self._calls = Calls(self._session, self.tokenizer, self.config, self.defaults, folder, most_rows)
 
     @overload
     def generate(
@@ -259,11 +247,11 @@ class MTPModel:
         """
         if not is_int(n) or not 1 <= n <= MOST_ANSWERS:
             raise PromptError(f"n must be a whole number from 1 to {MOST_ANSWERS}, not {n!r}: make several calls")
-        chosen = _options(options, max_tokens, more)
+        chosen = chosen_options(options, max_tokens, more)
         seed = secrets.randbits(32) if chosen.seed is None else chosen.seed
-        tokens = self._tokens(prompt, chosen)
-        answers = [self._answer(tokens, chosen, row_seed(seed, i)) for i in range(n)]
-        for _ in self._together(iter(answers), n, inbox := Inbox()):
+        tokens = self._calls.tokens(prompt, chosen)
+        answers = [self._calls.prepare(tokens, chosen, row_seed(seed, i)) for i in range(n)]
+        for _ in self._calls.together(iter(answers), n, inbox := Inbox()):
             pass
         del inbox
         results = [answer.generation() for answer in answers]
@@ -287,9 +275,9 @@ class MTPModel:
             PromptError: A prompt or an option can't be used. Nothing is generated then.
             MemoryBudgetError: The KV of a prompt doesn't fit even alone.
         """
-        common = _common(options)
-        answers = [self._one_of_many(i, prompt, common) for i, prompt in enumerate(_several(prompts))]
-        for _ in self._together(iter(answers), self._batch_size(batch_size), inbox := Inbox()):
+        common = common_options(options)
+        answers = [self._calls.one_of_many(i, prompt, common) for i, prompt in enumerate(several(prompts))]
+        for _ in self._calls.together(iter(answers), self._calls.batch_size(batch_size), inbox := Inbox()):
             pass
         del inbox
         return [answer.generation() for answer in answers]
@@ -309,7 +297,7 @@ class MTPModel:
             thread, ends what is running.
         """
         inbox = Inbox()
-        return Stream(self._each(prompts, batch_size, _common(options), inbox), inbox)
+        return Stream(self._calls.each(prompts, batch_size, common_options(options), inbox), inbox.close)
 
     def stream(
         self,
@@ -325,9 +313,9 @@ class MTPModel:
         errors, are those of `generate`; errors are raised at once, not at the first chunk.
         """
         inbox = Inbox()
-        return Stream(self._chunks(self._prepared(prompt, max_tokens, options, more), inbox), inbox)
+        return Stream(self._calls.chunks(self._calls.prepared(prompt, max_tokens, options, more), inbox), inbox.close)
 
-    async def astream(
+    def astream(
         self,
         prompt: Prompt,
         max_tokens: int | None = None,
@@ -336,17 +324,7 @@ class MTPModel:
         **more: Unpack[OptionFields],
     ) -> AsyncIterator[Chunk]:
         """`stream` for asyncio: the event loop stays free, and a task that is cancelled ends at once."""
-        answer, inbox = self._prepared(prompt, max_tokens, options, more), Inbox()
-        try:
-            self._submit(answer, inbox)
-            while answer.reason is None:
-                news = await inbox.aget()
-                if news.tokens or not news.error:
-                    yield answer.push(news)
-                if news.error:
-                    raise failure(news.error)
-        finally:
-            inbox.close()
+        return self._calls.achunks(self._calls.prepared(prompt, max_tokens, options, more), Inbox())
 
     def chat(self, system: str | None = None, thinking: bool = False) -> Chat:
         """Starts a conversation; see `chat.Chat`."""
@@ -369,7 +347,7 @@ class MTPModel:
             OSError: The file can't be written.
         """
         tokens = self.encode(prompt)
-        self._session.call(lambda it: it.scheduler.save_prompt(tokens, expanded(path)))
+        self._session.run(lambda it: it.scheduler.save_prompt(tokens, expanded(path)))
 
     def load_prompt(self, path: str | Path) -> int:
         """Takes a saved prompt into memory; prompts that begin like it start where it ends.
@@ -393,13 +371,13 @@ class MTPModel:
         """
 
         def begin(scheduler: Scheduler) -> Trace:
-            if scheduler.trace:
+            if scheduler.engine.trace:
                 raise MTPError("a trace is being recorded already, and there can be only one at a time")
-            scheduler.trace = Trace(path)
-            return scheduler.trace
+            scheduler.engine.trace = Trace(path)
+            return scheduler.engine.trace
 
         def end(scheduler: Scheduler) -> None:
-            scheduler.trace = None
+            scheduler.engine.trace = None
 
         trace = self._session.call(lambda it: begin(it.scheduler))
         try:
@@ -422,29 +400,8 @@ class MTPModel:
         Raises:
             PromptError: Empty, malformed, or text without a tokenizer.
         """
-        for name, flag in (("sanitize", sanitize), ("chat_template", chat_template)):
-            if not isinstance(flag, bool):
-                raise PromptError(f"{name} must be True or False, not {flag!r}")
-        if isinstance(prompt, str):
-            if not prompt.strip():
-                raise PromptError("the prompt is empty")
-            if not chat_template:
-                if thinking or tools:
-                    raise PromptError("thinking and tools need the chat template: leave out chat_template=False")
-                return self._text_tokenizer().encode_raw(prompt)
-            prompt = [{"role": "user", "content": prompt}]
-        known = prompt if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) else [None]
-        tokens = [t for t in known if is_int(t)]
-        messages = [m for m in known if isinstance(m, Mapping)]
-        if not known:
-            raise PromptError("the prompt is empty")
-        if len(tokens) == len(known):
-            return cast("list[int]", tokens)
-        if len(messages) != len(known):
-            raise PromptError("a prompt is a string, a list of messages (dicts), or a list of token ids (ints)")
-        if not chat_template:
-            raise PromptError("messages need the chat template: give a string to complete it as it is")
-        return self._text_tokenizer().chat(messages, thinking, tools, sanitize)
+        options = GenerationOptions(thinking=thinking, tools=tools, sanitize=sanitize, chat_template=chat_template)
+        return self._calls.tokens(prompt, options)
 
     def logits(self, tokens: Sequence[int]) -> mx.array:
         """The target's logits float32 [len(tokens), vocab] after each of the tokens.
@@ -466,7 +423,7 @@ class MTPModel:
             mx.eval(logits)
             return logits
 
-        return self._session.call(lambda it: work(it.target))
+        return self._session.run(lambda it: work(it.target))
 
     def propose(self, tokens: Sequence[int], k: int) -> list[int]:
         """What the drafter proposes after a prompt, greedily.
@@ -496,7 +453,7 @@ class MTPModel:
             drafts = draft(target, drafter, kv, sampler, state, k)
             return cast("list[int]", mx.concatenate([state.tokens, drafts[0]]).tolist())
 
-        return self._session.call(lambda it: work(it.target, cast(Drafter, it.drafter)))
+        return self._session.run(lambda it: work(it.target, cast(Drafter, it.drafter)))
 
     @contextmanager
     def models(self) -> Iterator[tuple[Target, Drafter | None]]:
@@ -516,163 +473,6 @@ class MTPModel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _prepared(
-        self, prompt: Prompt, max_tokens: int | None, options: GenerationOptions | None, more: Mapping[str, Any]
-    ) -> Answer:
-        """An answer of its own, ready to be submitted."""
-        chosen = _options(options, max_tokens, more)
-        seed = secrets.randbits(32) if chosen.seed is None else chosen.seed
-        return self._answer(self._tokens(prompt, chosen), chosen, seed)
-
-    def _tokens(self, prompt: Prompt, options: GenerationOptions) -> list[int]:
-        return self.encode(prompt, options.thinking, options.tools, options.sanitize, options.chat_template)
-
-    def _answer(self, tokens: list[int], options: GenerationOptions, seed: int) -> Answer:
-        """Checks options against the model, and prepares an answer."""
-        scheduler = self._session.owned().scheduler
-        stop_tokens, stops = self._stops(options)
-        request = Request(
-            prompt=tokens,
-            max_tokens=options.max_tokens,
-            sampling=options.sampling(self.defaults, seed),
-            draft_length=options.draft_length,
-            exactness=options.exactness,
-            stop_tokens=stop_tokens,
-        )
-        scheduler.check(request)
-        tools = Tools(options.tools) if options.tools else None
-        return Answer(request, stops, self.tokenizer, tools, options.cancel)
-
-    def _stops(self, options: GenerationOptions) -> tuple[frozenset[int], StopStrings]:
-        """The tokens and the strings that end an answer."""
-        tokenizer, strings = self.tokenizer, options.stop_strings
-        if strings and tokenizer is None:
-            raise PromptError(f"stop strings need a tokenizer, and {self.folder} has none")
-        given = [] if options.stop_token_ids is None else options.stop_token_ids
-        vocabulary = self.config.text.vocab_size
-        if not isinstance(given, Sequence) or not all(is_int(token) and 0 <= token < vocabulary for token in given):
-            raise PromptError(f"stop_token_ids must be a list of token ids below {vocabulary}, not {given!r}")
-        tokens = set(given)
-        if not options.ignore_eos:
-            tokens.update(self.defaults.stop_tokens, tokenizer.stop_tokens if tokenizer else ())
-        # Special tokens never become text, where a string could be found.
-        special = {text: tokenizer.special_id(text) for text in strings} if tokenizer else {}
-        tokens.update(token for token in special.values() if token is not None)
-        return frozenset(tokens), StopStrings([text for text in strings if special[text] is None])
-
-    def _text_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise PromptError(
-                f"{self.folder} has no tokenizer.json: copy the original's there, or give token ids from Python"
-            )
-        return self.tokenizer
-
-    def _submit(self, answer: Answer, inbox: Inbox, width: int = 0) -> None:
-        answer.row = self._session.submit(answer.request, inbox, width, answer.cancel)
-
-    def _chunks(self, answer: Answer, inbox: Inbox) -> Generator[Chunk, None, None]:
-        self._submit(answer, inbox)
-        try:
-            while answer.reason is None:
-                news = inbox.get()
-                if news.tokens or not news.error:
-                    yield answer.push(news)
-                if news.error:
-                    raise failure(news.error)
-        finally:
-            inbox.close()
-
-    def _each(
-        self, prompts: Iterable[Prompt | Mapping[str, Any]], batch_size: int | str, common: dict[str, Any], inbox: Inbox
-    ) -> Generator[tuple[int, Generation | MTPError], None, None]:
-        index: dict[int, int] = {}
-
-        def answers() -> Iterator[Answer | tuple[int, MTPError]]:
-            for i, prompt in enumerate(_several(prompts)):
-                try:
-                    answer = self._one_of_many(i, prompt, common)
-                except MTPError as error:
-                    yield i, error
-                else:
-                    index[id(answer)] = i
-                    yield answer
-
-        with closing(self._together(answers(), self._batch_size(batch_size), inbox)) as finished:
-            for answer in finished:
-                yield answer if isinstance(answer, tuple) else (index.pop(id(answer)), answer.generation())
-
-    def _together(
-        self, answers: Iterator[Answer | T], batch_size: int, inbox: Inbox
-    ) -> Generator[Answer | T, None, None]:
-        """Runs answers, `batch_size` at a time, and yields each when it is finished; anything else among them at once.
-
-        Where they come from may take its time, or use the model itself.
-        """
-        running: dict[int, Answer] = {}
-        try:
-            while True:
-                while len(running) < batch_size and (answer := next(answers, None)) is not None:
-                    if isinstance(answer, Answer):
-                        self._submit(answer, inbox, batch_size)
-                        running[answer.row.number] = answer
-                    else:
-                        yield answer
-                if not running:
-                    return
-                news = inbox.get()
-                current = running.get(news.row.number)
-                if current is None:
-                    continue  # it has found a stop string before
-                current.push(news)
-                if news.error:
-                    raise failure(news.error)
-                if current.reason:
-                    del running[news.row.number]
-                    yield current
-        finally:
-            inbox.close()
-
-    def _one_of_many(self, i: int, prompt: Prompt | Mapping[str, Any], common: Mapping[str, Any]) -> Answer:
-        """Prepares the i-th answer of a batch, see `generate_batch`."""
-        own = {**common, "seed": row_seed(common["seed"], i)}
-        if isinstance(prompt, Mapping):
-            own |= prompt
-            if "prompt" not in own:
-                raise PromptError('a prompt with options is a dict with "prompt"')
-            prompt = cast(Prompt, own.pop("prompt"))
-        options = GenerationOptions.of(own)
-        seed = secrets.randbits(32) if options.seed is None else options.seed
-        return self._answer(self._tokens(prompt, options), options, seed)
-
-    def _batch_size(self, batch_size: int | str) -> int:
-        if batch_size == "auto":
-            return self._most_rows
-        if not is_int(batch_size) or batch_size < 1:
-            raise PromptError(f"batch_size must be 'auto' or at least 1, not {batch_size!r}")
-        return batch_size
-
-
-def _options(options: GenerationOptions | None, max_tokens: int | None, more: Mapping[str, Any]) -> GenerationOptions:
-    """The options of a call: an object, with what was given by name in its place."""
-    given = dict(more) if max_tokens is None else {"max_tokens": max_tokens, **more}
-    if options is None:
-        return GenerationOptions(**given)
-    if not isinstance(options, GenerationOptions):
-        raise PromptError(f"options must be GenerationOptions, not {options!r}")
-    return replace(options, **given) if given else options
-
-
-def _common(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of all prompts of a batch, with a seed to spread over them."""
-    return {**options, "seed": secrets.randbits(32) if options.get("seed") is None else options["seed"]}
-
-
-def _several(prompts: Iterable[T]) -> Iterable[T]:
-    """Prompts, checked to be no single one, whose letters would be taken for prompts."""
-    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
-        raise PromptError("expected a list of prompts: generate takes a single one")
-    return prompts
 
 
 def _ids(tokens: Sequence[int]) -> Sequence[int]:

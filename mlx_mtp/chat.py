@@ -13,9 +13,11 @@ import weakref
 from collections.abc import Callable, Generator
 from typing import Any
 
-from .api import Chunk, MTPModel
+from .answer import Chunk
+from .api import MTPModel
 from .decode.request import Stats
 from .errors import PromptError
+from .inbox import Stream
 
 
 class Chat:
@@ -46,9 +48,9 @@ class Chat:
         # The latest turn as text and as the very tokens whose KV is kept.
         self._past: tuple[str, list[int]] = ("", [])
         # Weak, so that an iterator that is dropped ends at once.
-        self._running: Callable[[], Generator[Chunk, None, None] | None] = lambda: None
+        self._running: Callable[[], Stream[Chunk] | None] = lambda: None
 
-    def send(self, text: str, **options: Any) -> Generator[Chunk, None, None]:
+    def send(self, text: str, **options: Any) -> Stream[Chunk]:
         """Says something, and streams the answer.
 
         Args:
@@ -58,7 +60,7 @@ class Chat:
 
         Returns:
             The answer's chunks. The turn becomes part of the history once they are exhausted; closing the iterator,
-            or sending the next message, ends the answer where it is.
+            from any thread, or sending the next message, ends the answer where it is.
 
         Raises:
             PromptError: Empty, or too long together with the history, which stays as it is but for a running answer:
@@ -86,7 +88,7 @@ class Chat:
             )
         chunks = self._model.stream(tokens, **options)
         self.stats = None
-        answer = self._answer(question, rendered, tokens, chunks)
+        answer = Stream(self._answer(question, rendered, tokens, chunks), chunks.close)
         self._running = weakref.ref(answer)
         return answer
 
@@ -102,7 +104,7 @@ class Chat:
             running.close()
 
     def _answer(
-        self, question: dict[str, Any], rendered: str, tokens: list[int], chunks: Generator[Chunk, None, None]
+        self, question: dict[str, Any], rendered: str, tokens: list[int], chunks: Stream[Chunk]
     ) -> Generator[Chunk, None, None]:
         answer, generated, thought = "", [], False
         try:

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ LARGEST_JSON = 2**27
 
 _DEEPEST_JSON = 100
 """Objects and lists in each other. Configs have five; what is read is copied and printed by functions that recurse."""
+
+_SAMPLES, _SAMPLE_BYTES = 64, 2**12
+"""Places of a file that `sample` looks at, and what it takes of each: about what a disk reads for one byte."""
 
 
 def read_json(path: Path, required: bool = True) -> dict[str, Any]:
@@ -89,17 +92,18 @@ def read_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def pieces(path: Path, places: Iterable[int], length: int) -> bytes:
-    """Some bytes from each of several places of a file, which tell it from others.
+def sample(path: Path) -> bytes:
+    """Some bytes from all over a file, its first ones included: other weights of the same shapes have others.
 
     Raises:
         OSError: It can't be read.
     """
+    size = path.stat().st_size
     found = []
     with path.open("rb") as file:
-        for place in places:
-            file.seek(place)
-            found.append(file.read(length))
+        for i in range(_SAMPLES):
+            file.seek(size * i // _SAMPLES)
+            found.append(file.read(_SAMPLE_BYTES))
     return b"".join(found)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from .checkpoint.description import TargetDescription
 from .decode.sampling import SamplingOptions, is_int
 from .errors import CheckpointError, PromptError
 from .files import read_json
@@ -32,15 +32,15 @@ class GenerationDefaults:
     min_p: float
 
 
-def read_generation(folder: Path) -> GenerationDefaults:
-    """Reads generation_config.json, whose stop ids override those of config.json unless they are null.
+def read_generation(target: TargetDescription) -> GenerationDefaults:
+    """Reads a target's generation_config.json, whose stop ids override those of config.json unless they are null.
 
     Raises:
         CheckpointError: A malformed file, or values that no request may have.
     """
-    config = read_json(folder / "config.json")
-    text = config.get("text_config", config)
-    given = read_json(folder / "generation_config.json", required=False)
+    config = target.raw
+    text, path = config.get("text_config", config), target.folder / "generation_config.json"
+    given = read_json(path, required=False)
     stop = next((ids for file in (given, config, text) if (ids := file.get("eos_token_id")) is not None), None)
     sample = bool(given.get("do_sample", False))
     try:
@@ -51,15 +51,15 @@ def read_generation(folder: Path) -> GenerationDefaults:
             min_p=float(given.get("min_p") or 0.0) if sample else 0.0,
         )
         return GenerationDefaults(
-            stop_tokens=_token_ids(stop, text["vocab_size"]),
-            suppress_tokens=_token_ids(given.get("suppress_tokens"), text["vocab_size"]),
+            stop_tokens=_token_ids(stop, target.text.vocab_size),
+            suppress_tokens=_token_ids(given.get("suppress_tokens"), target.text.vocab_size),
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             min_p=sampling.min_p,
         )
-    except (KeyError, TypeError, ValueError, OverflowError, PromptError) as error:
-        raise CheckpointError(f"{folder / 'generation_config.json'} can't be understood: {error}") from error
+    except (TypeError, ValueError, OverflowError, PromptError) as error:
+        raise CheckpointError(f"{path} can't be understood: {error}") from error
 
 
 def _token_ids(value: Any, vocab_size: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -141,8 +142,9 @@ class Inbox:
 class Stream(Generic[T], Iterator[T]):
     """An iterator over what is generated, which can be closed from any thread; closing it ends the generation."""
 
-    def __init__(self, items: Generator[T, None, None], inbox: Inbox):
-        self._items, self._inbox = items, inbox
+    def __init__(self, items: Generator[T, None, None], end: Callable[[], None]):
+        """Takes the items, and what ends the generation behind them and whoever waits for it (`Inbox.close`)."""
+        self._items, self._end = items, end
 
     def __iter__(self) -> Stream[T]:
         return self
@@ -155,11 +157,9 @@ class Stream(Generic[T], Iterator[T]):
 
     def close(self) -> None:
         """Ends what is still being generated; whoever waits for the next item gets no more."""
-        self._inbox.close()
-        try:
+        self._end()
+        with suppress(ValueError):  # another thread waits in it, and comes out by itself
             self._items.close()
-        except ValueError:
-            pass  # another thread waits in it, and comes out by itself
 
     def __enter__(self) -> Stream[T]:
         return self

@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
 
 class OptionFields(TypedDict, total=False):
-    """`GenerationOptions` as keyword arguments."""
+    """`GenerationOptions` as keyword arguments, but for `max_tokens`, which every call names itself."""
 
-    max_tokens: int
     temperature: float | None
     top_k: int | None
     top_p: float | None

@@ -173,20 +173,26 @@ class Session:
         self._post(_Work(enqueue, Future(), None))
         return row
 
-    def call(self, work: Callable[[Loaded], T | Generator[Any, None, T]], cancel: threading.Event | None = None) -> T:
+    def call(self, work: Callable[[Loaded], T], cancel: threading.Event | None = None) -> T:
         """Has something done in the owner's thread, between two steps, and waits for it.
 
         Args:
-            work: What to do; if it is a generator, a piece of it at a time. Its result is what the last piece gives.
-            cancel: Gives up the rest when it is set.
+            work: What to do.
+            cancel: Gives it up, if it hasn't begun, when it is set.
 
         Raises:
             MTPError: The model is closed, belongs to another process, or it was given up.
             BaseException: What `work` raises.
         """
-        self._check_usable()
-        done: Future[T] = Future()
-        self._post(_Work(lambda: work(self.owned()), done, cancel))
+        return cast(T, self._wait_for(lambda: work(self.owned()), cancel))
+
+    def run(self, work: Callable[[Loaded], Generator[Any, None, T]], cancel: threading.Event | None = None) -> T:
+        """As `call`, for long work: a generator, of which a piece is done between two steps."""
+        return cast(T, self._wait_for(lambda: work(self.owned()), cancel))
+
+    def _wait_for(self, work: Callable[[], Any], cancel: threading.Event | None) -> Any:
+        done: Future[Any] = Future()
+        self._post(_Work(work, done, cancel))
         try:
             return done.result()
         except CancelledError:
@@ -320,6 +326,7 @@ class Session:
             work, self._work = self._work, []
         left = []
         for item in work:
+            self._scheduler.engine.disturb()
             try:
                 if item.result.cancelled() or (item.cancel is not None and item.cancel.is_set()):
                     item.result.cancel()

@@ -20,7 +20,7 @@ import mlx.core as mx  # noqa: E402
 import typer  # noqa: E402
 from random_weights import with_random_weights  # noqa: E402
 
-from mlx_mtp.checkpoint import activation_dtype  # noqa: E402
+from mlx_mtp.checkpoint.description import activation_dtype  # noqa: E402
 from mlx_mtp.models import moe  # noqa: E402
 from mlx_mtp.tuning import profile  # noqa: E402
 from mlx_mtp.tuning.known_models import known_pair  # noqa: E402

@@ -7,15 +7,12 @@
     different  rows of the kinds above, one after the other, so that some are done long before others
     queue      texts of these kinds, four to a place and about a quarter as long; who is done makes room for the next
 
-First on this machine, with the embedded pair, one of medium size (`--pair MoE`, see medium_pair.py), or one of a
+On this machine, with the embedded pair, one of medium size (`--pair MoE`, see medium_pair.py), or one of a
 published size with random weights (`--pair 26B-A4B`, in `--bits` 4 or 8 or else in bfloat16). The drafter does all its
 work, but what it proposes is replaced by the right or a wrong token, so that its price is real and its luck isn't.
 Every variant has a scheduler of its own, which knows nothing of costs when it begins.
 
-Then on a simulated clock, with published prices of rounds (tests/simulated_clock.py has their sources), those included
-with which drafting never pays; with batches of 8 rows that all reach their limits ("limits"), end anywhere ("stops"),
-or make room for others ("queue"); and with batches of the texts above at the prices that rounds of real sizes have on a
-GPU (docs/measurements/cuda.md).
+The same on a simulated clock, at many prices of rounds: simulate_draft_length.py.
 
     python scripts/bench_never_slower.py [--tokens 2000] [--repeats 1] [--text wrong] [--pair 26B-A4B --bits 4] [--json]
 """
@@ -29,7 +26,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import accumulate, product
+from itertools import accumulate
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -46,21 +43,7 @@ import typer  # noqa: E402
 from medium_pair import make_medium_pair  # noqa: E402
 from random_weights import random_pair  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-from simulated_clock import (  # noqa: E402
-    BATCH_COSTS,
-    COSTS,
-    ROWS,
-    TEXTS,
-    against_fixed,
-    batch_against_fixed,
-    measured_costs,
-    texts_against_fixed,
-)
-
 import mlx_mtp  # noqa: E402
-from mlx_mtp.decode.draft_length import AutoLength  # noqa: E402
 from mlx_mtp.decode.request import Request, Row  # noqa: E402
 from mlx_mtp.decode.scheduler import Scheduler  # noqa: E402
 from mlx_mtp.kv import KVBuffers  # noqa: E402
@@ -249,30 +232,6 @@ def measured(
     return results
 
 
-def simulated() -> dict[str, dict[str, Any]]:
-    """The same ratios on the simulated clock, by cost curve and text, or rows and how they end."""
-    cases = {(cost, text): [TEXTS[text]] for cost in COSTS for text in TEXTS}
-    cases |= {
-        (cost, f"mixed, {rows} rows"): [list(TEXTS.values())[i % len(TEXTS)] for i in range(rows)]
-        for cost in COSTS
-        for rows in BATCHES[1:]
-    }
-    results = {}
-    for (cost, text), chances in cases.items():
-        of_plain, of_best, best = against_fixed(AutoLength, COSTS[cost], chances)
-        results[f"{cost}: {text}"] = {"auto / plain": of_plain, "auto / best fixed": of_best, "best fixed": best}
-    prices = measured_costs()
-    for cost, kind, rows in product(prices, KINDS[2:], BATCHES[1:]):
-        of_plain, of_best, best = texts_against_fixed(prices[cost], kind, rows)
-        label = f"{cost}: {kind}, {rows} rows"
-        results[label] = {"auto / plain": of_plain, "auto / best fixed": of_best, "best fixed": best}
-    for cost, rows, kind in product(BATCH_COSTS, ROWS, ("limits", "stops", "queue")):
-        of_plain, of_best, best = batch_against_fixed(BATCH_COSTS[cost], ROWS[rows], kind, seeds=8)
-        label = f"{cost}: {rows}, {kind}"
-        results[label] = {"auto / plain": of_plain, "auto / best fixed": of_best, "best fixed": best}
-    return results
-
-
 def main(
     tokens: Annotated[int, typer.Option(help="Tokens of a text.", min=400)] = 2000,
     repeats: Annotated[int, typer.Option(help="Repetitions of every variant.", min=1)] = 1,
@@ -280,10 +239,9 @@ def main(
     rows: Annotated[list[int] | None, typer.Option(help="Some of 1, 2, 4, 8. Default: all.")] = None,
     pair: Annotated[str, typer.Option(help=f"embedded, {', '.join(PAIRS)}, {' or '.join(KNOWN_MODELS)}.")] = "embedded",
     bits: Annotated[int | None, typer.Option(help="Bits of a published size. Default: bfloat16.")] = None,
-    clock: Annotated[bool, typer.Option(help="The simulated clock as well.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Runs both benchmarks and prints their tables."""
+    """Runs the benchmark and prints its table."""
     if unknown := set(text or ()) - set(KINDS):
         raise typer.BadParameter(f"unknown text {', '.join(unknown)}: expected some of {', '.join(KINDS)}")
     if not set(rows or ()) <= set(BATCHES):
@@ -293,9 +251,8 @@ def main(
     if bits and pair not in KNOWN_MODELS:
         raise typer.BadParameter("only a published size has weights in bits", param_hint="--bits")
     machine = measured(pair, bits, tokens, repeats, text or KINDS, rows or BATCHES)
-    virtual = simulated() if clock else {}
     if as_json:
-        print(json.dumps({"mlx": mx.__version__, "blas": BLAS, "measured": machine, "simulated": virtual}))
+        print(json.dumps({"mlx": mx.__version__, "blas": BLAS, "measured": machine}))
         return
     kind = ("bfloat16" if bits is None else f"{bits} bits") if pair in KNOWN_MODELS else "float32"
     print(
@@ -306,12 +263,6 @@ def main(
     for label, found in machine.items():
         cells = (f"{statistics.median(v):5.2f} ({min(v):.2f} to {max(v):.2f})" for v in found.values())
         print(f"  {label:20}" + "    ".join(f"{cell:20}" for cell in cells))
-    if not virtual:
-        return
-    print("simulated clock; means of 8 runs of 2,000 tokens (batches of 8 whose rows end: about 300 a row)")
-    print(f"  {'':32}{'auto / plain':>14}{'auto / best fixed':>19}{'best fixed':>12}")
-    for label, facts in virtual.items():
-        print(f"  {label:32}{facts['auto / plain']:14.3f}{facts['auto / best fixed']:19.3f}{facts['best fixed']:12d}")
 
 
 if __name__ == "__main__":

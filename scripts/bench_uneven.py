@@ -35,8 +35,8 @@ import mlx.core as mx  # noqa: E402
 import typer  # noqa: E402
 from medium_pair import make_medium_pair  # noqa: E402
 from random_weights import random_pair  # noqa: E402
+from tiny_checkpoints import load_pair  # noqa: E402
 
-from mlx_mtp.checkpoint import load_drafter, load_target  # noqa: E402
 from mlx_mtp.decode.prefill import prefill  # noqa: E402
 from mlx_mtp.decode.round import RoundState, draft, verify  # noqa: E402
 from mlx_mtp.decode.sampling import Sampler, SamplingOptions  # noqa: E402
@@ -96,9 +96,8 @@ def models(model: str | None, bits: int | None) -> dict[str, tuple[Target, Draft
     with tempfile.TemporaryDirectory() as folder:
         for name, kind in (("dense", "31b"), ("MoE", "26b")):
             target_folder, drafter_folder = make_medium_pair(kind, Path(folder) / kind)
-            config, target = load_target(target_folder, "float32")
-            pairs[name] = target, load_drafter(drafter_folder, config, "committed", "float32")[1]
-            mx.eval(target.parameters(), pairs[name][1].parameters())
+            pairs[name] = load_pair(target_folder, drafter_folder, "float32")
+            mx.eval(*(model.parameters() for model in pairs[name]))
     return pairs
 
 

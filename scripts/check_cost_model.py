@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 
-from mlx_mtp.quantization import Format
-from mlx_mtp.sizes import Part
+from mlx_mtp.checkpoint.quantization import Format
+from mlx_mtp.checkpoint.sizes import Part
 from mlx_mtp.tuning import cost_model as model
 from mlx_mtp.tuning.chips import Chip, chip
 from mlx_mtp.tuning.fit import Step, fit_steps, share_of_peak, tile_share

@@ -34,9 +34,9 @@ use_openblas()  # before anything imports mlx
 import mlx.core as mx  # noqa: E402
 
 import mlx_mtp  # noqa: E402
+from mlx_mtp.checkpoint.quantization import Format, Scheme  # noqa: E402
 from mlx_mtp.config import SLIDING, target_config  # noqa: E402
 from mlx_mtp.models.target import Target  # noqa: E402
-from mlx_mtp.quantization import Format, Scheme  # noqa: E402
 from weights_convert.check import compare  # noqa: E402
 from weights_convert.converter import convert  # noqa: E402
 

@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from mlx_mtp.quantization import Format
+from mlx_mtp.checkpoint.quantization import Format
 from mlx_mtp.tuning import cost_model as model
 from mlx_mtp.tuning.chips import chip
 from mlx_mtp.tuning.known_models import known_pair

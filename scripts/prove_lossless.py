@@ -36,15 +36,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from random_requests import alone, differs, make_request, run_at_random  # noqa: E402
 from scripted_drafter import LuckyDrafter, ScriptedDrafter  # noqa: E402
-from tiny_checkpoints import KINDS, make_pair  # noqa: E402
+from tiny_checkpoints import KINDS, load_pair, make_pair  # noqa: E402
 
 import mlx_mtp  # noqa: E402
-from mlx_mtp import checkpoint  # noqa: E402
 from mlx_mtp.api import DEMO  # noqa: E402
+from mlx_mtp.checkpoint.description import read_drafter, read_target  # noqa: E402
+from mlx_mtp.checkpoint.load import load_drafter, load_target  # noqa: E402
+from mlx_mtp.checkpoint.quantization import Format  # noqa: E402
 from mlx_mtp.decode.request import Request, Stats  # noqa: E402
 from mlx_mtp.decode.sampling import SamplingOptions  # noqa: E402
 from mlx_mtp.decode.scheduler import Scheduler  # noqa: E402
-from mlx_mtp.quantization import Format  # noqa: E402
 from mlx_mtp.text import Tokenizer  # noqa: E402
 
 SAMPLINGS = {
@@ -99,13 +100,15 @@ def compare(
     draft_lengths: tuple[int | str, ...] = DRAFT_LENGTHS,
 ) -> Iterator[Run]:
     """Compares all kinds of runs with plain decoding, for one pair."""
-    config, target = checkpoint.load_target(target_folder, "float32", quantize)
-    _, own = checkpoint.load_drafter(drafter_folder, config, "committed", "float32", quantize and Format(quantize))
+    common = Format(quantize) if quantize else None
+    described = read_target(target_folder, common, "float32")
+    target = load_target(described)
+    own = load_drafter(read_drafter(drafter_folder, common, "float32"), described.config, "committed")
     for sampling in samplings:
         plain, _ = generate(target, None, prompt, tokens, sampling, 0, "fast")
         script = prompt + plain
         right = ScriptedDrafter(script)
-        wrong = ScriptedDrafter([(token + 1) % config.text.vocab_size for token in script])
+        wrong = ScriptedDrafter([(token + 1) % described.text.vocab_size for token in script])
         runs = [("own", own, length, "fast") for length in draft_lengths]
         runs += [
             (who, them, length, "fast") for who, them in (("right", right), ("wrong", wrong)) for length in (4, "auto")
@@ -155,9 +158,8 @@ def prove_single(name: str, folders: list[Path], prompt: list[int], tokens: int,
 
 def prove_batch(name: str, folders: list[Path], size: int, seed: int) -> Table:
     """A batch of up to `size` rows, in which random requests come and go."""
-    config, target = checkpoint.load_target(folders[0], "float32")
-    _, own = checkpoint.load_drafter(folders[1], config, "committed", "float32")
-    rng, text, table = Random(100 * size + seed), config.text, []
+    target, own = load_pair(folders[0], folders[1], "float32")
+    rng, text, table = Random(100 * size + seed), target.config, []
     requests = [
         make_request(rng, text.vocab_size, min(text.sliding_window, 64), 350, stop_tokens=frozenset())
         for _ in range(6 + 2 * size)

@@ -11,10 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_mtp.checkpoint import activation_dtype
+from mlx_mtp.checkpoint.description import activation_dtype
+from mlx_mtp.checkpoint.quantization import Format, Scheme
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
-from mlx_mtp.quantization import Format, Scheme
 from mlx_mtp.tuning.known_models import known_pair
 
 

@@ -23,7 +23,7 @@ import mlx.core as mx  # noqa: E402
 from random_weights import with_random_weights  # noqa: E402
 
 import mlx_mtp  # noqa: E402
-from mlx_mtp.checkpoint import activation_dtype  # noqa: E402
+from mlx_mtp.checkpoint.description import activation_dtype  # noqa: E402
 from mlx_mtp.config import TextConfig  # noqa: E402
 from mlx_mtp.models.drafter import Drafter  # noqa: E402
 from mlx_mtp.models.self_test import Finding, self_test  # noqa: E402

@@ -24,7 +24,8 @@ from typing import Any
 import mlx.core as mx
 from random_weights import with_random_weights
 
-from mlx_mtp.checkpoint import activation_dtype
+from mlx_mtp.checkpoint.description import activation_dtype
+from mlx_mtp.checkpoint.sizes import held_bytes
 from mlx_mtp.config import DrafterConfig, TextConfig, drafter_config, target_config
 from mlx_mtp.decode.prefill import prefill_block
 from mlx_mtp.decode.request import Request, Row
@@ -32,7 +33,6 @@ from mlx_mtp.decode.scheduler import Scheduler
 from mlx_mtp.kv import KVBuffers
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
-from mlx_mtp.sizes import held_bytes
 
 BITS, VOCAB = 4, 262_144
 PREFILL, VERIFY = 128, 5

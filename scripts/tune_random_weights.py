@@ -21,13 +21,13 @@ import mlx.core as mx
 import typer
 from random_weights import random_pair
 
+from mlx_mtp.checkpoint.sizes import held_bytes, in_words, kv_budget
 from mlx_mtp.cli import render
 from mlx_mtp.cli.tune import facts
 from mlx_mtp.cli.tune_tables import tables
 from mlx_mtp.decode.limits import MAX_AUTO_LENGTH
 from mlx_mtp.decode.sampling import SamplingOptions
 from mlx_mtp.errors import MTPError
-from mlx_mtp.sizes import held_bytes, in_words, kv_budget
 from mlx_mtp.tuning import OBJECTIVES, choose, measure, profile
 from mlx_mtp.tuning.cost_model import acceptance_for
 from mlx_mtp.tuning.plot import check_plot, write_plot

@@ -8,7 +8,8 @@ from pathlib import Path
 import mlx.core as mx
 from tiny_checkpoints import make_pair
 
-from mlx_mtp.checkpoint import load_drafter
+from mlx_mtp.checkpoint.description import read_drafter
+from mlx_mtp.checkpoint.load import load_drafter
 from mlx_mtp.config import target_config
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
@@ -29,4 +30,4 @@ def deep_pair(folder: Path) -> tuple[Target, Drafter]:
         if hasattr(part, "prepare"):
             part.prepare()
     mx.eval(target.parameters())
-    return target, load_drafter(drafter_folder, config, "committed", "float32")[1]
+    return target, load_drafter(read_drafter(drafter_folder, dtype="float32"), config, "committed")

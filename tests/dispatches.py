@@ -23,13 +23,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from mlx_mtp.checkpoint.quantization import Format, Scheme
 from mlx_mtp.config import TextConfig
 from mlx_mtp.decode.round import RoundState, decode_round
 from mlx_mtp.decode.sampling import Sampler, SamplingOptions
 from mlx_mtp.kv import KVBuffers
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
-from mlx_mtp.quantization import Format, Scheme
 from mlx_mtp.tuning.known_models import known_pair
 
 # Views of an array, or constants. "View" changes the type, which is free to a smaller one, and to a larger one where

@@ -17,8 +17,9 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from tiny_checkpoints import VOCAB, make_pair
 
 import mlx_mtp
+from mlx_mtp.checkpoint.description import read_drafter, read_target
+from mlx_mtp.checkpoint.quantization import Format, Scheme
 from mlx_mtp.errors import CheckpointError
-from mlx_mtp.quantization import Format, Scheme
 from mlx_mtp.tuning import profile
 from weights_convert import convert
 
@@ -132,7 +133,8 @@ def test_peft_s_own_format(pair: tuple[Path, Path], adapter: Path, tmp_path: Pat
 
 def test_profiles_and_saved_prompts_tell_adapters_apart(pair: tuple[Path, Path], adapter: Path, tmp_path: Path):
     other = make_adapter(pair[0], tmp_path / "other", seed=1)
-    keys = {profile.key_of(*pair, None, None, it).files for it in (None, adapter, other)}
+    described = read_target(pair[0]), read_drafter(pair[1])
+    keys = {profile.key_of(*described, it).files for it in (None, adapter, other)}
     assert len(keys) == 3
     with mlx_mtp.load(*pair, adapter=adapter, profile=None) as lm:
         lm.save_prompt(PROMPT, tmp_path / "prompt.safetensors")

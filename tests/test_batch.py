@@ -11,19 +11,18 @@ import mlx.core as mx
 import pytest
 from random_requests import alone, differs, make_request, run_at_random
 from scripted_drafter import LuckyDrafter, ScriptedDrafter
-from tiny_checkpoints import KINDS, VOCAB, WINDOW, make_pair
+from tiny_checkpoints import KINDS, VOCAB, WINDOW, load_pair, make_pair
 
-from mlx_mtp import checkpoint
+from mlx_mtp.checkpoint.sizes import row_bytes
 from mlx_mtp.decode import engine as engine_module
 from mlx_mtp.decode.prefill import CHUNK
 from mlx_mtp.decode.request import Request, Row
 from mlx_mtp.decode.sampling import SamplingOptions
-from mlx_mtp.decode.scheduler import Scheduler
+from mlx_mtp.decode.scheduler import MOST_PASSED, Scheduler
 from mlx_mtp.errors import MemoryBudgetError
 from mlx_mtp.kv import kv_bytes
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
-from mlx_mtp.sizes import row_bytes
 
 Pair = tuple[Target, Drafter]
 
@@ -40,8 +39,7 @@ def e2b(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 def load(kind: str, folder: Path) -> Pair:
     target_folder, drafter_folder = make_pair(kind, folder)
-    config, target = checkpoint.load_target(target_folder, "float32")
-    return target, checkpoint.load_drafter(drafter_folder, config, "committed", "float32")[1]
+    return load_pair(target_folder, drafter_folder, "float32")
 
 
 def draw(rng: Random, **given: Any) -> Request:
@@ -95,8 +93,8 @@ def test_the_only_running_row_is_cancelled_during_a_step(e2b: Pair, monkeypatch:
     scheduler.step()
     other = scheduler.submit(Request([4] * (5 * WINDOW), 10))
     with monkeypatch.context() as patch:
-        regroup = scheduler._engine.regroup
-        patch.setattr(scheduler._engine, "regroup", lambda *joining: (regroup(*joining), row.cancel()))
+        regroup = scheduler.engine.regroup
+        patch.setattr(scheduler.engine, "regroup", lambda *joining: (regroup(*joining), row.cancel()))
         scheduler.step()
     run(scheduler, [other])
     assert other.tokens == alone(e2b[0], other.request)
@@ -195,7 +193,7 @@ def test_exact_requests_run_alone(e2b: Pair, exactness: str):
     sizes: dict[str, set[int]] = {"fast": set(), exactness: set()}
     while not all(row.done for row in rows):
         scheduler.step()
-        running = scheduler._engine.rows
+        running = scheduler.engine.rows
         sizes[running[0].request.exactness].add(len(running))
     assert sizes[exactness] == {1}
     assert [row.tokens for row in rows] == [alone(e2b[0], row.request) for row in rows]
@@ -209,7 +207,7 @@ def test_the_budget_admits_what_fits(e2b: Pair):
     most = 0
     while not all(row.done for row in rows):
         scheduler.step()
-        most = max(most, len(scheduler._engine.rows))
+        most = max(most, len(scheduler.engine.rows))
     assert most == 2
     assert [row.tokens for row in rows] == [alone(e2b[0], row.request) for row in rows]
     with pytest.raises(MemoryBudgetError, match="need .* of KV"):
@@ -230,7 +228,7 @@ def test_the_budget_holds_for_rows_near_their_end(e2b: Pair):
     rows = [scheduler.submit(Request([i] * (205 if i % 3 else 70), 35, draft_length=15)) for i in range(6)]
     while not all(row.done for row in rows):
         scheduler.step()
-        assert not scheduler._engine.kv or scheduler._engine.kv.nbytes <= budget
+        assert not scheduler.engine.kv or scheduler.engine.kv.nbytes <= budget
 
 
 def test_growing_holds_no_second_copy(e2b: Pair):
@@ -240,7 +238,7 @@ def test_growing_holds_no_second_copy(e2b: Pair):
     rows = [scheduler.submit(Request([i] * 4, 2000)) for i in range(4)]
     for _ in range(2):
         scheduler.step()
-    engine = scheduler._engine
+    engine = scheduler.engine
     kv = engine.kv
     assert kv is not None
     for grow in (
@@ -297,3 +295,35 @@ def test_an_error_ends_what_runs_and_nothing_else(e2b: Pair, monkeypatch: pytest
     assert [bool(row.error) for row in rows] == [True, True, False]
     run(scheduler, rows)
     assert rows[2].tokens == alone(e2b[0], rows[2].request)
+
+
+def test_fast_requests_pass_one_that_waits_for_an_empty_batch(e2b: Pair):
+    """A few of them: then the batch runs empty, and it has its turn."""
+    scheduler = Scheduler(*e2b, max_rows=4)
+    running = [scheduler.submit(Request([i + 3] * 6, 30, draft_length=0)) for i in range(2)]
+    scheduler.step()
+    exact = scheduler.submit(Request([9] * 6, 4, exactness="invariant", draft_length=2))
+    later = [scheduler.submit(Request([i + 20] * 6, 8, draft_length=0)) for i in range(MOST_PASSED + 6)]
+    while not exact.tokens:
+        scheduler.step()
+    assert all(row.done for row in running)
+    assert [bool(row.tokens) for row in later] == [True] * MOST_PASSED + [False] * 6
+    run(scheduler, [exact, *later])
+    assert [row.tokens for row in later] == [alone(e2b[0], row.request) for row in later]
+
+
+def test_what_waits_for_room_is_passed_by_what_fits(e2b: Pair, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mlx_mtp.kv.batch.GROUP_SLOTS", 64)
+    target, drafter = e2b
+    config = target.config
+    budget = row_bytes(config, 3000, 4) + row_bytes(config, 300, 4)
+    scheduler = Scheduler(target, drafter, kv_budget=budget)
+    long = scheduler.submit(Request([5] * 2000, 900, draft_length=0))
+    while not long.tokens:
+        scheduler.step()
+    large = scheduler.submit(Request([6] * 2000, 900, draft_length=0))
+    small = scheduler.submit(Request([7] * 20, 5, draft_length=0))
+    run(scheduler, [small])
+    assert not large.tokens and not long.done
+    long.cancel()
+    large.cancel()

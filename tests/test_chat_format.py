@@ -11,6 +11,7 @@ from tiny_checkpoints import make_pair
 from tiny_tokenizer import write_tokenizer
 
 import mlx_mtp
+from mlx_mtp.checkpoint.description import read_target
 from mlx_mtp.errors import PromptError
 from mlx_mtp.generation_config import read_generation
 from mlx_mtp.text import Tokenizer
@@ -300,8 +301,8 @@ def test_stop_ids_come_from_the_generation_config(tmp_path: Path):
     folder, _ = make_pair("e2b", tmp_path)
     path = folder / "generation_config.json"
     path.write_text(json.dumps({"eos_token_id": [1, 106, 50]}))
-    assert read_generation(folder).stop_tokens == (1, 106, 50)
+    assert read_generation(read_target(folder)).stop_tokens == (1, 106, 50)
     path.write_text(json.dumps({"eos_token_id": 7}))
-    assert read_generation(folder).stop_tokens == (7,)
+    assert read_generation(read_target(folder)).stop_tokens == (7,)
     path.unlink()
-    assert read_generation(folder).stop_tokens == (1, 106), "config.json's, if there are no others"
+    assert read_generation(read_target(folder)).stop_tokens == (1, 106), "config.json's, if there are no others"

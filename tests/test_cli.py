@@ -196,7 +196,7 @@ def test_what_is_quoted_or_cut_off_is_said_all_the_same():
 
 
 def test_a_turn_that_memory_has_no_room_for_does_not_end_the_chat(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("mlx_mtp.sizes.memory_for_models", lambda: 20_000_000)
+    monkeypatch.setattr("mlx_mtp.checkpoint.sizes.memory_for_models", lambda: 20_000_000)
     long = "What is a drafter? " * 300
     done = CliRunner().invoke(app, ["chat", "--max-tokens", "5"], input=f"{long}\nWho are you?\n")
     assert done.exit_code == 0

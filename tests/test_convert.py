@@ -373,7 +373,7 @@ def test_models_are_compared_on_texts_that_begin_as_texts_do(tmp_path: Path):
 def test_an_original_too_large_to_compare_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     source, _ = make_pair("e2b", tmp_path)
     folder = convert(source, tmp_path / "new", scheme(4))
-    monkeypatch.setattr(mlx_mtp.sizes, "memory_for_models", lambda: 10**6)
+    monkeypatch.setattr("mlx_mtp.checkpoint.sizes.memory_for_models", lambda: 10**6)
     with pytest.raises(MemoryBudgetError, match="target doesn't fit in memory here, so nothing can be compared"):
         compare(source, folder)
 

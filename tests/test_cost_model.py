@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from mlx_mtp.checkpoint.quantization import Format
+from mlx_mtp.checkpoint.sizes import drafter_sizes, kv_read_bytes, target_sizes
 from mlx_mtp.cli.render import plain
 from mlx_mtp.cli.tune_tables import simulation
 from mlx_mtp.config import check_pair
 from mlx_mtp.errors import MTPError
-from mlx_mtp.quantization import Format
-from mlx_mtp.sizes import drafter_sizes, kv_read_bytes, target_sizes
 from mlx_mtp.tuning import cost_model as model
 from mlx_mtp.tuning.chips import CHIPS, chip
 from mlx_mtp.tuning.fit import Step, fit_steps, share_of_peak, tile_share

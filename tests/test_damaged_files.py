@@ -17,10 +17,11 @@ from tiny_checkpoints import make_pair
 from tiny_tokenizer import write_tokenizer
 
 import mlx_mtp
-from mlx_mtp import checkpoint
+from mlx_mtp.checkpoint.description import read_target
+from mlx_mtp.checkpoint.load import load_target
+from mlx_mtp.checkpoint.safetensors_files import INDEX, read_header
 from mlx_mtp.errors import CheckpointError, MTPError, ProfileError
-from mlx_mtp.files import replacing
-from mlx_mtp.safetensors_files import INDEX, read_header
+from mlx_mtp.files import replacing, sample
 from mlx_mtp.text import Tokenizer
 from mlx_mtp.tuning import profile as profiles
 from weights_convert import convert, verify_sums
@@ -284,12 +285,29 @@ def test_a_file_takes_its_place_when_it_is_whole(tmp_path: Path):
     assert file.read_text() == "one" and sorted(os.listdir(tmp_path)) == ["link", "real"]
 
 
+@pytest.mark.parametrize("size", [0, 1, 100, 10**5, 10**6])
+def test_a_sample_tells_files_apart(size: int, tmp_path: Path):
+    """By any byte of a small file, by what was drawn elsewhere of a large one."""
+    file, rng = tmp_path / "file", random.Random(size)
+    content = rng.randbytes(size)
+    file.write_bytes(content)
+    told = sample(file)
+    assert told == sample(file) and len(told) <= 64 * 4096
+    for place in (0, size // 2, size - 1) if 0 < size <= 10**5 else ():
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert sample(file) != told
+    file.write_bytes(rng.randbytes(size))
+    assert (sample(file) != told) == (size > 0)
+    with pytest.raises(OSError):
+        sample(tmp_path / "missing")
+
+
 def test_random_damage_to_the_header_of_a_model(target: Path, copy: Path):
     """As above; what can still be loaded is what was there before, under a header that says the same."""
     file, rng = copy / "model.safetensors", random.Random(1)
     sound = file.read_bytes()
-    checkpoint.load_target(copy)
-    assert refusals(file, sound, rng, lambda: checkpoint.load_target(copy)) > 250
+    load_target(read_target(copy))
+    assert refusals(file, sound, rng, lambda: load_target(read_target(copy))) > 250
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", INDEX, "tokenizer.json"])
@@ -380,13 +398,21 @@ def test_a_tokenizer_that_cannot_be_read(tmp_path: Path, change: Json):
     check_error(error)
 
 
-@pytest.mark.parametrize(("part", "value"), [("key", {"model": 5}), ("costs", {"1": {"0": 10**400}})])
+@pytest.mark.parametrize(
+    ("part", "value"), [("key", {"model": 5}), ("costs", {"1": {"verify": {"1": 10**400}, "draft": 0, "packing": 0}})]
+)
 def test_a_profile_among_others_that_says_nonsense(
     target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, value: Json
 ):
     """One that nobody asked for is no reason to stop; one that was asked for is an error."""
-    key = asdict(profiles.key_of(target, None, None, None)) | {"device": "another"}
-    content: Json = {"schema": profiles.SCHEMA, "key": key, "costs": {"1": {"0": 1.0}}, "acceptance": {}, "rows": 1}
+    key = asdict(profiles.key_of(read_target(target), None)) | {"device": "another"}
+    content: Json = {
+        "schema": profiles.SCHEMA,
+        "key": key,
+        "costs": {"1": {"verify": {"1": 1.0}, "draft": 0.0, "packing": 0.0}},
+        "acceptance": {},
+        "rows": 1,
+    }
     content |= {"drafts": 1, "objective": "latency", "drafter_position": None, "measured": ""}
     content[part] = content[part] | value
     (tmp_path / "another.json").write_text(json.dumps(content))

@@ -12,11 +12,11 @@ import pytest
 from tiny_checkpoints import make_pair
 
 import mlx_mtp
+from mlx_mtp.checkpoint.quantization import Format, Scheme
+from mlx_mtp.checkpoint.sizes import held_bytes
 from mlx_mtp.cli.info import describe
 from mlx_mtp.errors import CheckpointError, MTPError, ProfileError
 from mlx_mtp.models.drafter import Drafter
-from mlx_mtp.quantization import Format, Scheme
-from mlx_mtp.sizes import held_bytes
 from mlx_mtp.tuning import profile as profiles
 from weights_convert.converter import convert
 
@@ -115,7 +115,7 @@ def test_a_profile_holds_for_one_precision(pairs: dict[str, Path], tmp_path: Pat
     folders = pairs["31b-4"], pairs["31b-drafter"]
     path = tmp_path / "profile.json"
     with mlx_mtp.load(*folders) as lm:
-        key = profiles.key_of(lm.folder, lm.drafter_folder, None, None, None, lm.drafter_format)
+        key = profiles.key_of(lm.description, lm.drafter_description)
     assert key.drafter == "4 bits in groups of 32"
     saved = profiles.Profile(key, {1: {0: 1.0, 1: 2.0}}, {}, 1, 1, "latency", "committed", "now")
     profiles.save(saved).rename(path)

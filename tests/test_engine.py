@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from deep_pair import deep_pair
 from scripted_drafter import ScriptedDrafter
-from tiny_checkpoints import VOCAB, make_pair
+from tiny_checkpoints import VOCAB, load_pair, make_pair
 
-from mlx_mtp import checkpoint
+from mlx_mtp.checkpoint.description import read_target
+from mlx_mtp.checkpoint.load import load_target
 from mlx_mtp.decode import engine as engine_module
-from mlx_mtp.decode.draft_length import AutoLength
+from mlx_mtp.decode.draft_length import DraftLengthPolicy
 from mlx_mtp.decode.prefill import prefill
 from mlx_mtp.decode.request import INVARIANT_WIDTH, Request, Stats
 from mlx_mtp.decode.round import accept, decode_round, first_state
@@ -31,8 +32,7 @@ SAMPLED = SamplingOptions(temperature=1.0, top_k=50, seed=11)
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder, drafter_folder = make_pair("e2b", tmp_path_factory.mktemp("e2b"))
-    config, target = checkpoint.load_target(folder)
-    return target, checkpoint.load_drafter(drafter_folder, config, "committed")[1]
+    return load_pair(folder, drafter_folder)
 
 
 def prompt(length: int = 40, seed: int = 0) -> list[int]:
@@ -200,7 +200,7 @@ def test_suppressed_tokens_are_neither_chosen_nor_missed(pair: Pair):
 
 def test_the_context_is_filled_to_its_end_and_not_further(tmp_path: Path):
     folder, _ = make_pair("12b", tmp_path)
-    config, target = checkpoint.load_target(folder)
+    config, target = read_target(folder).config, load_target(read_target(folder))
     room = 5
     tokens = prompt(config.text.max_positions - room, seed=1)
     text, _ = run(Scheduler(target, None), tokens, 100)
@@ -232,7 +232,7 @@ def test_rounds_copy_no_buffers(mode: str, tmp_path: Path, monkeypatch: pytest.M
     row = scheduler.submit(Request(prompt(), 100, draft_length=2))
     while not row.fresh:
         scheduler.step()
-    kv = scheduler._engine.kv
+    kv = scheduler.engine.kv
     assert kv is not None
     kv.reserve([8000])
     assert kv.nbytes > 20 * 2**20
@@ -267,7 +267,9 @@ def test_requests_out_of_range(wrong: dict[str, object], culprit: str):
 def test_automatic_length_is_told_what_rounds_take(pair: Pair, late: bool, monkeypatch: pytest.MonkeyPatch):
     """Also where a round is handed over late, which on a CPU is when it runs."""
     monkeypatch.setattr(engine_module, "COPY_LIMIT", 0 if late else 2**40)
-    told, observe = [], AutoLength.observe
-    monkeypatch.setattr(AutoLength, "observe", lambda self, *args: (told.append(args[2]), observe(self, *args))[1])
+    told, observe = [], DraftLengthPolicy.observe
+    monkeypatch.setattr(
+        DraftLengthPolicy, "observe", lambda self, *args: (told.append(args[2]), observe(self, *args))[1]
+    )
     run(Scheduler(*pair), prompt(), 150)
     assert sum(seconds is not None for seconds in told) > len(told) / 2

@@ -17,7 +17,8 @@ import pytest
 from tiny_checkpoints import VOCAB, make_pair
 
 import mlx_mtp
-from mlx_mtp import download, sizes
+from mlx_mtp.checkpoint import download, sizes
+from mlx_mtp.checkpoint.description import read_drafter, read_target
 from mlx_mtp.errors import MTPError
 from mlx_mtp.tuning import profile
 
@@ -315,7 +316,8 @@ def test_a_merged_drafter_that_cannot_be_used_is_done_without(
 
 
 def test_a_profile_of_a_merged_pair_is_not_that_of_the_target_alone(merged: Path, made: tuple[Path, ...]):
-    keys = [profile.key_of(merged, drafter, None, None) for drafter in (merged, None, made[1])]
+    drafters = read_drafter(merged), None, read_drafter(made[1])
+    keys = [profile.key_of(read_target(merged), drafter) for drafter in drafters]
     assert len({key.files for key in keys}) == 3
 
 

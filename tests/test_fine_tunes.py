@@ -15,9 +15,10 @@ import pytest
 from tiny_checkpoints import VOCAB, make_pair
 
 import mlx_mtp
+from mlx_mtp.checkpoint.description import read_target
+from mlx_mtp.checkpoint.pair import DEMO
+from mlx_mtp.checkpoint.quantization import Format, Scheme
 from mlx_mtp.errors import CheckpointError
-from mlx_mtp.pair import DEMO
-from mlx_mtp.quantization import Format, Scheme
 from mlx_mtp.template_files import chat_templates
 from mlx_mtp.tuning import profile
 from weights_convert import convert
@@ -170,11 +171,11 @@ def test_what_macos_leaves_beside_further_chat_templates(tmp_path: Path):
 def test_what_macos_leaves_beside_files(original: Path, folder: Path, tmp_path: Path):
     """On disks that can't hold its attributes: ._NAME for every NAME, which is no checkpoint's."""
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
-    plain = profile.key_of(folder, None, None, None)
+    plain = profile.key_of(read_target(folder), None)
     for path in list(folder.iterdir()):
         path.with_name(f"._{path.name}").write_bytes(b"\0\5\26\7")
     np.testing.assert_array_equal(logits(folder), logits(original))
-    assert profile.key_of(folder, None, None, None) == plain
+    assert profile.key_of(read_target(folder), None) == plain
     (tmp_path / "converted").mkdir()
     (tmp_path / "converted" / "._").write_bytes(b"\0\5\26\7")
     shutil.rmtree(tmp_path / "converted")

@@ -8,9 +8,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from random_requests import alone, differs, make_request, run_at_random
-from tiny_checkpoints import KINDS, VOCAB, WINDOW, make_pair
+from tiny_checkpoints import KINDS, VOCAB, WINDOW, load_pair, make_pair
 
-from mlx_mtp import checkpoint
 from mlx_mtp.decode.request import Request
 from mlx_mtp.decode.round import RoundState, decode_round
 from mlx_mtp.decode.sampling import Sampler, SamplingOptions
@@ -31,8 +30,7 @@ UNLIKE = [500, 500, 500, 16_000, 500, 500, 500, 500]
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder, drafter_folder = make_pair(request.param, tmp_path_factory.mktemp(request.param))
-    config, target = checkpoint.load_target(folder, "float32")
-    return target, checkpoint.load_drafter(drafter_folder, config, "committed", "float32")[1]
+    return load_pair(folder, drafter_folder, "float32")
 
 
 def attention_work(pair: Pair, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
@@ -127,3 +125,19 @@ def test_rows_that_stay_are_not_copied(pair: Pair):
     # The long one leaves again.
     batch.arrange([batch.find(i) for i in range(2)], [200, 200])
     assert batch.groups == [group] and [id(a) for a in group.arrays()] == arrays
+
+
+def test_joining_holds_no_second_copy(pair: Pair):
+    """Two long rows that become a batch: each layer is let go of once it is copied."""
+    target, _ = pair
+    rows = [KVBuffers(target.config, 1, target.dtype, positions=20_000) for _ in range(2)]
+    mx.eval([array for row in rows for array in row.arrays()])
+    batch = BatchKV()
+    largest = 2 * max(array.nbytes for array in rows[0].arrays())
+    mx.synchronize()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    batch.arrange([(row, 0) for row in rows], [20_000] * 2)
+    assert mx.get_peak_memory() - before < 1.5 * largest < 0.5 * batch.nbytes
+    assert not rows[0].keys

@@ -14,7 +14,7 @@ import pytest
 from tiny_checkpoints import make_pair
 from tiny_hub import Hub, serve
 
-from mlx_mtp.hub import drafter_names
+from mlx_mtp.checkpoint.candidates import drafter_names
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -81,7 +81,7 @@ def run(hub: Hub, tmp_path: Path) -> Run:
     return run
 
 
-FIND = "import sys, mlx_mtp.hub; print(mlx_mtp.hub.find(*sys.argv[1:]))"
+FIND = "import sys; from mlx_mtp.checkpoint import hub; print(hub.find(*sys.argv[1:]).fetch_weights())"
 SMALL_CHUNKS = "import huggingface_hub.constants as hub; hub.DOWNLOAD_CHUNK_SIZE = 4096;"
 """What comes is written in pieces; those of huggingface_hub are larger than the files here."""
 
@@ -113,13 +113,17 @@ def test_one_copy_of_the_weights_is_enough(hub: Hub, run: Run):
     assert hub.names() == {"config.json", "tokenizer.model", "model.safetensors"}
 
 
-SMALL = "import mlx_mtp, mlx_mtp.sizes; mlx_mtp.sizes.memory_for_models = lambda: 10**5; mlx_mtp.load('org/model')"
+SMALL = (
+    "import mlx_mtp; from mlx_mtp.checkpoint import sizes; sizes.memory_for_models = lambda: 10**5; "
+    "mlx_mtp.load('org/model')"
+)
 
 
 @pytest.mark.parametrize("command, culprit", [
     (["-m", "mlx_mtp", "generate", "x", "--model", "org/llama"], "model_type 'llama' isn't supported"),
     (["-m", "mlx_mtp", "generate", "x", "--model", "org/quantised", "--quantize", "4"], "is quantised already"),
-    (["-m", "mlx_mtp", "generate", "x", "--drafter", "org/llama"], "model_type 'llama' isn't supported"),
+    (["-m", "mlx_mtp", "generate", "x", "--drafter", "org/llama"], "model_type 'llama' isn't a drafter"),
+    (["-m", "mlx_mtp", "generate", "x", "--model", "org/model-assistant"], "is a drafter, not a target"),
     (["-m", "mlx_mtp", "convert", "org/llama", "new"], "model_type 'llama' isn't supported"),
     (["-m", "mlx_mtp", "convert", "org/quantised", "new"], "is quantised already"),
     (["-m", "mlx_mtp", "convert", "org/model", "/"], "/ exists already"),

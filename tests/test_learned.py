@@ -153,7 +153,7 @@ def test_wrong_sources(tmp_path: Path):
 def test_a_model_too_large_to_learn_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     source, _, text = make("12b", tmp_path)
     conversion = prepare(source, tmp_path / "new", Scheme(), learning=Learning("gptq", text))
-    monkeypatch.setattr(mlx_mtp.sizes, "memory_for_models", lambda: 10**6)
+    monkeypatch.setattr(mlx_mtp.checkpoint.sizes, "memory_for_models", lambda: 10**6)
     with pytest.raises(MemoryBudgetError, match="needs the unquantised model in memory, .* convert without --method"):
         conversion.run()
     assert not list(tmp_path.glob("new*"))

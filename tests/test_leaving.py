@@ -5,9 +5,8 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from tiny_checkpoints import VOCAB, make_pair
+from tiny_checkpoints import VOCAB, load_pair, make_pair
 
-from mlx_mtp import checkpoint
 from mlx_mtp.decode import engine as engine_module
 from mlx_mtp.decode.request import Request, Row
 from mlx_mtp.decode.scheduler import Scheduler
@@ -20,8 +19,7 @@ Pair = tuple[Target, Drafter]
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     target_folder, drafter_folder = make_pair("e2b", tmp_path_factory.mktemp("e2b"))
-    config, target = checkpoint.load_target(target_folder, "float32")
-    return target, checkpoint.load_drafter(drafter_folder, config, "committed", "float32")[1]
+    return load_pair(target_folder, drafter_folder, "float32")
 
 
 def words(count: int, seed: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Every tensor of every published checkpoint finds its place, and every parameter gets one (names.py).
+"""Every tensor of every published checkpoint finds its place, and every parameter gets one (tensor_names.py).
 
 The models have their real shapes here; nothing is evaluated, so nothing is allocated.
 """
@@ -17,16 +17,24 @@ import pytest
 from mlx.utils import tree_flatten
 from real_tensors import SIZES, Tensors, drafter, drafter_config, mlx_community, payload, target, target_config
 
-from mlx_mtp import checkpoint, config, quantization
+from mlx_mtp import config
+from mlx_mtp.checkpoint import load, quantization
+from mlx_mtp.checkpoint.description import Description, read
+from mlx_mtp.checkpoint.tensor_names import Table, drafter_table, target_table
 from mlx_mtp.errors import CheckpointError
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
-from mlx_mtp.names import Table, drafter_table, target_table
 from weights_convert import Format, Scheme
 from weights_convert.plan import make_plan
 
 DTYPES = {"BF16": mx.bfloat16, "U32": mx.uint32, "I64": mx.int64}
 HERE = Path("checkpoint")
+
+
+def described(raw: dict[str, Any], table: Table) -> Description[Any]:
+    kind = config.drafter_config if raw["model_type"] in config.DRAFTER_TYPES else config.target_config
+    stored = quantization.stored(raw, table)
+    return Description(folder=HERE, raw=raw, config=kind(raw), table=table, stored=stored)
 
 
 def target_of(raw: dict[str, Any]) -> tuple[nn.Module, Table]:
@@ -47,7 +55,7 @@ def assign(model: nn.Module, table: Table, tensors: Tensors, raw: dict[str, Any]
     """Loads a checkpoint as far as that goes without its values."""
     stored = {name: mx.zeros(shape, DTYPES[dtype]) for name, (dtype, shape) in tensors.items()}
     before = mx.get_active_memory()
-    checkpoint.assign(model, stored, table, HERE, raw, None, None)
+    load.assign(model, stored, described(raw, table))
     assert mx.get_active_memory() - before < 10**6
 
 
@@ -295,7 +303,7 @@ def write_hollow(folder: Path, tensors: Tensors, raw: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", SIZES)
 def test_a_conversion_is_laid_out_as_mlx_community_has_it(name: str, tmp_path: Path) -> None:
     write_hollow(tmp_path / "source", target(name), target_config(name))
-    plan = make_plan(tmp_path / "source", Scheme(Format(4)), None)
+    plan = make_plan(read(tmp_path / "source"), Scheme(Format(4)), None)
     entries = [entry for group in plan.files.values() for parameter in group for entry in parameter.entries()]
     expected, section = mlx_community(name, 4)
     text = {n: tensor for n, tensor in expected.items() if n.startswith("language_model.")}

@@ -9,7 +9,7 @@ import pytest
 from tiny_checkpoints import make_pair
 
 import mlx_mtp
-from mlx_mtp import checkpoint
+from mlx_mtp.checkpoint import description
 from mlx_mtp.models.self_test import SWITCH
 
 
@@ -43,7 +43,7 @@ def test_a_target_that_overflows(stored: bool, tmp_path: Path, monkeypatch: pyte
     folder, _ = make_pair("31b", tmp_path)
     enlarge(folder, 8000, mx.float16 if stored else mx.float32)
     if stored:
-        monkeypatch.setattr(checkpoint, "on_gpu", lambda: True)
+        monkeypatch.setattr(description, "on_gpu", lambda: True)
     dtype = None if stored else "float16"
     with pytest.raises(mlx_mtp.CheckpointError, match="float16 is too small.*dtype='bfloat16'"):
         mlx_mtp.load(folder, dtype=dtype)

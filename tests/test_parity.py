@@ -18,7 +18,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 import mlx_mtp
 import mlx_mtp.config
-from mlx_mtp import checkpoint
+from mlx_mtp.checkpoint.description import read_target
+from mlx_mtp.checkpoint.load import load_target
 from mlx_mtp.config import in_published_fields
 from mlx_mtp.decode.prefill import prefill
 from weights_convert import convert
@@ -85,7 +86,7 @@ def test_logits_of_a_prompt(both: Both) -> None:
 
 def test_logits_while_decoding(both: Both) -> None:
     """Token by token, each with the KV that decoding has left behind."""
-    config, target = checkpoint.load_target(both.folder, "float32")
+    target = load_target(read_target(both.folder, dtype="float32"))
     kv, hidden = prefill(target, both.prompt)
     decoded = [target.logits(hidden)]
     for position, token in enumerate(both.text[:-1], start=len(both.prompt)):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from tiny_checkpoints import KINDS, VOCAB, WINDOW, make_pair
 
-from mlx_mtp import checkpoint
+from mlx_mtp.checkpoint.description import read_target
+from mlx_mtp.checkpoint.load import load_target
 from mlx_mtp.decode import prefill as prefill_module
 from mlx_mtp.decode.prefill import prefill, prefill_block
 from mlx_mtp.decode.request import Request
@@ -23,7 +24,7 @@ PROMPT = np.random.default_rng(0).integers(0, VOCAB, 4 * WINDOW + 13).tolist()
 @pytest.fixture(scope="module", params=KINDS)
 def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Target:
     folder, _ = make_pair(request.param, tmp_path_factory.mktemp(request.param))
-    return checkpoint.load_target(folder)[1]
+    return load_target(read_target(folder))
 
 
 def in_chunks(target: Target, sizes: list[int]) -> tuple[KVBuffers, mx.array]:
@@ -82,7 +83,7 @@ def test_rings_have_no_room_for_chunks(target: Target):
 def test_chunks_are_shorter_beside_rows_that_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("mlx_mtp.decode.scheduler.CHUNK", 64)
     monkeypatch.setattr("mlx_mtp.decode.scheduler.CHUNK_BESIDE", 16)
-    target = checkpoint.load_target(make_pair("e2b", tmp_path)[0])[1]
+    target = load_target(read_target(make_pair("e2b", tmp_path)[0]))
     widths: list[int] = []
     call = Target.prefill
     monkeypatch.setattr(Target, "prefill", lambda *args: (widths.append(args[1].shape[1]), call(*args))[1])
@@ -100,7 +101,7 @@ def test_chunks_are_shorter_beside_rows_that_decode(tmp_path: Path, monkeypatch:
 
 
 def test_only_the_last_token_goes_through_layers_that_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    target = checkpoint.load_target(make_pair("e2b", tmp_path)[0])[1]
+    target = load_target(read_target(make_pair("e2b", tmp_path)[0]))
     owners = {layer.kv_owner for layer in target.config.layers}
     above = range(max(owners) + 1, len(target.layers))
     assert above

@@ -10,10 +10,10 @@ import mlx.core as mx
 import pytest
 from random_requests import alone
 from scripted_drafter import ScriptedDrafter
-from tiny_checkpoints import VOCAB, make_pair
+from tiny_checkpoints import VOCAB, load_pair, make_pair
 
 import mlx_mtp
-from mlx_mtp import checkpoint
+from mlx_mtp.checkpoint.sizes import row_bytes
 from mlx_mtp.decode.limits import MAX_DRAFT_LENGTH
 from mlx_mtp.decode.prompt_cache import MIN_REUSE
 from mlx_mtp.decode.request import Request, Row
@@ -23,7 +23,6 @@ from mlx_mtp.errors import CheckpointError, MemoryBudgetError
 from mlx_mtp.kv import kv_bytes
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
-from mlx_mtp.sizes import row_bytes
 
 Pair = tuple[Target, Drafter]
 SAMPLED = SamplingOptions(temperature=1.0, top_k=40, seed=4)
@@ -32,8 +31,7 @@ SAMPLED = SamplingOptions(temperature=1.0, top_k=40, seed=4)
 @pytest.fixture(scope="module", params=["e2b", "31b"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     target_folder, drafter_folder = make_pair(request.param, tmp_path_factory.mktemp(request.param))
-    config, target = checkpoint.load_target(target_folder, "float32")
-    return target, checkpoint.load_drafter(drafter_folder, config, "committed", "float32")[1]
+    return load_pair(target_folder, drafter_folder, "float32")
 
 
 def words(count: int, seed: int) -> list[int]:
@@ -46,6 +44,11 @@ def run(scheduler: Scheduler, *prompts: list[int], tokens: int = 20, drafts: int
     while not all(row.done for row in rows):
         scheduler.step()
     return rows
+
+
+def save(scheduler: Scheduler, prompt: list[int], file: Path) -> None:
+    for _ in scheduler.save_prompt(prompt, file):
+        pass
 
 
 def test_hits_at_random_give_the_text_of_a_miss(pair: Pair):
@@ -161,7 +164,7 @@ def test_a_prefill_that_is_given_up_keeps_what_it_has_taken(pair: Pair, monkeypa
 def test_a_prompt_of_a_model_of_the_same_shape(pair: Pair, tmp_path: Path):
     """Trained further, it has the same names, shapes and types, and other KV."""
     file, target = tmp_path / "prompt.safetensors", pair[0]
-    Scheduler(*pair).save_prompt(words(20, 1), file)
+    save(Scheduler(*pair), words(20, 1), file)
     norm = target.norm.weight
     target.norm.weight = norm * 1.01
     try:
@@ -178,13 +181,13 @@ def test_a_disk_that_is_full_when_a_prompt_is_saved(pair: Pair, tmp_path: Path, 
     monkeypatch.setattr(mx, "save_safetensors", full)
     file = tmp_path / "prompt.safetensors"
     with pytest.raises(OSError, match="disk") as caught:
-        Scheduler(*pair).save_prompt(words(20, 1), file)
+        save(Scheduler(*pair), words(20, 1), file)
     assert caught.value.filename == str(file) and not list(tmp_path.iterdir())
 
 
 def test_a_saved_prompt_with_other_shapes(pair: Pair, tmp_path: Path):
     file = tmp_path / "prompt.safetensors"
-    Scheduler(*pair).save_prompt(words(20, 1), file)
+    save(Scheduler(*pair), words(20, 1), file)
     arrays, facts = mx.load(str(file), return_metadata=True)
     mx.eval(arrays)
     for name in ("keys.0", "values.0"):
@@ -196,7 +199,7 @@ def test_a_saved_prompt_with_other_shapes(pair: Pair, tmp_path: Path):
 def test_a_loaded_prompt_needs_its_file_no_more(pair: Pair, tmp_path: Path):
     file, prompt = tmp_path / "prompt.safetensors", words(60, 3)
     scheduler = Scheduler(*pair)
-    scheduler.save_prompt(prompt, file)
+    save(scheduler, prompt, file)
     scheduler.load_prompt(file)
     file.write_bytes(b"")
     (row,) = run(scheduler, [*prompt, 7])
@@ -205,7 +208,7 @@ def test_a_loaded_prompt_needs_its_file_no_more(pair: Pair, tmp_path: Path):
 
 def test_a_saved_prompt_outlives_the_process(pair: Pair, tmp_path: Path):
     file, prompt = tmp_path / "prompt.safetensors", words(300, 3)
-    Scheduler(*pair).save_prompt(prompt, file)
+    save(Scheduler(*pair), prompt, file)
     assert [path.name for path in tmp_path.iterdir()] == ["prompt.safetensors"]
     scheduler = Scheduler(*pair)
     assert scheduler.load_prompt(file) == 300
@@ -226,7 +229,7 @@ def with_fact(file: bytes, name: str, value: object) -> bytes:
 
 def test_a_prompt_that_is_loaded_again_is_there_once(pair: Pair, tmp_path: Path):
     file, scheduler = tmp_path / "prompt.safetensors", Scheduler(*pair)
-    scheduler.save_prompt(words(50, 1), file)
+    save(scheduler, words(50, 1), file)
     scheduler.load_prompt(file)
     once = scheduler.cache.nbytes
     scheduler.load_prompt(file)
@@ -236,7 +239,7 @@ def test_a_prompt_that_is_loaded_again_is_there_once(pair: Pair, tmp_path: Path)
 def test_a_prompt_too_large_to_be_saved(pair: Pair, tmp_path: Path):
     scheduler = Scheduler(*pair, kv_budget=row_bytes(pair[0].config, 100, 4))
     with pytest.raises(MemoryBudgetError, match="need .* of KV"):
-        scheduler.save_prompt(words(500, 1), tmp_path / "prompt.safetensors")
+        save(scheduler, words(500, 1), tmp_path / "prompt.safetensors")
     assert not list(tmp_path.iterdir())
 
 

@@ -10,25 +10,24 @@ from mlx.utils import tree_flatten
 from tiny_checkpoints import KINDS, make_pair
 
 import mlx_mtp
-from mlx_mtp import checkpoint, sizes
+from mlx_mtp.checkpoint import sizes
+from mlx_mtp.checkpoint.description import read_drafter, read_target
+from mlx_mtp.checkpoint.load import load_drafter, load_target
+from mlx_mtp.checkpoint.quantization import Format
 from mlx_mtp.cli.info import describe
 from mlx_mtp.errors import MemoryBudgetError
 from mlx_mtp.kv import KVBuffers, kv_bytes
-from mlx_mtp.quantization import Format, Scheme
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [None, 4])
 def test_weights_take_what_was_predicted(kind: str, bits: int | None, tmp_path: Path):
     target_folder, drafter_folder = make_pair(kind, tmp_path)
-    rule = Scheme(Format(bits)).rule() if bits else None
-    config, target = checkpoint.load_target(target_folder, quantize=bits)
-    drafter_config, drafter = checkpoint.load_drafter(
-        drafter_folder, config, "committed", quantize=bits and Format(bits)
-    )
+    quantize = Format(bits) if bits else None
+    target, drafter = read_target(target_folder, quantize), read_drafter(drafter_folder, quantize)
     for model, predicted in (
-        (target, sizes.target_sizes(config.text, 4, rule)),
-        (drafter, sizes.drafter_sizes(drafter_config, 4, rule)),
+        (load_target(target), sizes.of(target)),
+        (load_drafter(drafter, target.config, "committed"), sizes.of(drafter)),
     ):
         assert predicted.weights == sum(array.nbytes for _, array in tree_flatten(model.parameters()))
         assert predicted.read_per_token <= predicted.weights
@@ -39,7 +38,7 @@ def test_weights_take_what_was_predicted(kind: str, bits: int | None, tmp_path: 
 
 def test_a_token_reads_only_the_experts_it_is_sent_to(tmp_path: Path):
     folder, _ = make_pair("26b", tmp_path)
-    config, target = checkpoint.load_target(folder)
+    config, target = read_target(folder).config, load_target(read_target(folder))
     experts = sum(a.nbytes for name, a in tree_flatten(target.parameters()) if ".experts." in name)
     unread = experts * (1 - config.text.experts_per_token / config.text.num_experts)
     predicted = sizes.target_sizes(config.text, 4)
@@ -48,17 +47,17 @@ def test_a_token_reads_only_the_experts_it_is_sent_to(tmp_path: Path):
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder, _ = make_pair("e2b", tmp_path)
-    config = checkpoint.load_target(folder)[0].text
+    config = read_target(folder).text
     needed = sizes.target_sizes(config, 4).weights
     monkeypatch.setattr(sizes, "memory_for_models", lambda: needed - 1)
     with pytest.raises(MemoryBudgetError, match="--quantize 4"):
-        checkpoint.load_target(folder)
-    checkpoint.load_target(folder, quantize=4)
+        load_target(read_target(folder))
+    load_target(read_target(folder, Format(4)))
 
 
 def test_kv_is_what_the_buffers_take(tmp_path: Path):
     folder, _ = make_pair("e2b", tmp_path)
-    config = checkpoint.load_target(folder)[0].text
+    config = read_target(folder).text
     for tokens in (10, 300, 2000):
         kv = KVBuffers(config, 1, mx.float32)
         kv.reserve(tokens)
@@ -67,7 +66,7 @@ def test_kv_is_what_the_buffers_take(tmp_path: Path):
 
 @pytest.mark.parametrize("kind", ["e2b", "31b"])
 def test_the_longest_context_is_the_last_that_fits(kind: str, tmp_path: Path):
-    config = checkpoint.load_target(make_pair(kind, tmp_path)[0])[0].text
+    config = read_target(make_pair(kind, tmp_path)[0]).text
     everything = sizes.row_bytes(config, config.max_positions + 1, 4)
     assert sizes.longest_context(config, everything, 4) == config.max_positions
     for memory in (sizes.row_bytes(config, 1000, 4), everything - 1):

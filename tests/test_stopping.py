@@ -13,8 +13,8 @@ from tiny_checkpoints import make_pair
 from tiny_tokenizer import write_tokenizer
 
 import mlx_mtp
+from mlx_mtp.checkpoint.pair import DEMO
 from mlx_mtp.errors import PromptError
-from mlx_mtp.pair import DEMO
 
 QUESTION = "What is the capital of France?"
 GREEDY: dict[str, Any] = {"max_tokens": 40, "temperature": 0}

@@ -18,6 +18,7 @@ import mlx_mtp
 from mlx_mtp.answer import Answer
 from mlx_mtp.decode.request import Request, Row, Stats
 from mlx_mtp.errors import PromptError
+from mlx_mtp.inbox import News
 from mlx_mtp.text import StopStrings, StreamDecoder, Tokenizer
 from mlx_mtp.tools import QUOTE as Q
 from mlx_mtp.tools import QUOTE_MARK, CallIds, Tools, parse_calls
@@ -309,7 +310,8 @@ def test_calls_come_with_the_answer_and_go_back_as_messages(tokenizer: Tokenizer
     chunks = []
     for token in tokens:
         answer.row.receive([token], 0, None)
-        chunks.append(answer.push(answer.row.take()))
+        row = answer.row
+        chunks.append(answer.push(News(row, row.take(), row.stats, row.done, row.cancelled, None)))
     result = answer.generation()
     assert (result.text, result.finish_reason, result.tokens) == ("he call:f{", "stop", tokens)
     assert result.tool_calls == [call for chunk in chunks for call in chunk.tool_calls]

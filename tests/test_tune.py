@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import mlx_mtp
 from mlx_mtp.cli import app
+from mlx_mtp.decode.draft_length import Prices
 from mlx_mtp.errors import MemoryBudgetError, MTPError, ProfileError, PromptError
 from mlx_mtp.models.moe import Router
 from mlx_mtp.tuning import OBJECTIVES, choose, measure, profile
@@ -112,8 +113,8 @@ def test_a_profile_is_used_and_changes_no_text(profiles: Path):
 
 def a_profile(lm: mlx_mtp.MTPModel) -> profile.Profile:
     return profile.Profile(
-        key=profile.key_of(lm.folder, lm.drafter_folder, None, None),
-        costs={1: {0: 0.01, 1: 10.0, 7: 70.0}, 3: {0: 0.03, 1: 30.0, 7: 210.0}},
+        key=profile.key_of(lm.description, lm.drafter_description),
+        costs={1: Prices({1: 0.01, 2: 9.0, 8: 63.0}, 1.0, 0.0), 3: Prices({1: 0.03, 2: 27.0, 8: 189.0}, 3.0, 0.01)},
         acceptance={"chat": [0.9, 0.8]},
         rows=3,
         drafts=0,
@@ -146,7 +147,8 @@ def test_a_damaged_profile_is_ignored(damage: str, caplog: pytest.LogCaptureFixt
     path = profile.save(saved)
     content = json.loads(path.read_text())
     changes = {
-        "rows": {"rows": 0}, "costs": {"costs": {"1": {"0": -1}}}, "position": {"drafter_position": "left"},
+        "rows": {"rows": 0}, "costs": {"costs": {"1": {"verify": {"1": -1}, "draft": 0, "packing": 0}}},
+        "position": {"drafter_position": "left"},
         "key": {"key": {}},
     }  # fmt: skip
     path.write_text(json.dumps(content | changes[damage]) if damage in changes else damage)
@@ -167,10 +169,12 @@ def test_a_missing_profile_is_an_error(tmp_path: Path):
 
 def test_costs_between_measured_batches():
     key = profile.Key("m", "f", None, None, None, "d", "1", "1")
-    known = profile.Profile(key, {2: {0: 1.0, 1: 2.0}, 6: {0: 3.0, 1: 4.0}}, {}, 2, 1, "latency", None, "now")
-    assert known.costs_of(2) == {0: 1.0, 1: 2.0}
-    assert known.costs_of(3) == {0: 1.5, 1: 2.5}
-    assert known.costs_of(1) == known.costs_of(2) and known.costs_of(9) == known.costs_of(6)
+    two, six = Prices({1: 1.0, 2: 2.0}, 0.1, 0.0), Prices({1: 3.0, 2: 4.0}, 0.3, 0.4)
+    known = profile.Profile(key, {2: two, 6: six}, {}, 2, 1, "latency", None, "now")
+    assert known.prices(1) == known.prices(2) == two and known.prices(9) == six
+    three = known.prices(3)
+    assert (three.verify, three.packing) == ({1: 1.5, 2: 2.5}, 0.1) and three.draft == pytest.approx(0.15)
+    assert three.even() == pytest.approx({0: 1.5, 1: 2.65})
 
 
 def test_choices_by_hand():
@@ -255,7 +259,7 @@ def test_what_is_measured(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         found = measured(lm)
         assert found.complete and [(s.context, s.rows) for s in found.steps] == [(20, 1), (20, 2)]
         for step in found.steps:
-            assert set(step.verify) == {1, 2, 3} and step.draft and step.host > 0
+            assert set(step.verify) == {1, 2, 3} and step.draft and step.host > 0 and step.packing >= 0
             assert set(step.experts) == ({1, 2, 3} if experts else set())
         if experts:
             monkeypatch.setattr(Router, "__call__", counting)
@@ -266,6 +270,23 @@ def test_what_is_measured(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
             # One text is enough for rows that differ, which ask for further experts.
             alone = measured(lm, batches=(1, 6), lengths=(2,), prompts={"one": [list(range(3, 60))]})
             assert alone.steps[1].experts[2] > alone.steps[0].experts[2]
+
+
+def test_what_rows_of_different_lengths_take_more_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    target, drafter = make_pair("12b", tmp_path)
+    verify = measure.verify
+
+    def slower(*arguments: Any, counts: Any = None) -> Any:
+        time.sleep(0.02 if counts else 0.0)
+        return verify(*arguments, counts=counts)
+
+    monkeypatch.setattr(measure, "verify", slower)
+    with mlx_mtp.load(target, drafter=drafter) as lm:
+        one, two = measured(lm, batches=(1, 2)).steps
+    assert one.packing == 0.0 and 0.01 < two.packing < 0.2
+    kept = choose.prices([two], 2)
+    assert kept.packing == two.packing and kept.verify[3] == two.verify[3].median
+    assert two.draft and kept.draft == two.draft.median
 
 
 def test_tokens_are_chosen_as_the_model_chooses_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_checkpoints import KINDS, VOCAB, make_pair
+from tiny_checkpoints import KINDS, VOCAB, load_pair, make_pair
 
-from mlx_mtp import checkpoint
 from mlx_mtp.decode.prefill import prefill
 from mlx_mtp.decode.round import decode_round, first_state, verify
 from mlx_mtp.decode.sampling import Sampler, SamplingOptions
@@ -29,8 +28,7 @@ OPTIONS = [
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Target, Drafter]:
     folder, drafter_folder = make_pair(request.param, tmp_path_factory.mktemp(request.param))
-    config, target = checkpoint.load_target(folder)
-    return target, checkpoint.load_drafter(drafter_folder, config, "committed")[1]
+    return load_pair(folder, drafter_folder)
 
 
 def batch(target: Target, positions: list[int]) -> tuple[BatchKV, mx.array, mx.array]:

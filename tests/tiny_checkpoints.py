@@ -14,10 +14,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
+
+if TYPE_CHECKING:
+    from mlx_mtp.models.drafter import Drafter
+    from mlx_mtp.models.target import Target
 
 KINDS = ("e2b", "e4b", "12b", "26b", "31b")
 
@@ -148,6 +152,16 @@ _GENERATION: Json = {
     "top_k": 64,
     "top_p": 0.95,
 }
+
+
+def load_pair(folder: Path, drafter_folder: Path, dtype: str | None = None) -> tuple[Target, Drafter]:
+    """Loads a target and its drafter; `dtype` as for `mlx_mtp.load`."""
+    from mlx_mtp.checkpoint.description import read_drafter, read_target
+    from mlx_mtp.checkpoint.load import load_drafter, load_target
+
+    target = read_target(folder, dtype=dtype)
+    own = read_drafter(drafter_folder, dtype=dtype)
+    return load_target(target), load_drafter(own, target.config, "committed")
 
 
 def make_pair(

@@ -1,6 +1,6 @@
 """Converts Gemma 4 checkpoints to MLX folders: `python -m weights_convert SRC DST`, or `mlx-mtp convert`."""
 
-from mlx_mtp.quantization import Format, Scheme
+from mlx_mtp.checkpoint.quantization import Format, Scheme
 
 from .check import Agreement, compare
 from .converter import Conversion, convert, prepare

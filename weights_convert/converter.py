@@ -17,16 +17,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_mtp import hub
+from mlx_mtp.checkpoint import hub
+from mlx_mtp.checkpoint.description import read, read_drafter
+from mlx_mtp.checkpoint.quantization import Scheme
+from mlx_mtp.checkpoint.sizes import in_words
 from mlx_mtp.errors import CheckpointError
-from mlx_mtp.files import listed, read_json, sha256
+from mlx_mtp.files import listed, read_json, replacing, sha256
 from mlx_mtp.paths import expanded
-from mlx_mtp.quantization import Scheme
-from mlx_mtp.sizes import in_words
 
 from . import files
 from .learned import Learning, learn
-from .plan import FINGERPRINT, Plan, file_bytes, make_plan, read_description
+from .plan import FINGERPRINT, Plan, check_original, file_bytes, make_plan
 
 log = logging.getLogger("mlx_mtp.convert")
 
@@ -153,8 +154,11 @@ def prepare(
     in_the_way = CheckpointError(f"{destination} exists already, from something else: choose another name")
     if taken and not os.path.isfile(destination / files.SUMS):
         raise in_the_way  # before anything is downloaded
-    folder = hub.find(source, check=read_description)
-    plan = make_plan(folder, scheme, dtype, merged)
+    place = hub.find(source)
+    described = read_drafter(place.folder) if merged else read(place.folder)
+    check_original(described)  # before its weights are downloaded
+    folder = place.fetch_weights()
+    plan = make_plan(described, scheme, dtype)
     if learning and scheme:
         plan = learning.planned(plan, scheme)
     done = _is_result(destination, plan)
@@ -219,9 +223,8 @@ def _finished_files(aside: Path, plan: Plan) -> dict[str, str]:
 
 
 def _write_journal(aside: Path, plan: Plan, done: dict[str, str]) -> None:
-    unfinished = aside / f"{_JOURNAL}.unfinished"
-    _write_json(unfinished, {"fingerprint": plan.fingerprint, "files": done})
-    unfinished.rename(aside / _JOURNAL)
+    with replacing(aside / _JOURNAL) as unfinished:
+        _write_json(unfinished, {"fingerprint": plan.fingerprint, "files": done})
 
 
 def _check_space(aside: Path, plan: Plan, done: dict[str, str]) -> None:
@@ -243,8 +246,8 @@ def _write_weights(aside: Path, plan: Plan, done: dict[str, str], progress: Prog
         if name in done:
             step(name, file_bytes(parameters))
             continue
-        digest = files.write_safetensors(aside / f"{name}.unfinished", parameters, step)
-        (aside / f"{name}.unfinished").rename(aside / name)
+        with replacing(aside / name) as unfinished:
+            digest = files.write_safetensors(unfinished, parameters, step)
         done[name] = digest
         _write_journal(aside, plan, done)
 

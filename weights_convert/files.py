@@ -12,9 +12,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_mtp.checkpoint.safetensors_files import header_of, is_file_name
 from mlx_mtp.errors import CheckpointError
 from mlx_mtp.files import read_bytes, sha256
-from mlx_mtp.safetensors_files import header_of, is_file_name
 
 from .plan import Parameter
 from .source import DTYPES

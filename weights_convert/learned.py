@@ -25,10 +25,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_mtp import sizes
+from mlx_mtp.checkpoint import sizes
+from mlx_mtp.checkpoint.quantization import Format, Scheme
 from mlx_mtp.errors import CheckpointError, MemoryBudgetError
 from mlx_mtp.files import read_bytes
-from mlx_mtp.quantization import Format, Scheme
 from mlx_mtp.text import Tokenizer, has_tokenizer
 
 from .plan import FINGERPRINT, Parameter, Plan

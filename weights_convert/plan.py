@@ -11,23 +11,20 @@ import math
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from mlx_mtp import checkpoint
-from mlx_mtp.config import DRAFTER_TYPES, MERGED_FIELDS, drafter_config, in_published_fields, target_config
+from mlx_mtp.checkpoint.description import CLUSTER_ORDER, DTYPES, AnyDescription, check_dtype
+from mlx_mtp.checkpoint.load import check_complete, check_ordering, empty_model
+from mlx_mtp.checkpoint.quantization import Format, Scheme
+from mlx_mtp.checkpoint.safetensors_files import check_tied, read_header, weight_files
+from mlx_mtp.checkpoint.tensor_names import Source, mlx_lm_name, of_merged_drafter
+from mlx_mtp.config import DRAFTER_TYPES, MERGED_FIELDS, DrafterConfig, TargetConfig, in_published_fields
 from mlx_mtp.errors import CheckpointError
-from mlx_mtp.files import read_json
-from mlx_mtp.models.drafter import POSITIONS, Drafter
-from mlx_mtp.models.target import Target
-from mlx_mtp.names import Source, Table, drafter_table, mlx_lm_name, of_merged_drafter, target_table
-from mlx_mtp.quantization import Format, Scheme
-from mlx_mtp.safetensors_files import check_tied, weight_files
+from mlx_mtp.files import sample
 
-from .source import Tensor, find_tensors, sample
+from .source import Tensor, find_tensors
 
 FILE_BYTES = 2**30
 """Tensors are gathered into files of about this size: what an interruption can cost."""
@@ -64,7 +61,7 @@ class Parameter:
         dtype: The type it is converted to.
         format: How it is quantised, or None.
         sources: Stored tensors whose rows make it up, one after the other.
-        half: See `names.Source`.
+        half: See `tensor_names.Source`.
         order: A tensor that says in which order the rows go, or None for the stored one.
         values: What is stored for it, one array for each of `entries`, if that was learnt (learned.py) and isn't made
             of the sources.
@@ -149,27 +146,30 @@ def file_bytes(parameters: list[Parameter]) -> int:
     return sum(entry.nbytes for parameter in parameters for entry in parameter.entries())
 
 
-def make_plan(folder: Path, scheme: Scheme | None, dtype: str | None, merged: bool = False) -> Plan:
+def make_plan(source: AnyDescription, scheme: Scheme | None, dtype: str | None) -> Plan:
     """Plans the conversion of a target or a drafter; see `converter.prepare`.
+
+    Args:
+        source: The original.
+        scheme, dtype: As for `converter.prepare`.
 
     Raises:
         CheckpointError: The source can't be used.
     """
-    checkpoint.check_dtype(dtype)
-    config, table, model, vocab = read_description(folder, merged)
-    if isinstance(model, Target) and model.config.tied_head:
-        check_tied(folder, table)
-    stored = of_merged_drafter(find_tensors(folder)) if merged else find_tensors(folder)
-    parameters = _parameters(folder, config, table, model, stored, scheme, dtype)
+    check_dtype(dtype)
+    if isinstance(source.config, TargetConfig) and source.text.tied_head:
+        check_tied(source.folder, source.table)
+    parameters = _parameters(source, scheme, dtype)
     if order := next((p.sources[0] for p in parameters.values() if p.name.endswith("token_ordering")), None):
-        checkpoint.check_ordering(order.read(0, 1)[0], vocab, folder)
+        check_ordering(order.read(0, 1)[0], source.text.vocab_size, source.folder)
     files = {name: sorted(group, key=_alignment) for name, group in _in_files(list(parameters.values())).items()}
-    new_config = _new_config(config, parameters, scheme, dtype, clustered=order is not None)
+    new_config = _new_config(source.raw, parameters, scheme, dtype, clustered=order is not None)
     digest = hashlib.sha256(json.dumps(new_config).encode())
     for name, group in files.items():
         digest.update(f"{name} {[str(entry) for parameter in group for entry in parameter.entries()]}".encode())
-    for file in weight_files(folder):
-        digest.update(sample(file))
+    for file in weight_files(source.folder):
+        # Which bytes are which tensor is said in the header alone, of which a sample may miss a part.
+        digest.update(f"{read_header(file)}".encode() + sample(file))
     fingerprint = digest.hexdigest()
     ours = new_config.get("mlx_mtp")
     new_config["mlx_mtp"] = (ours if isinstance(ours, dict) else {}) | {FINGERPRINT: fingerprint}
@@ -179,66 +179,43 @@ def make_plan(folder: Path, scheme: Scheme | None, dtype: str | None, merged: bo
     return Plan(files, modules, new_config, fingerprint)
 
 
-def read_description(folder: Path, merged: bool = False) -> tuple[dict[str, Any], Table, nn.Module, int]:
-    """What a source's config.json says: itself, and what `_model` makes of it. Needs no weights.
-
-    Args:
-        folder: The source.
-        merged: Whether the drafter is meant that is merged into it.
+def check_original(source: AnyDescription) -> None:
+    """Checks that a checkpoint isn't a conversion itself.
 
     Raises:
-        CheckpointError: The source can't be converted.
+        CheckpointError: It is quantised, so that what it was made of is the better source.
     """
-    config = checkpoint.read_drafter(folder)[0] if merged else read_json(folder / "config.json")
-    if config.get("quantization") or config.get("quantization_config"):
-        raise CheckpointError(f"{folder} is quantised already: convert the original")
-    with checkpoint.about(folder):
-        return config, *_model(config)
+    if source.stored:
+        raise CheckpointError(f"{source.folder} is quantised already: convert the original")
 
 
-def _model(config: dict[str, Any]) -> tuple[Table, nn.Module, int]:
-    """The names and the (empty) model that go with a config.json, and the size of its vocabulary."""
-    if config.get("model_type") in DRAFTER_TYPES:
-        drafter = drafter_config(config)
-        return drafter_table(drafter), Drafter(drafter, POSITIONS[0]), drafter.text.vocab_size
-    text = target_config(config).text
-    return target_table(text), Target(text), text.vocab_size
-
-
-def _parameters(
-    folder: Path,
-    config: dict[str, Any],
-    table: Table,
-    model: nn.Module,
-    stored: dict[str, Tensor],
-    scheme: Scheme | None,
-    dtype: str | None,
-) -> dict[str, Parameter]:
+def _parameters(source: AnyDescription, scheme: Scheme | None, dtype: str | None) -> dict[str, Parameter]:
     """What will be stored, by our names."""
-    layout = table.layout(stored)
+    found = find_tensors(source.folder)
+    stored = of_merged_drafter(found) if source.merged else found
+    layout = source.table.layout(stored)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
-    found = {ours: source.shape(shapes) for ours, source in layout.sources.items()}
-    checkpoint.check_complete(model, found, folder)
-    drafter = isinstance(model, Drafter)
-    order = layout.sources.get("head.token_ordering")
-    sorted_already = checkpoint.in_cluster_order(config)
+    expected = {ours: part.shape(shapes) for ours, part in layout.sources.items()}
+    check_complete(empty_model(source), expected, source.folder)
+    drafter = isinstance(source.config, DrafterConfig)
+    order = None if source.in_cluster_order else layout.sources.get("head.token_ordering")
 
-    def parameter(ours: str, source: Source) -> Parameter:
-        parts, shape = tuple(stored[name] for name in source.names), found[ours]
+    def parameter(ours: str, part: Source) -> Parameter:
+        parts, shape = tuple(stored[name] for name in part.names), expected[ours]
         stored_dtype = parts[0].dtype
         matrix = _is_matrix(ours, shape, stored_dtype)
         return Parameter(
             # Nobody but us loads converted drafters: they keep Google's names.
-            name=source.names[0] if drafter else mlx_lm_name(ours, "text_config" in config),
+            name=part.names[0] if drafter else mlx_lm_name(ours, "text_config" in source.raw),
             shape=shape,
-            dtype=checkpoint.DTYPES[dtype] if dtype and mx.issubdtype(stored_dtype, mx.floating) else stored_dtype,
+            dtype=DTYPES[dtype] if dtype and mx.issubdtype(stored_dtype, mx.floating) else stored_dtype,
             format=scheme.format(ours.removesuffix(".weight"), shape[-1]) if scheme and matrix else None,
             sources=parts,
-            half=source.half,
-            order=stored[order.names[0]] if order and ours == "head.embedding.weight" and not sorted_already else None,
+            half=part.half,
+            order=stored[order.names[0]] if order and ours == "head.embedding.weight" else None,
         )
 
-    return {ours: parameter(ours, source) for ours, source in layout.sources.items()}
+    return {ours: parameter(ours, part) for ours, part in layout.sources.items()}
 
 
 def _is_matrix(ours: str, shape: tuple[int, ...], dtype: mx.Dtype) -> bool:
@@ -295,7 +272,7 @@ def _new_config(
                 if key in part:
                     part[key] = dtype
     if clustered:
-        new["mlx_mtp"] = {checkpoint.CLUSTER_ORDER: True}
+        new["mlx_mtp"] = {CLUSTER_ORDER: True}
     return new
 
 

@@ -13,14 +13,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_mtp.checkpoint.safetensors_files import TYPES, read_header, weight_files
 from mlx_mtp.errors import CheckpointError
-from mlx_mtp.files import pieces
-from mlx_mtp.safetensors_files import TYPES, read_header, weight_files
 
 DTYPES = {name: TYPES[name] for name in ("F32", "F16", "BF16", "I64", "I32", "U32", "U8")}
 """Names of the types that can be converted."""
-
-_SAMPLES, _SAMPLE_BYTES = 64, 2**12
 
 _PLAIN = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -85,10 +82,3 @@ def find_tensors(folder: Path) -> dict[str, Tensor]:
                 )
             found[name] = Tensor(name, file, header.start + it.begin, DTYPES[it.type], it.shape)
     return found
-
-
-def sample(file: Path) -> bytes:
-    """A few bytes from all over a file, its header included: other weights have others."""
-    size = file.stat().st_size
-    places = (size * i // _SAMPLES for i in range(_SAMPLES))
-    return pieces(file, [8], read_header(file).start) + pieces(file, places, _SAMPLE_BYTES)

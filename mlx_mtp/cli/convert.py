@@ -18,7 +18,7 @@ from . import render
 if TYPE_CHECKING:
     from weights_convert import Conversion, Learning
 
-    from ..quantization import Scheme
+    from ..checkpoint.quantization import Scheme
 
 EMBEDDINGS = ("embed_tokens*", "lm_head", "head.embedding")
 """Modules whose rows belong to tokens."""
@@ -114,7 +114,7 @@ def _value_of(option: str) -> Iterator[None]:
 
 
 def _check_dtype(dtype: str | None) -> None:
-    from ..checkpoint import DTYPES
+    from ..checkpoint.description import DTYPES
 
     if dtype not in (None, *DTYPES):
         raise typer.BadParameter(f"expected {', '.join(DTYPES)}", param_hint="--dtype")
@@ -123,7 +123,7 @@ def _check_dtype(dtype: str | None) -> None:
 def _scheme(
     mode: str, bits: int | None, group_size: int | None, embeddings_bits: int | None, overrides: list[str]
 ) -> Scheme | None:
-    from ..quantization import Format, Scheme
+    from ..checkpoint.quantization import Format, Scheme
 
     rows: list[tuple[str, int | None]] = [
         (pattern, embeddings_bits) for pattern in EMBEDDINGS if embeddings_bits is not None
@@ -181,10 +181,9 @@ def _prepare(
 ) -> list[Conversion]:
     """What is to be done: the conversion of the model itself, and that of its drafter."""
     from weights_convert import Format, Scheme, prepare
-    from weights_convert.plan import read_description
+    from weights_convert.plan import check_original
 
-    from ..checkpoint import holds_drafter
-    from ..pair import find_pair, way_out
+    from ..checkpoint.pair import find_pair, way_out
 
     bits = (4 if scheme else None) if drafter_bits is None else drafter_bits
     with _value_of("--drafter-bits"):
@@ -196,11 +195,11 @@ def _prepare(
         if drafter or drafter_bits is not None:
             raise typer.BadParameter(f"{source} is a drafter itself: it takes --bits, not --drafter or --drafter-bits")
         return conversions
-    _, folder = find_pair(source, drafter, check=read_description)
-    if folder is not None:
+    _, own = find_pair(source, drafter, check=check_original)
+    if own:
         sibling = destination.with_name(f"{destination.name}-assistant")
         with way_out():
-            conversions.append(prepare(folder, sibling, drafter_scheme, dtype, merged=holds_drafter(folder)))
+            conversions.append(prepare(own.folder, sibling, drafter_scheme, dtype, merged=own.merged))
     return conversions
 
 

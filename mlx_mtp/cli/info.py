@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -13,11 +13,7 @@ from . import options as o
 from . import render
 
 if TYPE_CHECKING:
-    import mlx.nn as nn
-
-    from ..config import DrafterConfig, TargetConfig
-    from ..names import Table
-    from ..quantization import Format, Stored
+    from ..checkpoint.description import AnyDescription, DrafterDescription, TargetDescription
     from ..tuning.chips import Chip
 
 _PREDICTED_AT = 1024
@@ -70,29 +66,21 @@ def describe(
     Raises:
         CheckpointError: A config.json is missing or isn't Gemma 4's, or weights that are here can't be loaded.
     """
-    from .. import checkpoint, drafter_precision, sizes
+    from ..checkpoint import drafter_precision, sizes
+    from ..checkpoint.pair import find_pair, way_out
+    from ..checkpoint.quantization import Format
     from ..config import check_pair
     from ..errors import PairingError
     from ..kv import kv_bytes
-    from ..models.drafter import POSITIONS, Drafter
-    from ..models.target import Target
-    from ..names import drafter_table, target_table
-    from ..pair import find_pair, way_out
-    from ..quantization import Format
     from ..wired import WIRED
 
-    target_folder, drafter_folder = find_pair(model, drafter, weights=False)
-    raw, config = checkpoint.read_target(target_folder)
-    text = config.text
-    table = target_table(text)
-    stored = checkpoint.read_quantization(raw, table, target_folder, quantize)
-    wanted = Format(quantize) if quantize else None
-    dtype_bytes, rule = checkpoint.in_memory(raw, stored, wanted)
-    target = sizes.target_sizes(text, dtype_bytes, rule)
+    target, own = find_pair(model, drafter, quantize, quantize_drafter=quantize_drafter, weights=False)
+    config, text, dtype_bytes = target.config, target.text, target.dtype_bytes
+    size = sizes.of(target)
     owners = [layer for i, layer in enumerate(text.layers) if layer.kv_owner == i]
     facts: dict[str, Any] = {
         "target": {
-            "folder": str(target_folder),
+            "folder": str(target.folder),
             "model_type": config.model_type,
             "layers": len(text.layers),
             "sliding_layers": sum(layer.sliding for layer in text.layers),
@@ -103,57 +91,50 @@ def describe(
             "vocabulary": text.vocab_size,
             "window": text.sliding_window,
             "context": text.max_positions,
-            "stored_as": _stored_as(raw, stored, wanted),
+            "stored_as": _stored_as(target),
             "activation_bits": 8 * dtype_bytes,
-            **_on_disk(target_folder, Target(text), table, raw, wanted),
-            "parameters": target.parameters,
-            "bytes_in_memory": target.weights,
-            "bytes_read_per_token": target.read_per_token,
+            **_on_disk(target),
+            "parameters": size.parameters,
+            "bytes_in_memory": size.weights,
+            "bytes_read_per_token": size.read_per_token,
             "kv_bytes_at": {str(n): kv_bytes(text, n, dtype_bytes) for n in _lengths(text.max_positions)},
         },
         "drafter": None,
     }
-    pair = [(raw, stored)]  # of each model, config.json and how it is quantised
-    config_d = drafter_wanted = None
-    if drafter_folder is not None:
+    if own:
         with way_out():
-            drafter_raw, config_d = checkpoint.read_drafter(drafter_folder)
-            table, model_d = drafter_table(config_d), Drafter(config_d, POSITIONS[0])
-            pair.append((drafter_raw, checkpoint.read_quantization(drafter_raw, table, drafter_folder)))
-            drafter_wanted = drafter_precision.of_pair(target_folder, drafter_folder, quantize, quantize_drafter)
-            on_disk = _on_disk(drafter_folder, model_d, table, drafter_raw, drafter_wanted)
-        own = sizes.drafter_sizes(config_d, *checkpoint.in_memory(*pair[1], drafter_wanted))
+            on_disk = _on_disk(own)
+        size, clusters = sizes.of(own), own.config.num_clusters
         try:
-            check_pair(config, config_d)
+            check_pair(config, own.config)
             pairing = _FITS
         except PairingError as error:
             pairing = str(error)
         facts["drafter"] = {
-            "folder": str(drafter_folder),
-            "merged": checkpoint.holds_drafter(drafter_folder),
-            "model_type": config_d.model_type,
-            "head": f"{config_d.num_clusters} clusters" if config_d.num_clusters else "dense",
-            "stored_as": _stored_as(*pair[1], drafter_wanted),
+            "folder": str(own.folder),
+            "merged": own.merged,
+            "model_type": own.config.model_type,
+            "head": f"{clusters} clusters" if clusters else "dense",
+            "stored_as": _stored_as(own),
             **on_disk,
-            "parameters": own.parameters,
-            "bytes_in_memory": own.weights,
-            "bytes_read_per_draft": own.read_per_token,
+            "parameters": size.parameters,
+            "bytes_in_memory": size.weights,
+            "bytes_read_per_draft": size.read_per_token,
             "pairing": pairing,
         }
     have = sizes.memory_for_models()
 
     def fit(bits: int | None) -> dict[str, Any]:
         """What the pair takes if it is quantised like this while loading."""
-        dtype_bytes, rule = checkpoint.in_memory(raw, stored, Format(bits) if bits else None)
-        target = sizes.target_sizes(text, dtype_bytes, rule)
-        needed = target.weights
-        if config_d is not None:
-            like = drafter_precision.of_pair(target_folder, drafter_folder, bits, quantize_drafter)
-            needed += sizes.drafter_sizes(config_d, *checkpoint.in_memory(*pair[1], like)).weights
+        like = replace(target, quantize=Format(bits) if bits else None)
+        size = sizes.of(like)
+        needed = size.weights
+        if own:
+            needed += sizes.of(drafter_precision.beside(own, like, quantize_drafter)).weights
         return {
             "quantize": bits,
             "needed": needed,
-            "bytes_read_per_token": target.read_per_token,
+            "bytes_read_per_token": size.read_per_token,
             "longest_context": sizes.longest_context(text, sizes.kv_budget(needed)[0], dtype_bytes),
         }
 
@@ -165,13 +146,12 @@ def describe(
         "fits": asked["longest_context"] > 0,
         "choices": [],
     }
-    if not stored:
+    if not target.stored:
         facts["machine"]["choices"] = [fit(bits) for bits in (None, 8, 6, 4)]
     facts["expected"] = None
     if chip:
-        drafter_how = pair[1][1].common if len(pair) > 1 and pair[1][1] else drafter_wanted
-        fitting = config_d if facts["drafter"] and facts["drafter"]["pairing"] == _FITS else None
-        facts["expected"] = _expected(config, fitting, stored.common if stored else wanted, drafter_how, chip)
+        fitting = own if facts["drafter"] and facts["drafter"]["pairing"] == _FITS else None
+        facts["expected"] = _expected(target, fitting, chip)
     return facts
 
 
@@ -185,16 +165,15 @@ def _chip(name: str | None) -> Chip | None:
         raise typer.BadParameter(str(error), param_hint="--chip") from None
 
 
-def _expected(
-    config: TargetConfig, drafter: DrafterConfig | None, how: Format | None, drafter_how: Format | None, chip: Chip
-) -> dict[str, Any]:
+def _expected(target: TargetDescription, drafter: DrafterDescription | None, chip: Chip) -> dict[str, Any]:
     """What the cost model predicts for one row; half of the published figures lie in ranges as wide as these.
 
     Drafting has no speed of its own where there is no drafter, or where no draft length pays (0).
     """
     from ..tuning import cost_model, report
 
-    pair = cost_model.pair(config, drafter, how, drafter_how)
+    own = (drafter.config, target.format, drafter.format) if drafter else (None, target.format, None)
+    pair = cost_model.pair(target.config, *own)
     (alone, *_) = report.choices(chip, pair, _PREDICTED_AT, batches=(1,)) or (None,)
 
     def around(speed: float) -> list[float]:
@@ -215,30 +194,25 @@ def _lengths(longest: int) -> list[int]:
     return [n for n in (1024, 8192, 32768, 131072) if n < longest] + [longest]
 
 
-def _stored_as(raw: dict[str, Any], stored: Stored | None, quantize: Format | None) -> str:
-    if stored:
-        return f"{stored.common.bits} bits, {stored.common.mode}"
-    from ..checkpoint import named_dtype
-
-    dtype = named_dtype(raw) or "unknown type"
-    return f"{dtype}, quantised to {quantize} while loading" if quantize else dtype
+def _stored_as(it: AnyDescription) -> str:
+    if it.stored:
+        return f"{it.stored.common.bits} bits, {it.stored.common.mode}"
+    dtype = it.stated_dtype or "unknown type"
+    return f"{dtype}, quantised to {it.quantize} while loading" if it.quantize else dtype
 
 
-def _on_disk(
-    folder: Path, model: nn.Module, table: Table, raw: dict[str, Any], quantize: Format | None
-) -> dict[str, Any]:
+def _on_disk(described: AnyDescription) -> dict[str, Any]:
     """Bytes of the weight files that are there, None for none, and the names of those that aren't.
 
     Raises:
-        CheckpointError: What is there can't be loaded, by the files' headers. Arguments as for `checkpoint.assign`.
+        CheckpointError: What is there can't be loaded, by the files' headers.
     """
-    from .. import checkpoint, safetensors_files
+    from ..checkpoint import load, safetensors_files
     from ..files import listed
-    from ..models.drafter import Drafter
 
-    if not listed(folder, "*.safetensors"):
+    if not listed(described.folder, "*.safetensors"):
         return {"bytes_on_disk": None, "files_missing": []}
-    files = safetensors_files.weight_files(folder)
+    files = safetensors_files.weight_files(described.folder)
     missing = [path.name for path in files if not path.is_file()]
     size = sum(path.stat().st_size for path in files if path.name not in missing)
     if missing:
@@ -246,16 +220,15 @@ def _on_disk(
             if path.name not in missing:
                 safetensors_files.read_header(path)
     else:
-        drafter = isinstance(model, Drafter)
-        tensors = checkpoint.drafter_tensors(folder) if drafter else dict(safetensors_files.tensors(folder))
-        if drafter and checkpoint.holds_drafter(folder):
+        tensors = load.stored_tensors(described)
+        if described.merged:
             size = sum(tensor.nbytes for tensor in tensors.values())
-        checkpoint.assign(model, tensors, table, folder, raw, None, quantize)
+        load.assign(load.empty_model(described), tensors, described)
     return {"bytes_on_disk": size or None, "files_missing": missing}
 
 
 def _size(count: int) -> str:
-    from ..sizes import in_words
+    from ..checkpoint.sizes import in_words
 
     return in_words(count)
 

@@ -14,7 +14,8 @@ from ..blas import use_openblas
 from ..decode.limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH, MAX_TEMPERATURE
 
 if TYPE_CHECKING:
-    from ..api import Chunk, MTPModel
+    from ..answer import Chunk
+    from ..api import MTPModel
     from ..decode.request import Stats
 
 INTERRUPTED = 130

@@ -23,8 +23,8 @@ from . import render
 from .tune_tables import simulation, tables
 
 if TYPE_CHECKING:
+    from ..checkpoint.quantization import Format
     from ..config import DrafterConfig, TargetConfig, TextConfig
-    from ..quantization import Format
     from ..tuning.choose import Choice, Option
     from ..tuning.measure import Measurement
 
@@ -125,7 +125,7 @@ def _tune(
             print(f"\nstopped: {so_far}", file=sys.stderr)
         options = choose.options(found) if found.acceptance or not lm.drafter_config else []
         choices = [choose.choose(options, name) for name in OBJECTIVES] if options else []
-        key = profile.key_of(lm.folder, lm.drafter_folder, quantize, None, lm.adapter, lm.drafter_format)
+        key = profile.key_of(lm.description, lm.drafter_description, lm.adapter)
         saved, failed = None, None
         # What an interruption has left is better than nothing, but not than a whole measurement.
         if options and (found.complete or profile.find(key) is None):
@@ -133,7 +133,7 @@ def _tune(
             steps = choose.counted(found)
             new = profile.Profile(
                 key=key,
-                costs={rows: choose.round_seconds(steps, rows) for rows in sorted({step.rows for step in steps})},
+                costs={rows: choose.prices(steps, rows) for rows in sorted({step.rows for step in steps})},
                 acceptance=found.acceptance,
                 rows=chosen.option.rows,
                 drafts=chosen.option.drafts,
@@ -280,8 +280,8 @@ def _simulate(
     Raises:
         typer.BadParameter: Unknown chip or size, where the message lists those there are; too long a context.
     """
-    from ..drafter_precision import drafter_format
-    from ..quantization import Format
+    from ..checkpoint.drafter_precision import drafter_format
+    from ..checkpoint.quantization import Format
     from ..tuning import chips, cost_model, known_models, report
 
     name = model or "26B-A4B"
@@ -302,7 +302,7 @@ def _simulate(
                 "a size has its own: give a folder or repository for another", param_hint="--drafter"
             )
         how = Format(quantize) if quantize else None
-        drafter_how = drafter_format(own_drafter, None, how, quantize, quantize_drafter)
+        drafter_how = drafter_format(own_drafter, how, bool(quantize), quantize_drafter)
     pair = cost_model.pair(target, None if no_draft else own_drafter, how, drafter_how)
     if max(contexts) > (longest := pair.target.max_positions):
         raise typer.BadParameter(f"the model's own is {longest:,} tokens", param_hint="--contexts")
@@ -322,19 +322,9 @@ def _configs(
     model: str, drafter: str | None, no_draft: bool, quantize: int | None, quantize_drafter: str | int
 ) -> tuple[TargetConfig, DrafterConfig | None, Format | None, Format | None]:
     """The configurations of a folder or repository and of its drafter, if it has one, and how both are quantised."""
-    from ..checkpoint import read_drafter, read_quantization, read_target
-    from ..drafter_precision import of_pair
-    from ..names import drafter_table, target_table
-    from ..pair import find_pair
-    from ..quantization import Format
+    from ..checkpoint.pair import find_pair
 
-    folder, drafter_folder = find_pair(model, False if no_draft else drafter, weights=False)
-    raw, target = read_target(folder)
-    found = read_quantization(raw, target_table(target.text), folder, quantize)
-    how = found.common if found else Format(quantize) if quantize else None
-    if drafter_folder is None:
-        return target, None, how, None
-    raw, own = read_drafter(drafter_folder)
-    stored = read_quantization(raw, drafter_table(own), drafter_folder)
-    loaded = stored.common if stored else of_pair(folder, drafter_folder, quantize, quantize_drafter)
-    return target, own, how, loaded
+    target, own = find_pair(
+        model, False if no_draft else drafter, quantize, quantize_drafter=quantize_drafter, weights=False
+    )
+    return target.config, own.config if own else None, target.format, own.format if own else None

@@ -1,387 +1,387 @@
-"""How many tokens to draft in the next round, row by row.
+"""How many tokens to draft for each row in the next round: the lengths with the best goodput.
 
-`AutoLength` weighs, from what it sees while running, the tokens a round is expected to yield against the time it is
-expected to take, and chooses the lengths with the best ratio, 0 (plain decoding) included. It only changes speed, never
-the text.
+Goodput is expected tokens per second (SmartSpec, X. Liu et al., 2024; vLLM: adaptive verification). Draft j of a row is
+a slot, which survives if it and all before it are kept. For each K, the longest length, slots are admitted across rows
+in the order of survival; the K and number of slots with the most tokens for the round's time win, K = 0 included.
 
-The rows of a batch need not have the same length. Each token that is verified has its price; where a row's next draft
-isn't worth it, the row has fewer of them. The drafter's steps are shared, as many as the longest length.
+    survival    discounted counts by row and position (`Survival`)
+    seconds     T(K, n) = verify(n tokens) + K draft + packing, if rows differ (`RoundCost`)
+    value       tokens while others wait for a place; else the plain decoding that a round saves (`_saved`)
+    trials      of lengths whose price or acceptance isn't known; a token bucket pays for what they lose (`_trial`)
 
-In a batch all tokens are worth the same while others wait for a place: a row that is done early makes room. When nobody
-does, what easy rows gain leaves places empty behind them, and a round is worth the time of plain decoding that it saves
-until the last row is done (`Ends`).
-
-Knows nothing of models; it is told of finished rounds and asked for the next lengths. Its beliefs are in beliefs.py.
+The policy is asked for a decision a round and told of its outcome one round late, as the engine builds a
+round before it has read the one before. Lengths change only speed, never the text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
 
 import numpy as np
 
-from .beliefs import Acceptance, RoundCosts
-from .limits import MAX_AUTO_LENGTH, PROBE
+from .limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH
+from .request import Row
 
-
-def alike(lengths: Sequence[int], others: Sequence[int]) -> bool:
-    """Whether rounds with these draft lengths, by row, take about the same time."""
-    verified = sum(lengths) + len(lengths)
-    return (
-        len(lengths) == len(others)
-        and max(lengths) == max(others)
-        and 8 * abs(sum(lengths) - sum(others)) <= verified
-    )  # fmt: skip
+FAST, SLOW = 0.9, 0.98
+"""What a round leaves of a row's counts: of those that follow the text, and of those that say what is usual for it."""
+PRIOR, LEAN = 0.8, 2.0
+"""Published acceptance of these drafters; and the drafts that any such belief is worth beside those counted."""
+SLOPE, DRAFT = 0.2, 0.1
+"""Of a plain step, until measured: what each draft adds to a round, and the drafter's part of that."""
+UNKNOWN = 0.5
+"""A price seen less than twice may be this part of what it seems: it had to pay for building kernels, or is a guess."""
+SHARED = 0.25
+"""Of what a row less in the batch should save by its tokens, the part counted on until fewer rows were measured."""
+DRIFT = 0.05
+"""How much what was learnt may have changed since: the step of a price that is known, the doubt about one that is old,
+and the weight of the case that texts change and any row may be the last of a batch."""
+CLIP = 1.25
+"""No round counts for more than this times what was expected: the machine may pause."""
+SHARE, CREDIT = 0.01, 4.0
+"""What trials may lose: a share of all rounds, and the most that is saved up for them, in rounds."""
+APART, STALE = 8, 64
+"""Rounds between trials; and those after which a price is doubted, or a row without drafts is tried beside others."""
+EVERY = 2
+"""Rounds between choices in a batch: choosing takes host time. While nothing is drafted, times `APART`."""
 
 
 @dataclass(frozen=True)
-class Ends:
-    """What is known of the ends of a batch's rows, two or more, whose places nobody waits for.
+class Prices:
+    """What rounds of a batch were measured to take, in seconds.
 
     Attributes:
-        left: Tokens that each of them has to go at most, in the order in which they were named to `AutoLength.next`.
-        had: Tokens that each of them has so far.
-        sure: Chance that they go that far: a stop token may come first.
-        plain: Seconds of a plain round by number of rows, from one to all: [rows].
+        verify: By block width from 1 on, a pass of the target over so many tokens of each row.
+        draft: A step of the drafter.
+        packing: What a pass over rows of different lengths takes more than an even one over as many tokens.
     """
 
-    left: Sequence[int]
-    had: Sequence[int]
-    sure: float
-    plain: np.ndarray
+    verify: Mapping[int, float]
+    draft: float
+    packing: float
 
-    # Changes of its text that are taken for granted of every row, and in so many tokens.
-    _CHANGES, _TOKENS = 0.001, 200
-
-    def saved(self, gains: np.ndarray, changes: np.ndarray) -> np.ndarray:
-        """Seconds of plain decoding that a round saves, by choice of draft lengths.
-
-        Args:
-            gains: Tokens that a round yields by row, in the order of `left`, and choice: [rows, choices].
-            changes: How often each row's text has changed so far: [rows].
-        """
-        total = np.zeros(gains.shape[1])
-        if self.sure > 0:
-            total += self.sure * self._saved_to_limits(gains, changes)
-        if self.sure < 1:
-            total += (1 - self.sure) * self._saved_to_stops(gains)
-        return total
-
-    def _saved_to_limits(self, gains: np.ndarray, changes: np.ndarray) -> np.ndarray:
-        """If all rows reach their limits: the mean over the rounds until the first of them does.
-
-        That is, if the row that decides, the last to get there, goes on as it is. Where its text changes first, as it
-        will the sooner the more often it has, any row may be the last, and all their tokens are worth the same. A
-        single change is no sign of another: the text may stay as it has become.
-        """
-        left = np.array(self.left)[:, None]
-        rounds = (left / gains).min(axis=0)
-        # The row with the most to go pays for rounds of one row, the next for what two rows take more, and so on.
-        prices = self.plain - np.concatenate([[0.0], self.plain[:-1]])
-        saved = prices @ (np.sort(left, axis=0) - np.sort(left - rounds * gains, axis=0))[::-1] / rounds
-        # How often each row's text is expected to change; and of what is left to it, the part before that.
-        again = np.maximum(0, changes - 1)
-        ahead = left[:, 0] * (self._CHANGES + again) / (self._TOKENS + np.array(self.had))
-        same = ((1 - np.exp(-ahead)) / ahead)[(left / gains).argmax(axis=0)]
-        return same * saved + (1 - same) * self.plain[-1] * gains.mean(axis=0)
-
-    def _saved_to_stops(self, gains: np.ndarray) -> np.ndarray:
-        """If each row may end anywhere.
-
-        The slower one is, the more likely it is the last, which alone decides how often the batch's fixed cost is paid:
-        the chance of it goes as one over the gain, which makes the harmonic mean of them.
-        """
-        rows = len(gains)
-        each = (self.plain[-1] - self.plain[0]) / (rows - 1)
-        fixed = self.plain[-1] - rows * each
-        return fixed * rows / (1 / gains).sum(axis=0) + each * gains.sum(axis=0)
+    def even(self) -> dict[int, float]:
+        """Seconds of a round by draft length, the same for all rows."""
+        return {width - 1: seconds + (width - 1) * self.draft for width, seconds in self.verify.items()}
 
 
-class AutoLength:
-    """The lengths that save the most time, against plain decoding, for the time that their round takes.
+@dataclass(frozen=True)
+class Decision:
+    """What a round drafts; it goes with the round and comes back with its outcome.
 
-    What it believes: the seconds of a round by draft lengths (`RoundCosts`), and per row and position the chance that a
-    draft is kept if those before it were (`Acceptance`). Other lengths than the best are tried, for all rows together,
-    on a budget: all the time that trials have lost, against the best, stays under a small share of the time spent, in a
-    batch an even smaller one. This bounds how much slower than plain decoding a useless drafter can make it.
+    Attributes:
+        rows: The batch.
+        lengths: Tokens to draft, by row.
+        trial: Whether they are tried rather than thought best.
+        cost: The estimate of what rounds of such a batch take; None where nobody chose.
+        best: Seconds and tokens a row that were expected of the best lengths then.
     """
 
-    _BUDGET = 0.007
-    # However much was spent, in a batch: a trial that alone loses no more than this share of the time since the last
-    # one. First rounds of short texts may have taken it all, and what they said may be wrong.
-    _SELDOM = 0.002
-    # In rounds of the best length, granted at the start.
-    _ALLOWANCE = 4.0
-    # A length's cost is measured again after this many rounds, after twice as many the next time, and so on up to the
-    # second; while nothing is drafted, always after as many as that.
-    _STALE, _STALE_MOST = 64, 256
-    # While nothing is drafted: what a trial drafts, and the rounds between trials, so that plain ones can be timed.
-    _PROBE, _APART = PROBE, 8
-    # Rounds between weighings in a batch while something is drafted, once there were as many as the third says; and
-    # between those while nothing is.
-    _EVERY, _EVERY_OFF, _EARLY = 2, 64, 16
-    # Chances of being kept below which a row's drafts may be left out.
-    _DOUBTFUL = np.array([0.08, 0.15, 0.25, 0.35, 0.5, 0.65, 0.8])
-    # What lengths that differ by row must promise more than one for all: of so many, some look better by luck.
-    _LUCK = 0.02
-    # Lengths that differ by row are kept while nothing is better by more than this share: rounds can be timed only next
-    # to their like.
-    _BETTER = 0.01
+    rows: Sequence[Row]
+    lengths: list[int]
+    trial: bool = False
+    cost: RoundCost | None = None
+    best: tuple[float, float] = (1.0, 1.0)
 
-    def __init__(self, costs: Mapping[int, float] | None = None, longest: int = MAX_AUTO_LENGTH) -> None:
-        """Begins with nothing known, or with what was measured earlier.
+
+class Survival:
+    """Discounted counts of drafts tried and kept, by row and position: the probability that a slot is kept.
+
+    A row's fast counts lean on its slow ones, these on all rows' together, and those of a position on the one before
+    (discounting: A. Garivier and E. Moulines, 2011). Fast counts fade with every round, also without drafts: what was
+    seen long ago gives way to what is usual for the text.
+    """
+
+    def __init__(self, longest: int) -> None:
+        """Nothing was seen of drafts up to this length."""
+        self._longest, self._rows = longest, list[int]()
+        # [row, fast or slow, tried or kept, position], and of rows that have ended: [tried or kept, position].
+        self._counts, self._ended = np.zeros((0, 2, 2, longest)), np.zeros((2, longest))
+        # By row, rounds since it had a draft; infinite if never.
+        self.idle = np.zeros(0)
+        # [n, position]: ones up to position n.
+        self._first = np.tri(MAX_DRAFT_LENGTH + 2, longest, -1)
+
+    def begin(self, rows: Sequence[int]) -> None:
+        """These rows run from here on, by number, in this order; what was seen of them before stays."""
+        self._ended += self._counts[[row not in rows for row in self._rows], 1].sum(axis=0)
+        places = [self._rows.index(row) if row in self._rows else -1 for row in rows]
+        self._counts = np.pad(self._counts, [(0, 1), (0, 0), (0, 0), (0, 0)])[places]
+        self.idle, self._rows = np.append(self.idle, np.inf)[places], [*rows]
+
+    def observe(self, drafted: Mapping[int, tuple[int, int]]) -> None:
+        """Learns of a round: drafts and those kept, by row."""
+        self._counts[:, 0] *= FAST
+        self.idle += 1
+        if places := [i for i, row in enumerate(self._rows) if row in drafted]:
+            self._ended *= SLOW ** (len(places) / len(self._rows))
+            self._counts[places, 1] *= SLOW
+            # Draft j was put to the test only if all drafts before it were kept.
+            reached = [(min(kept + 1, length), kept) for length, kept in (drafted[self._rows[i]] for i in places)]
+            self._counts[places] += self._first[reached][:, None]
+            self.idle[places] = 0
+
+    def probabilities(self) -> np.ndarray:
+        """Of each slot: [rows, positions]."""
+        tried, kept = (self._ended + self._counts[:, 1].sum(axis=0)).tolist()
+        mean, chance = list[float](), PRIOR
+        for j in range(self._longest):
+            chance = (kept[j] + LEAN * chance) / (tried[j] + LEAN)
+            mean.append(chance)
+        slow = (self._counts[:, 1, 1] + LEAN * np.array(mean)) / (self._counts[:, 1, 0] + LEAN)
+        fast = (self._counts[:, 0, 1] + LEAN * slow) / (self._counts[:, 0, 0] + LEAN)
+        return fast.cumprod(axis=1)
+
+
+class RoundCost:
+    """Seconds of a round of a batch by its drafts, learnt from rounds.
+
+    Prices are ratios to a prior; of lengths never seen they lie on lines between the others. All have a common scale:
+    when rounds become dearer with the context or other work, a length long not tried keeps its place among the others.
+    """
+
+    def __init__(self, prices: Prices | None = None, like: RoundCost | None = None) -> None:
+        """Begins with what was measured, or else with the estimate for a batch of another size as a prior."""
+        guess = 1 + SLOPE * np.arange(MAX_DRAFT_LENGTH + 1)
+        self._prior = np.array([like.even(k) for k in range(len(guess))]) if like else guess
+        self._ratios = {k: seconds / self._prior[k] for k, seconds in prices.even().items()} if prices else {}
+        # Rounds that told of a length, and the round of the last one; a tuner's medians are worth several.
+        self._seen, self._last = dict.fromkeys(self._ratios, 4), dict.fromkeys(self._ratios, 0)
+        self._scale, self._now = 1.0, 0
+        # The price of every length; None if something was learnt since it was asked for.
+        self._known_line: list[float] | None = None
+        self._draft = prices.draft if prices else like._draft if like else DRAFT
+        self._packing = prices.packing if prices else like._packing if like else 0.0
+
+    @property
+    def _line(self) -> list[float]:
+        if self._known_line is not None:
+            return self._known_line
+        known = sorted(self._ratios)
+        settled = [k for k in known if self.settled(k)] or known
+        usual = np.interp(known, settled, [self._ratios[k] for k in settled]) if known else []
+        ratios = [min(self._ratios[k], ratio / UNKNOWN) for k, ratio in zip(known, usual, strict=True)] or [1.0]
+        line = np.interp(range(len(self._prior)), known or [0], ratios) * self._prior
+        self._known_line = line.tolist()
+        return self._known_line
+
+    def settled(self, length: int) -> bool:
+        """Whether a length was measured more than once: a single round may have met a pause of the machine."""
+        return self._seen.get(length, 0) > 1
+
+    def doubt(self, length: int) -> float:
+        """The share by which rounds of a length may be cheaper than they seem."""
+        if not self.settled(length):
+            return UNKNOWN
+        # The more often it was measured, the longer that holds.
+        patience = min(4.0, max(1.0, self._seen[length] / 2))
+        return DRIFT if self._now - self._last[length] > STALE * patience else 0.0
+
+    def even(self, length: int) -> float:
+        """Expected seconds of a round with this draft length for all rows."""
+        return self._scale * self._line[length]
+
+    def token(self) -> float:
+        """Expected seconds that a token more of each row adds to a plain round."""
+        return max(0.0, self.even(1) - self.even(0) - self._scale * self._draft)
+
+    def seconds(self, steps: np.ndarray, mean: np.ndarray) -> np.ndarray:
+        """Expected seconds by longest and mean draft length of the rows, any shape."""
+        even = np.interp(mean, range(len(self._line)), self._line)
+        return self._scale * (even + (steps - mean) * self._draft + (steps > mean) * self._packing)
+
+    def observe(self, lengths: Sequence[int], seconds: float) -> None:
+        """Learns what a round with these lengths took."""
+        self._now += 1
+        steps, mean = max(lengths), sum(lengths) / len(lengths)
+        if steps > mean or not self._ratios:
+            expected = float(self.seconds(np.array(steps), np.array(mean)))
+            change = min(seconds / expected, CLIP) - 1
+            if self._ratios:
+                self._packing = max(0.0, self._packing + DRIFT * change * expected / self._scale)
+            else:
+                # The first round says what a plain step is.
+                self._prior, self._draft = self._prior * seconds / expected, self._draft * seconds / expected
+        if steps == mean:
+            seen, ratio = self._seen.get(steps, 0), seconds / self._scale / self._prior[steps]
+            if seen < 2:
+                self._ratios[steps] = min(ratio, self._ratios.get(steps, ratio))
+            else:
+                change = min(ratio / self._ratios[steps], CLIP) - 1
+                self._ratios[steps] *= 1 + max(1 / (2 * seen), DRIFT) * change
+                self._scale *= 1 + (DRIFT * change if seen > 3 else 0.0)
+            self._seen[steps], self._last[steps] = seen + 1, self._now
+        self._known_line = None
+
+
+class DraftLengthPolicy:
+    """Chooses draft lengths for the rows that ask for "auto"."""
+
+    def __init__(self, prices: Callable[[int], Prices] | None = None, longest: int = MAX_AUTO_LENGTH) -> None:
+        """Begins with nothing seen.
 
         Args:
-            costs: Seconds of a round by draft length, the same for all rows, as a tuner's profile has them; replaced by
-                what is seen.
-            longest: Most drafts of a row.
+            prices: For a number of rows, what rounds of "fast" requests were measured to take.
+            longest: Longest draft that it chooses, at least 1.
         """
-        self._longest = longest
-        self._costs, self._acceptance = RoundCosts(costs or {}), Acceptance()
-        self._rounds = 0
-        # Rounds not learnt of yet: arguments of `observe`.
-        self._unread: list[tuple[Mapping[int, int], Mapping[int, int], float | None]] = []
-        self._trials: set[int] = set()
-        self._again: dict[int, int] | None = None
-        self._asked = self._tried = 0
-        self._spent = self._elapsed = self._changed = 0.0
-        self._due = True
-        # As of the last weighing: whose lengths were chosen; the choices, of which the first are the same length for
-        # all rows, from 0 on; the seconds that each takes and saves; and the best one's index.
-        self._rows: Sequence[int] = ()
-        self._choices = self._seconds = self._saved = np.zeros(0)
-        self._best = 0
-        self._now: dict[int, int] = {}
+        self._prices, self._longest, self._survival = prices, longest, Survival(longest)
+        self._costs: dict[tuple[int, str], RoundCost] = {}
+        self._cost, self._rows = RoundCost(), list[Row]()
+        # As of the last choice: tokens by row and length, the best lengths, and their seconds and tokens a row.
+        self._tokens, self._lengths, self._best = np.zeros(0), list[int](), (1.0, 1.0)
+        self._again: list[int] | None = None
+        # What trials may lose, in rounds; rounds since the last one, and until the next choice.
+        self._bucket, self._since, self._until = CREDIT, 0, 0
 
-    def begin(self, rows: Collection[int], other: AutoLength | None = None) -> None:
-        """The batch has changed: texts begin, or others have ended. Costs stay.
+    def next(self, rows: Sequence[Row], waiting: bool = False) -> Decision:
+        """What the next round drafts.
 
         Args:
-            rows: Those that it chooses for from here on, by a number that is a row's own for as long as it runs.
-            other: What has chosen so far, if the batch had another size. Its acceptance is taken over, and its costs
-                say how those not measured here may compare.
+            rows: The batch, one row at least.
+            waiting: Whether others wait for the places of rows that are done.
         """
-        self._digest()
-        if other:
-            other._digest()
-            self._acceptance = other._acceptance.copy()
-            self._costs.resemble(other._costs)
-        # Next to other texts lengths may compare otherwise; where only some rows are new they hardly do, and what a
-        # tuner has measured holds for the first text.
-        stay = set(rows) & set(self._acceptance.rows)
-        self._costs.begin(self._rounds, again=self._rounds > 0 and not stay)
-        if stay:
-            # A text that joins is as one that changes.
-            self._changed += 1 - len(stay) / len(rows)
-        self._acceptance.begin(rows)
-        # Where rows stay, a round asked for before may not have been observed.
-        flying = self._asked - self._rounds if stay and not other else 0
-        self._trials = {number - self._rounds for number in self._trials if number > self._rounds and flying}
-        self._asked, self._tried, self._rounds = flying, 0, 0
-        self._again = None
-        self._due = True
-
-    def next(
-        self, rows: Sequence[int], others: Sequence[int] = (), ends: Callable[[], Ends] | None = None
-    ) -> dict[int, int]:
-        """Tokens to draft in the next round, by row.
-
-        Args:
-            rows: Those to choose for, at least one of those it began with.
-            others: Draft lengths of the batch's other rows.
-            ends: Says what is known of the ends of the rows; None if others wait for their places.
-        """
-        self._asked += 1
-        # On a CPU the host's time isn't hidden behind the device's, and a weighing, whose code and data the model's
-        # weights have driven out of its caches, takes a percent of a small model's round.
-        every = (self._EVERY if len(rows) > 1 else 1) if self._best else self._EVERY_OFF
+        given = [0 if row.done else row.draft_length for row in rows]
+        others = [length for length in given if length is not None]
+        auto = [row for row, length in zip(rows, given, strict=True) if length is None] if others else [*rows]
+        cost = self._cost_of(len(rows), rows[0].request.exactness)
+        if auto != self._rows or cost is not self._cost:
+            self._rows, self._cost, self._again, self._until = auto, cost, None, 0
+            self._survival.begin([row.number for row in auto])
         trial, self._again = self._again, None
-        weighed = trial is None and (self._due or self._asked % every == 0 or self._rows != rows)
-        if weighed:
-            self._digest()
-            self._weigh(rows, others, ends() if ends else None)
-            self._due = False
-        if weighed or (trial is None and self._best == 0 and self._asked % self._APART == 0):
-            self._digest()
-            trial = self._trial(bool(others))
-            # Twice where it is about costs: the time of a round next to one of another length may be unknown. Where it
-            # is about acceptance, now and then too: drafting must not stay off for what a pause has made of its cost.
-            if trial and (self._best or self._costs.age(max(trial.values()), self._rounds) > self._STALE_MOST):
-                self._again = trial
-        if trial is None:
-            return self._now
-        self._tried = self._asked
-        # Rounds are observed in the order in which they were asked for, one round late.
-        self._trials.add(self._asked)
-        return trial
+        self._bucket, self._since = min(CREDIT, self._bucket + SHARE), self._since + 1
+        self._until -= 1
+        if auto and trial is None and self._until <= 0:
+            self._choose(others, waiting)
+            trial = self._trial(others)
+        chosen = iter(trial or self._lengths)
+        wanted = [next(chosen) if length is None else length for length in given]
+        # The round in flight may yield no more than one token a row.
+        lengths = [length and max(0, min(length, row.remaining - 1)) for row, length in zip(rows, wanted, strict=True)]
+        return Decision(rows, lengths, trial is not None, cost, self._best)
 
-    def observe(self, drafted: Mapping[int, int], kept: Mapping[int, int], seconds: float | None) -> None:
+    def observe(self, decision: Decision, kept: Sequence[int | None], seconds: float | None) -> None:
         """Learns of a finished round.
 
         Args:
-            drafted: Draft lengths of all rows of the batch, by row.
-            kept: Drafts kept, by row; rows not in it have ended, or have lengths of their own.
-            seconds: Time taken; None if it couldn't be measured.
+            decision: What `next` said.
+            kept: Drafts kept, by row; None for those that had ended before.
+            seconds: What the round took; None if it couldn't be measured.
         """
-        self._unread.append((drafted, kept, seconds))
-        number = self._rounds + len(self._unread)
-        if number < self._EARLY or number in self._trials or (self._best == 0 and max(drafted.values()) > 0):
-            self._due = True
+        assert decision.cost
+        if seconds is not None:
+            decision.cost.observe(decision.lengths, seconds)
+        outcome = [
+            (row.number, length, count)
+            for row, length, count in zip(decision.rows, decision.lengths, kept, strict=True)
+            if count is not None and row.draft_length is None
+        ]
+        if decision.trial and outcome:
+            took = float(decision.cost.seconds(np.max(decision.lengths), np.mean(decision.lengths)))
+            tokens = 1 + sum(count for _, _, count in outcome) / len(outcome)
+            self._bucket -= took / decision.best[0] - tokens / decision.best[1]
+            self._until = 0
+        self._survival.observe({number: (length, count) for number, length, count in outcome if length})
 
-    def _digest(self) -> None:
-        """Learns of the rounds not learnt of yet."""
-        for drafted, kept, seconds in self._unread:
-            self._learn(drafted, kept, seconds)
-        self._unread.clear()
+    def _cost_of(self, size: int, exactness: str) -> RoundCost:
+        if (size, exactness) not in self._costs:
+            prices = self._prices(size) if self._prices and exactness == "fast" else None
+            self._costs[size, exactness] = RoundCost(prices, self._cost if self._costs else None)
+        return self._costs[size, exactness]
 
-    def _learn(self, drafted: Mapping[int, int], kept: Mapping[int, int], seconds: float | None) -> None:
-        """See `observe`."""
-        self._rounds += 1
-        steps, mean = max(drafted.values()), sum(drafted.values()) / len(drafted)
-        off = self._best == 0
-        if kept and self._elapsed + (seconds or 0.0):
-            expected = self._costs.seconds(steps, mean)
-            # Kernels that are built, or a pause of the machine, are no trial's fault.
-            took = expected if seconds is None else min(seconds, 2 * expected)
-            if self._rounds in self._trials or (steps == mean and drafted != self._now):
-                # What new rows alone are tried with counts by what it brought: nothing was foreseen of them.
-                length = min(steps, MAX_AUTO_LENGTH) if steps == mean else 0
-                luck = (sum(kept.values()) + len(kept)) / self._acceptance.tokens(kept)[:, length].sum()
-                self._spent = max(0.0, self._spent + took - luck * self._saved[length] / self._worth(self._best))
-            self._elapsed += took
-        if kept and seconds is not None:
-            self._costs.observe(steps, mean, seconds, self._rounds)
-        self._trials.discard(self._rounds)
-        if off and kept and all(0 < drafted[row] == kept[row] for row in kept):
-            # The text may have become predictable: what was seen before no longer counts.
-            self._acceptance = self._acceptance.anew()
-        if not any(drafted[row] for row in kept):
+    def _choose(self, others: Sequence[int], waiting: bool) -> None:
+        """Finds the lengths with the best goodput, beside rows with lengths of their own."""
+        cost, survival = self._cost, self._survival.probabilities()
+        rows, size, longest = len(survival), len(survival) + len(others), self._longest
+        self._tokens = tokens = np.ones((rows, longest + 1))
+        tokens[:, 1:] += survival.cumsum(axis=1)
+        if size == 1:
+            goodput = [many / cost.even(k) for k, many in enumerate(tokens[0].tolist())]
+            self._lengths = [k] = [goodput.index(max(goodput))]
+            self._best, self._until = (cost.even(k), float(tokens[0, k])), 1 if k else EVERY * APART
             return
-        self._changed += self._acceptance.observe(drafted, kept, trial=off)
+        greedy, drafts, most = waiting or bool(others), sum(others), max(others, default=0)
+        # By K and place in the order of slots: those that are short enough, how many they are, and their tokens.
+        order, ks = np.argsort(-survival, axis=None, kind="stable"), np.arange(longest + 1)[:, None]
+        allowed = order % longest < ks
+        gains = (allowed * survival.ravel()[order]).cumsum(axis=1)
+        goodput = (size + gains) / cost.seconds(np.maximum(ks, most), (allowed.cumsum(axis=1) + drafts) / size)
+        last, best_k = goodput.argmax(axis=1), int(goodput.max(axis=1).argmax())
+        lengths = np.array([
+            np.bincount(order[: last[k] + 1][allowed[k, : last[k] + 1]] // longest, minlength=rows)
+            for k in ([best_k] if greedy else range(longest + 1))
+        ])  # fmt: skip
+        if not greedy:
+            lengths = np.concatenate([lengths, np.broadcast_to(ks, lengths.shape)])
+        many = tokens[np.arange(rows), lengths]
+        seconds = cost.seconds(np.maximum(lengths.max(axis=1), most), (lengths.sum(axis=1) + drafts) / size)
+        best = 0 if greedy else int((self._saved(many.T) / seconds).argmax())
+        self._lengths, self._best = lengths[best].tolist(), (float(seconds[best]), float(many[best].mean()))
+        self._until = EVERY if any(self._lengths) else EVERY * APART
 
-    def seconds(self, length: int) -> float:
-        """What a round is expected to take with the same draft length for all rows."""
-        self._digest()
-        return self._costs.seconds(length, length)
+    def _saved(self, tokens: np.ndarray) -> np.ndarray:
+        """Plain seconds that a round saves when nobody waits: rollout with plain decoding as the base policy.
 
-    def token(self, rows: int) -> float:
-        """Seconds that a token more is expected to take in a plain round of so many rows."""
-        self._digest()
-        return self._costs.verified(1) / rows
-
-    def settled(self, length: int) -> bool:
-        """Whether that was measured."""
-        self._digest()
-        return self._costs.settled(length)
-
-    def _weigh(self, rows: Sequence[int], others: Sequence[int], ends: Ends | None) -> None:
-        """Finds the best choice of lengths."""
-        tokens = self._acceptance.told_apart(rows) if ends else self._acceptance.tokens(rows)
-        last = self._lengths(self._best) if self._best > MAX_AUTO_LENGTH and self._rows == rows else None
-        choices = np.broadcast_to(np.arange(MAX_AUTO_LENGTH + 1), tokens.shape)
-        left_out = np.array([self._best > 0 and self._now.get(row) == 0 for row in rows])
-        if len(rows) > 1:
-            uneven = self._uneven(tokens)
-            uneven[left_out] = np.minimum(uneven[left_out], 1)
-            choices = np.concatenate([choices, uneven], axis=1)
-        if last:
-            choices = np.concatenate([choices, np.array([*last.values()])[:, None]], axis=1)
-        choices = np.minimum(choices, self._longest)
-        gains = tokens[np.arange(len(rows))[:, None], choices]
-        self._rows, self._choices = rows, choices
-        if ends:
-            self._saved = ends.saved(gains, self._acceptance.changes(rows))
-        else:
-            self._saved = self.seconds(0) * gains.mean(axis=0)
-        steps = np.maximum(choices.max(axis=0), max(others, default=0))
-        mean = (choices.sum(axis=0) + sum(others)) / (len(rows) + len(others))
-        self._seconds = self._costs.seconds_of(steps, mean)
-        worth = self._saved / self._seconds
-        worth[MAX_AUTO_LENGTH + 1 :] *= 1 - self._LUCK
-        if left_out.any():
-            # What is believed of those rows fades while nothing is drafted for them: one draft each will tell.
-            worth[2 : MAX_AUTO_LENGTH + 1] = 0.0
-        self._best = int(worth.argmax())
-        if self._best == 0:
-            # If that is because texts have changed, it may have been bad luck: two probes soon will tell.
-            self._spent = max(0.0, self._spent - self._changed * 2 * self.seconds(self._PROBE))
-        self._changed = 0.0
-        if last and (1 + self._BETTER) * worth[-1] > worth[self._best]:
-            self._best = len(worth) - 1
-        self._now = self._lengths(self._best)
-
-    def _uneven(self, tokens: np.ndarray) -> np.ndarray:
-        """Choices of lengths that leave out a row's doubtful drafts: [rows, choices].
+        Rows with stop tokens may end anywhere: the chance to be the last, which decides how often the batch's fixed
+        cost is paid, goes as one over a row's tokens. The others go on to their limits as they are.
 
         Args:
-            tokens: Expected tokens by row and length.
+            tokens: Tokens that a round yields: [rows, choices].
         """
-        kept = tokens[:, 1:] - tokens[:, :-1]
-        enough = (kept[:, None] >= self._DOUBTFUL[:, None]).sum(axis=2)
-        return np.minimum(enough[:, None], np.arange(1, MAX_AUTO_LENGTH + 1)[:, None]).reshape(len(tokens), -1)
+        rows, plain = len(tokens), self._plain(len(tokens))
+        each = (plain[-1] - plain[0]) / (rows - 1)
+        to_stops = (plain[-1] - rows * each) * rows / (1 / tokens).sum(axis=0) + each * tokens.sum(axis=0)
+        left = np.array([[max(1, row.remaining)] for row in self._rows])
+        rounds = (left / tokens).min(axis=0)
+        # The row with the most to go pays for rounds of one row, the next for what two rows take more, and so on.
+        after = np.sort(left - rounds * tokens, axis=0)
+        to_limits = np.diff(plain, prepend=0.0) @ (np.sort(left, axis=0) - after)[::-1] / rounds
+        to_limits += DRIFT * (plain[-1] * tokens.mean(axis=0) - to_limits)
+        stops = sum(bool(row.request.stop_tokens) for row in self._rows) / rows
+        return np.asarray(stops * to_stops + (1 - stops) * to_limits)
 
-    def _lengths(self, choice: int) -> dict[int, int]:
-        return dict(zip(self._rows, self._choices[:, choice].tolist(), strict=True))
+    def _plain(self, rows: int) -> np.ndarray:
+        """Seconds of a plain step by number of rows, from one to all: [rows]."""
+        exactness = self._rows[0].request.exactness
+        sizes = range(1, rows + 1)
+        if self._prices and exactness == "fast":
+            return np.array([self._cost_of(size, exactness).even(0) for size in sizes])
+        own, found = self._cost.even(0), {size: self._costs.get((size, exactness)) for size in sizes}
+        alone = max(own / rows, own - SHARED * self._cost.token() * (rows - 1) / rows)
+        known = {1: alone} | {size: it.even(0) for size, it in found.items() if it and it.settled(0)} | {rows: own}
+        return np.interp(sizes, [*known], [*known.values()])
 
-    def _worth(self, choice: int) -> float:
-        """Seconds of plain decoding that a round saves for each second that it takes."""
-        return float(self._saved[choice] / self._seconds[choice])
+    def _trial(self, others: Sequence[int]) -> list[int] | None:
+        """Lengths to try instead of the best, if something may be better, and what it is expected to lose can be paid.
 
-    def _trial(self, others: bool) -> dict[int, int] | None:
-        """Lengths to try, instead of the best, if some are due and can be afforded.
-
-        Args:
-            others: Whether the batch has rows that it doesn't choose for: rounds of one length can't be had then.
+        Nothing is known of rows that have had no draft for long: all their drafts may be kept. Of lengths with an
+        unsettled price plain decoding comes first, as all others are measured by it, then the longest, which tells most
+        of those between; each twice, as a round next to one of another length may have no time of its own.
         """
-        if self._trials or not self._elapsed:
+        if self._since < APART:
             return None
-        since = self._asked - self._tried
-        if self._best == 0 and not others and since > 1:
-            # What nothing is drafted for says nothing of a row that has joined.
-            new = self._acceptance.untested(self._rows)
-            trial = {row: self._PROBE if row in new else 0 for row in self._rows}
-            if 0 < len(new) < len(self._rows):
-                mean = sum(trial.values()) / len(trial)
-                if self._granted(self._costs.seconds(self._PROBE, mean) - self._seconds[0], since):
-                    return trial
-        if self._best == 0:
-            # Acceptance can't be seen while nothing is drafted. A few more may be cheaper: kernels have steps.
-            probe = self._PROBE + int(self._seconds[self._PROBE : MAX_AUTO_LENGTH + 1].argmin())
-            due = [probe] if since > self._APART else []
-        elif others:
-            due = []
+        cost, (seconds, tokens), off = self._cost, self._best, not any(self._lengths)
+        rate, lengths = tokens / seconds, range(self._longest, 0, -1)
+        idle = self._survival.idle >= (APART if off else STALE)
+        new = [own == 0 and bool(it) for own, it in zip(self._lengths, idle, strict=True)]
+        if any(new):
+            k, alone = 1, all(new) and not others
+            if alone:
+                k = min(reversed(lengths), key=cost.even)
+                if max((k + 1) / cost.even(k) / (1 - cost.doubt(k)) for k in lengths) <= rate:
+                    return None
+            trial = [k if it else own for it, own in zip(new, self._lengths, strict=True)]
+            loss = float(cost.seconds(np.max([*trial, *others]), np.mean([*trial, *others]))) / seconds - 1
+            twice = alone and cost.doubt(k) > 0
         else:
-            close = round(self._choices[:, self._best].mean())
-            near = {0, close - 1, close, close + 1}
-            due = [
-                k
-                for k in sorted(near - {self._best})
-                if 0 <= k <= self._longest
-                and self._costs.age(k, self._rounds) > min(self._STALE * self._costs.times(k), self._STALE_MOST)
-                and self._may_win(k)
-            ]
-        if not due:
+            mean = self._tokens.mean(axis=0).tolist()
+            for k in () if others else (0, *lengths):
+                doubt, trial = cost.doubt(k), [k] * len(self._rows)
+                if doubt and trial != self._lengths and mean[k] / (cost.even(k) * (1 - doubt)) > rate:
+                    break
+            else:
+                return None
+            loss, twice = 2 * (cost.even(k) / seconds - mean[k] / tokens), True
+        if loss > self._bucket and self._bucket < CREDIT:
             return None
-        trial = max(due, key=lambda k: self._costs.age(k, self._rounds))
-        loss = (2 if self._best else 1) * (self._seconds[trial] - self._saved[trial] / self._worth(self._best))
-        return self._lengths(trial) if self._granted(loss, since) else None
-
-    def _granted(self, loss: float, since: int) -> bool:
-        """Whether a trial can be afforded.
-
-        Args:
-            loss: Seconds that it is expected to lose against the best.
-            since: Rounds since the last one.
-        """
-        allowed = self._BUDGET * self._elapsed + self._ALLOWANCE * self._seconds[self._best]
-        # A round of a batch shows as much as a round of each of its rows: fewer of them tell the same.
-        allowed /= sqrt(max(1, len(self._acceptance.rows)))
-        if len(self._rows) > 1 and loss <= self._SELDOM * self._seconds[self._best] * since:
-            return True
-        return bool(self._spent + loss <= allowed)
-
-    def _may_win(self, length: int) -> bool:
-        """Whether a length would be the best if it cost half as much as was measured when it was last tried."""
-        return not self._costs.settled(length) or 2 * self._worth(length) > self._worth(self._best)
+        self._since, self._again = 0, trial if twice else None
+        return trial

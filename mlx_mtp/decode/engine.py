@@ -28,9 +28,8 @@ from ..models.attention import longest_fused
 from ..models.drafter import Drafter
 from ..models.elementwise import on_gpu
 from ..models.target import Target
-from .batch_length import BatchLength, Costs
-from .draft_length import AutoLength, alike
-from .limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH, PROBE
+from .draft_length import Decision, DraftLengthPolicy
+from .limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH
 from .request import INVARIANT_WIDTH, Row
 from .round import RoundState, decode_round, first_state, regroup
 from .sampling import Sampler
@@ -82,14 +81,12 @@ class _Flight:
     Attributes:
         report: int32 [B, width + 1], see `round.decode_round`.
         rows: The batch's rows when it was built.
-        lengths: Draft lengths of the rows; None for the first tokens after a prefill.
-        policy: What chose lengths, if any row left that open.
+        decision: What it drafts; None for the first tokens after a prefill.
     """
 
     report: mx.array
     rows: list[Row]
-    lengths: list[int] | None
-    policy: AutoLength | None
+    decision: Decision | None
 
 
 def hands_over_late(kv: BatchKV) -> bool:
@@ -110,7 +107,14 @@ def longest_auto(config: TextConfig) -> int:
     On a GPU no more than the fused attention kernel takes with the newest token: for E2B, with 8 query heads for a KV
     head, 3 drafts, and for others 7. Beyond, a round takes a step up, and whether it pays is for a tuner to find out.
     """
-    return max(PROBE, min(MAX_AUTO_LENGTH, longest_fused(config) - 1)) if on_gpu() else MAX_AUTO_LENGTH
+    return max(1, min(MAX_AUTO_LENGTH, longest_fused(config) - 1)) if on_gpu() else MAX_AUTO_LENGTH
+
+
+def same_cost(lengths: Sequence[int], others: Sequence[int]) -> bool:
+    """Whether rounds with these draft lengths, by row, take about the same time: an eighth of the tokens at most."""
+    verified = sum(lengths) + len(lengths)
+    same = len(lengths) == len(others) and max(lengths) == max(others)
+    return same and 8 * abs(sum(lengths) - sum(others)) <= verified
 
 
 class Engine:
@@ -123,7 +127,11 @@ class Engine:
     """
 
     def __init__(
-        self, target: Target, drafter: Drafter | None, suppress_tokens: Sequence[int] = (), costs: Costs | None = None
+        self,
+        target: Target,
+        drafter: Drafter | None,
+        suppress_tokens: Sequence[int] = (),
+        policy: DraftLengthPolicy | None = None,
     ):
         """Makes an empty batch; arguments as for `Scheduler`."""
         self.rows: list[Row] = []
@@ -133,15 +141,17 @@ class Engine:
         self._state: RoundState | None = None
         self._sampler: Sampler
         self._flights: list[_Flight] = []
-        self._clock, self._late = _Clock(), False
-        self._auto = BatchLength(costs, longest_auto(target.config))
+        self._late = False
+        # When the last round was read; None if something else has taken time since.
+        self._read_at: float | None = None
+        self._policy = policy or DraftLengthPolicy(longest=longest_auto(target.config))
 
     def regroup(self, joining: Sequence[Prefilled | Parked] = (), leaving: Sequence[Row] = ()) -> None:
         """Lets go of rows that are done or leave, takes in others, and gives all of them room to grow."""
         stay = [i for i, row in enumerate(self.rows) if not row.done and row not in leaving]
         if len(stay) == len(self.rows) and not joining and self._has_room():
             return
-        self._clock.disturb()
+        self.disturb()
         new = [row for prompt in joining for row in prompt.rows]
         rows = [self.rows[i] for i in stay] + new
         if not rows:
@@ -165,7 +175,7 @@ class Engine:
             if isinstance(prompt, Prefilled):
                 report = mx.stack([first.tokens, mx.zeros_like(first.tokens)], axis=1)
                 mx.async_eval(report)
-                self._flights.append(_Flight(report, prompt.rows, None, None))
+                self._flights.append(_Flight(report, prompt.rows, None))
 
     def clear(self) -> None:
         """Forgets all rows."""
@@ -181,7 +191,7 @@ class Engine:
         if not any(row.paused and not row.done for row in self.rows):
             return []
         assert self._state is not None
-        with self._span("wait and read"):
+        with self.span("wait and read"):
             reports, _ = self._read()  # of the round in flight: what was written is then known
         self._deliver(reports, None, [])
         parked = [
@@ -200,29 +210,28 @@ class Engine:
             waiting: Whether others wait for the places of rows that are done.
         """
         assert self.kv is not None and self._state is not None
-        self._clock.resume()
         kv, exactness = self.kv, self.rows[0].request.exactness
-        lengths, policy = self._next_lengths(waiting)
-        k = max(lengths)
+        decision = self._policy.next(self.rows, waiting) if self._drafter else Decision(self.rows, [0] * len(self.rows))
+        lengths, k = decision.lengths, max(decision.lengths)
         width = INVARIANT_WIDTH if exactness == "invariant" else None
         kv.reserve([self._reach(row) + (width or k + 1) for row in self.rows])
         before = kv.snapshot()
-        with self._span("build", rows=len(self.rows), drafts=k):
+        with self.span("build", rows=len(self.rows), drafts=k):
             state, report, drafts = decode_round(
                 self._target, self._drafter, kv, self._sampler, self._state, lengths, width, exactness == "stepwise"
             )
         late = hands_over_late(kv)
         if late is not self._late:
-            self._clock.disturb()
+            self.disturb()
             self._late = late
         if not late:
             before = []
             if self.trace and k:
                 self._hand_over("draft", drafts)
             self._hand_over("verify", report, state.lengths, state.hidden)
-        with self._span("wait and read"):
+        with self.span("wait and read"):
             reports = self._read()
-        with self._span("deliver"):
+        with self.span("deliver"):
             self._deliver(*reports, lengths)
         if before and all(row.done for row in self.rows):
             kv.restore(before)  # the round built ahead was never handed over: forget it
@@ -231,12 +240,11 @@ class Engine:
             before = []  # lets go of the buffers, so that they are written in place
             self._hand_over("draft and verify" if k else "verify", report, state.lengths, state.hidden)
         self._state = state
-        self._flights.append(_Flight(report, self.rows, lengths, policy))
-        self._clock.leave()
+        self._flights.append(_Flight(report, self.rows, decision))
 
     def disturb(self) -> None:
-        """Something else than a round took the device's time."""
-        self._clock.disturb()
+        """Something else than a round takes time: that until the next one isn't a round's."""
+        self._read_at = None
 
     def _hand_over(self, name: str, *results: mx.array) -> None:
         with self.trace.device(name, results[0], rows=len(self.rows)) if self.trace else nullcontext():
@@ -244,9 +252,9 @@ class Engine:
 
     def _read(self) -> tuple[list[list[list[int]]], float | None]:
         """Waits for the rounds handed over before the latest; their reports, and the seconds they took."""
-        self._clock.wait()
         reports = [_host(flight.report) for flight in self._flights]
-        return reports, self._clock.lap()
+        before, self._read_at = self._read_at, time.perf_counter()
+        return reports, None if before is None else self._read_at - before
 
     def _deliver(self, reports: list[list[list[int]]], seconds: float | None, next_lengths: list[int]) -> None:
         """Gives every row its tokens, and the policy what it can learn from a round.
@@ -258,38 +266,21 @@ class Engine:
         """
         flights, self._flights = self._flights, []
         for flight, report in zip(flights, reports, strict=True):
-            kept: dict[int, int] = {}
-            for i, (row, (*choices, count)) in enumerate(zip(flight.rows, report, strict=True)):
+            lengths = flight.decision.lengths if flight.decision else [None] * len(flight.rows)
+            kept = list[int | None]()
+            for row, length, (*choices, count) in zip(flight.rows, lengths, report, strict=True):
+                kept.append(None if row.done else count)
                 if not row.done:
-                    row.receive(choices, count, flight.lengths[i] if flight.lengths else None)
-                    if row.done:
-                        self._auto.done(row)
-                    if row.draft_length is None:
-                        kept[row.number] = count
-            if flight.policy and flight.lengths is not None:
+                    row.receive(choices, count, length)
+            if flight.decision and self._drafter:
                 # The time counts only if all of it was this round's. On a CPU much of it is the next round's: work is
                 # done while it is handed over.
-                own = seconds is not None and len(flights) == 1 and alike(flight.lengths, next_lengths)
-                drafted = {row.number: length for row, length in zip(flight.rows, flight.lengths, strict=True)}
-                flight.policy.observe(drafted, kept, seconds if own else None)
-
-    def _next_lengths(self, waiting: bool) -> tuple[list[int], AutoLength | None]:
-        """Tokens to draft for each row in the next round, and the policy that was asked."""
-        if self._drafter is None:
-            return [0] * len(self.rows), None
-        # Rows may have been cancelled just now, by another thread.
-        given = {row.number: 0 if row.done else row.draft_length for row in self.rows}
-        lengths = {number: length for number, length in given.items() if length is not None}
-        policy = None
-        if auto := [row for row in self.rows if given[row.number] is None]:
-            chosen, policy = self._auto.next(auto, [*lengths.values()], waiting)
-            lengths |= chosen
-        # The round in flight may yield no more than one token a row.
-        return [max(0, min(lengths[row.number], row.remaining - 1)) for row in self.rows], policy
+                own = seconds is not None and len(flights) == 1 and same_cost(flight.decision.lengths, next_lengths)
+                self._policy.observe(flight.decision, kept, seconds if own else None)
 
     def _reach(self, row: Row) -> int:
         """Positions that may have been written for the row once everything handed over so far has run."""
-        flying = (f.report.shape[1] - 1 for f in self._flights if f.lengths is not None and row in f.rows)
+        flying = (f.report.shape[1] - 1 for f in self._flights if f.decision and row in f.rows)
         return max(row.written, row.committed + sum(flying))
 
     def _has_room(self) -> bool:
@@ -302,7 +293,8 @@ class Engine:
         hidden = mx.repeat(prompt.hidden, count, axis=0)
         return first_state(self._target, self._make_sampler(prompt.rows), hidden, lengths)
 
-    def _span(self, name: str, **facts: int) -> AbstractContextManager[None]:
+    def span(self, name: str, **facts: int) -> AbstractContextManager[None]:
+        """A bar of the host's in the trace, if one is being recorded."""
         return self.trace.host(name, **facts) if self.trace else nullcontext()
 
     def _make_sampler(self, rows: Sequence[Row]) -> Sampler:
@@ -315,37 +307,3 @@ class Engine:
 def _host(report: mx.array) -> list[list[int]]:
     """Waits for a report: the only place where the host reads from the device while rows are decoded."""
     return cast("list[list[int]]", report.tolist())
-
-
-class _Clock:
-    """Times rounds as the host sees them finish."""
-
-    def __init__(self) -> None:
-        self._last = self._left = self._resumed = self._waited_from = time.perf_counter()
-        self._disturbed = True
-
-    def leave(self) -> None:
-        """The consumer of the tokens has its turn."""
-        self._left = time.perf_counter()
-
-    def resume(self) -> None:
-        """The consumer has come back."""
-        self._resumed = time.perf_counter()
-
-    def disturb(self) -> None:
-        """The time until the next lap isn't that of a round."""
-        self._disturbed = True
-
-    def wait(self) -> None:
-        """The host has nothing left to do but to wait for the round."""
-        self._waited_from = time.perf_counter()
-
-    def lap(self) -> float | None:
-        """The round is there: seconds since the one before, or None if something else took a good part of them."""
-        now = time.perf_counter()
-        lap, waited, paused = now - self._last, now - self._waited_from, self._resumed - self._left
-        disturbed, self._last, self._disturbed = self._disturbed, now, False
-        if disturbed or 2 * paused > lap:
-            return None
-        # Where nothing is left to wait for, the consumer's time wasn't hidden behind the round's.
-        return lap - paused if waited < 0.05 * lap else lap

@@ -17,12 +17,12 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ..checkpoint.safetensors_files import load, read_header
 from ..errors import CheckpointError, PromptError, one_line
 from ..files import parse_json, replacing
 from ..kv import KVBuffers
 from ..kv.blocks import stored
 from ..models.target import Target
-from ..safetensors_files import load, read_header
 from .prompt_cache import Entry
 from .request import check_prompt
 from .sampling import is_int

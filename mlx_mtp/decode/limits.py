@@ -7,8 +7,5 @@ MAX_AUTO_LENGTH = 7
 """Longest draft chosen by itself: with the newest token, the 8 tokens that the fused attention kernels on Metal take at
 most. Of some models they take fewer, see `engine.longest_auto`."""
 
-PROBE = 2
-"""Drafts of a round that tries whether drafting pays, while nothing is drafted."""
-
 MAX_TEMPERATURE = 1000
 """Highest temperature: all tokens are about equally likely long before, and its noise must stay a float32."""

@@ -139,4 +139,12 @@ class PromptCache:
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of what two texts begin with in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    same, differs = 0, min(len(a), len(b)) + 1
+    # Slices are compared at C's speed: texts have up to 100,000 tokens, and running rows wait for this.
+    while same + 1 < differs:
+        middle = (same + differs) // 2
+        if list(a[same:middle]) == list(b[same:middle]):
+            same = middle
+        else:
+            differs = middle
+    return same

@@ -10,10 +10,10 @@ from itertools import count
 
 import mlx.core as mx
 
+from ..checkpoint.sizes import ABOVE
 from ..config import TextConfig
 from ..errors import PromptError
 from ..kv import Checkpoint
-from ..sizes import ABOVE
 from .limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH
 from .sampling import SamplingOptions, is_int
 

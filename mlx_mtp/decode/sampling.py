@@ -27,6 +27,9 @@ from ..errors import PromptError
 from ..models.elementwise import counting, fused, on_gpu, softcap
 from .limits import MAX_TEMPERATURE
 
+MOST_PATTERNS = 64
+"""Samplers for rows with different numbers of tokens that are kept: the same few patterns come again and again."""
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -93,6 +96,7 @@ class Sampler:
         self._softcap = logit_softcap
         self._suppress_tokens, self._vocab_size = tuple(suppress_tokens), vocab_size
         self._biases: dict[mx.Dtype, mx.array] = {}
+        self._others: dict[tuple[int, ...], Sampler] = {}
         self._arrange(rows)
 
     def _arrange(self, rows: Sequence[SamplingOptions]) -> None:
@@ -107,9 +111,15 @@ class Sampler:
 
     def of_rows(self, rows: Sequence[int]) -> Sampler:
         """One that chooses for these rows, in this order; a row may be there more than once."""
-        other = copy.copy(self)
-        other._arrange([self._rows[row] for row in rows])
-        return other
+        key = tuple(rows)
+        if key not in self._others:
+            if len(self._others) >= MOST_PATTERNS:
+                self._others.clear()
+            other = copy.copy(self)
+            other._others = {}
+            other._arrange([self._rows[row] for row in rows])
+            self._others[key] = other
+        return self._others[key]
 
     def target(self, logits: mx.array, positions: mx.array) -> mx.array:
         """Chooses the target's tokens.

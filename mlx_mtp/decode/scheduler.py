@@ -24,19 +24,18 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..checkpoint.sizes import in_words, rows_bytes
 from ..errors import MemoryBudgetError
 from ..kv import Checkpoint, KVBuffers, kv_bytes
 from ..kv.buffers import ring_slots
 from ..models.drafter import Drafter
 from ..models.target import Target
-from ..sizes import in_words, rows_bytes
-from .batch_length import Costs
+from .draft_length import DraftLengthPolicy
 from .engine import Engine, Parked, Prefilled
 from .kv_file import load_entry, save_entry
 from .prefill import CHUNK, CHUNK_BESIDE, prefill_block, prefill_by_chunks
 from .prompt_cache import Entry, PromptCache
 from .request import Request, Row, Stats, check_prompt, token_limit
-from .trace import Trace
 
 MAX_ROWS = 8
 """Most rows of a batch unless told otherwise."""
@@ -77,6 +76,7 @@ class Scheduler:
     Attributes:
         max_rows: Most rows of the batch, unless a row under way says otherwise.
         cache: KV of earlier prompts.
+        engine: The running batch.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Scheduler:
         max_rows: int = MAX_ROWS,
         kv_budget: int | None = None,
         cache_bytes: int = CACHE_BYTES,
-        costs: Costs | None = None,
+        policy: DraftLengthPolicy | None = None,
     ):
         """Makes a scheduler with nothing to do.
 
@@ -98,12 +98,12 @@ class Scheduler:
             max_rows: Most rows of the batch.
             kv_budget: Most bytes for the KV of all rows; None for no limit.
             cache_bytes: Most bytes of KV kept for later prompts.
-            costs: What rounds of "fast" requests cost, if it was measured.
+            policy: What chooses draft lengths; None for one that knows no prices.
         """
         self.max_rows, self.cache = max_rows, PromptCache(cache_bytes)
         self._target, self._budget = target, kv_budget
         self._ring = ring_slots(target.config.sliding_window)
-        self._engine = Engine(target, drafter, suppress_tokens, costs)
+        self.engine = Engine(target, drafter, suppress_tokens, policy)
         self._waiting: deque[Row] = deque()
         # From the queue until the engine has them: whatever happens in between, they are told.
         self._admitted: list[Row] = []
@@ -113,7 +113,7 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether a step would do anything."""
-        if self._engine.rows or self._admitted or self._waiting:
+        if self.engine.rows or self._admitted or self._waiting:
             return True
         return any(row.done or not row.paused for it in self._parked for row in it.rows)
 
@@ -122,15 +122,6 @@ class Scheduler:
         """Most bytes of KV that the rows under way come to."""
         requests = [row.request for row in self._under_way()]
         return self._kv_bytes(requests) if requests else 0
-
-    @property
-    def trace(self) -> Trace | None:
-        """Where to record what happens when."""
-        return self._engine.trace
-
-    @trace.setter
-    def trace(self, trace: Trace | None) -> None:
-        self._engine.trace = trace
 
     def check(self, request: Request) -> None:
         """Checks that a request can be run here.
@@ -178,19 +169,19 @@ class Scheduler:
         """
         try:
             self._leave()
-            self._parked += self._engine.park()
+            self._parked += self.engine.park()
             if self._prefill and all(row.done for row in self._admitted):
                 self._keep_prefilled(self._prefill)
                 self._prefill, self._admitted = None, []
             back = self._come_back()
             self._prefill = self._prefill or self._next_prefill([row for it in back for row in it.rows])
             # Not kept in a variable: the buffers that join are copied, and must not outlive that.
-            self._engine.regroup([*back, *(self._run_chunk(self._prefill) if self._prefill else [])])
+            self.engine.regroup([*back, *(self._run_chunk(self._prefill) if self._prefill else [])])
             del back
             if not self._prefill:
                 self._admitted = []
-            if self._engine.rows:
-                self._engine.round(waiting=bool(self._waiting))
+            if self.engine.rows:
+                self.engine.round(waiting=bool(self._waiting))
         except BaseException as error:
             self._abandon(error)
             raise
@@ -201,7 +192,7 @@ class Scheduler:
             row.cancel()
         self._waiting.clear()
         self._prefill, self._admitted, self._parked = None, [], []
-        self._engine.clear()
+        self.engine.clear()
         self.cache.clear()
 
     def save_prompt(self, prompt: Sequence[int], path: Path) -> Generator[None, None, None]:
@@ -236,10 +227,10 @@ class Scheduler:
     def _leave(self) -> None:
         """Keeps the KV of rows that are done."""
         config, size = self._target.config, self._target.dtype.size
-        for i, row in enumerate(self._engine.rows if self._engine.kv else ()):
+        for i, row in enumerate(self.engine.rows if self.engine.kv else ()):
             # A larger one would be copied in vain.
             if row.done and kv_bytes(config, row.committed, size) <= self.cache.limit:
-                self._keep(row, self._engine.row_kv(i), row.held, row.checkpoints)
+                self._keep(row, self.engine.row_kv(i), row.held, row.checkpoints)
 
     def _keep(self, row: Row, kv: KVBuffers, held: list[int], checkpoints: Sequence[Checkpoint]) -> None:
         if row.request.exactness == "fast":
@@ -264,15 +255,15 @@ class Scheduler:
             if not row.done:
                 row.error, row.done = error, True
         self._prefill, self._admitted, self._parked = None, [], []
-        self._engine.clear()
+        self.engine.clear()
 
     def _under_way(self) -> list[Row]:
-        return [*self._engine.rows, *self._admitted, *(row for it in self._parked for row in it.rows)]
+        return [*self.engine.rows, *self._admitted, *(row for it in self._parked for row in it.rows)]
 
     def _come_back(self) -> list[Parked]:
         """Parked rows that go on, as far as there are places for them; lets go of those that are done."""
         self._parked = [it for it in self._parked if not it.rows[0].done]
-        running = [row for row in (*self._engine.rows, *self._admitted) if not row.done]
+        running = [row for row in (*self.engine.rows, *self._admitted) if not row.done]
         free = self._width(running) - len(running)
         back = [it for it in self._parked if not it.rows[0].paused][: max(0, free)]
         self._parked = [it for it in self._parked if it not in back]
@@ -284,7 +275,7 @@ class Scheduler:
 
     def _next_prefill(self, back: list[Row]) -> _Prefill | None:
         """Takes the next requests from the queue, as many as can be prefilled together, beside rows that come back."""
-        running = [row for row in self._engine.rows if not row.done] + back
+        running = [row for row in self.engine.rows if not row.done] + back
         rows, idle = [*running, *(row for it in self._parked for row in it.rows)], not running
         first = self._next_waiting(running, rows)
         if not first:
@@ -308,8 +299,6 @@ class Scheduler:
             self._admitted.append(row)
             self._take(row)
             row = self._next_waiting(running, rows)
-        if idle:
-            mx.reset_peak_memory()
         if hit:
             first.stats.cached_tokens = hit.start
             return _Prefill(hit.kv, groups, hit.start, self._parting(prompt, hit.start), hit.checkpoints)
@@ -363,15 +352,17 @@ class Scheduler:
         """Runs the next chunk of a prefill; returns the prompts that are ready to decode."""
         prompts, start = job.prompts, job.start
         longest = max(map(len, prompts))
-        chunk = CHUNK_BESIDE if any(not row.done for row in self._engine.rows) else CHUNK
+        chunk = CHUNK_BESIDE if any(not row.done for row in self.engine.rows) else CHUNK
         end = longest if len(prompts) > 1 else min(start + chunk, longest)
         if start < job.parting < end:
             end = job.parting
         block = [[*prompt[start:end], *[0] * (end - max(len(prompt), start))] for prompt in prompts]
-        with self.trace.host("prefill", tokens=len(block) * len(block[0])) if self.trace else nullcontext():
+        with (
+            self.engine.trace.host("prefill", tokens=len(block) * len(block[0])) if self.engine.trace else nullcontext()
+        ):
             ends = [min(len(prompt), end) - start - 1 for prompt in prompts]
             hidden = prefill_block(self._target, job.kv, block, start, ends, max(rows[0].room for rows in job.rows))
-        self._engine.disturb()
+        self.engine.disturb()
         job.start = end
         if end == job.parting:
             job.checkpoints += (job.kv.checkpoint(end),)

@@ -38,7 +38,7 @@ class BatchKV:
     def of(cls, rows: Sequence[KVBuffers], positions: int) -> BatchKV:
         """Makes a batch of buffers of one row each, which are copied, with room for `positions` positions in each."""
         batch = cls()
-        batch.arrange([(row, 0) for row in rows], [positions] * len(rows))
+        batch.arrange([(row, 0) for row in rows], [positions] * len(rows), consume=False)
         batch.reserve([positions] * len(rows))
         return batch
 
@@ -100,15 +100,16 @@ class BatchKV:
                 return group, index - rows.start
         raise IndexError(index)
 
-    def arrange(self, rows: Sequence[tuple[KVBuffers, int]], room: Sequence[int]) -> list[int]:
+    def arrange(self, rows: Sequence[tuple[KVBuffers, int]], room: Sequence[int], consume: bool = True) -> list[int]:
         """Makes the batch of these rows, in groups.
 
-        Groups whose rows stay together stay as they are. The arrays of others are replaced one after the other, so
-        that little more than one of them is held twice. Buffers that weren't the batch's are left as they are.
+        Groups whose rows stay together stay as they are. The arrays of others, and of buffers that join, are replaced
+        one after the other, so that little more than one of them is held twice.
 
         Args:
             rows: Buffers and a place in them, for each row: the batch's own (see `find`), or others of the same kind.
             room: Positions of each row that there must be room for, with what was written of it so far.
+            consume: Whether buffers that join become the batch's; else their rows are copied.
 
         Returns:
             The batch's order: for each of its rows, which of those given it is.
@@ -121,19 +122,21 @@ class BatchKV:
         for span in spans:
             own, most = [rows[i] for i in span], max(room[i] for i in span)
             first = own[0][0]
-            if own == [(first, i) for i in range(first.batch)] and most <= first.capacity:
+            taken = consume or first in self.groups
+            if taken and own == [(first, i) for i in range(first.batch)] and most <= first.capacity:
                 groups.append(first)
                 continue
             new = first.empty(most)
             new.written = max(source.written for source, _ in own)
             groups.append(new)
             made.append((new, [(it, [i for _, i in run]) for it, run in groupby(own, key=lambda row: row[0])]))
-        left = [group for group in self.groups if group not in groups]
+        sources_of = {id(it): it for it in (*self.groups, *(source for source, _ in rows if consume))}
+        left = [it for it in sources_of.values() if it not in groups]
         for name in ("keys", "values") if made else ():
             for layer in list(getattr(rows[0][0], name)):
                 for new, sources in made:
                     parts = [source.rows_of(name, layer, own, new.capacity) for source, own in sources]
-                    joined = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+                    joined = mx.contiguous(parts[0]) if len(parts) == 1 else mx.concatenate(parts)
                     del parts
                     mx.eval(joined)
                     getattr(new, name)[layer] = joined
@@ -165,7 +168,8 @@ def in_groups(slots: Sequence[int], price: int) -> list[list[int]]:
     best: list[tuple[int, int]] = [(0, 0)]  # for the first n rows: the cost, and where their last group begins
     for end in range(1, len(rows) + 1):
         best.append(min((best[b][0] + (end - b) * slots[rows[end - 1]] + price, b) for b in range(end)))
-    groups, end = [], len(rows)
+    groups: list[list[int]] = []
+    end = len(rows)
     while end:
         begin = best[end][1]
         groups.insert(0, rows[begin:end])

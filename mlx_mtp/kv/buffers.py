@@ -208,8 +208,10 @@ class KVBuffers:
         return other
 
     def rows_of(self, name: str, layer: int, rows: Sequence[int], capacity: int) -> mx.array:
-        """Some rows of "keys" or "values", a copy, with the slots that buffers of this capacity have."""
-        array = getattr(self, name)[layer][mx.array(list(rows), dtype=mx.int32)]
+        """Some rows of "keys" or "values", with the slots that buffers of this capacity have."""
+        array: mx.array = getattr(self, name)[layer]
+        if list(rows) != list(range(array.shape[0])):
+            array = array[mx.array(list(rows), dtype=mx.int32)]
         return with_slots(array, self.slots(self._sliding[layer], capacity))
 
     def can_rewind(self, length: int) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 import mlx.core as mx
@@ -34,6 +35,10 @@ class Packing:
     @classmethod
     def of(cls, counts: Sequence[int]) -> Packing:
         """For rows with these numbers of tokens, each at least 1."""
+        return _of(tuple(counts))
+
+    @classmethod
+    def _made(cls, counts: tuple[int, ...]) -> Packing:
         width, ends = max(counts), accumulate(counts)
         return cls(
             counts=counts,
@@ -63,3 +68,8 @@ class Packing:
     def line(self, x: mx.array) -> mx.array:
         """[B, L, ...] to [1, N, ...]."""
         return x.flatten(0, 1)[self.places][None]
+
+
+@lru_cache(maxsize=64)  # the same few patterns come again and again
+def _of(counts: tuple[int, ...]) -> Packing:
+    return Packing._made(counts)

@@ -16,6 +16,7 @@ from statistics import fmean
 
 import numpy as np
 
+from ..decode.draft_length import Prices
 from ..decode.limits import MAX_AUTO_LENGTH
 from ..errors import MTPError
 from .cost_model import tokens_per_round
@@ -55,17 +56,21 @@ class Choice:
     why: str
 
 
-def round_seconds(steps: Sequence[Step], rows: int) -> dict[int, float]:
-    """Seconds of a round by draft length, averaged over the contexts at which the batch was measured."""
+def prices(steps: Sequence[Step], rows: int) -> Prices:
+    """What rounds of a batch take, averaged over the contexts at which it was measured, verify and draft apart."""
     own = [step for step in steps if step.rows == rows]
     widths = set.intersection(*(set(step.verify) for step in own)) if own else set()
-    return {
-        width - 1: fmean(
-            step.verify[width].median + (width - 1) * (step.draft.median if step.draft else 0.0) for step in own
-        )
-        for width in sorted(widths)
-        if width == 1 or (width - 1 <= MAX_AUTO_LENGTH and all(step.draft for step in own))
-    }
+    drafts = [step.draft.median for step in own if step.draft]
+    drafted = len(drafts) == len(own)
+    return Prices(
+        {
+            width: fmean(step.verify[width].median for step in own)
+            for width in sorted(widths)
+            if width == 1 or (width - 1 <= MAX_AUTO_LENGTH and drafted)
+        },
+        fmean(drafts) if drafted and drafts else 0.0,
+        fmean(step.packing for step in own) if own else 0.0,
+    )
 
 
 def restless(steps: Sequence[Step]) -> str | None:
@@ -111,7 +116,7 @@ def options(measurement: Measurement) -> list[Option]:
     return [
         Option(rows, drafts, rows * _tokens(measurement, drafts) / seconds)
         for rows in batches
-        for drafts, seconds in round_seconds(steps, rows).items()
+        for drafts, seconds in prices(steps, rows).even().items()
     ]
 
 

@@ -17,10 +17,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..config import DrafterConfig, TargetConfig, TextConfig
-from ..kv import kv_bytes
-from ..quantization import Format, Scheme
-from ..sizes import (
+from ..checkpoint.quantization import Format, Scheme
+from ..checkpoint.sizes import (
     Part,
     Traffic,
     drafter_sizes,
@@ -29,6 +27,8 @@ from ..sizes import (
     target_sizes,
     target_traffic,
 )
+from ..config import DrafterConfig, TargetConfig, TextConfig
+from ..kv import kv_bytes
 from .chips import Chip
 from .kernels import Calibration, attention_seconds, matmul_seconds, read_seconds, sides
 

@@ -22,10 +22,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+from ..checkpoint.quantization import Format
+from ..checkpoint.sizes import Part
 from ..config import TextConfig
 from ..models.attention import FUSED_HEAD, FUSED_ROWS, FUSED_TOKENS
-from ..quantization import Format
-from ..sizes import Part
 from .chips import Chip
 
 TILE_ROWS = 64

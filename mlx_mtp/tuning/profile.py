@@ -21,21 +21,20 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import __version__, adapters
+from .. import __version__
 from ..blas import has_openblas
+from ..checkpoint import adapters
+from ..checkpoint.description import DrafterDescription, TargetDescription
+from ..decode.draft_length import Prices
 from ..errors import ProfileError, one_line
-from ..files import listed, parse_json, pieces, read_bytes, replacing
+from ..files import listed, parse_json, read_bytes, replacing, sample
 from ..models.drafter import POSITIONS
 from ..paths import expanded, published_name
-from ..quantization import Format
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 2
-"""Version of the file's form. The first one didn't say how precise the drafter was."""
-
-_SAMPLES = 64
-"""Places of a file of weights that are looked at."""
+"""Version of the file's form. The first one had prices of whole rounds, and didn't say how precise the drafter was."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Profile:
 
     Attributes:
         key: What it holds for.
-        costs: By rows, the seconds of a round by draft length.
+        costs: By rows, what rounds take.
         acceptance: By kind of text and position, the chance that a draft is kept if those before it were.
         rows: Rows of a batch, as chosen for `objective`.
         drafts: Draft length chosen with it; the online control begins with the costs and may choose another.
@@ -85,7 +84,7 @@ class Profile:
     """
 
     key: Key
-    costs: Mapping[int, Mapping[int, float]]
+    costs: Mapping[int, Prices]
     acceptance: Mapping[str, list[float]]
     rows: int
     drafts: int
@@ -93,44 +92,47 @@ class Profile:
     drafter_position: str | None
     measured: str
 
-    def costs_of(self, rows: int) -> dict[int, float]:
-        """Seconds of a round by draft length, for any number of rows: between two measured ones, on the line."""
+    def prices(self, rows: int) -> Prices:
+        """What rounds of any number of rows take: between two that were measured, on the line."""
         below = max((b for b in self.costs if b <= rows), default=min(self.costs))
         above = min((b for b in self.costs if b >= rows), default=max(self.costs))
         share = (rows - below) / (above - below) if above > below else 0.0
         low, high = self.costs[below], self.costs[above]
-        return {k: low[k] * (1 - share) + high[k] * share for k in low if k in high}
+
+        def between(one: float, other: float) -> float:
+            return one * (1 - share) + other * share
+
+        return Prices(
+            {width: between(low.verify[width], high.verify[width]) for width in low.verify if width in high.verify},
+            between(low.draft, high.draft),
+            between(low.packing, high.packing),
+        )
 
 
-def key_of(
-    folder: Path,
-    drafter_folder: Path | None,
-    quantize: int | None,
-    dtype: str | None,
-    adapter: Path | None = None,
-    drafter_format: Format | None = None,
-) -> Key:
+def key_of(target: TargetDescription, drafter: DrafterDescription | None, adapter: Path | None = None) -> Key:
     """What a profile of a pair would hold for, now and here.
 
     Args:
-        folder, drafter_folder: The pair's.
-        quantize, dtype, adapter: As for `api.load`.
-        drafter_format: What the drafter is quantised to while loading; None if it is taken as stored.
+        target, drafter: The pair as it is loaded.
+        adapter: As for `api.load`.
+
+    Raises:
+        OSError: A file of theirs can't be read.
     """
     digest = hashlib.sha256()
-    parts = [(folder, "config.json"), (drafter_folder, "config.json")]
+    parts = [(target.folder, "config.json"), (drafter.folder if drafter else None, "config.json")]
     for part, config in (*parts, (adapter, adapters.CONFIG)) if adapter else parts:
         if part is not None:
             digest.update(read_bytes(part / config))
             for path in listed(part, "*.safetensors"):
                 if path.is_file():
-                    size = path.stat().st_size
-                    digest.update(f"{path.name} {size}\n".encode("utf-8", "surrogateescape"))
-                    # Another model's of the same shapes are others.
-                    digest.update(pieces(path, range(0, size, max(1, size // _SAMPLES)), 64))
+                    digest.update(f"{path.name} {path.stat().st_size}\n".encode("utf-8", "surrogateescape"))
+                    digest.update(sample(path))
         digest.update(b"\0")
-    drafter = str(drafter_format) if drafter_format else None
-    return Key(published_name(folder.absolute()), digest.hexdigest(), quantize, drafter, dtype, **here())
+    bits = target.quantize.bits if target.quantize else None
+    drafter_format = str(drafter.quantize) if drafter and drafter.quantize else None
+    name = published_name(target.folder.absolute())
+    return Key(name, digest.hexdigest(), bits, drafter_format, target.dtype, **here())
 
 
 def here() -> dict[str, Any]:
@@ -188,11 +190,15 @@ def read(path: Path) -> Profile:
         if not isinstance(key.model, str):
             raise TypeError("its model has no name")
         costs = {
-            int(rows): {int(k): _positive(seconds) for k, seconds in by_length.items()}
-            for rows, by_length in content.pop("costs").items()
+            int(rows): Prices(
+                {int(width): _seconds(it) for width, it in prices["verify"].items()},
+                _seconds(prices["draft"], least=0.0),
+                _seconds(prices["packing"], least=0.0),
+            )
+            for rows, prices in content.pop("costs").items()
         }
         profile = Profile(key=key, costs=costs, **content)
-        if not costs or not all(0 in by_length for by_length in costs.values()):
+        if not costs or not all(1 in prices.verify for prices in costs.values()):
             raise ValueError("costs of plain decoding are missing")
         if not isinstance(profile.rows, int) or profile.rows < 1:
             raise ValueError(f"{profile.rows!r} rows")
@@ -230,6 +236,33 @@ def find(key: Key) -> Profile | None:
     return profile
 
 
+def chosen(
+    wanted: str | Path | None,
+    target: TargetDescription,
+    drafter: DrafterDescription | None,
+    adapter: Path | None = None,
+) -> Profile | None:
+    """The profile that `api.load` is to use for a pair; `wanted` is its argument `profile`.
+
+    Raises:
+        ProfileError: The one that was asked for is damaged, or was measured with something else.
+    """
+    if wanted is None:
+        return None
+    if not isinstance(wanted, str | Path):
+        raise ProfileError(f"profile must be 'auto', a file or None, not {wanted!r}")
+    try:
+        key = key_of(target, drafter, adapter)
+    except OSError:
+        return None  # a file is missing: reading the checkpoint says which
+    if wanted == "auto":
+        return find(key)
+    path = expanded(wanted)
+    profile = read(path)
+    check(profile, key, path)
+    return profile
+
+
 def check(profile: Profile, key: Key, path: Path) -> None:
     """Checks that a profile holds for a key.
 
@@ -245,7 +278,7 @@ def check(profile: Profile, key: Key, path: Path) -> None:
             raise ProfileError(f"{path} was measured with {name}: run mlx-mtp tune again")
 
 
-def _positive(seconds: Any) -> float:
-    if not isinstance(seconds, (int, float)) or not 0 < seconds <= sys.float_info.max:
-        raise ValueError(f"a round takes {seconds!r} seconds")
-    return float(seconds)
+def _seconds(value: Any, least: float = sys.float_info.min) -> float:
+    if not isinstance(value, (int, float)) or not least <= value <= sys.float_info.max:
+        raise ValueError(f"a part of a round takes {value!r} seconds")
+    return float(value)

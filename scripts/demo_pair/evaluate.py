@@ -17,7 +17,8 @@ from random import Random
 import mlx.core as mx
 from tokenizers import Tokenizer
 
-from mlx_mtp.checkpoint import load_drafter, load_target
+from mlx_mtp.checkpoint.description import read_drafter, read_target
+from mlx_mtp.checkpoint.load import load_drafter, load_target
 from mlx_mtp.decode.prefill import prefill
 from mlx_mtp.decode.request import Request, Stats
 from mlx_mtp.decode.sampling import SamplingOptions
@@ -62,8 +63,10 @@ class Pair:
     """
 
     def __init__(self, folder: Path):
-        text, self._target = load_target(folder / "target", "float32")
-        _, drafter = load_drafter(folder / "drafter", text, "committed", "float32")
+        described = read_target(folder / "target", dtype="float32")
+        self._target = load_target(described)
+        own = read_drafter(folder / "drafter", dtype="float32")
+        drafter = load_drafter(own, described.config, "committed")
         self._scheduler = Scheduler(self._target, drafter)
         self.tokenizer = Tokenizer.from_file(str(folder / "target" / "tokenizer.json"))
 

@@ -89,7 +89,8 @@ def check(out: Path, target: Target, drafter: Drafter, tokens: list[int], steps:
     """
     import mlx.core as mx
 
-    from mlx_mtp.checkpoint import load_drafter, load_target
+    from mlx_mtp.checkpoint.description import read_drafter, read_target
+    from mlx_mtp.checkpoint.load import load_drafter, load_target
     from mlx_mtp.decode.prefill import prefill
 
     rounded(target)
@@ -102,8 +103,9 @@ def check(out: Path, target: Target, drafter: Drafter, tokens: list[int], steps:
     at = torch.tensor([[count - 1]])
     drafts = [drafter.logits(h)[0, 0] for h in drafter.unroll(embedded, run.hidden[:, -1:], run.lent, at)]
 
-    text, model = load_target(out / "target", "float32")
-    _, assistant = load_drafter(out / "drafter", text, "committed", "float32")
+    described = read_target(out / "target", dtype="float32")
+    model = load_target(described)
+    assistant = load_drafter(read_drafter(out / "drafter", dtype="float32"), described.config, "committed")
     hidden: list[mx.array] = []
     kv, last = prefill(model, tokens[:count], keep=hidden.append)
     found = model.logits(mx.concatenate(hidden, axis=1))[0]

@@ -38,10 +38,11 @@ def write(folder: Path, prompts: list[list[int]], seed: int) -> list[list[int]]:
     """
     import mlx.core as mx
 
-    from mlx_mtp.checkpoint import load_target
+    from mlx_mtp.checkpoint.description import read_target
+    from mlx_mtp.checkpoint.load import load_target
     from mlx_mtp.kv import KVBuffers
 
-    _, model = load_target(folder, "float32")
+    model = load_target(read_target(folder, dtype="float32"))
     mx.random.seed(seed)
     texts: list[list[int]] = []
     for first in range(0, len(prompts), ROWS):

@@ -6,12 +6,13 @@ than AdamW alone.
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from mlx_mtp.files import replacing
 
 WARMUP = 50
 CLIP = 1.0
@@ -78,8 +79,7 @@ class Trainer:
             self._save()
 
     def _save(self) -> None:
-        aside = self._file.with_suffix(".new")
         optimisers = [optimiser.state_dict() for optimiser in self._optimisers]
         state = {"step": self.step, "seconds": self.seconds, "model": self.model.state_dict(), "optimisers": optimisers}
-        torch.save(state, aside)
-        os.replace(aside, self._file)
+        with replacing(self._file) as aside:
+            torch.save(state, aside)

@@ -16,10 +16,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .config import DrafterConfig, TextConfig
-from .kv import CAPACITY_STEP, LONGEST_VERIFY, batch_bytes, kv_bytes
-from .models.drafter import Drafter
-from .models.target import Target
+from ..config import DrafterConfig, TextConfig
+from ..kv import CAPACITY_STEP, LONGEST_VERIFY, batch_bytes, kv_bytes
+from ..models.drafter import Drafter
+from ..models.target import Target
+from .description import AnyDescription
 from .quantization import Rule
 
 ABOVE = 2 * LONGEST_VERIFY
@@ -68,6 +69,14 @@ class Traffic:
     body: Part
     head: Part
     experts: Part
+
+
+def of(described: AnyDescription) -> Sizes:
+    """Sizes of a checkpoint's model once it is loaded here."""
+    config = described.config
+    if isinstance(config, DrafterConfig):
+        return drafter_sizes(config, described.dtype_bytes, described.rule)
+    return target_sizes(config.text, described.dtype_bytes, described.rule)
 
 
 def target_sizes(config: TextConfig, dtype_bytes: int, rule: Rule | None = None) -> Sizes:

@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from .errors import CheckpointError, one_line
-from .files import sha256
+from ..errors import CheckpointError, one_line
+from ..files import sha256
 
 _LARGEST = 50 * 10**9
 """What hubs send over plain HTTP; larger files are left to huggingface_hub."""

@@ -17,9 +17,9 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from .errors import CheckpointError, one_line
-from .files import listed, parse_json, read_json
-from .names import Table, of_vision_or_audio
+from ..errors import CheckpointError, one_line
+from ..files import listed, parse_json, read_json
+from .tensor_names import Table, of_vision_or_audio
 
 INDEX = "model.safetensors.index.json"
 

@@ -21,13 +21,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .errors import CheckpointError
-from .files import read_json
-from .models.elementwise import counting
-from .models.moe import ExpertLinear, QuantizedExpertLinear
-from .models.target import Target
-from .names import VISION_AND_AUDIO, Table
+from ..errors import CheckpointError
+from ..files import read_json
+from ..models.elementwise import counting
+from ..models.moe import ExpertLinear, QuantizedExpertLinear
+from ..models.target import Target
 from .safetensors_files import load
+from .tensor_names import VISION_AND_AUDIO, Table
 
 CONFIG = "adapter_config.json"
 WEIGHTS, PEFT_WEIGHTS = "adapters.safetensors", "adapter_model.safetensors"

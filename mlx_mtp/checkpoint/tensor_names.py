@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from .config import DrafterConfig, TextConfig
-from .errors import CheckpointError
+from ..config import DrafterConfig, TextConfig
+from ..errors import CheckpointError
 
 T = TypeVar("T")
 

@@ -14,8 +14,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .errors import CheckpointError
-from .names import Table
+from ..errors import CheckpointError
+from .tensor_names import Table
 
 MODES: Mapping[str, tuple[int, int] | None] = {"affine": None, "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 """Quantisation modes of MLX; for all but affine, bits and group size are given."""

@@ -1,0 +1,95 @@
+"""Where the drafter of a target may be: names under which drafters are published, and folders beside a target's.
+
+Knows names and folders only; whether what is there can be used is for pair.py to find out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from ..paths import published_name
+
+_FORMAT = re.compile(r"(.+?)-((?:OptiQ-)?\d+bit|bf16|fp16|mxfp4|mxfp8|nvfp4)")
+_SIZES = {size.lower(): size for size in ("E2B", "E4B", "12B", "26B-A4B", "31B")}
+_SIZE = re.compile(rf"(?:^|/)gemma-4-({'|'.join(_SIZES)})-it(?![a-z])", re.IGNORECASE)
+
+
+def drafter_names(target: str) -> list[str]:
+    """Names under which the drafter of a target is published, the likeliest first.
+
+    Google appends "-assistant"; mlx-community puts it before the suffix that tells the format, and has some drafters
+    in bfloat16 only. A copy of a published size under any other name goes with Google's drafter.
+    """
+    names = [f"{target}-assistant"]
+    if stored := _FORMAT.fullmatch(target):
+        model, form = stored.groups()
+        names += [f"{base}-assistant-{f}" for base in (model, model.removesuffix("-qat")) for f in (form, "bf16")]
+        names.append(f"{model}-assistant")
+    if size := _SIZE.search(target):
+        names.append(f"google/gemma-4-{_SIZES[size[1].lower()]}-it-assistant")
+    return list(dict.fromkeys(names))
+
+
+def names_beside(path: Path) -> list[str]:
+    """Names of folders that are looked for beside a target's folder and in the hub's cache."""
+    return list(dict.fromkeys(name.rpartition("/")[2] for place in _places(path) for name in _names(place)))
+
+
+def _places(path: Path) -> list[Path]:
+    """A folder as it was given and, if there are links in its path, where these lead; not the root folder."""
+    return [place for place in dict.fromkeys([Path(os.path.abspath(path)), path.resolve()]) if place.name]
+
+
+def _names(place: Path) -> list[str]:
+    return drafter_names(published_name(place))
+
+
+def named(path: Path) -> Iterator[Path]:
+    """Folders on this machine that have a name of a target's drafter, each once, the likeliest first."""
+    seen = set()
+    for folder in _with_names(_places(path)):
+        if os.path.isdir(folder) and (real := folder.resolve()) not in seen:
+            seen.add(real)
+            yield folder
+
+
+def _with_names(places: list[Path]) -> Iterator[Path]:
+    for place in places:
+        yield from _children(place.parent, [name.rpartition("/")[2] for name in _names(place)])
+    wanted = [(place, name.rpartition("/")) for place in places for name in _names(place)]
+    for place, (owner, _, model) in wanted:  # as LM Studio has them: OWNER/NAME
+        for folder in _children(place.parent.parent, [owner]):
+            yield from _children(folder, [model])
+    from huggingface_hub import constants
+
+    caches = [place.parents[2] for place in places if place.match("*/models--*/snapshots/*")]
+    for cache in dict.fromkeys([*caches, Path(constants.HF_HUB_CACHE)]):
+        for repository in _children(cache, [f"models--{owner}--{model}" for _, (owner, _, model) in wanted]):
+            with suppress(OSError, ValueError):
+                yield repository / "snapshots" / (repository / "refs" / "main").read_text().strip()
+
+
+def _children(parent: Path, names: Iterable[str]) -> Iterator[Path]:
+    """What a folder holds under some names in upper or lower case, name by name; what is written alike comes first."""
+    there: dict[str, list[Path]] = {}
+    with suppress(OSError):
+        for path in sorted(parent.iterdir()):
+            there.setdefault(path.name.lower(), []).append(path)
+    for name in names:
+        yield from sorted(there.get(name.lower(), []), key=lambda path: path.name != name)
+
+
+def beside(path: Path) -> list[Path]:
+    """All model folders beside a folder; those first whose names begin most like its own."""
+    alike: dict[Path, int] = {}
+    for place in _places(path):
+        with suppress(OSError):
+            for folder in sorted(place.parent.iterdir()):
+                if folder != place and os.path.isfile(folder / "config.json"):  # False too if it mustn't be looked at
+                    common = os.path.commonprefix([folder.name.lower(), place.name.lower()])
+                    alike[folder] = max(len(common), alike.get(folder, 0))
+    return sorted(alike, key=lambda folder: -alike[folder])
