@@ -42,7 +42,7 @@ from .models.target import Target
 from .options import GenerationOptions
 from .paths import expanded
 from .session import Session
-from .text import Tokenizer
+from .text import Tokenizer, has_tokenizer
 from .tuning import profile as profiles
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class MTPModel:
         loaded = cast(_Loaded, self._session.owned())
         self.kv_budget = loaded.kv_budget
         folder = self.folder
-        self.tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
+        self.tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
         if self.tokenizer and self.tokenizer.seems_base(self.defaults.stop_tokens):
             log.warning(
                 "%s has no chat template and seems to be a base model, which can't chat: chat_template=False (--raw) "

@@ -26,9 +26,9 @@ SWITCH = "MLX_MTP_OPENBLAS"
 def use_openblas() -> str | None:
     """Let MLX multiply float32 matrices with OpenBLAS from now on, in this process.
 
-    Takes the system's library, else the one from the package scipy-openblas32. Uses one thread unless
-    OPENBLAS_NUM_THREADS says otherwise: generation is bound by memory, and threads that wait for a shared core cost
-    more than they bring.
+    Takes the system's library, else the one from the package scipy-openblas32, which the extra `fast-cpu` installs.
+    Uses one thread unless OPENBLAS_NUM_THREADS says otherwise: generation is bound by memory, and threads that wait for
+    a shared core cost more than they bring.
 
     Returns: a description such as "OpenBLAS 0.3.23 (system)", or None when nothing was done: not on Linux, MLX already
         imported, MLX's CUDA backend installed, switched off with MLX_MTP_OPENBLAS=0, or no library found.

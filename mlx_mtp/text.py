@@ -1,14 +1,13 @@
 """Between text and token ids: tokenizer, streaming detokenizer, stop strings.
 
 Reads what Gemma 4 folders hold: tokenizer.json (BPE with byte fallback, "▁" for a space, no prefix space) and
-tokenizer_config.json.
+tokenizer_config.json; without tokenizer.json, sentencepiece's tokenizer.model.
 
 Not here: the chat format (template.py), conversations (chat.py), and images or audio.
 """
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any, cast
 
 import tokenizers
 
+from . import sentencepiece_model
+from .characters import CharacterStream
 from .control import CHANNEL as _CHANNEL
 from .control import CHANNEL_END as _CHANNEL_END
 from .control import NOT_UTF8, ControlTokens
@@ -24,7 +25,8 @@ from .files import read_bytes, read_json
 from .template import ChatTemplate, token_name
 from .tools import CALL, CALL_END, QUOTE, QUOTE_MARK, CallIds, Tools, parse_calls
 
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+FILE = "tokenizer.json"
+
 _STOPS = ("<eos>", "<turn|>", "<|tool_response>")
 """What ends an answer in Gemma 4's chat format: the end of the text or of the turn, or where a tool's answer goes."""
 
@@ -70,18 +72,15 @@ class Tokenizer:
         """Reads a checkpoint's tokenizer.
 
         Raises:
-            CheckpointError: No tokenizer.json, or files that can't be read.
+            CheckpointError: No tokenizer.json or tokenizer.model, or files that can't be read.
         """
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(f"{folder} has no tokenizer.json")
-        try:
-            tokenizer = tokenizers.Tokenizer.from_buffer(read_bytes(path))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the library raises the bare class, and panics of its own
-            raise CheckpointError(f"{path} can't be read: {error}") from error
         config = read_json(folder / "tokenizer_config.json", required=False)
+        if (folder / FILE).is_file() or not (folder / sentencepiece_model.FILE).is_file():
+            tokenizer = _read_tokenizer(folder / FILE)
+        else:
+            tokenizer = sentencepiece_model.read_model(
+                folder / sentencepiece_model.FILE, config.get("added_tokens_decoder")
+            )
         return cls(
             folder,
             tokenizer,
@@ -190,14 +189,9 @@ class Tokenizer:
             raise CheckpointError(f"{self.folder} has no chat template: give the prompt as token ids")
         return self._template.render(*conversation, **variables)
 
-    def piece(self, token: int) -> bytes:
-        """The UTF-8 bytes that a token stands for; a part of a character in the case of byte tokens."""
-        piece = self._tokenizer.id_to_token(token)
-        # Models have more embeddings than the tokenizer has tokens.
-        if piece is None or token in self.special:
-            return b""
-        byte = _BYTE.fullmatch(piece)
-        return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
+    def characters(self) -> CharacterStream:
+        """What turns this tokenizer's tokens into characters, one token at a time."""
+        return CharacterStream(self._tokenizer)
 
     def token_id(self, token: str) -> int | None:
         """The id of a token by its name, None if there is no such token."""
@@ -207,6 +201,22 @@ class Tokenizer:
         """The id of the special token that a text names, None if it names none."""
         token = self.token_id(text)
         return token if token in self.special else None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer's file."""
+    return any((folder / name).is_file() for name in (FILE, sentencepiece_model.FILE))
+
+
+def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} has no {path.name}")
+    try:
+        return tokenizers.Tokenizer.from_buffer(read_bytes(path))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises the bare class, and panics of its own
+        raise CheckpointError(f"{path} can't be read: {error}") from error
 
 
 class StreamDecoder:
@@ -232,7 +242,7 @@ class StreamDecoder:
         self.calls: list[dict[str, Any]] = []
         self.errors: list[str] = []
         self._tokenizer, self._tools, self._ids = tokenizer, tools, CallIds(prompt)
-        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+        self._characters = tokenizer.characters()
         self._begin, self._end = tokenizer.token_id(_CHANNEL), tokenizer.token_id(_CHANNEL_END)
         self._quote = tokenizer.token_id(QUOTE)
         self._call_begin, self._call_end = tokenizer.token_id(CALL), tokenizer.token_id(CALL_END)
@@ -249,7 +259,7 @@ class StreamDecoder:
         for token in tokens:
             mark = token in (self._begin, self._end)
             special = mark or token == self._quote or token in self._tokenizer.special
-            piece = self._characters.decode(b"" if special else self._tokenizer.piece(token), final=special)
+            piece = self._characters.finish() if special else self._characters.push(token)
             if self._call is not None:
                 self._call.append(piece)
             elif not self._in_thought:
@@ -296,7 +306,7 @@ class StreamDecoder:
 
     def finish(self) -> str:
         """What is left of an incomplete character, or of what is no tool call, when no token follows."""
-        rest = self._characters.decode(b"", final=True)
+        rest = self._characters.finish()
         if self._call is not None:
             self._call.append(rest)
             return self._end_call()

@@ -22,7 +22,9 @@ import typer
 from random_weights import random_pair
 
 from mlx_mtp.checkpoint.sizes import held_bytes, in_words, kv_budget
-from mlx_mtp.cli.tune import facts, tables
+from mlx_mtp.cli import render
+from mlx_mtp.cli.tune import facts
+from mlx_mtp.cli.tune_tables import tables
 from mlx_mtp.decode.limits import MAX_AUTO_LENGTH
 from mlx_mtp.decode.sampling import SamplingOptions
 from mlx_mtp.errors import MTPError
@@ -70,7 +72,7 @@ def main(
     found.complete = True
     options = choose.options(found)
     choices = [choose.choose(options, objective) for objective in OBJECTIVES]
-    print(tables(found, options, choices, target.config))
+    render.show(tables(found, options, choices, target.config))
     print(f"\nmeasured in {time.perf_counter() - begun:.0f} s; peak {in_words(mx.get_peak_memory())}")
     if json_file:
         json_file.write_text(json.dumps(facts(found, options, choices, None, target.config)))

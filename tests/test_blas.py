@@ -62,6 +62,12 @@ def test_the_packaged_library_serves_where_the_system_has_none():
         assert description == "none"
 
 
+def test_without_any_library_mlx_keeps_its_own():
+    """As after a plain `pip install mlx-mtp`: the package is in the extra `fast-cpu`."""
+    nothing_installed = NO_SYSTEM_LIBRARY + "sys.modules['scipy_openblas32'] = None"
+    assert probe(nothing_installed) == ["none", "False"]
+
+
 def test_switched_off_by_the_environment():
     assert probe(MLX_MTP_OPENBLAS="0")[0] == "none"
 

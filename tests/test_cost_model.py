@@ -11,6 +11,8 @@ import pytest
 
 from mlx_mtp.checkpoint.quantization import Format
 from mlx_mtp.checkpoint.sizes import drafter_sizes, kv_read_bytes, target_sizes
+from mlx_mtp.cli.render import plain
+from mlx_mtp.cli.tune_tables import simulation
 from mlx_mtp.config import check_pair
 from mlx_mtp.errors import MTPError
 from mlx_mtp.tuning import cost_model as model
@@ -18,7 +20,7 @@ from mlx_mtp.tuning.chips import CHIPS, chip
 from mlx_mtp.tuning.fit import Step, fit_steps, share_of_peak, tile_share
 from mlx_mtp.tuning.kernels import Calibration, attention_seconds, kernel, matmul_seconds, sides
 from mlx_mtp.tuning.known_models import KNOWN_MODELS, known_pair
-from mlx_mtp.tuning.report import choices, chosen, simulation
+from mlx_mtp.tuning.report import BATCHES, choices, chosen
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
@@ -298,11 +300,15 @@ def test_a_row_keeps_its_share_in_the_balanced_choice():
 
 
 def test_the_table_says_that_it_is_a_prediction_and_leaves_out_what_does_not_fit():
-    text = simulation(chip("M4 Max"), "26B-A4B", model.pair(*known_pair("26B-A4B"), Format(4)), 1000)
+    def simulated(name: str, size: str, bits: int = 4, context: int = 1000) -> str:
+        pair = model.pair(*known_pair(size), Format(bits))
+        return plain(simulation(chip(name), size, pair, context, BATCHES))
+
+    text = simulated("M4 Max", "26B-A4B")
     assert text.startswith("PREDICTION, not a measurement") and "experts" in text and "Balanced" in text
-    assert "experts" not in simulation(chip("M4 Max"), "31B", model.pair(*known_pair("31B"), Format(4)), 1000)
-    assert "doesn't fit" in simulation(chip("M1"), "31B", model.pair(*known_pair("31B"), Format(4)), 1000)
+    assert "experts" not in simulated("M4 Max", "31B")
+    assert "doesn't fit" in simulated("M1", "31B")
     here, pair = chip("M4"), model.pair(*known_pair("12B"), Format(8))
     assert [c.batch for c in choices(here, pair, 100_000)] == [1, 2, 4]
     assert not model.fits(here, pair, 6, 100_000)
-    assert "Left out: batch 6, 8, which 32 GB" in simulation(here, "12B", pair, 100_000)
+    assert "Left out: batch 6, 8, which 32 GB" in simulated("M4", "12B", 8, 100_000)

@@ -51,6 +51,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         (root / "org" / repository / "config.json").write_text(json.dumps(description))
         for name in ("model.safetensors", "consolidated.safetensors"):
             (root / "org" / repository / name).write_bytes(b"x")
+    (root / "org" / "copies" / "tokenizer.model").write_bytes(b"y")
     for junk in (TOWERS, "pytorch_model.bin", "model.gguf", "README.md", "onnx/config.json", "copy/model.safetensors"):
         (model / junk).parent.mkdir(exist_ok=True)
         (model / junk).write_bytes(b"not to be read")
@@ -109,7 +110,7 @@ def test_weights_come_without_what_is_not_used(hub: Hub, run: Run):
 
 def test_one_copy_of_the_weights_is_enough(hub: Hub, run: Run):
     assert run("-c", FIND, "org/copies").returncode == 0
-    assert hub.names() == {"config.json", "model.safetensors"}
+    assert hub.names() == {"config.json", "tokenizer.model", "model.safetensors"}
 
 
 SMALL = (

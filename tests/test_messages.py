@@ -145,8 +145,9 @@ def control_tokens(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
 
 
 def spelt(tokenizer: Tokenizer, tokens: list[int]) -> str:
-    names = {tokenizer.token_id(name): name.encode() for name in SPECIAL}
-    return b"".join(names.get(token) or tokenizer.piece(token) for token in tokens).decode()
+    names = {tokenizer.token_id(name): name for name in SPECIAL}
+    characters = tokenizer.characters()
+    return "".join(names.get(token) or characters.push(token) for token in tokens)
 
 
 @pytest.mark.parametrize("token", SPECIAL)

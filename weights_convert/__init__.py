@@ -5,5 +5,6 @@ from mlx_mtp.checkpoint.quantization import Format, Scheme
 from .check import Agreement, compare
 from .converter import Conversion, convert, prepare
 from .files import verify_sums
+from .learned import Learning
 
-__all__ = ["Agreement", "Conversion", "Format", "Scheme", "compare", "convert", "prepare", "verify_sums"]
+__all__ = ["Agreement", "Conversion", "Format", "Learning", "Scheme", "compare", "convert", "prepare", "verify_sums"]

@@ -26,6 +26,7 @@ from mlx_mtp.files import listed, read_json, replacing, sha256
 from mlx_mtp.paths import expanded
 
 from . import files
+from .learned import Learning, learn
 from .plan import FINGERPRINT, Plan, check_original, file_bytes, make_plan
 
 log = logging.getLogger("mlx_mtp.convert")
@@ -34,7 +35,9 @@ Progress = Callable[[str, int, int], None]
 """Told a parameter's name, the bytes written so far, and the bytes that there will be."""
 
 _JOURNAL = "conversion.json"
-_COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+_COPIED = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,18 @@ class Conversion:
         destination: Folder to make.
         plan: What it will hold.
         done: Whether it is there already.
+        learning: How the weights are learnt; None if they are rounded plainly.
+        scheme: How matrices are quantised.
+        dtype: As for `prepare`.
     """
 
     source: Path
     destination: Path
     plan: Plan
     done: bool
+    learning: Learning | None = None
+    scheme: Scheme | None = None
+    dtype: str | None = None
 
     @property
     def aside(self) -> Path:
@@ -86,11 +95,14 @@ class Conversion:
         return self.destination
 
     def _run(self, progress: Progress) -> None:
-        aside = self.aside
-        finished = _finished_files(aside, self.plan)
+        aside, plan = self.aside, self.plan
+        finished = _finished_files(aside, plan)
         try:
-            _check_space(aside, self.plan, finished)
-            _write_weights(aside, self.plan, finished, progress)
+            if self.learning and len(finished) < len(plan.files):
+                finished.clear()  # what is learnt belongs together
+                plan = self._learned(self.learning)
+            _check_space(aside, plan, finished)
+            _write_weights(aside, plan, finished, progress)
             _write_rest(aside, self.plan, self.source, finished)
         finally:
             if not finished:
@@ -100,6 +112,19 @@ class Conversion:
         aside.rename(self.destination)
         (self.destination / _JOURNAL).unlink()
 
+    def _learned(self, learning: Learning) -> Plan:
+        """The plan with learnt weights. For that an unquantised conversion lies beside the destination meanwhile."""
+        assert self.scheme is not None
+        data = learning.sequences(self.source)
+        beside = self.destination.with_name(f"{self.destination.name}.unquantised")
+        plain = prepare(self.source, beside, None, self.dtype)
+        learning.check_memory(plain.plan.total)
+        try:
+            plain.run()
+            return learn(self.plan, beside, data, learning.method, self.scheme.common)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
 
 def prepare(
     source: str | Path,
@@ -107,6 +132,7 @@ def prepare(
     scheme: Scheme | None = None,
     dtype: str | None = None,
     merged: bool = False,
+    learning: Learning | None = None,
 ) -> Conversion:
     """Plans the conversion of a target or a drafter, and checks that it can be made.
 
@@ -116,10 +142,13 @@ def prepare(
         scheme: How matrices are quantised; None leaves all as it is.
         dtype: Type of what isn't quantised, "float32", "bfloat16" or "float16"; None keeps the stored one.
         merged: Of a target that has its drafter merged into it, convert the drafter and not the target.
+        learning: How a target's quantised weights are learnt; None to round them plainly.
 
     Raises:
         CheckpointError: The source can't be used, or the destination is something else or a part of the source.
     """
+    if learning:
+        learning.check(scheme)
     destination = expanded(destination)
     taken = os.path.lexists(destination) and (not os.path.isdir(destination) or bool(listed(destination)))
     in_the_way = CheckpointError(f"{destination} exists already, from something else: choose another name")
@@ -130,12 +159,14 @@ def prepare(
     check_original(described)  # before its weights are downloaded
     folder = place.fetch_weights()
     plan = make_plan(described, scheme, dtype)
+    if learning and scheme:
+        plan = learning.planned(plan, scheme)
     done = _is_result(destination, plan)
     if taken and not done:
         raise in_the_way
     if Path(os.path.realpath(destination)).is_relative_to(folder.resolve()):  # `resolve` stumbles over odd links
         raise CheckpointError(f"{destination} lies in the folder that is to be converted: choose another place")
-    return Conversion(folder, destination, plan, done)
+    return Conversion(folder, destination, plan, done, learning, scheme, dtype)
 
 
 def convert(

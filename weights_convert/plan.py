@@ -63,6 +63,8 @@ class Parameter:
         sources: Stored tensors whose rows make it up, one after the other.
         half: See `tensor_names.Source`.
         order: A tensor that says in which order the rows go, or None for the stored one.
+        values: What is stored for it, one array for each of `entries`, if that was learnt (learned.py) and isn't made
+            of the sources.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Parameter:
     sources: tuple[Tensor, ...]
     half: int | None
     order: Tensor | None
+    values: tuple[mx.array, ...] | None = None
 
     def entries(self) -> list[Entry]:
         """The tensors that are stored for it."""
@@ -87,6 +90,9 @@ class Parameter:
 
     def chunks(self) -> Iterator[tuple[mx.array, ...]]:
         """What is stored for it, some rows at a time: matrices, one for each of `entries`."""
+        if self.values is not None:
+            yield self.values
+            return
         for rows in self._rows():
             if mx.issubdtype(rows.dtype, mx.floating):
                 rows = rows.astype(self.dtype)

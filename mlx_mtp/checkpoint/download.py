@@ -34,7 +34,7 @@ def description(repository: str) -> Path:
     """
     with _clear_errors(repository):
         # Of the folders, whose files would match as well, none but the one of chat templates: "ad...".
-        return _snapshot(repository, None, ["*.json", "*.jinja"], ["[!a]*/*", "?[!d]*/*"])
+        return _snapshot(repository, None, ["*.json", "*.jinja", "tokenizer.model"], ["[!a]*/*", "?[!d]*/*"])
 
 
 def weights(repository: str, folder: Path, patterns: list[str]) -> None:

@@ -18,6 +18,7 @@ import typer
 from ..errors import MTPError, PromptError
 from ..files import parse_json, replacing, writable
 from . import options as o
+from . import render
 
 
 def batch(
@@ -81,11 +82,12 @@ def batch(
             _only(output, done) as file,
         ):
             answers = _answers(lm, lines, todo, size, seed, given)
-            with typer.progressbar(answers, len(todo), file=sys.stderr, label="prompts") as bar:
-                for answer in bar:
+            with render.progress("prompts", len(todo)) as report:
+                for number, answer in enumerate(answers, 1):
                     done[answer["index"]] = answer
                     file.write(_line(answer))
                     file.flush()
+                    report(number)
     except KeyboardInterrupt:
         print(f"\nstopped; the same command goes on: {len(done)} answers are in {output}", file=sys.stderr)
         raise typer.Exit(o.INTERRUPTED) from None

@@ -13,9 +13,10 @@ import typer
 
 from ..errors import CheckpointError, MemoryBudgetError
 from . import options as o
+from . import render
 
 if TYPE_CHECKING:
-    from weights_convert import Conversion
+    from weights_convert import Conversion, Learning
 
     from ..checkpoint.quantization import Scheme
 
@@ -54,6 +55,18 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16 for the rest. Default: as stored.")
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="gptq or dwq: mlx-lm learns the target's quantised weights from the text of --calibration. Needs the "
+            "unquantised model in memory, and as much disk space again meanwhile. Default: round plainly.",
+            show_default=False,
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Text (UTF-8) that --method learns from, like what the model is for."),
+    ] = None,
     drafter: o.Drafter = None,
     no_draft: Annotated[bool, typer.Option("--no-draft", help="Convert the target alone.")] = False,
     drafter_bits: Annotated[
@@ -79,7 +92,8 @@ def convert(
     if drafter_bits is not None and no_draft:
         raise typer.BadParameter("--no-draft converts no drafter", param_hint="--drafter-bits")
     common = _scheme(mode, bits, group_size, embeddings_bits, override or [])
-    conversions = _prepare(source, destination, common, dtype, False if no_draft else drafter, drafter_bits)
+    learning = _learning(method, calibration, common)
+    conversions = _prepare(source, destination, common, dtype, False if no_draft else drafter, drafter_bits, learning)
     _check_overrides(override or [], conversions[0].plan.modules)
     for conversion in conversions:
         _run(conversion)
@@ -131,6 +145,21 @@ def _scheme(
     return Scheme(common, (*rows, *named))
 
 
+def _learning(method: str | None, calibration: Path | None, scheme: Scheme | None) -> Learning | None:
+    from weights_convert.learned import Learning
+
+    if method is None:
+        if calibration is not None:
+            raise typer.BadParameter("only --method learns from text", param_hint="--calibration")
+        return None
+    with _value_of("--method"):
+        learning = Learning(method, calibration or Path())
+        learning.check(scheme)
+    if calibration is None:
+        raise typer.BadParameter(f"{method} learns from text: name a file", param_hint="--calibration")
+    return learning
+
+
 def _check_overrides(overrides: list[str], modules: tuple[str, ...]) -> None:
     """Each has to match something: a name with a slip in it would change nothing, unnoticed."""
     for pattern, _ in map(_override, overrides):
@@ -148,6 +177,7 @@ def _prepare(
     dtype: str | None,
     drafter: str | Literal[False] | None,
     drafter_bits: int | None,
+    learning: Learning | None,
 ) -> list[Conversion]:
     """What is to be done: the conversion of the model itself, and that of its drafter."""
     from weights_convert import Format, Scheme, prepare
@@ -158,8 +188,10 @@ def _prepare(
     bits = (4 if scheme else None) if drafter_bits is None else drafter_bits
     with _value_of("--drafter-bits"):
         drafter_scheme = None if bits is None else Scheme(Format(bits))
-    conversions = [prepare(source, destination, scheme, dtype)]
+    conversions = [prepare(source, destination, scheme, dtype, learning=learning)]
     if _is_drafter(conversions[0]):
+        if learning:
+            raise typer.BadParameter(f"{source} is a drafter, and those are rounded plainly", param_hint="--method")
         if drafter or drafter_bits is not None:
             raise typer.BadParameter(f"{source} is a drafter itself: it takes --bits, not --drafter or --drafter-bits")
         return conversions
@@ -179,22 +211,15 @@ def _is_drafter(conversion: Conversion) -> bool:
 
 def _run(conversion: Conversion) -> None:
     """One conversion, with a progress bar."""
-    from tqdm import tqdm
-
-    with tqdm(unit="B", unit_scale=True, desc=conversion.destination.name, disable=None, file=sys.stderr) as bar:
-
-        def progress(name: str, written: int, total: int) -> None:
-            bar.total = total
-            bar.update(written - bar.n)
-
-        try:
-            conversion.run(progress)
-        except KeyboardInterrupt:
-            bar.close()
-            kept = conversion.aside.exists()
-            more = "the same command goes on where this one stopped" if kept else "nothing was finished"
-            print(f"interrupted: {more}", file=sys.stderr)
-            raise typer.Exit(o.INTERRUPTED) from None
+    try:
+        name, total = conversion.destination.name, conversion.plan.total
+        with render.progress(name, total, in_bytes=True, announce=False) as report:
+            conversion.run(lambda name, written, total: report(written))
+    except KeyboardInterrupt:
+        kept = conversion.aside.exists()
+        more = "the same command goes on where this one stopped" if kept else "nothing was finished"
+        print(f"interrupted: {more}", file=sys.stderr)
+        raise typer.Exit(o.INTERRUPTED) from None
 
 
 def _compared(conversion: Conversion, target: Path | None) -> str:

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import MTPError
 from . import options as o
+from . import render
 
 if TYPE_CHECKING:
     from ..checkpoint.description import AnyDescription, DrafterDescription, TargetDescription
@@ -43,7 +44,10 @@ def info(
     o.check_loading(drafter, no_draft, quantize, quantize_drafter)
     machine = _chip(chip)
     facts = describe(model, False if no_draft else drafter, quantize, machine, quantize_drafter)
-    print(json.dumps(facts) if as_json else _table(facts))
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        render.show([render.pairs(_table(facts))])
 
 
 def describe(
@@ -236,7 +240,7 @@ def _stored(facts: dict[str, Any]) -> str:
     return f"{size}; NOT complete: {missing[0]} is missing, {len(missing)} in all" if missing else size
 
 
-def _table(facts: dict[str, Any]) -> str:
+def _table(facts: dict[str, Any]) -> list[tuple[str, str]]:
     t, d, m = facts["target"], facts["drafter"], facts["machine"]
     experts = f", {t['experts_per_token']} of {t['experts']} experts a token" if t["experts"] else ""
     lines = [
@@ -274,7 +278,7 @@ def _table(facts: dict[str, Any]) -> str:
         label = f"  {choice['quantize']} bits" if choice["quantize"] else "  unquantised"
         reads = f"one token reads {_size(choice['bytes_read_per_token'])}"
         lines.append((label, f"{_fits(choice, t['context'])}; {reads}"))
-    return "\n".join(f"{name:14}{value}" for name, value in lines)
+    return lines
 
 
 def _speed(expected: dict[str, Any]) -> str:

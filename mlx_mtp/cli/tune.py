@@ -9,6 +9,7 @@ import json
 import sys
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,8 @@ from ..errors import MTPError, ProfileError, PromptError
 from ..files import listed, parse_json
 from ..tuning import OBJECTIVES
 from . import options as o
+from . import render
+from .tune_tables import simulation, tables
 
 if TYPE_CHECKING:
     from ..checkpoint.quantization import Format
@@ -78,7 +81,7 @@ def tune(
             if given:
                 raise typer.BadParameter("nothing is measured with --simulate", param_hint=option)
         loading = drafter, no_draft, quantize, quantize_drafter
-        print(_simulation(simulate, model, *loading, objective, tokens, rows, as_json))
+        _simulate(simulate, model, *loading, objective, tokens, rows, as_json)
     else:
         if plot:
             from ..tuning.plot import check_plot
@@ -109,16 +112,17 @@ def _tune(
 
         found = measure.Measurement()
         total = measure.points(batches, contexts)
-        with typer.progressbar(length=total, file=sys.stderr, label="measuring") as bar:
-            try:
+        steps_done = count(1)
+        try:
+            with render.progress("measuring", total) as done:
                 measure.measure(
                     lm, found, batches, contexts=contexts, prompts=prompts or measure.PROMPTS,
-                    progress=lambda _: bar.update(1),
+                    progress=lambda _: done(next(steps_done)),
                 )  # fmt: skip
-            except KeyboardInterrupt:
-                any_yet = found.steps or found.acceptance
-                so_far = "this is from what was measured so far" if any_yet else "nothing was measured yet"
-                print(f"\nstopped: {so_far}", file=sys.stderr)
+        except KeyboardInterrupt:
+            any_yet = found.steps or found.acceptance
+            so_far = "this is from what was measured so far" if any_yet else "nothing was measured yet"
+            print(f"\nstopped: {so_far}", file=sys.stderr)
         options = choose.options(found) if found.acceptance or not lm.drafter_config else []
         choices = [choose.choose(options, name) for name in OBJECTIVES] if options else []
         key = profile.key_of(lm.description, lm.drafter_description, lm.adapter)
@@ -144,7 +148,7 @@ def _tune(
         if as_json:
             print(json.dumps(facts(found, options, choices, saved, lm.config.text)))
         else:
-            print(tables(found, options, choices, lm.config.text))
+            render.show(tables(found, options, choices, lm.config.text))
         if saved and not as_json:
             print(f"\nsaved for {objective} in {saved}")
         elif options and not as_json and not failed:
@@ -190,77 +194,6 @@ def _read_prompts(path: Path) -> list[Any]:
             raise PromptError(f"{path}: the prompt of line {number} is neither text, messages nor token ids")
         found.append(prompt)
     return found
-
-
-def tables(found: Measurement, options: list[Option], choices: list[Choice], config: TextConfig) -> str:
-    """All that was measured and chosen, for people."""
-    from ..tuning import choose
-    from ..tuning.cost_model import distinct_experts
-
-    lines = []
-    for context in sorted({step.context for step in found.steps}):
-        own = [step for step in found.steps if step.context == context]
-        widths = sorted(own[0].verify)
-        speed = f"; prefill {found.prefill_tps[context]:,.0f} tok/s" if context in found.prefill_tps else ""
-        lines += [
-            f"Context {context:,}{speed}. Milliseconds of a verify pass by block width, of a draft, and of the host:",
-            "batch  " + "".join(f"{width:>8d}" for width in widths) + "     draft    host  spread",
-        ]
-        for step in own:
-            spread = max((s.high - s.low) / s.median for s in step.verify.values())
-            drafted = f"{step.draft.median * 1e3:10.2f}" if step.draft else "         -"
-            passes = "".join(f"{step.verify[width].median * 1e3:8.2f}" for width in widths)
-            lines.append(f"{step.rows:5d}  {passes}{drafted}{step.host * 1e3:8.2f}  up to {spread:.0%}")
-        lines.append("")
-    if config.num_experts and found.steps:
-        context = found.steps[0].context
-        lines += [
-            "Distinct experts that a layer is asked for, by block width, measured and (if tokens chose independently):",
-            "batch  " + "".join(f"{width:>6d}{'':8}" for width in sorted(found.steps[0].experts)).rstrip(),
-        ]
-        for step in (step for step in found.steps if step.context == context):
-            counts = []
-            for width, count in step.experts.items():
-                uniform = distinct_experts(config.num_experts, config.experts_per_token, step.rows * width)
-                counts.append(f"{count:6.1f} {f'({uniform:.1f})':7}")
-            lines.append(f"{step.rows:5d}  " + "".join(counts).rstrip())
-        lines.append("")
-    if parts := choose.split(found.steps):
-        experts = f" + {parts.expert * 1e3:.3f} a distinct expert" if config.num_experts else ""
-        lines += [
-            f"Verify at context {parts.context:,}, in ms: {parts.fixed * 1e3:.2f} in any case + "
-            f"{parts.dense * 1e3:.3f} a token{experts}; off by {parts.residual:.0%} on average.",
-            "",
-        ]
-    if found.acceptance and found.drafter_position:
-        lines.append("Chance that a draft is kept if those before it were, by position:")
-        for kind, chances in found.acceptance.items():
-            lines.append(f"  {kind:8}" + " ".join(f"{chance:5.2f}" for chance in chances))
-        why = "the usual one" if found.drafter_position == "committed" else "where clearly more are kept"
-        lines.append(f"The drafter's queries sit at the {found.drafter_position} position, {why}.")
-        lines.append("")
-    if options:
-        drafts = sorted({option.drafts for option in options})
-        lines += [
-            "Expected tokens per second of all rows, by batch and draft length (* the best of the batch):",
-            "batch  " + "".join(f"{k:>9d}" for k in drafts),
-        ]
-        for rows in sorted({option.rows for option in options}):
-            own_options = {option.drafts: option for option in options if option.rows == rows}
-            best = max(own_options.values(), key=lambda option: option.total_tps)
-            cells = (
-                f"{own_options[k].total_tps:8.1f}{'*' if own_options[k] is best else ' '}"
-                if k in own_options
-                else " " * 9
-                for k in drafts
-            )
-            lines.append(f"{rows:5d}  " + "".join(cells).rstrip())
-        lines.append("")
-    lines += [f"left out: {what}" for what in found.skipped]
-    if why := choose.restless(found.steps):
-        lines += [f"The machine was busy with something else: {why}. Tune again when it is idle.", ""]
-    lines += [f"{choice.objective:10} {choice.why}" for choice in choices]
-    return "\n".join(lines)
 
 
 def facts(
@@ -311,21 +244,26 @@ def _list(as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows))
         return
+    usable = [row for row in rows if row["usable"]]
+    if usable:
+        shown = []
+        for row in usable:
+            stored = f"{row['quantize']} bits" if row["quantize"] else "as stored"
+            stored += f", the drafter in {row['drafter']}" if row["drafter"] else ""
+            shown.append((
+                f"{row['model']} ({stored})", row["device"], str(row["rows"]), str(row["drafts"]), row["objective"],
+                row["measured"], row["path"],
+            ))  # fmt: skip
+        headers = ["model", "device", "batch", "draft length", "objective", "measured", "file"]
+        render.show([render.table(headers, shown, left=(0, 1, 4, 5, 6))])
     for row in rows:
         if not row["usable"]:
             print(f"not usable: {row['why']}")
-            continue
-        stored = f"{row['quantize']} bits" if row["quantize"] else "as stored"
-        stored += f", the drafter in {row['drafter']}" if row["drafter"] else ""
-        print(
-            f"{row['model']} ({stored}) on {row['device']}: batch {row['rows']}, draft length {row['drafts']} "
-            f"({row['objective']}), measured {row['measured']}\n    {row['path']}"
-        )
     if not rows:
         print(f"no profiles in {profile.folder()}: mlx-mtp tune makes one", file=sys.stderr)
 
 
-def _simulation(
+def _simulate(
     chip: str,
     model: str | None,
     drafter: str | None,
@@ -336,8 +274,8 @@ def _simulation(
     contexts: list[int],
     batches: list[int],
     as_json: bool,
-) -> str:
-    """The prediction's tables, one for each context, or their JSON.
+) -> None:
+    """Shows the prediction's tables, one for each context, or their JSON.
 
     Raises:
         typer.BadParameter: Unknown chip or size, where the message lists those there are; too long a context.
@@ -373,10 +311,11 @@ def _simulation(
         bits = how.bits if how else None
         about = {"predicted": True, "chip": machine.name, "model": name, "bits": bits, "objective": objective}
         accepted = list(cost_model.PUBLISHED_ACCEPTANCE) if pair.drafter else []
-        return json.dumps({**about, "acceptance": accepted, "contexts": predicted})
-    return "\n\n".join(
-        report.simulation(machine, name, pair, context, batches=batches, objective=objective) for context in contexts
-    )
+        print(json.dumps({**about, "acceptance": accepted, "contexts": predicted}))
+        return
+    for i, context in enumerate(contexts):
+        parts = simulation(machine, name, pair, context, batches=batches, objective=objective)
+        render.show(["", *parts] if i else parts)
 
 
 def _configs(

@@ -1,4 +1,4 @@
-"""The table that a simulation prints: what drafting should bring on a chip, by batch; a prediction and labelled so."""
+"""What a simulation finds: what drafting should bring on a chip, by batch. A prediction; cli/tune_tables.py says so."""
 
 from __future__ import annotations
 
@@ -90,70 +90,15 @@ def chosen(found: Sequence[Choice], alone: float, objective: str) -> Choice:
     return max(kept, key=lambda c: c.best) if kept else min(found, key=lambda c: c.batch)
 
 
-def simulation(
-    chip: Chip,
-    name: str,
-    pair: model.Pair,
-    context: int,
-    acceptance: Sequence[float] = model.PUBLISHED_ACCEPTANCE,
-    overlap: float = 0.0,
-    batches: Sequence[int] = BATCHES,
-    objective: str = "balanced",
-) -> str:
-    """The table as text, for people.
-
-    Args:
-        chip: Where.
-        name: What to call the model.
-        pair: The models.
-        context: Committed tokens of each row.
-        acceptance: By position, see `model.acceptance_for`.
-        overlap: See `model.distinct_experts`.
-        batches: Which batches.
-        objective: One of `tuning.OBJECTIVES`.
-    """
-    stored = f"{pair.how.bits} bits" if pair.how else "16-bit"
-    accepted = " ".join(f"{chance:.2f}" for chance in acceptance)
-    lines = [
-        f"PREDICTION, not a measurement: {name}, {stored}, on {chip.name} ({chip.bandwidth:.0f} GB/s, "
-        f"{chip.gpu_cores} GPU cores), {context:,} tokens of context",
-        (f"Assumed: drafts are accepted with {accepted} by position; " if pair.drafter else "Without a drafter; ")
-        + "the largest configuration of the chip. Gain: best over plain in the same batch."
-        + (" Experts: distinct ones that a pass reads in a layer." if pair.target.num_experts else ""),
-    ]
-    found = choices(chip, pair, context, acceptance, batches, overlap)
-    if not found:
-        return "\n".join(
-            [*lines, f"It doesn't fit: the chip has at most {chip.memory} GB. Use fewer bits, or a shorter context."]
-        )
-    lines.append("batch  drafts  plain tok/s  best tok/s  gain  per row" + ("  experts" if found[0].experts else ""))
-    for c in found:
-        experts = f"  {c.experts:7.1f}" if c.experts else ""
-        row = f"{c.batch:5d}  {c.drafts:6d}  {c.plain:11.1f}  {c.best:10.1f}  {c.best / c.plain:3.2f}x"
-        lines.append(f"{row}  {c.best / c.batch:7.1f}{experts}")
-    if pair.drafter:
-        lines.append("Tokens a second of all rows, by batch and draft length (* the best of the batch):")
-        lines.append("batch" + "".join(f"{drafts:9d}" for drafts in range(LONGEST_DRAFT + 1)))
-        for c in found:
-            marks = ("*" if drafts == c.drafts else " " for drafts in range(len(c.speeds)))
-            cells = (f"{speed:8.1f}{mark}" for speed, mark in zip(c.speeds, marks, strict=True))
-            lines.append(f"{c.batch:5d} " + "".join(cells).rstrip())
-    if left := sorted(set(batches) - {c.batch for c in found}):
-        lines.append(f"Left out: batch {', '.join(map(str, left))}, which {chip.memory} GB have no room for.")
-    alone = model.tokens_per_second(chip, pair, 1, (), context, overlap)
-    best = chosen(found, alone, objective)
-    share = best.best / best.batch / alone
-    lines.append(
-        f"{objective.capitalize()}: batch {best.batch}, draft length {best.drafts}; each row has {share:.0%} of plain "
-        "batch 1."
-    )
-    return "\n".join(lines)
-
-
 def simulation_facts(
     chip: Chip, pair: model.Pair, context: int, batches: Sequence[int] = BATCHES, objective: str = "balanced"
 ) -> dict[str, Any]:
-    """What is predicted for a context, for programs. Arguments as for `simulation`."""
+    """What is predicted for a context, for programs.
+
+    Args:
+        chip, pair, context, batches: As for `choices`.
+        objective: As for `chosen`.
+    """
     found = choices(chip, pair, context, batches=batches)
     alone = model.tokens_per_second(chip, pair, 1, (), context)
     return {

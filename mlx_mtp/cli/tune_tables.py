@@ -1,0 +1,172 @@
+"""The tables of `mlx-mtp tune`: what was measured and chosen, and what is predicted with --simulate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .render import Part, table
+
+if TYPE_CHECKING:
+    from ..config import TextConfig
+    from ..tuning import cost_model
+    from ..tuning.chips import Chip
+    from ..tuning.choose import Choice, Option
+    from ..tuning.measure import Measurement
+
+
+def tables(found: Measurement, options: list[Option], choices: list[Choice], config: TextConfig) -> list[Part]:
+    """All that was measured and chosen, for people."""
+    from ..tuning import choose
+
+    parts: list[Part] = []
+    for part in (_seconds(found), _experts(found, config), _split(found, config), _acceptance(found), _speeds(options)):
+        parts += [*part, ""] if part else []
+    parts += [f"left out: {what}" for what in found.skipped]
+    if why := choose.restless(found.steps):
+        parts += [f"The machine was busy with something else: {why}. Tune again when it is idle.", ""]
+    return [*parts, *(f"{choice.objective:10} {choice.why}" for choice in choices)]
+
+
+def _seconds(found: Measurement) -> list[Part]:
+    parts: list[Part] = []
+    for context in sorted({step.context for step in found.steps}):
+        own = [step for step in found.steps if step.context == context]
+        widths = sorted(own[0].verify)
+        rows = []
+        for step in own:
+            spread = max((s.high - s.low) / s.median for s in step.verify.values())
+            passes = [f"{step.verify[width].median * 1e3:.2f}" for width in widths]
+            drafted = f"{step.draft.median * 1e3:.2f}" if step.draft else "-"
+            rows.append([str(step.rows), *passes, drafted, f"{step.host * 1e3:.2f}", f"up to {spread:.0%}"])
+        speed = f"; prefill {found.prefill_tps[context]:,.0f} tok/s" if context in found.prefill_tps else ""
+        parts += [
+            *([""] if parts else []),
+            f"Context {context:,}{speed}. Milliseconds of a verify pass by block width, of a draft, and of the host:",
+            table(["batch", *map(str, widths), "draft", "host", "spread"], rows),
+        ]
+    return parts
+
+
+def _experts(found: Measurement, config: TextConfig) -> list[Part]:
+    from ..tuning.cost_model import distinct_experts
+
+    if not config.num_experts or not found.steps:
+        return []
+    rows = []
+    for step in (step for step in found.steps if step.context == found.steps[0].context):
+        cells = [str(step.rows)]
+        for width, count in step.experts.items():
+            uniform = distinct_experts(config.num_experts, config.experts_per_token, step.rows * width)
+            cells.append(f"{count:.1f} ({uniform:.1f})")
+        rows.append(cells)
+    return [
+        "Distinct experts that a layer is asked for, by block width, measured and (if tokens chose independently):",
+        table(["batch", *map(str, sorted(found.steps[0].experts))], rows),
+    ]
+
+
+def _split(found: Measurement, config: TextConfig) -> list[Part]:
+    from ..tuning import choose
+
+    parts = choose.split(found.steps)
+    if parts is None:
+        return []
+    experts = f" + {parts.expert * 1e3:.3f} a distinct expert" if config.num_experts else ""
+    return [
+        f"Verify at context {parts.context:,}, in ms: {parts.fixed * 1e3:.2f} in any case + "
+        f"{parts.dense * 1e3:.3f} a token{experts}; off by {parts.residual:.0%} on average."
+    ]
+
+
+def _acceptance(found: Measurement) -> list[Part]:
+    if not found.acceptance or not found.drafter_position:
+        return []
+    longest = max(map(len, found.acceptance.values()))
+    rows = [[kind, *(f"{chance:.2f}" for chance in chances)] for kind, chances in found.acceptance.items()]
+    why = "the usual one" if found.drafter_position == "committed" else "where clearly more are kept"
+    return [
+        "Chance that a draft is kept if those before it were, by position:",
+        table(["texts", *map(str, range(1, longest + 1))], rows, left=(0,)),
+        f"The drafter's queries sit at the {found.drafter_position} position, {why}.",
+    ]
+
+
+def _speeds(options: list[Option]) -> list[Part]:
+    if not options:
+        return []
+    speeds: dict[int, dict[int, float]] = {}
+    for option in options:
+        speeds.setdefault(option.rows, {})[option.drafts] = option.total_tps
+    return [
+        "Expected tokens per second of all rows, by batch and draft length (* the best of the batch):",
+        _by_draft_length(speeds),
+    ]
+
+
+def _by_draft_length(speeds: dict[int, dict[int, float]]) -> Part:
+    """A table of speeds by batch, and in it by draft length; the best of each row is marked."""
+    lengths = sorted({drafts for row in speeds.values() for drafts in row})
+    rows = []
+    for batch, row in sorted(speeds.items()):
+        best = max(row, key=lambda drafts: row[drafts])
+        cells = (f"{row[k]:.1f}{'*' if k == best else ' '}" if k in row else "" for k in lengths)
+        rows.append([str(batch), *cells])
+    return table(["batch", *(f"{k} " for k in lengths)], rows)
+
+
+def simulation(
+    chip: Chip,
+    name: str,
+    pair: cost_model.Pair,
+    context: int,
+    batches: Sequence[int],
+    objective: str = "balanced",
+) -> list[Part]:
+    """What is predicted for a context, for people.
+
+    Args:
+        chip: Where.
+        name: What to call the model.
+        pair: The models.
+        context: Committed tokens of each row.
+        batches: Which batches.
+        objective: One of `tuning.OBJECTIVES`.
+    """
+    from ..tuning.cost_model import PUBLISHED_ACCEPTANCE, tokens_per_second
+    from ..tuning.report import choices, chosen
+
+    stored = f"{pair.how.bits} bits" if pair.how else "16-bit"
+    accepted = " ".join(f"{chance:.2f}" for chance in PUBLISHED_ACCEPTANCE)
+    parts: list[Part] = [
+        f"PREDICTION, not a measurement: {name}, {stored}, on {chip.name} ({chip.bandwidth:.0f} GB/s, "
+        f"{chip.gpu_cores} GPU cores), {context:,} tokens of context",
+        (f"Assumed: drafts are accepted with {accepted} by position; " if pair.drafter else "Without a drafter; ")
+        + "the largest configuration of the chip. Gain: best over plain in the same batch."
+        + (" Experts: distinct ones that a pass reads in a layer." if pair.target.num_experts else ""),
+    ]
+    found = choices(chip, pair, context, batches=batches)
+    if not found:
+        return [*parts, f"It doesn't fit: the chip has at most {chip.memory} GB. Use fewer bits, or a shorter context."]
+    rows = [
+        [str(c.batch), str(c.drafts), f"{c.plain:.1f}", f"{c.best:.1f}", f"{c.best / c.plain:.2f}x",
+         f"{c.best / c.batch:.1f}", *([f"{c.experts:.1f}"] if c.experts else [])]
+        for c in found
+    ]  # fmt: skip
+    headers = ["batch", "drafts", "plain tok/s", "best tok/s", "gain", "per row"]
+    parts.append(table([*headers, "experts"] if found[0].experts else headers, rows))
+    if pair.drafter:
+        parts += [
+            "Tokens a second of all rows, by batch and draft length (* the best of the batch):",
+            _by_draft_length({c.batch: dict(enumerate(c.speeds)) for c in found}),
+        ]
+    if left := sorted(set(batches) - {c.batch for c in found}):
+        parts.append(f"Left out: batch {', '.join(map(str, left))}, which {chip.memory} GB have no room for.")
+    alone = tokens_per_second(chip, pair, 1, (), context)
+    best = chosen(found, alone, objective)
+    share = best.best / best.batch / alone
+    parts.append(
+        f"{objective.capitalize()}: batch {best.batch}, draft length {best.drafts}; each row has {share:.0%} of plain "
+        "batch 1."
+    )
+    return parts
