@@ -11,9 +11,9 @@ from __future__ import annotations
 import logging
 import secrets
 import weakref
-from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
@@ -21,22 +21,18 @@ import mlx.core as mx
 
 from .answer import Chunk, Generation
 from .calls import Calls, Prompt, chosen_options, common_options, several
-from .checkpoint import sizes
 from .checkpoint.description import DrafterDescription, TargetDescription
-from .checkpoint.load import check_fits, load_drafter, load_target
+from .checkpoint.load import check_fits
 from .checkpoint.pair import DEMO as DEMO
-from .checkpoint.pair import find_pair, way_out
-from .decode.draft_length import DraftLengthPolicy
-from .decode.overflow import check_overflow
-from .decode.prefill import prefill_by_chunks
-from .decode.round import draft, first_state
-from .decode.sampling import Sampler, SamplingOptions, is_int, row_seed
+from .checkpoint.pair import find_pair
+from .decode.inspect import logits_after, proposal
+from .decode.sampling import is_int, row_seed
 from .decode.scheduler import MAX_ROWS, Scheduler
 from .decode.trace import Trace
 from .errors import MTPError, PromptError
 from .generation_config import read_generation
 from .inbox import Inbox, Stream
-from .models import self_test
+from .loading import load_models
 from .models.drafter import POSITIONS, Drafter
 from .models.target import Target
 from .options import GenerationOptions
@@ -114,17 +110,6 @@ def load(
     return MTPModel(*pair, drafter_position, cache_bytes, tuned, adapter)
 
 
-@dataclass
-class _Loaded:
-    """What the session's thread owns, see `session.Loaded`."""
-
-    target: Target
-    drafter: Drafter | None
-    scheduler: Scheduler
-    weights: int
-    kv_budget: int
-
-
 class MTPModel:
     """A target with its drafter, ready to generate. Made by `load`.
 
@@ -156,34 +141,22 @@ class MTPModel:
         self.drafter_folder = own.folder if own else None
         self.drafter_config = own.config if own else None
         self.drafter_format = own.quantize if own else None
-        self.defaults = defaults = read_generation(description)
-        most_rows = profile.rows if profile else MAX_ROWS
-
-        def load() -> _Loaded:
-            target, drafter = load_target(description, adapter), None
-            if own:
-                with way_out():
-                    drafter = load_drafter(own, description.config, position)
-            self_test.at_load(target, drafter)
-            check_overflow(target, drafter)
-            weights = sizes.held_bytes(target, drafter)
-            budget, kept = sizes.kv_budget(weights, cache_bytes)
-            scheduler = Scheduler(
-                target,
-                drafter,
-                defaults.suppress_tokens,
-                max_rows=most_rows,
-                kv_budget=budget,
-                cache_bytes=kept,
-                policy=DraftLengthPolicy(profile.prices) if profile else None,
+        self.defaults = read_generation(description)
+        self._session = Session(
+            partial(
+                load_models,
+                description,
+                own,
+                adapter,
+                position,
+                cache_bytes,
+                profile,
+                tuple(self.defaults.suppress_tokens),
             )
-            return _Loaded(target, drafter, scheduler, weights, budget)
-
-        self._session = Session(load)
-        # Neither of both refers to this model, so that dropping it gives its memory back.
+        )
+        # The session doesn't refer to this model, so that dropping the model ends it and gives its memory back.
         weakref.finalize(self, self._session.close).atexit = False
-        loaded = cast(_Loaded, self._session.owned())
-        self.kv_budget = loaded.kv_budget
+        self.kv_budget = self._session.owned().kv_budget
         folder = self.folder
         self.tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
         if self.tokenizer and self.tokenizer.seems_base(self.defaults.stop_tokens):
@@ -191,7 +164,9 @@ class MTPModel:
                 "%s has no chat template and seems to be a base model, which can't chat: chat_template=False (--raw) "
                 "completes text as it is", folder,
             )  # fmt: skip
-        self._calls = Calls(self._session, self.tokenizer, self.config, self.defaults, folder, most_rows)
+        self._calls = Calls(
+            self._session, self.tokenizer, self.config, self.defaults, folder, profile.rows if profile else MAX_ROWS
+        )
 
     @overload
     def generate(
@@ -410,20 +385,7 @@ class MTPModel:
             PromptError: Empty, too long, or a token id outside the vocabulary.
         """
         prompt = _ids(tokens)
-
-        def work(target: Target) -> Generator[None, None, mx.array]:
-            parts: list[mx.array] = []
-
-            def keep(hidden: mx.array) -> None:
-                parts.append(target.logits(hidden)[0].astype(mx.float32))
-                mx.eval(parts[-1])
-
-            yield from prefill_by_chunks(target, prompt, keep)
-            logits = mx.concatenate(parts)
-            mx.eval(logits)
-            return logits
-
-        return self._session.run(lambda it: work(it.target))
+        return self._session.run(lambda it: logits_after(it.target, prompt))
 
     def propose(self, tokens: Sequence[int], k: int) -> list[int]:
         """What the drafter proposes after a prompt, greedily.
@@ -446,14 +408,8 @@ class MTPModel:
         if not is_int(k) or not 1 <= k <= max(1, room):
             raise PromptError(f"k must be a whole number from 1 to the {room:,} tokens that fit, not {k!r}")
 
-        def work(target: Target, drafter: Drafter) -> Generator[None, None, list[int]]:
-            kv, hidden = yield from prefill_by_chunks(target, prompt)
-            sampler = Sampler([SamplingOptions()], None, self.defaults.suppress_tokens, config.vocab_size)
-            state = first_state(target, sampler, hidden, mx.array([len(prompt)], dtype=mx.int32))
-            drafts = draft(target, drafter, kv, sampler, state, k)
-            return cast("list[int]", mx.concatenate([state.tokens, drafts[0]]).tolist())
-
-        return self._session.run(lambda it: work(it.target, cast(Drafter, it.drafter)))
+        suppressed = self.defaults.suppress_tokens
+        return self._session.run(lambda it: proposal(it.target, cast(Drafter, it.drafter), prompt, k, suppressed))
 
     @contextmanager
     def models(self) -> Iterator[tuple[Target, Drafter | None]]:

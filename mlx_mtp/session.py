@@ -28,7 +28,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import mlx.core as mx
 
@@ -36,6 +36,7 @@ from .decode.request import Request, Row
 from .decode.scheduler import Scheduler
 from .errors import MTPError
 from .inbox import Inbox, News
+from .loading import Loaded
 from .models.drafter import Drafter
 from .models.target import Target
 from .wired import WIRED
@@ -46,15 +47,6 @@ T = TypeVar("T")
 
 AHEAD = 1024
 """Tokens that a row may be ahead of its reader: some seconds of text, so that a window that redraws costs no round."""
-
-
-class Loaded(Protocol):
-    """What a session owns."""
-
-    target: Target
-    drafter: Drafter | None
-    scheduler: Scheduler
-    weights: int
 
 
 @dataclass
