@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -160,6 +161,32 @@ def test_a_damaged_profile_is_ignored(damage: str, caplog: pytest.LogCaptureFixt
         mlx_mtp.load(drafter=False, profile=path)
     (listed,) = json.loads(tune("--list", "--json").stdout)
     assert not listed["usable"] and "is no profile" in listed["why"]
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"rows": 0}, "rows: input should be greater"), ({"rows": True}, "rows: "), ({"rows": "3"}, "rows: "),
+    ({"drafts": -1}, "drafts: "), ({"drafts": 1.5}, "drafts: "), ({"objective": "speed"}, "objective: "),
+    ({"objective": 5}, "objective: "), ({"measured": 5}, "measured: "), ({"acceptance": {"chat": [1.5]}}, "chat.0: "),
+    ({"acceptance": {"chat": ["x"]}}, "acceptance.chat.0: "), ({"acceptance": 5}, "acceptance: "),
+    ({"more": 1}, "more: "),
+    ({"costs": {}}, "costs: "), ({"costs": {"x": {"verify": {"1": 1}, "draft": 0, "packing": 0}}}, "costs.x: "),
+    ({"costs": {"1": {"verify": {"1": 0}, "draft": 0, "packing": 0}}}, "costs.1.verify.1: "),
+    ({"costs": {"1": {"verify": {"1": 1}, "draft": float("nan"), "packing": 0}}}, "costs.1.draft: "),
+    ({"costs": {"1": {"verify": {"1": float("inf")}, "draft": 0, "packing": 0}}}, "costs.1.verify.1: "),
+    ({"costs": {"1": {"verify": {"1": 1}, "draft": 0}}}, "costs.1.packing: field required"),
+    ({"costs": {"1": {"verify": {"2": 1}, "draft": 0, "packing": 0}}}, "costs of plain decoding are missing"),
+    ({"key": {"model": "m"}}, "key.files: field required"), ({"drafter_position": "left"}, "drafter_position: "),
+])  # fmt: skip
+def test_what_is_wrong_in_a_profile_is_named(change: dict[str, Any], named: str, tmp_path: Path, profiles: Path):
+    key = profile.Key("m", "f", None, None, None, "d", "1", "1")
+    costs = {1: Prices({1: 1.0, 2: 2}, 0, 0.5)}
+    whole = profile.Profile(key, costs, {"chat": [0.9, 1]}, 3, 0, "latency", None, "2026-01-01T00:00:00+00:00")
+    path = profile.save(whole)
+    assert profile.read(path) == whole, "and what was written comes back"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ProfileError, match=f"is no profile: .*{re.escape(named)}.*; delete it") as raised:
+        profile.read(path)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_missing_profile_is_an_error(tmp_path: Path):

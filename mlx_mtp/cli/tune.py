@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -25,6 +25,8 @@ from .tune_tables import simulation, tables
 if TYPE_CHECKING:
     from ..checkpoint.quantization import Format
     from ..config import DrafterConfig, TargetConfig, TextConfig
+    from ..models.drafter import Position
+    from ..tuning import Objective
     from ..tuning.choose import Choice, Option
     from ..tuning.measure import Measurement
 
@@ -137,8 +139,8 @@ def _tune(
                 acceptance=found.acceptance,
                 rows=chosen.option.rows,
                 drafts=chosen.option.drafts,
-                objective=objective,
-                drafter_position=found.drafter_position,
+                objective=cast("Objective", objective),
+                drafter_position=cast("Position | None", found.drafter_position),
                 measured=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             )
             try:

@@ -15,10 +15,13 @@ round before it has read the one before. Lengths change only speed, never the te
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Interval
 
 from .limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH
 from .request import Row
@@ -56,9 +59,9 @@ class Prices:
         packing: What a pass over rows of different lengths takes more than an even one over as many tokens.
     """
 
-    verify: Mapping[int, float]
-    draft: float
-    packing: float
+    verify: Mapping[int, Annotated[float, Interval(gt=0, le=sys.float_info.max)]]
+    draft: Annotated[float, Interval(ge=0, le=sys.float_info.max)]
+    packing: Annotated[float, Interval(ge=0, le=sys.float_info.max)]
 
     def even(self) -> dict[int, float]:
         """Seconds of a round by draft length, the same for all rows."""

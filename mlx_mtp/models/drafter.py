@@ -11,6 +11,7 @@ Not here: which of its scores becomes a draft (decode/sampling.py), and how draf
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,7 +22,8 @@ from .attention import MLP, Attention, Rope, Rotation, ropes
 from .clustered_head import ClusteredHead
 from .elementwise import add_scaled
 
-POSITIONS = ("committed", "bonus")
+Position = Literal["committed", "bonus"]
+POSITIONS: tuple[str, ...] = get_args(Position)
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,15 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import mlx.core as mx
+from annotated_types import Ge, Interval, MinLen
 
 from .. import __version__
 from ..blas import has_openblas
@@ -28,8 +29,9 @@ from ..checkpoint.description import DrafterDescription, TargetDescription
 from ..decode.draft_length import Prices
 from ..errors import ProfileError, one_line
 from ..files import listed, parse_json, read_bytes, replacing, sample
-from ..models.drafter import POSITIONS
+from ..models.drafter import Position
 from ..paths import expanded, published_name
+from . import Objective
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,8 @@ class Key:
         mlx: MLX's version.
         mlx_mtp: This package's.
     """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     model: str
     files: str
@@ -83,13 +87,15 @@ class Profile:
         measured: When, as ISO 8601 in UTC.
     """
 
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
     key: Key
-    costs: Mapping[int, Prices]
-    acceptance: Mapping[str, list[float]]
-    rows: int
-    drafts: int
-    objective: str
-    drafter_position: str | None
+    costs: Annotated[Mapping[Annotated[int, Ge(1)], Prices], MinLen(1)]
+    acceptance: Mapping[str, list[Annotated[float, Interval(ge=0, le=1)]]]
+    rows: Annotated[int, Ge(1)]
+    drafts: Annotated[int, Ge(0)]
+    objective: Objective
+    drafter_position: Position | None
     measured: str
 
     def prices(self, rows: int) -> Prices:
@@ -182,35 +188,31 @@ def read(path: Path) -> Profile:
     Raises:
         ProfileError: There is none in it.
     """
+    from pydantic import (  # takes a tenth of a second, and only pairs with a profile need it
+        TypeAdapter,
+        ValidationError,
+    )
+
     try:
         content = parse_json(read_bytes(path).decode())
-        if content.pop("schema") != SCHEMA:
-            raise ValueError("another version of this package has written it")
-        key = Key(**content.pop("key"))
-        if not isinstance(key.model, str):
-            raise TypeError("its model has no name")
-        costs = {
-            int(rows): Prices(
-                {int(width): _seconds(it) for width, it in prices["verify"].items()},
-                _seconds(prices["draft"], least=0.0),
-                _seconds(prices["packing"], least=0.0),
-            )
-            for rows, prices in content.pop("costs").items()
-        }
-        profile = Profile(key=key, costs=costs, **content)
-        if not costs or not all(1 in prices.verify for prices in costs.values()):
+        if not isinstance(content, dict) or content.pop("schema", None) != SCHEMA:
+            raise ValueError("another version of this package has written it, or something else")
+        profile = TypeAdapter(Profile).validate_json(json.dumps(content), strict=True)
+        if not all(1 in prices.verify for prices in profile.costs.values()):
             raise ValueError("costs of plain decoding are missing")
-        if not isinstance(profile.rows, int) or profile.rows < 1:
-            raise ValueError(f"{profile.rows!r} rows")
-        if profile.drafter_position not in (None, *POSITIONS):
-            raise ValueError(f"drafter_position {profile.drafter_position!r}")
     except OSError as error:
         raise ProfileError(f"{path} can't be read: {error.strerror}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        # What Python says of parts that are missing or of another type is for nobody who reads this.
-        why = one_line(error) if isinstance(error, ValueError) else "parts are missing, or of another kind"
+    except ValueError as error:
+        why = _first(error.errors()) if isinstance(error, ValidationError) else one_line(error)
         raise ProfileError(f"{path} is no profile: {why}; delete it, and run mlx-mtp tune") from error
     return profile
+
+
+def _first(errors: Sequence[Mapping[str, Any]]) -> str:
+    """The first of pydantic's errors in a few words: which field, and what is wrong with it."""
+    first = errors[0]
+    name = ".".join(map(str, first["loc"])).replace(".[key]", "")
+    return one_line(ValueError(f"{name}: {first['msg'][:1].lower()}{first['msg'][1:]}"))
 
 
 def find(key: Key) -> Profile | None:
@@ -276,9 +278,3 @@ def check(profile: Profile, key: Key, path: Path) -> None:
     ):  # fmt: skip
         if getattr(profile.key, what) != getattr(key, what):
             raise ProfileError(f"{path} was measured with {name}: run mlx-mtp tune again")
-
-
-def _seconds(value: Any, least: float = sys.float_info.min) -> float:
-    if not isinstance(value, (int, float)) or not least <= value <= sys.float_info.max:
-        raise ValueError(f"a part of a round takes {value!r} seconds")
-    return float(value)
