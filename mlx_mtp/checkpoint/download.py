@@ -1,9 +1,9 @@
 """Downloads files of hub repositories into the cache of huggingface_hub.
 
-Newer versions of that library begin a file that was broken off from its start again, and a model's files have up to
-50 GB. So weights are fetched here, over plain HTTP, into a file beside the place where the library looks for them: the
-next attempt goes on with it. All else is the library's, progress and further tries when the connection is lost
-included.
+The library does it, over Xet where a repository has it, and shows progress. But it begins a file that was broken off
+from its start again, and a model's files have up to 50 GB. So a first attempt is the library's alone; after one that
+was broken off weights are fetched here, over plain HTTP, into a file beside the place where the library looks for them;
+attempts after that go on with it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from inspect import signature
 from pathlib import Path
 
 from ..errors import CheckpointError, one_line
@@ -49,12 +51,39 @@ def weights(repository: str, folder: Path, patterns: list[str]) -> None:
         CheckpointError: They can't be had. What came of them is kept.
     """
     commit = folder.name  # of the files that are there now
+    begun = folder.parents[1] / f"{commit}.mlx-mtp.begun"
     with _clear_errors(repository):
-        # The parts of the library that this uses have no promise to stay: without them it does all by itself.
-        with suppress(ImportError, AttributeError, TypeError):
+        library = _library() if begun.exists() else None
+        if library:
             for name in _missing(repository, folder, patterns):
-                _fetch(repository, commit, name)
+                _fetch(library, repository, commit, name)
+        with suppress(OSError):  # a cache that may only be read
+            begun.touch()
         _snapshot(repository, commit, patterns)
+        with suppress(OSError):
+            begun.unlink()
+
+
+@dataclass(frozen=True)
+class _Library:
+    """Functions of huggingface_hub that have no promise to stay."""
+
+    http_get: Callable[..., None]
+    repo_folder_name: Callable[..., str]
+    build_hf_headers: Callable[[], dict[str, str]]
+
+
+def _library() -> _Library | None:
+    """Those functions, or None if a version of the library hasn't them: it does all by itself then."""
+    try:
+        from huggingface_hub.file_download import http_get, repo_folder_name
+        from huggingface_hub.utils import build_hf_headers
+    except ImportError:
+        return None
+    wanted = {"resume_size", "headers", "expected_size", "displayed_filename"}
+    if not wanted <= signature(http_get).parameters.keys():
+        return None
+    return _Library(http_get, repo_folder_name, build_hf_headers)
 
 
 def _snapshot(repository: str, commit: str | None, patterns: list[str], ignored: list[str] = _BELOW) -> Path:
@@ -78,19 +107,17 @@ def _missing(repository: str, folder: Path, patterns: list[str]) -> list[str]:
     return [name for name in names if not (folder / name).exists()]
 
 
-def _fetch(repository: str, commit: str, name: str) -> None:
+def _fetch(library: _Library, repository: str, commit: str, name: str) -> None:
     """Brings a file into the cache, going on with what an earlier attempt has left."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.file_download import http_get, repo_folder_name
-    from huggingface_hub.utils import build_hf_headers
 
-    url, headers = hf_hub_url(repository, name, revision=commit), build_hf_headers()
+    url, headers = hf_hub_url(repository, name, revision=commit), library.build_hf_headers()
     known = get_hf_file_metadata(url, headers=headers)
     etag = known.etag or ""
     # It becomes the name of a file, and mirrors may send anything.
     if not re.fullmatch(r"[0-9a-f]{40,64}", etag) or known.size is None or known.size > _LARGEST:
         return
-    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model") / "blobs"
+    blobs = Path(constants.HF_HUB_CACHE) / library.repo_folder_name(repo_id=repository, repo_type="model") / "blobs"
     blobs.mkdir(parents=True, exist_ok=True)
     whole, partial = blobs / etag, blobs / f"{etag}.mlx-mtp.incomplete"
     with partial.open("ab") as file:
@@ -102,7 +129,9 @@ def _fetch(repository: str, commit: str, name: str) -> None:
         begin = file.seek(0, os.SEEK_END)
         if begin > known.size:
             begin = file.truncate(0)
-        http_get(url, file, resume_size=begin, headers=headers, expected_size=known.size, displayed_filename=name)
+        library.http_get(
+            url, file, resume_size=begin, headers=headers, expected_size=known.size, displayed_filename=name
+        )
         file.flush()
         if not _has_checksum(partial, etag):
             partial.unlink()

@@ -47,7 +47,7 @@ def info(
     if as_json:
         print(json.dumps(facts))
     else:
-        render.show([render.pairs(_table(facts))])
+        render.show([render.pairs(_table(facts), width=len("  unquantised"))])
 
 
 def describe(

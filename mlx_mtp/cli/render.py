@@ -38,10 +38,10 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], left: Collectio
     return made
 
 
-def pairs(rows: Iterable[tuple[str, str]]) -> Table:
-    """A list of names and what is said of each; long values are wrapped beside their name."""
+def pairs(rows: Iterable[tuple[str, str]], width: int = 0) -> Table:
+    """A list of names, of `width` characters at least, and what is said of each, wrapped beside its name."""
     made = _grid(show_header=False)
-    made.add_column(no_wrap=True)
+    made.add_column(no_wrap=True, min_width=width)
     made.add_column(overflow="fold")
     for row in rows:
         made.add_row(*row)
