@@ -10,7 +10,7 @@ in step from the first token to the last. The queue is how it is used: 40 prompt
 
 Pairs: the embedded one on chat prompts, and two of medium size, dense and mixture of experts, on random prompts; their
 weights are made such that the drafter is right now and then (medium_pair.py). Every ratio is the median over
-repetitions in which all variants take turns. Needs the `bench` extra (mlx-lm).
+repetitions in which all variants take turns.
 
     python scripts/bench_batch.py [--repeats 5] [--draft-length 4] [--mlx-vlm PYTHON] [--part queue] [--json]
 """

@@ -2,7 +2,7 @@
 
 Prompts of several lengths go through the medium pairs' targets (random weights of a dense and of a mixture-of-experts
 architecture), ours and mlx-lm's taking turns, each from an empty cache to the first token. Every figure is the median
-of the turns' ratios, mlx-lm's seconds by ours: above 1 ours is faster. Needs the `bench` extra (mlx-lm).
+of the turns' ratios, mlx-lm's seconds by ours: above 1 ours is faster.
 
     python scripts/bench_prefill.py [--repeats 5] [--lengths 512,2000,8000] [--kinds 31b,26b] [--json]
 """

@@ -5,7 +5,7 @@
     efficiency   measured speed-up / ideal speed-up; the ideal is tokens per round * plain step / (verify + drafts)
                  with each of the three timed on its own
 
-Every ratio is the median over repetitions in which all variants take turns. Needs the `bench` extra (mlx-lm).
+Every ratio is the median over repetitions in which all variants take turns.
 
     python scripts/bench_round.py [--repeats 7] [--draft-length 4] [--json]
 """

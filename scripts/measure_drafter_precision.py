@@ -5,7 +5,7 @@
 Pairs: the embedded one on chat prompts, and two of medium size (medium_pair.py), dense and mixture of experts, on
 random prompts. Everything is greedy, so each text is the same whatever the drafter's precision, which is checked. The
 target has the values that 4 bits leave, and computes with them in float32: a CPU takes many times as long for products
-that are quantised, and they differ by rounding only. Needs the `bench` extra.
+that are quantised, and they differ by rounding only.
 """
 
 from __future__ import annotations

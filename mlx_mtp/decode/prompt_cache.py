@@ -6,7 +6,8 @@ leave one at the end of their prompt; and where a new prompt parts from what is 
 prefilling it, so that what several prompts begin with is found from the third one on.
 
 The least recently used entries go when all together are larger than the limit. A hit changes nothing but the time to
-the first token: the KV is what a prefill would write, from the same blocks or, on a CPU, from any.
+the first token: the KV is what a prefill would write, to the bit on a CPU where all of it was prefilled, in whatever
+chunks, and else up to rounding, since decoding adds up a full window in another order.
 
 Arrays are shared, not copied: whoever writes to a shared one gets a copy then (see kv.py).
 """
