@@ -153,8 +153,8 @@ class RoundCost:
         self._scale, self._now = 1.0, 0
         # The price of every length; None if something was learnt since it was asked for.
         self._known_line: list[float] | None = None
-        self._draft = prices.draft if prices else like._draft if like else DRAFT
-        self._packing = prices.packing if prices else like._packing if like else 0.0
+        self._draft: float = prices.draft if prices else like._draft if like else DRAFT
+        self._packing: float = prices.packing if prices else like._packing if like else 0.0
 
     @property
     def _line(self) -> list[float]:
@@ -188,10 +188,10 @@ class RoundCost:
         """Expected seconds that a token more of each row adds to a plain round."""
         return max(0.0, self.even(1) - self.even(0) - self._scale * self._draft)
 
-    def seconds(self, steps: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    def seconds(self, steps: np.ndarray | float, mean: np.ndarray | float) -> np.ndarray:
         """Expected seconds by longest and mean draft length of the rows, any shape."""
         even = np.interp(mean, range(len(self._line)), self._line)
-        return self._scale * (even + (steps - mean) * self._draft + (steps > mean) * self._packing)
+        return np.asarray(self._scale * (even + (steps - mean) * self._draft + (steps > mean) * self._packing))
 
     def observe(self, lengths: Sequence[int], seconds: float) -> None:
         """Learns what a round with these lengths took."""
@@ -231,7 +231,7 @@ class DraftLengthPolicy:
         self._costs: dict[tuple[int, str], RoundCost] = {}
         self._cost, self._rows = RoundCost(), list[Row]()
         # As of the last choice: tokens by row and length, the best lengths, and their seconds and tokens a row.
-        self._tokens, self._lengths, self._best = np.zeros(0), list[int](), (1.0, 1.0)
+        self._tokens, self._lengths, self._best = np.zeros((0, 0)), list[int](), (1.0, 1.0)
         self._again: list[int] | None = None
         # What trials may lose, in rounds; rounds since the last one, and until the next choice.
         self._bucket, self._since, self._until = CREDIT, 0, 0
@@ -279,7 +279,7 @@ class DraftLengthPolicy:
             if count is not None and row.draft_length is None
         ]
         if decision.trial and outcome:
-            took = float(decision.cost.seconds(np.max(decision.lengths), np.mean(decision.lengths)))
+            took = float(decision.cost.seconds(np.max(decision.lengths), float(np.mean(decision.lengths))))
             tokens = 1 + sum(count for _, _, count in outcome) / len(outcome)
             self._bucket -= took / decision.best[0] - tokens / decision.best[1]
             self._until = 0
@@ -373,7 +373,7 @@ class DraftLengthPolicy:
                 if max((k + 1) / cost.even(k) / (1 - cost.doubt(k)) for k in lengths) <= rate:
                     return None
             trial = [k if it else own for it, own in zip(new, self._lengths, strict=True)]
-            loss = float(cost.seconds(np.max([*trial, *others]), np.mean([*trial, *others]))) / seconds - 1
+            loss = float(cost.seconds(np.max([*trial, *others]), float(np.mean([*trial, *others])))) / seconds - 1
             twice = alone and cost.doubt(k) > 0
         else:
             mean = self._tokens.mean(axis=0).tolist()

@@ -9,7 +9,7 @@ The least recently used entries go when all together are larger than the limit. 
 the first token: the KV is what a prefill would write, to the bit on a CPU where all of it was prefilled, in whatever
 chunks, and else up to rounding, since decoding adds up a full window in another order.
 
-Arrays are shared, not copied: whoever writes to a shared one gets a copy then (see kv.py).
+Arrays are shared, not copied: whoever writes to a shared one gets a copy then (see kv/buffers.py).
 """
 
 from __future__ import annotations

@@ -419,7 +419,7 @@ def _recorded(target: Target) -> Iterator[list[mx.array]]:
     routers = [layer.router for layer in target.layers]
     try:
         for layer, router in zip(target.layers, routers, strict=True):
-            layer.router = _Recorder(router, asked)  # type: ignore[assignment]
+            layer.router = _Recorder(router, asked)
         yield asked
     finally:
         for layer, router in zip(target.layers, routers, strict=True):
