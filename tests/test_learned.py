@@ -73,7 +73,7 @@ def test_gptq_changes_the_logits_less(kind: str, tmp_path: Path):
 
 
 def test_dwq_trains_scales_and_norms(tmp_path: Path):
-    source, _, text = make("12b", tmp_path)
+    source, _, text = make("e2b", tmp_path)
     scheme = Scheme(Format(3, 32), (("layers.0.*", 8),))
     plain = convert(source, tmp_path / "plain", scheme)
     folder = prepare(source, tmp_path / "new", scheme, learning=Learning("dwq", text)).run()

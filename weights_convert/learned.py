@@ -178,7 +178,9 @@ def _load(plain: Path) -> Any:
     try:
         return load_model(plain, lazy=True)[0]
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"mlx-lm can't load {plain}: {error}") from error
+        raise CheckpointError(
+            f"mlx-lm can't load {plain}: {error}; a newer mlx-lm may, or leave out --method"
+        ) from error
 
 
 def _gptq(plan: Plan, plain: Path, data: mx.array, common: Format) -> dict[str, mx.array]:
