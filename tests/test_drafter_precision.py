@@ -15,6 +15,7 @@ import mlx_mtp
 from mlx_mtp.checkpoint.quantization import Format, Scheme
 from mlx_mtp.checkpoint.sizes import held_bytes
 from mlx_mtp.cli.info import describe
+from mlx_mtp.decode.draft_length import Prices
 from mlx_mtp.errors import CheckpointError, MTPError, ProfileError
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.tuning import profile as profiles
@@ -117,7 +118,7 @@ def test_a_profile_holds_for_one_precision(pairs: dict[str, Path], tmp_path: Pat
     with mlx_mtp.load(*folders) as lm:
         key = profiles.key_of(lm.description, lm.drafter_description)
     assert key.drafter == "4 bits in groups of 32"
-    saved = profiles.Profile(key, {1: {0: 1.0, 1: 2.0}}, {}, 1, 1, "latency", "committed", "now")
+    saved = profiles.Profile(key, {1: Prices({1: 1.0, 2: 1.5}, 0.5, 0.0)}, {}, 1, 1, "latency", "committed", "now")
     profiles.save(saved).rename(path)
     mlx_mtp.load(*folders, profile=path).close()
     for other in ("none", 8):
