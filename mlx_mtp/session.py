@@ -48,6 +48,9 @@ T = TypeVar("T")
 AHEAD = 1024
 """Tokens that a row may be ahead of its reader: some seconds of text, so that a window that redraws costs no round."""
 
+GLANCE = 0.1
+"""Seconds between two looks at the events that end rows, while nothing is done otherwise."""
+
 
 @dataclass
 class _Work:
@@ -293,7 +296,8 @@ class Session:
         with self._changed:
             while not self._closing and not self._work and not self._may_step():
                 WIRED.release(self)
-                self._changed.wait()
+                # Nobody says that an event was set.
+                self._changed.wait(GLANCE if any(row.cancel_event for row, _ in self._readers) else None)
             return not self._closing
 
     def _may_step(self) -> bool:

@@ -71,6 +71,24 @@ def test_slow_readers_give_up_their_places(lm: mlx_mtp.MTPModel, monkeypatch: py
     assert found == [expected] * 11
 
 
+def test_a_slow_reader_keeps_nobody_waiting(lm: mlx_mtp.MTPModel, monkeypatch: pytest.MonkeyPatch):
+    """Not even one that needs a batch of its own; and the owner rests meanwhile."""
+    monkeypatch.setattr(session_module, "AHEAD", 20)
+    options = {**LONG, "max_tokens": 100}
+    slow = lm.stream(QUESTION, **options)
+    tokens = list(next(slow).tokens)
+    until(lambda: idle(lm))
+    exact = lm.stream(QUESTION, exactness="invariant", **options)
+    other = list(next(exact).tokens)
+    until(lambda: idle(lm))
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.2
+    for stream, own in ((exact, other), (slow, tokens)):
+        own += [token for chunk in stream for token in chunk.tokens]
+    assert tokens == other == lm.generate(QUESTION, **options).tokens
+
+
 def test_a_stream_that_is_dropped_ends(lm: mlx_mtp.MTPModel):
     stream = lm.stream(QUESTION, **LONG)
     next(stream)

@@ -113,9 +113,11 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether a step would do anything."""
-        if self.engine.rows or self._admitted or self._waiting:
+        parked = [row for it in self._parked for row in it.rows]
+        if self.engine.rows or self._admitted or any(row.done or not row.paused for row in parked):
             return True
-        return any(row.done or not row.paused for it in self._parked for row in it.rows)
+        # Parked rows hold KV, and may leave no room for whom the queue has.
+        return any(row.done for row in self._waiting) or self._next_waiting([], parked) is not None
 
     @property
     def kv_bytes(self) -> int:
@@ -265,7 +267,9 @@ class Scheduler:
         self._parked = [it for it in self._parked if not it.rows[0].done]
         running = [row for row in (*self.engine.rows, *self._admitted) if not row.done]
         free = self._width(running) - len(running)
-        back = [it for it in self._parked if not it.rows[0].paused][: max(0, free)]
+        ready = [it for it in self._parked if not it.rows[0].paused]
+        kinds = {row.request.exactness for row in (*running, *(it.rows[0] for it in ready))}
+        back = ready[: max(0, free)] if kinds <= {"fast"} else ready[: int(not running)]
         self._parked = [it for it in self._parked if it not in back]
         return back
 
@@ -330,7 +334,7 @@ class Scheduler:
         self._waiting.remove(row)
 
     def _may_join(self, row: Row, running: list[Row], rows: list[Row]) -> bool:
-        if rows and {it.request.exactness for it in (row, *rows)} != {"fast"}:
+        if running and {it.request.exactness for it in (row, *running)} != {"fast"}:
             return False
         if len(running) >= self._width([*running, row]):
             return False
