@@ -15,7 +15,7 @@ from .decode.request import Request
 from .decode.sampling import is_int, row_seed
 from .errors import MTPError, PromptError
 from .generation_config import GenerationDefaults
-from .inbox import Inbox, failure
+from .inbox import Inbox, News, failure
 from .options import GenerationOptions
 from .session import Session
 from .text import StopStrings, Tokenizer
@@ -100,10 +100,7 @@ class Calls:
         try:
             while answer.reason is None:
                 news = inbox.get()
-                if news.tokens or not news.error:
-                    yield answer.push(news)
-                if news.error:
-                    raise failure(news.error)
+                yield from _chunks_of(answer, news)
         finally:
             inbox.close()
 
@@ -113,10 +110,8 @@ class Calls:
             self._submit(answer, inbox)
             while answer.reason is None:
                 news = await inbox.aget()
-                if news.tokens or not news.error:
-                    yield answer.push(news)
-                if news.error:
-                    raise failure(news.error)
+                for chunk in _chunks_of(answer, news):
+                    yield chunk
         finally:
             inbox.close()
 
@@ -221,6 +216,14 @@ class Calls:
 
     def _submit(self, answer: Answer, inbox: Inbox, width: int = 0) -> None:
         answer.row = self._session.submit(answer.request, inbox, width, answer.cancel)
+
+
+def _chunks_of(answer: Answer, news: News) -> Iterator[Chunk]:
+    """What news of a row is for its reader: a chunk, or the last tokens and then the error that ended it."""
+    if news.tokens or not news.error:
+        yield answer.push(news)
+    if news.error:
+        raise failure(news.error)
 
 
 def chosen_options(

@@ -231,7 +231,6 @@ def test_more_answers_than_one_call_gives(lm: mlx_mtp.MTPModel):
         lm.generate(QUESTION, n=10**12)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks here")
 def test_a_forked_child_is_told(lm: mlx_mtp.MTPModel):
     lm.generate(QUESTION, max_tokens=2)
     here, there = multiprocessing.Pipe()

@@ -10,15 +10,13 @@ Measured, not interpreted: which batch and draft length follow from it is for ch
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from ..checkpoint.sizes import in_words
@@ -32,6 +30,7 @@ from ..errors import MemoryBudgetError, PromptError
 from ..kv import BatchKV, KVBuffers, kv_bytes
 from ..models.drafter import POSITIONS, Drafter
 from ..models.target import Target
+from .experts import recorded_experts
 
 if TYPE_CHECKING:
     from ..api import MTPModel
@@ -364,7 +363,7 @@ def _step(
     drafted = Seconds.of([lap / _DRAFTS for lap in laps[0]]) if drafter else None
     experts = {}
     if target.config.num_experts:
-        with _recorded(target) as asked:
+        with recorded_experts(target) as asked:
             for width in lengths:
                 asked.clear()
                 mx.eval(verifying(width)())
@@ -397,30 +396,3 @@ def _time(run: Callable[[], mx.array], kv: BatchKV) -> tuple[list[float], list[f
         last = now
     mx.eval(pending)
     return laps[1:], hosts
-
-
-class _Recorder(nn.Module):
-    """A router that notes which experts it chose."""
-
-    def __init__(self, router: nn.Module, asked: list[mx.array]):
-        super().__init__()
-        self._router, self._asked = router, asked
-
-    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        experts, weights = self._router(x)
-        self._asked.append(experts)
-        return experts, weights
-
-
-@contextmanager
-def _recorded(target: Target) -> Iterator[list[mx.array]]:
-    """Puts recorders in the place of all routers meanwhile; what they note is in the list, by layer."""
-    asked: list[mx.array] = []
-    routers = [layer.router for layer in target.layers]
-    try:
-        for layer, router in zip(target.layers, routers, strict=True):
-            layer.router = _Recorder(router, asked)
-        yield asked
-    finally:
-        for layer, router in zip(target.layers, routers, strict=True):
-            layer.router = router
