@@ -12,16 +12,17 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from .metal import set_defaults
+from .system.metal import set_defaults
+from .system.version import VERSION
 
 if TYPE_CHECKING:
-    from .answer import Chunk, Generation
     from .api import MTPModel, load
     from .chat import Chat
     from .errors import CheckpointError, MemoryBudgetError, MTPError, PairingError, ProfileError, PromptError
-    from .options import GenerationOptions
+    from .session.answer import Chunk, Generation
+    from .session.options import GenerationOptions
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 set_defaults(os.environ)  # here, because MLX reads them once
 

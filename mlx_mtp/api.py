@@ -1,7 +1,7 @@
 """The public Python interface: `load` gives an `MTPModel`, which turns prompts into text.
 
-Puts the parts together: the session that owns the models (session.py), the tokeniser, the options of a call. The
-decoding itself is in decode/, text matters in text.py, conversations in chat.py.
+Puts the parts together: the session that owns the models (session/owner.py), the tokeniser, the options of a call. The
+decoding itself is in decode/, text matters in text/, conversations in chat.py.
 
 Everything here may be called from any thread, and from several at once: they share one batch.
 """
@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import mlx.core as mx
 
-from .answer import Chunk, Generation
-from .calls import Calls, Prompt, chosen_options, common_options, several
+from . import profile as profiles
 from .checkpoint.description import DrafterDescription, TargetDescription
 from .checkpoint.load import check_fits
 from .checkpoint.pair import DEMO as DEMO
@@ -30,22 +29,23 @@ from .decode.sampling import is_int, row_seed
 from .decode.scheduler import MAX_ROWS, Scheduler
 from .decode.trace import Trace
 from .errors import MTPError, PromptError
-from .generation_config import read_generation
-from .inbox import Inbox, Stream
-from .loading import load_models
+from .files import expanded
 from .models.drafter import POSITIONS, Drafter
 from .models.target import Target
-from .options import GenerationOptions
-from .paths import expanded
-from .session import Session
-from .text import Tokenizer, has_tokenizer
-from .tuning import profile as profiles
+from .session.answer import Chunk, Generation
+from .session.calls import Calls, Prompt, chosen_options, common_options, several
+from .session.generation_config import read_generation
+from .session.inbox import Inbox, Stream
+from .session.loading import load_models
+from .session.options import GenerationOptions
+from .session.owner import Session
+from .text.tokenizer import Tokenizer, has_tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .chat import Chat
-    from .options import OptionFields
+    from .session.options import OptionFields
 
 log = logging.getLogger(__name__)
 
@@ -120,9 +120,9 @@ class MTPModel:
         config: The target's `config.TargetConfig`.
         drafter_config: The drafter's `config.DrafterConfig`, or None.
         drafter_format: The `quantization.Format` that the drafter was quantised to while loading, or None.
-        tokenizer: The target's `text.Tokenizer`, or None if its folder has none (then prompts are token ids).
-        defaults: The target's generation_config, as `generation_config.GenerationDefaults`.
-        profile: What is known of this pair on this machine, as `tuning.profile.Profile`, or None.
+        tokenizer: The target's `text.tokenizer.Tokenizer`, or None if its folder has none (then prompts are token ids).
+        defaults: The target's generation_config, as `session.generation_config.GenerationDefaults`.
+        profile: What is known of this pair on this machine, as `profile.Profile`, or None.
         kv_budget: Bytes that all rows together may take for KV.
     """
 
@@ -208,7 +208,7 @@ class MTPModel:
             max_tokens: Most tokens to generate; 256 unless said.
             n: Number of generations, side by side, at most MOST_ANSWERS. The prompt is prefilled once; the i-th runs
                 with `row_seed(seed, i)`, so the first is what n = 1 gives.
-            options: See `options.GenerationOptions`.
+            options: See `session.options.GenerationOptions`.
             **more: The same by name (temperature, top_k, top_p, min_p, seed, stop, draft_length, exactness,
                 ignore_eos, thinking, tools, stop_token_ids, sanitize, chat_template, cancel), in place of those.
 

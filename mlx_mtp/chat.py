@@ -11,13 +11,26 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Generator
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
-from .answer import Chunk
-from .api import MTPModel
+from .config import TargetConfig
 from .decode.request import Stats
 from .errors import PromptError
-from .inbox import Stream
+from .session.answer import Chunk
+from .session.inbox import Stream
+from .text.tokenizer import Tokenizer
+
+
+class Model(Protocol):
+    """What a conversation asks of a model; `api.MTPModel` says what each is."""
+
+    folder: Path
+    config: TargetConfig
+    tokenizer: Tokenizer | None
+
+    def stream(self, prompt: list[int], **more: Any) -> Stream[Chunk]:
+        """Generates text piece by piece."""
 
 
 class Chat:
@@ -30,7 +43,7 @@ class Chat:
         stats: Statistics of the latest answer, or None.
     """
 
-    def __init__(self, model: MTPModel, system: str | None = None, thinking: bool = False):
+    def __init__(self, model: Model, system: str | None = None, thinking: bool = False):
         """Starts an empty conversation.
 
         Args:

@@ -1,4 +1,4 @@
-"""Files of users and checkpoints: JSON is read with bounds, and what is written takes its place when it is whole."""
+"""Files of users and checkpoints: paths as users write them, JSON read with bounds, files replaced when complete."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, MTPError
 
 LARGEST_JSON = 2**27
 """Bytes. The largest that a checkpoint has is a tokenizer.json of 32 MB."""
@@ -161,3 +161,27 @@ def sha256(path: Path) -> str:
         while block := file.read(2**22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with ~ and ~somebody replaced by their home folders.
+
+    Raises:
+        MTPError: It can't be one, or this machine doesn't know that user.
+    """
+    if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
+        raise MTPError(f"{path!r} is no path")
+    try:
+        os.fsencode(path)
+        return Path(path).expanduser()
+    except UnicodeEncodeError:  # as of half a surrogate pair
+        raise MTPError(f"{path!r} is no path") from None
+    except RuntimeError as error:
+        raise MTPError(f"can't use the path {path}: {error}") from None
+
+
+def published_name(folder: Path) -> str:
+    """The repository, OWNER/NAME, that an absolute path is a copy of, as far as the path tells."""
+    if folder.parent.name == "snapshots":  # the hub's cache: models--OWNER--NAME/snapshots/COMMIT
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return "/".join(folder.parts[-2:]).lstrip("/")

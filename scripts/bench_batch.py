@@ -29,19 +29,19 @@ from pathlib import Path
 from random import Random
 from typing import Annotated, Any
 
-from mlx_mtp.blas import use_openblas
+from mlx_mtp.system.blas import use_openblas
 
 BLAS = use_openblas()  # before MLX is imported
 
-import mlx.core as mx  # noqa: E402
-import mlx.nn as nn  # noqa: E402
-import typer  # noqa: E402
-from medium_pair import VOCAB, make_medium_pair  # noqa: E402
-from mlx_lm.generate import BatchGenerator  # noqa: E402
-from mlx_lm.utils import load_model  # noqa: E402
+import mlx.core as mx
+import mlx.nn as nn
+import typer
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.utils import load_model
 
-import mlx_mtp  # noqa: E402
-from mlx_mtp.api import DEMO  # noqa: E402
+import mlx_mtp
+from mlx_mtp.checkpoint.pair import DEMO
+from scripts.medium_pair import VOCAB, make_medium_pair
 
 SIZES = (1, 2, 4, 8)
 TOKENS = 120

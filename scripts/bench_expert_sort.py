@@ -9,21 +9,17 @@ unsorted and sorted, medians.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
-from pathlib import Path
 from typing import Annotated
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import mlx.core as mx
+import typer
 
-import mlx.core as mx  # noqa: E402
-import typer  # noqa: E402
-from random_weights import with_random_weights  # noqa: E402
-
-from mlx_mtp.checkpoint.description import activation_dtype  # noqa: E402
-from mlx_mtp.models import moe  # noqa: E402
-from mlx_mtp.tuning import profile  # noqa: E402
-from mlx_mtp.tuning.known_models import known_pair  # noqa: E402
+from mlx_mtp import profile
+from mlx_mtp.checkpoint.description import activation_dtype
+from mlx_mtp.models import moe
+from mlx_mtp.simulate.known_models import known_pair
+from scripts.random_weights import with_random_weights
 
 TOKENS = (1, 2, 3, 4, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 40, 48, 64, 72, 96, 128, 256, 512)
 CALLS, LAPS = 10, 8

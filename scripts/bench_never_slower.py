@@ -32,26 +32,24 @@ from random import Random
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from mlx_mtp.blas import use_openblas  # noqa: E402
+from mlx_mtp.system.blas import use_openblas
 
 BLAS = use_openblas()  # before MLX is imported
 
-import mlx.core as mx  # noqa: E402
-import typer  # noqa: E402
-from medium_pair import make_medium_pair  # noqa: E402
-from random_weights import random_pair  # noqa: E402
+import mlx.core as mx
+import typer
 
-import mlx_mtp  # noqa: E402
-from mlx_mtp.decode.request import Request, Row  # noqa: E402
-from mlx_mtp.decode.scheduler import Scheduler  # noqa: E402
-from mlx_mtp.kv import KVBuffers  # noqa: E402
-from mlx_mtp.models.drafter import Drafter, Lent  # noqa: E402
-from mlx_mtp.models.packing import Packing  # noqa: E402
-from mlx_mtp.models.target import Target  # noqa: E402
-from mlx_mtp.tuning import profile  # noqa: E402
-from mlx_mtp.tuning.known_models import KNOWN_MODELS  # noqa: E402
+import mlx_mtp
+from mlx_mtp import profile
+from mlx_mtp.decode.request import Request, Row
+from mlx_mtp.decode.scheduler import Scheduler
+from mlx_mtp.kv import KVBuffers
+from mlx_mtp.models.drafter import Drafter, Lent
+from mlx_mtp.models.packing import Packing
+from mlx_mtp.models.target import Target
+from mlx_mtp.simulate.known_models import KNOWN_MODELS
+from scripts.medium_pair import make_medium_pair
+from scripts.random_weights import random_pair
 
 FIXED = (2, 4, 7)
 BATCHES = (1, 2, 4, 8)

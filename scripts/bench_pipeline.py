@@ -14,28 +14,24 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
 
-from mlx_mtp.blas import use_openblas
+from mlx_mtp.system.blas import use_openblas
 
 BLAS = use_openblas()  # before MLX is imported
 
-import mlx.core as mx  # noqa: E402
-import typer  # noqa: E402
+import mlx.core as mx
+import typer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-from deep_pair import LAYERS, deep_pair  # noqa: E402
-
-from mlx_mtp.decode.prefill import prefill  # noqa: E402
-from mlx_mtp.decode.round import decode_round, first_state  # noqa: E402
-from mlx_mtp.decode.sampling import Sampler, SamplingOptions  # noqa: E402
-from mlx_mtp.models.drafter import Drafter  # noqa: E402
-from mlx_mtp.models.target import Target  # noqa: E402
+from mlx_mtp.decode.prefill import prefill
+from mlx_mtp.decode.round import decode_round, first_state
+from mlx_mtp.decode.sampling import Sampler, SamplingOptions
+from mlx_mtp.models.drafter import Drafter
+from mlx_mtp.models.target import Target
+from tests.support.deep_pair import LAYERS, deep_pair
 
 ROUNDS = 60
 

@@ -18,17 +18,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-from mlx_mtp.blas import use_openblas
+from mlx_mtp.system.blas import use_openblas
 
 BLAS = use_openblas()  # before MLX is imported
 
-import mlx.core as mx  # noqa: E402
-import typer  # noqa: E402
-from medium_pair import VOCAB, make_medium_pair  # noqa: E402
-from mlx_lm.generate import generate_step  # noqa: E402
-from mlx_lm.utils import load_model  # noqa: E402
+import mlx.core as mx
+import typer
+from mlx_lm.generate import generate_step
+from mlx_lm.utils import load_model
 
-import mlx_mtp  # noqa: E402
+import mlx_mtp
+from scripts.medium_pair import VOCAB, make_medium_pair
 
 
 def seconds(work: Callable[[], object]) -> float:

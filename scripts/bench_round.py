@@ -20,22 +20,22 @@ import time
 from collections.abc import Callable
 from typing import Annotated
 
-from mlx_mtp.blas import use_openblas
+from mlx_mtp.system.blas import use_openblas
 
 BLAS = use_openblas()  # before MLX is imported
 
-import mlx.core as mx  # noqa: E402
-import typer  # noqa: E402
-from mlx_lm.generate import generate_step  # noqa: E402
-from mlx_lm.utils import load_model  # noqa: E402
+import mlx.core as mx
+import typer
+from mlx_lm.generate import generate_step
+from mlx_lm.utils import load_model
 
-import mlx_mtp  # noqa: E402
-from mlx_mtp.api import DEMO  # noqa: E402
-from mlx_mtp.decode.prefill import prefill  # noqa: E402
-from mlx_mtp.decode.round import draft, first_state, verify  # noqa: E402
-from mlx_mtp.decode.sampling import Sampler, SamplingOptions  # noqa: E402
-from mlx_mtp.models.drafter import Drafter  # noqa: E402
-from mlx_mtp.models.target import Target  # noqa: E402
+import mlx_mtp
+from mlx_mtp.checkpoint.pair import DEMO
+from mlx_mtp.decode.prefill import prefill
+from mlx_mtp.decode.round import draft, first_state, verify
+from mlx_mtp.decode.sampling import Sampler, SamplingOptions
+from mlx_mtp.models.drafter import Drafter
+from mlx_mtp.models.target import Target
 
 PROMPTS = (
     "What is a drafter?",

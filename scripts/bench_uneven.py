@@ -25,26 +25,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from mlx_mtp.blas import use_openblas  # noqa: E402
+from mlx_mtp.system.blas import use_openblas
 
 BLAS = use_openblas()  # before MLX is imported
 
-import mlx.core as mx  # noqa: E402
-import typer  # noqa: E402
-from medium_pair import make_medium_pair  # noqa: E402
-from random_weights import random_pair  # noqa: E402
-from tiny_checkpoints import load_pair  # noqa: E402
+import mlx.core as mx
+import typer
 
-from mlx_mtp.decode.prefill import prefill  # noqa: E402
-from mlx_mtp.decode.round import RoundState, draft, verify  # noqa: E402
-from mlx_mtp.decode.sampling import Sampler, SamplingOptions  # noqa: E402
-from mlx_mtp.errors import MTPError  # noqa: E402
-from mlx_mtp.kv import BatchKV  # noqa: E402
-from mlx_mtp.models.drafter import Drafter  # noqa: E402
-from mlx_mtp.models.target import Target  # noqa: E402
-from mlx_mtp.tuning import profile  # noqa: E402
+from mlx_mtp import profile
+from mlx_mtp.decode.prefill import prefill
+from mlx_mtp.decode.round import RoundState, draft, verify
+from mlx_mtp.decode.sampling import Sampler, SamplingOptions
+from mlx_mtp.errors import MTPError
+from mlx_mtp.kv import BatchKV
+from mlx_mtp.models.drafter import Drafter
+from mlx_mtp.models.target import Target
+from scripts.medium_pair import make_medium_pair
+from scripts.random_weights import random_pair
+from tests.support.tiny_checkpoints import load_pair
 
 CONTEXT, WIDEST = 256, 8
 SPREAD = [7, 6, 5, 4, 2, 1, 1, 0]

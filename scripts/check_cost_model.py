@@ -18,12 +18,12 @@ from statistics import mean, median
 
 from mlx_mtp.checkpoint.quantization import Format
 from mlx_mtp.checkpoint.sizes import Part
-from mlx_mtp.tuning import cost_model as model
-from mlx_mtp.tuning.chips import Chip, chip
-from mlx_mtp.tuning.fit import Step, fit_steps, share_of_peak, tile_share
-from mlx_mtp.tuning.kernels import matmul_seconds
-from mlx_mtp.tuning.known_models import known_pair
-from mlx_mtp.tuning.report import choices
+from mlx_mtp.simulate import cost_model as model
+from mlx_mtp.simulate.chips import Chip, chip
+from mlx_mtp.simulate.kernels import matmul_seconds
+from mlx_mtp.simulate.known_models import known_pair
+from mlx_mtp.simulate.report import choices
+from scripts.cost_model_fit import Step, fit_steps, share_of_peak, tile_share
 
 CONTEXT = 500
 """Tokens of context where a source states none."""
@@ -284,7 +284,7 @@ def main() -> None:
     print("\n26B-A4B: a round of 3 drafts in plain steps; best gain with chat's acceptance, with 0.66 throughout\n")
     print("\n".join(moe_by_batch()))
     if folder:
-        from plot_cost_model import write_plots
+        from scripts.plot_cost_model import write_plots
 
         write_plots(folder)
 

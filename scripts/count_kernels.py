@@ -1,7 +1,7 @@
 """Kernels that a GPU is given for a round, counted from the graph without a GPU, for every published size.
 
 Per size: a plain step, a round with 3 drafts, and both with Gemma's own sampling (temperature 1, top-k 64, top-p 0.95).
-Batch 1, a target in 4 bits, a drafter in bfloat16. What is counted and what isn't: tests/dispatches.py.
+Batch 1, a target in 4 bits, a drafter in bfloat16. What is counted and what isn't: tests/support/dispatches.py.
 
     python scripts/count_kernels.py [--json]
 """
@@ -9,21 +9,17 @@ Batch 1, a target in 4 bits, a drafter in bfloat16. What is counted and what isn
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-import dispatches  # noqa: E402
+from tests.support import dispatches
 
 dispatches.prepare()  # before MLX compiles anything
 
-import pytest  # noqa: E402
+import pytest
 
-from mlx_mtp.tuning.known_models import KNOWN_MODELS  # noqa: E402
+from mlx_mtp.simulate.known_models import KNOWN_MODELS
 
 DRAFTS = 3
 

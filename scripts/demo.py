@@ -8,13 +8,13 @@ from __future__ import annotations
 import sys
 from collections import Counter
 
-from mlx_mtp.blas import use_openblas
+from mlx_mtp.system.blas import use_openblas
 
 BLAS = use_openblas()  # before MLX is imported
 
-import mlx.core as mx  # noqa: E402
+import mlx.core as mx
 
-import mlx_mtp  # noqa: E402
+import mlx_mtp
 
 PROMPTS = (
     "Who are you?",

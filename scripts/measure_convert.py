@@ -23,22 +23,20 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-from mlx_mtp.blas import use_openblas  # noqa: E402
+from mlx_mtp.system.blas import use_openblas
 
 use_openblas()  # before anything imports mlx
 
-import mlx.core as mx  # noqa: E402
+import mlx.core as mx
 
-import mlx_mtp  # noqa: E402
-from mlx_mtp.checkpoint.quantization import Format, Scheme  # noqa: E402
-from mlx_mtp.config import SLIDING, target_config  # noqa: E402
-from mlx_mtp.models.target import Target  # noqa: E402
-from weights_convert.check import compare  # noqa: E402
-from weights_convert.converter import convert  # noqa: E402
+import mlx_mtp
+from mlx_mtp.checkpoint.quantization import Format, Scheme
+from mlx_mtp.config import SLIDING, target_config
+from mlx_mtp.models.target import Target
+from weights_convert.check import compare
+from weights_convert.converter import convert
 
 SHARD_BYTES = 3 * 10**9
 RANDOM_BYTES = 2**26
@@ -191,7 +189,7 @@ def _shards(config: dict[str, Any]) -> list[list[tuple[str, tuple[int, ...]]]]:
 
 def measure_acceptance(prompts: int) -> None:
     """Prints two tables: the embedded drafter in several formats beside the target as stored, and the target itself."""
-    from demo_pair.evaluate import DRAFTS, evaluate
+    from scripts.demo_pair.evaluate import DRAFTS, evaluate
 
     pair = Path(mlx_mtp.__file__).parent / "demo"
     formats = [None, Format(8), Format(4), Format.make("mxfp4"), Format(3), Format(2)]

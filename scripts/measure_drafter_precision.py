@@ -17,20 +17,20 @@ from pathlib import Path
 from random import Random
 from typing import Annotated, Any
 
-from mlx_mtp.blas import use_openblas
+from mlx_mtp.system.blas import use_openblas
 
 use_openblas()  # before MLX is imported
 
-import mlx.core as mx  # noqa: E402
-import mlx.nn as nn  # noqa: E402
-import typer  # noqa: E402
-from bench_batch import PROMPTS  # noqa: E402
-from medium_pair import VOCAB, make_medium_pair  # noqa: E402
-from mlx.utils import tree_unflatten  # noqa: E402
+import mlx.core as mx
+import mlx.nn as nn
+import typer
+from mlx.utils import tree_unflatten
 
-import mlx_mtp  # noqa: E402
-from mlx_mtp.api import DEMO  # noqa: E402
-from mlx_mtp.models.moe import ExpertLinear, QuantizedExpertLinear  # noqa: E402
+import mlx_mtp
+from mlx_mtp.checkpoint.pair import DEMO
+from mlx_mtp.models.moe import ExpertLinear, QuantizedExpertLinear
+from scripts.bench_batch import PROMPTS
+from scripts.medium_pair import VOCAB, make_medium_pair
 
 TARGET_BITS = 4
 CHOICES: tuple[Any, ...] = ("none", 8, 6, 5, 4, 3, 2)

@@ -12,7 +12,6 @@ A helper for scripts, which import it by path.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-from tiny_checkpoints import make_pair  # noqa: E402
-
-from mlx_mtp.config import drafter_config, target_config  # noqa: E402
-from mlx_mtp.models.drafter import Drafter  # noqa: E402
-from mlx_mtp.models.target import Target  # noqa: E402
+from mlx_mtp.config import drafter_config, target_config
+from mlx_mtp.models.drafter import Drafter
+from mlx_mtp.models.target import Target
+from tests.support.tiny_checkpoints import make_pair
 
 HIDDEN, VOCAB, WINDOW, CONTEXT = 512, 8192, 256, 16384
 _DRAFTER_HIDDEN = 256

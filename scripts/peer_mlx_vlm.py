@@ -19,15 +19,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mlx_mtp.blas import use_openblas  # noqa: E402
+from mlx_mtp.system.blas import use_openblas
 
 BLAS = use_openblas()  # before MLX is imported
 
-import mlx.core as mx  # noqa: E402
-from mlx_vlm.generate.ar import BatchGenerator  # noqa: E402
-from mlx_vlm.models.gemma4.config import TextConfig  # noqa: E402
-from mlx_vlm.models.gemma4.language import LanguageModel  # noqa: E402
-from mlx_vlm.speculative.drafters import load_drafter  # noqa: E402
+import mlx.core as mx
+from mlx_vlm.generate.ar import BatchGenerator
+from mlx_vlm.models.gemma4.config import TextConfig
+from mlx_vlm.models.gemma4.language import LanguageModel
+from mlx_vlm.speculative.drafters import load_drafter
 
 
 class NeverStops:

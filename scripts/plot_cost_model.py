@@ -10,10 +10,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from mlx_mtp.checkpoint.quantization import Format
-from mlx_mtp.tuning import cost_model as model
-from mlx_mtp.tuning.chips import chip
-from mlx_mtp.tuning.known_models import known_pair
-from mlx_mtp.tuning.report import choices
+from mlx_mtp.simulate import cost_model as model
+from mlx_mtp.simulate.chips import chip
+from mlx_mtp.simulate.known_models import known_pair
+from mlx_mtp.simulate.report import choices
 
 MODEL, CHIP, CONTEXT = "26B-A4B", "M4 Max", 1000
 BATCHES = tuple(range(1, 13))

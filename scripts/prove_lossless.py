@@ -12,7 +12,7 @@ is right four times out of five, so that the rows of a round keep different numb
 Prints a table; exits with 1 if any text differs. With --state, a proof that was stopped goes on where it was.
 
 Runs on MLX's own BLAS: OpenBLAS multiplies one row with another kernel than several, which moves the last bit of a
-logit (see mlx_mtp/blas.py), and a proof must not rest on how rarely that decides between two tokens.
+logit (see mlx_mtp/system/blas.py), and a proof must not rest on how rarely that decides between two tokens.
 
     python scripts/prove_lossless.py [--pair e2b --pair demo] [--state FILE]
 """
@@ -20,7 +20,6 @@ logit (see mlx_mtp/blas.py), and a proof must not rest on how rarely that decide
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,21 +31,18 @@ from typing import Annotated, cast
 import mlx.core as mx
 import typer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-from random_requests import alone, differs, make_request, run_at_random  # noqa: E402
-from scripted_drafter import LuckyDrafter, ScriptedDrafter  # noqa: E402
-from tiny_checkpoints import KINDS, load_pair, make_pair  # noqa: E402
-
-import mlx_mtp  # noqa: E402
-from mlx_mtp.api import DEMO  # noqa: E402
-from mlx_mtp.checkpoint.description import read_drafter, read_target  # noqa: E402
-from mlx_mtp.checkpoint.load import load_drafter, load_target  # noqa: E402
-from mlx_mtp.checkpoint.quantization import Format  # noqa: E402
-from mlx_mtp.decode.request import Request, Stats  # noqa: E402
-from mlx_mtp.decode.sampling import SamplingOptions  # noqa: E402
-from mlx_mtp.decode.scheduler import Scheduler  # noqa: E402
-from mlx_mtp.text import Tokenizer  # noqa: E402
+import mlx_mtp
+from mlx_mtp.checkpoint.description import read_drafter, read_target
+from mlx_mtp.checkpoint.load import load_drafter, load_target
+from mlx_mtp.checkpoint.pair import DEMO
+from mlx_mtp.checkpoint.quantization import Format
+from mlx_mtp.decode.request import Request, Stats
+from mlx_mtp.decode.sampling import SamplingOptions
+from mlx_mtp.decode.scheduler import Scheduler
+from mlx_mtp.text.tokenizer import Tokenizer
+from tests.support.random_requests import alone, differs, make_request, run_at_random
+from tests.support.scripted_drafter import LuckyDrafter, ScriptedDrafter
+from tests.support.tiny_checkpoints import KINDS, load_pair, make_pair
 
 SAMPLINGS = {
     "greedy": SamplingOptions(),

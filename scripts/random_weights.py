@@ -15,7 +15,7 @@ from mlx_mtp.checkpoint.description import activation_dtype
 from mlx_mtp.checkpoint.quantization import Format, Scheme
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
-from mlx_mtp.tuning.known_models import known_pair
+from mlx_mtp.simulate.known_models import known_pair
 
 
 def random_pair(name: str, bits: int | None, kind: type[Target] = Target) -> tuple[Target, Drafter]:

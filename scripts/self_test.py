@@ -15,20 +15,20 @@ import time
 from collections import Counter
 from dataclasses import replace
 
-from mlx_mtp.blas import use_openblas
+from mlx_mtp.system.blas import use_openblas
 
 use_openblas()  # before MLX is imported
 
-import mlx.core as mx  # noqa: E402
-from random_weights import with_random_weights  # noqa: E402
+import mlx.core as mx
 
-import mlx_mtp  # noqa: E402
-from mlx_mtp.checkpoint.description import activation_dtype  # noqa: E402
-from mlx_mtp.config import TextConfig  # noqa: E402
-from mlx_mtp.models.drafter import Drafter  # noqa: E402
-from mlx_mtp.models.self_test import Finding, self_test  # noqa: E402
-from mlx_mtp.models.target import Target  # noqa: E402
-from mlx_mtp.tuning.known_models import KNOWN_MODELS, known_pair  # noqa: E402
+import mlx_mtp
+from mlx_mtp.checkpoint.description import activation_dtype
+from mlx_mtp.config import TextConfig
+from mlx_mtp.models.drafter import Drafter
+from mlx_mtp.models.self_test import Finding, self_test
+from mlx_mtp.models.target import Target
+from mlx_mtp.simulate.known_models import KNOWN_MODELS, known_pair
+from scripts.random_weights import with_random_weights
 
 BITS = 4
 VOCAB = 8192

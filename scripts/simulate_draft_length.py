@@ -1,7 +1,7 @@
 """Automatic draft length on a simulated clock, against plain decoding and every fixed length, and its host time.
 
-Prices of rounds and texts are those of tests/simulated_cases.py (sources there): a development part, on which constants
-were chosen, and a held-out part, on which none was. For each cell, the means over some seeds.
+Prices of rounds and texts are those of tests/support/simulated_cases.py (sources there): a development part, on which
+constants were chosen, and a held-out part, on which none was. For each cell, the means over some seeds.
 
     python scripts/simulate_draft_length.py [--seeds 4] [--part both] [--save docs/measurements/draft_length.json]
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 import time
 from collections.abc import Sequence
 from multiprocessing import Pool
@@ -18,14 +17,12 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Annotated, Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "tests")]
+import typer
 
-import typer  # noqa: E402
-from simulated_cases import BATCH_COSTS, COSTS  # noqa: E402
-from simulated_clock import Case, against_fixed, by_hand, cases  # noqa: E402
-
-from mlx_mtp.decode.draft_length import DraftLengthPolicy  # noqa: E402
-from mlx_mtp.decode.request import Request, Row, Stats  # noqa: E402
+from mlx_mtp.decode.draft_length import DraftLengthPolicy
+from mlx_mtp.decode.request import Request, Row, Stats
+from tests.support.simulated_cases import BATCH_COSTS, COSTS
+from tests.support.simulated_clock import Case, against_fixed, by_hand, cases
 
 GROUPS = ("one row", "rows that go on", "rows that end", "prices of real sizes")
 CELLS = list(cases())

@@ -22,7 +22,6 @@ from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
-from random_weights import with_random_weights
 
 from mlx_mtp.checkpoint.description import activation_dtype
 from mlx_mtp.checkpoint.sizes import held_bytes
@@ -33,6 +32,7 @@ from mlx_mtp.decode.scheduler import Scheduler
 from mlx_mtp.kv import KVBuffers
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
+from scripts.random_weights import with_random_weights
 
 BITS, VOCAB = 4, 262_144
 PREFILL, VERIFY = 128, 5

@@ -10,23 +10,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+import torch
+from tokenizers import Tokenizer
 
-import torch  # noqa: E402
-from tokenizers import Tokenizer  # noqa: E402
-
-from mlx_mtp.blas import use_openblas  # noqa: E402
+from mlx_mtp.system.blas import use_openblas
 
 use_openblas()  # before anything imports mlx
 
-from demo_pair import card, config, drafter, evaluate, export, own_texts, target  # noqa: E402
-from demo_pair.data import conversations, prose  # noqa: E402
-from demo_pair.model import Drafter  # noqa: E402
-from demo_pair.tokenizer import train as train_tokenizer  # noqa: E402
+from scripts.demo_pair import card, config, drafter, evaluate, export, own_texts, target
+from scripts.demo_pair.data import conversations, prose
+from scripts.demo_pair.model import Drafter
+from scripts.demo_pair.tokenizer import train as train_tokenizer
 
 
 def make_tokenizer(seed: int, state: Path) -> Tokenizer:

@@ -6,11 +6,8 @@ python scripts/tune_batch_size.py MODEL [--quantize 4] [--objective throughput] 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from mlx_mtp.cli import main  # noqa: E402
+from mlx_mtp.cli import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "tune")

@@ -2,7 +2,7 @@
 
 What verify passes, drafts and prefill cost is measured as `mlx-mtp tune` does. Random weights accept nothing, and a
 router of random weights spreads tokens evenly: so acceptance is assumed, as it was published for 26B-A4B
-(`mlx_mtp.tuning.cost_model.PUBLISHED_ACCEPTANCE`, further drafts continued), and the experts are those of independent
+(`mlx_mtp.simulate.cost_model.PUBLISHED_ACCEPTANCE`, further drafts continued), and the experts are those of independent
 tokens. A real model must be tuned with its own weights; nothing is saved for it here.
 
     python scripts/tune_random_weights.py 26B-A4B --bits 4 [--json FILE] [--plot FILE]
@@ -19,18 +19,20 @@ from typing import Annotated
 
 import mlx.core as mx
 import typer
-from random_weights import random_pair
 
+from mlx_mtp import profile
 from mlx_mtp.checkpoint.sizes import held_bytes, in_words, kv_budget
 from mlx_mtp.cli import render
 from mlx_mtp.cli.tune import facts
 from mlx_mtp.cli.tune_tables import tables
 from mlx_mtp.decode.limits import MAX_AUTO_LENGTH
+from mlx_mtp.decode.objective import OBJECTIVES
 from mlx_mtp.decode.sampling import SamplingOptions
 from mlx_mtp.errors import MTPError
-from mlx_mtp.tuning import OBJECTIVES, choose, measure, profile
-from mlx_mtp.tuning.cost_model import acceptance_for
+from mlx_mtp.simulate.cost_model import acceptance_for
+from mlx_mtp.tuning import choose, costs
 from mlx_mtp.tuning.plot import check_plot, write_plot
+from scripts.random_weights import random_pair
 
 SAMPLING = SamplingOptions(temperature=1.0, top_k=64, top_p=0.95)
 """As generation_config.json of the published models has it."""
@@ -41,8 +43,8 @@ TEXTS, TOKENS = 12, 4096
 def main(
     model: Annotated[str, typer.Argument(help="E2B, E4B, 12B, 26B-A4B or 31B.")],
     bits: Annotated[int | None, typer.Option(help="Bits of the weights. Default: bfloat16.")] = None,
-    batch_sizes: Annotated[str, typer.Option(help="Batches to measure.")] = ",".join(map(str, measure.BATCHES)),
-    contexts: Annotated[str, typer.Option(help="Context lengths to measure.")] = ",".join(map(str, measure.CONTEXTS)),
+    batch_sizes: Annotated[str, typer.Option(help="Batches to costs.")] = ",".join(map(str, costs.BATCHES)),
+    contexts: Annotated[str, typer.Option(help="Context lengths to costs.")] = ",".join(map(str, costs.CONTEXTS)),
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write what was measured.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Where to draw tokens per second against batch.")] = None,
 ) -> None:
@@ -63,9 +65,9 @@ def main(
     )
     texts = mx.random.randint(0, target.config.vocab_size, (TEXTS, TOKENS)).tolist()
     assumed = list(acceptance_for(MAX_AUTO_LENGTH))
-    found = measure.Measurement(acceptance={"assumed": assumed}, drafter_position="committed")
+    found = costs.Measurement(acceptance={"assumed": assumed}, drafter_position="committed")
     begun = time.perf_counter()
-    measure.measure_costs(
+    costs.measure_costs(
         target, drafter, texts, SAMPLING, kv_budget(held)[0], found, batches, contexts=lengths,
         progress=lambda what: print(f"{time.perf_counter() - begun:6.1f} s  {what}", file=sys.stderr, flush=True),
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-import dispatches
+from tests.support import dispatches
 
 
 def pytest_configure() -> None:

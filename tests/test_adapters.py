@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
-from tiny_checkpoints import VOCAB, make_pair
 
 import mlx_mtp
+from mlx_mtp import profile
 from mlx_mtp.checkpoint.description import read_drafter, read_target
 from mlx_mtp.checkpoint.quantization import Format, Scheme
 from mlx_mtp.errors import CheckpointError
-from mlx_mtp.tuning import profile
+from tests.support.tiny_checkpoints import VOCAB, make_pair
 from weights_convert import convert
 
 PROMPT = [2, 40, 50, 60, 7, 8, 9]

@@ -9,9 +9,6 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from random_requests import alone, differs, make_request, run_at_random
-from scripted_drafter import LuckyDrafter, ScriptedDrafter
-from tiny_checkpoints import KINDS, VOCAB, WINDOW, load_pair, make_pair
 
 from mlx_mtp.checkpoint.sizes import row_bytes
 from mlx_mtp.decode import engine as engine_module
@@ -23,6 +20,9 @@ from mlx_mtp.errors import MemoryBudgetError
 from mlx_mtp.kv import kv_bytes
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
+from tests.support.random_requests import alone, differs, make_request, run_at_random
+from tests.support.scripted_drafter import LuckyDrafter, ScriptedDrafter
+from tests.support.tiny_checkpoints import KINDS, VOCAB, WINDOW, load_pair, make_pair
 
 Pair = tuple[Target, Drafter]
 

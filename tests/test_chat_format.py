@@ -1,4 +1,4 @@
-"""Gemma 4's chat format: prompts from conversations, tool calls from answers (chat_template.jinja, tools.py)."""
+"""Gemma 4's chat format: prompts from conversations, tool calls from answers (chat_template.jinja, tool_calls.py)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_checkpoints import make_pair
-from tiny_tokenizer import write_tokenizer
 
 import mlx_mtp
 from mlx_mtp.checkpoint.description import read_target
 from mlx_mtp.errors import PromptError
-from mlx_mtp.generation_config import read_generation
-from mlx_mtp.text import Tokenizer
+from mlx_mtp.session.generation_config import read_generation
+from mlx_mtp.text.tokenizer import Tokenizer
+from tests.support.tiny_checkpoints import make_pair
+from tests.support.tiny_tokenizer import write_tokenizer
 
 Json = dict[str, Any]
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from tiny_checkpoints import VOCAB, make_pair
 
 import mlx_mtp
-from mlx_mtp.api import DEMO
+from mlx_mtp.checkpoint.pair import DEMO
 from mlx_mtp.errors import CheckpointError, MTPError, PairingError
+from tests.support.tiny_checkpoints import VOCAB, make_pair
 
 Q_PROJ = "model.language_model.layers.3.self_attn.q_proj.weight"
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from tiny_checkpoints import make_pair
 from typer.testing import CliRunner
 
 import weights_convert
 from mlx_mtp.cli import app
+from tests.support.tiny_checkpoints import make_pair
 
 QUESTION = "What is a drafter?"
 

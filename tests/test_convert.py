@@ -12,11 +12,11 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm.utils
 import pytest
-from tiny_checkpoints import KINDS, VOCAB, make_pair
 
 import mlx_mtp
 import weights_convert.plan
 from mlx_mtp.errors import CheckpointError, MemoryBudgetError, MTPError
+from tests.support.tiny_checkpoints import KINDS, VOCAB, make_pair
 from weights_convert import Format, Scheme, compare, convert, prepare, verify_sums
 
 TOKENS = list(range(7, 47))

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from tiny_checkpoints import make_pair
 
 import weights_convert.files
 import weights_convert.plan
 from mlx_mtp.errors import CheckpointError
+from tests.support.tiny_checkpoints import make_pair
 from weights_convert import Format, Scheme, convert, verify_sums
 
 SLOW = """

@@ -15,16 +15,13 @@ from mlx_mtp.cli.render import plain
 from mlx_mtp.cli.tune_tables import simulation
 from mlx_mtp.config import check_pair
 from mlx_mtp.errors import MTPError
-from mlx_mtp.tuning import cost_model as model
-from mlx_mtp.tuning.chips import CHIPS, chip
-from mlx_mtp.tuning.fit import Step, fit_steps, share_of_peak, tile_share
-from mlx_mtp.tuning.kernels import Calibration, attention_seconds, kernel, matmul_seconds, sides
-from mlx_mtp.tuning.known_models import KNOWN_MODELS, known_pair
-from mlx_mtp.tuning.report import BATCHES, choices, chosen
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-
-import check_cost_model
+from mlx_mtp.simulate import cost_model as model
+from mlx_mtp.simulate.chips import CHIPS, chip
+from mlx_mtp.simulate.kernels import Calibration, attention_seconds, kernel, matmul_seconds, sides
+from mlx_mtp.simulate.known_models import KNOWN_MODELS, known_pair
+from mlx_mtp.simulate.report import BATCHES, choices, chosen
+from scripts import check_cost_model
+from scripts.cost_model_fit import Step, fit_steps, share_of_peak, tile_share
 
 # Bytes of a decoded token, counted from the tensor lists of the published checkpoints: 16-bit and 4 bits.
 PER_TOKEN = {

@@ -13,17 +13,17 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from tiny_checkpoints import make_pair
-from tiny_tokenizer import write_tokenizer
 
 import mlx_mtp
+from mlx_mtp import profile as profiles
 from mlx_mtp.checkpoint.description import read_target
 from mlx_mtp.checkpoint.load import load_target
 from mlx_mtp.checkpoint.safetensors_files import INDEX, read_header
 from mlx_mtp.errors import CheckpointError, MTPError, ProfileError
 from mlx_mtp.files import replacing, sample
-from mlx_mtp.text import Tokenizer
-from mlx_mtp.tuning import profile as profiles
+from mlx_mtp.text.tokenizer import Tokenizer
+from tests.support.tiny_checkpoints import make_pair
+from tests.support.tiny_tokenizer import write_tokenizer
 from weights_convert import convert, verify_sums
 
 Json = dict[str, Any]

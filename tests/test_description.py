@@ -11,7 +11,6 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from tiny_checkpoints import make_pair
 
 import mlx_mtp
 from mlx_mtp import CheckpointError
@@ -19,6 +18,7 @@ from mlx_mtp.checkpoint import sizes
 from mlx_mtp.checkpoint.description import read, read_drafter, read_target
 from mlx_mtp.checkpoint.quantization import Format
 from mlx_mtp.config import DrafterConfig, TargetConfig
+from tests.support.tiny_checkpoints import make_pair
 
 QUANTIZED = {"quantization": {"bits": 4, "group_size": 32}}
 

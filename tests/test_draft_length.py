@@ -10,12 +10,12 @@ from pathlib import Path
 from statistics import geometric_mean
 
 import pytest
-from simulated_cases import BATCH_COSTS, COSTS, GPU, TEXTS, BatchCost, curve, mixed_rows
-from simulated_clock import Case, against_fixed, by_hand, cases, fixed_speeds, one_row, run, speed
 
 from mlx_mtp.decode.draft_length import DraftLengthPolicy, Prices
 from mlx_mtp.decode.limits import MAX_DRAFT_LENGTH
 from mlx_mtp.decode.request import Request, Row, Stats
+from tests.support.simulated_cases import BATCH_COSTS, COSTS, GPU, TEXTS, BatchCost, curve, mixed_rows
+from tests.support.simulated_clock import Case, against_fixed, by_hand, cases, fixed_speeds, one_row, run, speed
 
 MEASUREMENTS = Path(__file__).resolve().parent.parent / "docs" / "measurements"
 CHEAP, DEAR = COSTS["mlxcel 31B"], COSTS["Rapid-MLX 26B"]

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_checkpoints import make_pair
 
 import mlx_mtp
+from mlx_mtp import profile as profiles
 from mlx_mtp.checkpoint.quantization import Format, Scheme
 from mlx_mtp.checkpoint.sizes import held_bytes
 from mlx_mtp.cli.info import describe
 from mlx_mtp.decode.draft_length import Prices
 from mlx_mtp.errors import CheckpointError, MTPError, ProfileError
 from mlx_mtp.models.drafter import Drafter
-from mlx_mtp.tuning import profile as profiles
+from tests.support.tiny_checkpoints import make_pair
 from weights_convert.converter import convert
 
 TOKENS = list(range(5, 45))

@@ -8,9 +8,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from deep_pair import deep_pair
-from scripted_drafter import ScriptedDrafter
-from tiny_checkpoints import VOCAB, load_pair, make_pair
 
 from mlx_mtp.checkpoint.description import read_target
 from mlx_mtp.checkpoint.load import load_target
@@ -24,6 +21,9 @@ from mlx_mtp.decode.scheduler import Scheduler
 from mlx_mtp.errors import PromptError
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
+from tests.support.deep_pair import deep_pair
+from tests.support.scripted_drafter import ScriptedDrafter
+from tests.support.tiny_checkpoints import VOCAB, load_pair, make_pair
 
 Pair = tuple[Target, Drafter]
 SAMPLED = SamplingOptions(temperature=1.0, top_k=50, seed=11)

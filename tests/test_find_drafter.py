@@ -14,13 +14,13 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from tiny_checkpoints import VOCAB, make_pair
 
 import mlx_mtp
+from mlx_mtp import profile
 from mlx_mtp.checkpoint import download, sizes
 from mlx_mtp.checkpoint.description import read_drafter, read_target
 from mlx_mtp.errors import MTPError
-from mlx_mtp.tuning import profile
+from tests.support.tiny_checkpoints import VOCAB, make_pair
 
 SIZE = "gemma-4-E2B-it"
 PROMPT = [5, 6, 7]

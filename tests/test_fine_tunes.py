@@ -12,15 +12,15 @@ import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
 import pytest
-from tiny_checkpoints import VOCAB, make_pair
 
 import mlx_mtp
+from mlx_mtp import profile
 from mlx_mtp.checkpoint.description import read_target
 from mlx_mtp.checkpoint.pair import DEMO
 from mlx_mtp.checkpoint.quantization import Format, Scheme
 from mlx_mtp.errors import CheckpointError
-from mlx_mtp.template_files import chat_templates
-from mlx_mtp.tuning import profile
+from mlx_mtp.text.template_files import chat_templates
+from tests.support.tiny_checkpoints import VOCAB, make_pair
 from weights_convert import convert
 from weights_convert.files import verify_sums
 

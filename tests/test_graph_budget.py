@@ -11,15 +11,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from dispatches import GEMMA, GREEDY, Round, as_on_a_gpu, compiling, count, kernels_of
 
 from mlx_mtp.decode import sampling
 from mlx_mtp.decode.sampling import best_few
-from mlx_mtp.metal import DEFAULTS
 from mlx_mtp.models import clustered_head
 from mlx_mtp.models.attention import folded_attention
 from mlx_mtp.models.clustered_head import ClusteredHead
 from mlx_mtp.models.elementwise import add_scaled, gelu_times, softcap
+from mlx_mtp.system.metal import DEFAULTS
+from tests.support.dispatches import GEMMA, GREEDY, Round, as_on_a_gpu, compiling, count, kernels_of
 
 BUDGETS = {
     "E2B": (765, 1000), "E4B": (925, 1160), "12B": (865, 1090), "26B-A4B": (1000, 1225), "31B": (1075, 1300),

@@ -7,8 +7,6 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from random_requests import alone, differs, make_request, run_at_random
-from tiny_checkpoints import KINDS, VOCAB, WINDOW, load_pair, make_pair
 
 from mlx_mtp.decode.request import Request
 from mlx_mtp.decode.round import RoundState, decode_round
@@ -20,7 +18,9 @@ from mlx_mtp.kv.batch import in_groups
 from mlx_mtp.models import attention
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
-from mlx_mtp.tuning.known_models import KNOWN_MODELS, known_pair
+from mlx_mtp.simulate.known_models import KNOWN_MODELS, known_pair
+from tests.support.random_requests import alone, differs, make_request, run_at_random
+from tests.support.tiny_checkpoints import KINDS, VOCAB, WINDOW, load_pair, make_pair
 
 Pair = tuple[Target, Drafter]
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tiny_checkpoints import make_pair
-from tiny_hub import Hub, serve
 
 from mlx_mtp.checkpoint.candidates import drafter_names
+from tests.support.tiny_checkpoints import make_pair
+from tests.support.tiny_hub import Hub, serve
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -12,11 +12,11 @@ import mlx.core as mx
 import mlx_lm.utils
 import pytest
 from mlx_lm.quant.awq import AWQ_MODEL_CONFIGS
-from tiny_checkpoints import make_pair
-from tiny_tokenizer import write_tokenizer
 
 import mlx_mtp
 from mlx_mtp.errors import CheckpointError, MemoryBudgetError
+from tests.support.tiny_checkpoints import make_pair
+from tests.support.tiny_tokenizer import write_tokenizer
 from weights_convert import Format, Learning, Scheme, convert, prepare, verify_sums
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz€"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from tiny_checkpoints import VOCAB, load_pair, make_pair
 
 from mlx_mtp.decode import engine as engine_module
 from mlx_mtp.decode.request import Request, Row
 from mlx_mtp.decode.scheduler import Scheduler
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
+from tests.support.tiny_checkpoints import VOCAB, load_pair, make_pair
 
 Pair = tuple[Target, Drafter]
 

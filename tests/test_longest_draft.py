@@ -11,7 +11,7 @@ from mlx_mtp.decode.draft_length import DraftLengthPolicy, Prices
 from mlx_mtp.decode.limits import MAX_AUTO_LENGTH
 from mlx_mtp.decode.request import Request, Row, Stats
 from mlx_mtp.models.attention import longest_fused
-from mlx_mtp.tuning.known_models import KNOWN_MODELS, known_pair
+from mlx_mtp.simulate.known_models import KNOWN_MODELS, known_pair
 
 
 @pytest.mark.parametrize("gpu", [True, False])

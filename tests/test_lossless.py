@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-from tiny_checkpoints import KINDS, WINDOW, make_pair
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-
-from prove_lossless import compare, demo_pair
+from scripts.prove_lossless import compare, demo_pair
+from tests.support.tiny_checkpoints import KINDS, WINDOW, make_pair
 
 PROMPT = list(range(5, 5 + 2 * WINDOW + 3))
 

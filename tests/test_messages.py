@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_checkpoints import make_pair
-from tiny_tokenizer import SPECIAL, write_tokenizer
 
 import mlx_mtp
 from mlx_mtp.decode.request import Stats
 from mlx_mtp.errors import PromptError
-from mlx_mtp.text import Tokenizer
+from mlx_mtp.text.tokenizer import Tokenizer
+from tests.support.tiny_checkpoints import make_pair
+from tests.support.tiny_tokenizer import SPECIAL, write_tokenizer
 
 Json = dict[str, Any]
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mlx_mtp.metal import DEFAULTS, set_defaults
+from mlx_mtp.system.metal import DEFAULTS, set_defaults
 
 
 def test_defaults_are_a_mac_s_and_never_over_a_users_own_values():

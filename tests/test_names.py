@@ -15,7 +15,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
-from real_tensors import SIZES, Tensors, drafter, drafter_config, mlx_community, payload, target, target_config
 
 from mlx_mtp import config
 from mlx_mtp.checkpoint import load, quantization
@@ -24,6 +23,16 @@ from mlx_mtp.checkpoint.tensor_names import Table, drafter_table, target_table
 from mlx_mtp.errors import CheckpointError
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
+from tests.support.real_tensors import (
+    SIZES,
+    Tensors,
+    drafter,
+    drafter_config,
+    mlx_community,
+    payload,
+    target,
+    target_config,
+)
 from weights_convert import Format, Scheme
 from weights_convert.plan import make_plan
 

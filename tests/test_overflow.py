@@ -6,11 +6,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from tiny_checkpoints import make_pair
 
 import mlx_mtp
 from mlx_mtp.checkpoint import description
 from mlx_mtp.models.self_test import SWITCH
+from tests.support.tiny_checkpoints import make_pair
 
 
 def enlarge(folder: Path, times: int, dtype: mx.Dtype = mx.float32) -> None:

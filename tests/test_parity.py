@@ -11,9 +11,6 @@ import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
 import pytest
-import reference
-from real_tensors import SIZES, target_config
-from tiny_checkpoints import KINDS, VOCAB, WINDOW, make_pair
 from transformers import AutoConfig, PreTrainedModel
 
 import mlx_mtp
@@ -22,6 +19,9 @@ from mlx_mtp.checkpoint.description import read_target
 from mlx_mtp.checkpoint.load import load_target
 from mlx_mtp.config import in_published_fields
 from mlx_mtp.decode.prefill import prefill
+from tests.support import reference
+from tests.support.real_tensors import SIZES, target_config
+from tests.support.tiny_checkpoints import KINDS, VOCAB, WINDOW, make_pair
 from weights_convert import convert
 
 TOLERANCE = 1e-4

@@ -7,7 +7,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_checkpoints import KINDS, VOCAB, WINDOW, make_pair
 
 from mlx_mtp.checkpoint.description import read_target
 from mlx_mtp.checkpoint.load import load_target
@@ -17,6 +16,7 @@ from mlx_mtp.decode.request import Request
 from mlx_mtp.decode.scheduler import Scheduler
 from mlx_mtp.kv import LONGEST_VERIFY, KVBuffers, blocks
 from mlx_mtp.models.target import Target
+from tests.support.tiny_checkpoints import KINDS, VOCAB, WINDOW, make_pair
 
 PROMPT = np.random.default_rng(0).integers(0, VOCAB, 4 * WINDOW + 13).tolist()
 

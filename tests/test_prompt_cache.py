@@ -8,9 +8,6 @@ from random import Random
 
 import mlx.core as mx
 import pytest
-from random_requests import alone
-from scripted_drafter import ScriptedDrafter
-from tiny_checkpoints import VOCAB, load_pair, make_pair
 
 import mlx_mtp
 from mlx_mtp.checkpoint.sizes import row_bytes
@@ -23,6 +20,9 @@ from mlx_mtp.errors import CheckpointError, MemoryBudgetError
 from mlx_mtp.kv import kv_bytes
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
+from tests.support.random_requests import alone
+from tests.support.scripted_drafter import ScriptedDrafter
+from tests.support.tiny_checkpoints import VOCAB, load_pair, make_pair
 
 Pair = tuple[Target, Drafter]
 SAMPLED = SamplingOptions(temperature=1.0, top_k=40, seed=4)

@@ -9,9 +9,9 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
-from tiny_checkpoints import VOCAB, make_pair
 
 import mlx_mtp
+from tests.support.tiny_checkpoints import VOCAB, make_pair
 from weights_convert import Format, Scheme, convert
 
 PROMPT = [int(t) for t in np.random.default_rng(1).integers(0, VOCAB, 40)]

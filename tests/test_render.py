@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_checkpoints import make_pair
 
 from mlx_mtp.cli import render
+from tests.support.tiny_checkpoints import make_pair
 
 SHOW = """
 from mlx_mtp.cli import render

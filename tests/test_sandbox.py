@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_tokenizer import write_tokenizer
 
-from mlx_mtp import sandbox
 from mlx_mtp.errors import CheckpointError, MTPError, PromptError
-from mlx_mtp.text import Tokenizer
+from mlx_mtp.text import sandbox
+from mlx_mtp.text.tokenizer import Tokenizer
+from tests.support.tiny_tokenizer import write_tokenizer
 
 USER: dict[str, Any] = {"role": "user", "content": "Hi <b> you"}
 DOUBLE = "{%% set ns = namespace(x=%s) %%}{%% for _ in range(80) %%}{%% set ns.x = %s %%}{%% endfor %%}{{ ns.x }}"

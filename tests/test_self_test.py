@@ -13,12 +13,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_checkpoints import KINDS, VOCAB, make_pair
 
 import mlx_mtp
 from mlx_mtp.models import attention, avoided, clustered_head, kernel_checks, moe, self_test
 from mlx_mtp.models.avoided import AVOIDED, AttentionShape, GatherShape, ProductShape, Shape
 from mlx_mtp.models.self_test import SWITCH, Finding
+from tests.support.tiny_checkpoints import KINDS, VOCAB, make_pair
 
 PROMPT = [int(t) for t in np.random.default_rng(1).integers(0, VOCAB, 40)]
 TOKENS = 12

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from tiny_tokenizer import SPECIAL
 
 from mlx_mtp.errors import CheckpointError
-from mlx_mtp.text import StreamDecoder, Tokenizer
+from mlx_mtp.text.stream_decoder import StreamDecoder
+from mlx_mtp.text.tokenizer import Tokenizer
+from tests.support.tiny_tokenizer import SPECIAL
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog, and the dog sleeps on",
@@ -129,7 +130,7 @@ def test_the_config_may_add_tokens(folder: Path, tmp_path: Path, original: Sente
 
 
 def test_a_tokenizer_json_comes_first(folder: Path, tmp_path: Path):
-    from tiny_tokenizer import write_tokenizer
+    from tests.support.tiny_tokenizer import write_tokenizer
 
     (tmp_path / "tokenizer.model").write_bytes(b"not looked at")
     write_tokenizer(tmp_path)

@@ -18,7 +18,7 @@ import pytest
 
 import mlx_mtp
 from mlx_mtp import GenerationOptions, MTPError, PromptError
-from mlx_mtp import session as session_module
+from mlx_mtp.session import owner as session_module
 
 QUESTION = "What is a drafter?"
 LONG = {"max_tokens": 3000, "temperature": 0.0, "ignore_eos": True, "draft_length": 2}

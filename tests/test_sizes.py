@@ -7,7 +7,6 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from tiny_checkpoints import KINDS, make_pair
 
 import mlx_mtp
 from mlx_mtp.checkpoint import sizes
@@ -17,6 +16,7 @@ from mlx_mtp.checkpoint.quantization import Format
 from mlx_mtp.cli.info import describe
 from mlx_mtp.errors import MemoryBudgetError
 from mlx_mtp.kv import KVBuffers, kv_bytes
+from tests.support.tiny_checkpoints import KINDS, make_pair
 
 
 @pytest.mark.parametrize("kind", KINDS)

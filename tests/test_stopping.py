@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_checkpoints import make_pair
-from tiny_tokenizer import write_tokenizer
 
 import mlx_mtp
 from mlx_mtp.checkpoint.pair import DEMO
 from mlx_mtp.errors import PromptError
+from tests.support.tiny_checkpoints import make_pair
+from tests.support.tiny_tokenizer import write_tokenizer
 
 QUESTION = "What is the capital of France?"
 GREEDY: dict[str, Any] = {"max_tokens": 40, "temperature": 0}

@@ -1,4 +1,4 @@
-"""Text and token ids: round trips, streaming, stop strings, the chat format (text.py)."""
+"""Text and token ids: round trips, streaming, stop strings, the chat format (mlx_mtp/text)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_tokenizer import BYTES, SPECIAL, write_tokenizer
 from tokenizers import Tokenizer as Library
 
 from mlx_mtp.errors import CheckpointError, PromptError
-from mlx_mtp.text import StopStrings, StreamDecoder, Tokenizer
+from mlx_mtp.text.stop_strings import StopStrings
+from mlx_mtp.text.stream_decoder import StreamDecoder
+from mlx_mtp.text.tokenizer import Tokenizer
+from tests.support.tiny_tokenizer import BYTES, SPECIAL, write_tokenizer
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"

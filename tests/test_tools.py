@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_checkpoints import VOCAB, make_pair
-from tiny_tokenizer import BYTES, write_tokenizer
 from tokenizers import Tokenizer as Library
 from tokenizers import models
 
 import mlx_mtp
-from mlx_mtp.answer import Answer
 from mlx_mtp.decode.request import Request, Row, Stats
 from mlx_mtp.errors import PromptError
-from mlx_mtp.inbox import News
-from mlx_mtp.text import StopStrings, StreamDecoder, Tokenizer
-from mlx_mtp.tools import QUOTE as Q
-from mlx_mtp.tools import QUOTE_MARK, CallIds, Tools, parse_calls
+from mlx_mtp.session.answer import Answer
+from mlx_mtp.session.inbox import News
+from mlx_mtp.text.stop_strings import StopStrings
+from mlx_mtp.text.stream_decoder import StreamDecoder
+from mlx_mtp.text.tokenizer import Tokenizer
+from mlx_mtp.text.tool_calls import QUOTE as Q
+from mlx_mtp.text.tool_calls import QUOTE_MARK, CallIds, Tools, parse_calls
+from tests.support.tiny_checkpoints import VOCAB, make_pair
+from tests.support.tiny_tokenizer import BYTES, write_tokenizer
 
 Json = dict[str, Any]
 

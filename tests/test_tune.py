@@ -16,17 +16,19 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_checkpoints import make_pair
 from typer.testing import CliRunner
 
 import mlx_mtp
+from mlx_mtp import profile
 from mlx_mtp.cli import app
 from mlx_mtp.decode.draft_length import Prices
+from mlx_mtp.decode.objective import OBJECTIVES
 from mlx_mtp.errors import MemoryBudgetError, MTPError, ProfileError, PromptError
 from mlx_mtp.models.moe import Router
-from mlx_mtp.tuning import OBJECTIVES, choose, measure, profile
-from mlx_mtp.tuning.measure import Measurement, Seconds, Step
+from mlx_mtp.tuning import acceptance, choose, costs
+from mlx_mtp.tuning.costs import Measurement, Seconds, Step
 from mlx_mtp.tuning.plot import check_plot, write_plot
+from tests.support.tiny_checkpoints import make_pair
 
 PROMPTS = {"words": [[5, 9, 200], [7, 7, 100, 3]], "more": [[4, 40, 44]]}
 
@@ -35,9 +37,9 @@ PROMPTS = {"words": [[5, 9, 200], [7, 7, 100, 3]], "more": [[4, 40, 44]]}
 def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MLX_MTP_PROFILES", str(tmp_path / "profiles"))
     # Few laps do: what they say about this machine isn't tested.
-    monkeypatch.setattr(measure, "_SWEEPS", 1)
-    monkeypatch.setattr(measure, "_SECONDS", 0.0)
-    monkeypatch.setattr(measure, "ANSWER_TOKENS", 12)
+    monkeypatch.setattr(costs, "_SWEEPS", 1)
+    monkeypatch.setattr(costs, "_SECONDS", 0.0)
+    monkeypatch.setattr(acceptance, "ANSWER_TOKENS", 12)
     return tmp_path / "profiles"
 
 
@@ -49,7 +51,7 @@ def tune(*args: object) -> subprocess.CompletedProcess[str]:
 def measured(lm: mlx_mtp.MTPModel, **options: object) -> Measurement:
     found = Measurement()
     options = {"batches": (1, 2), "lengths": (1, 2, 3), "contexts": (20,), "prompts": PROMPTS} | options
-    measure.measure(lm, found, **options)  # type: ignore[arg-type]
+    acceptance.measure(lm, found, **options)  # type: ignore[arg-type]
     return found
 
 
@@ -301,13 +303,13 @@ def test_what_is_measured(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_what_rows_of_different_lengths_take_more_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     target, drafter = make_pair("12b", tmp_path)
-    verify = measure.verify
+    verify = costs.verify
 
     def slower(*arguments: Any, counts: Any = None) -> Any:
         time.sleep(0.02 if counts else 0.0)
         return verify(*arguments, counts=counts)
 
-    monkeypatch.setattr(measure, "verify", slower)
+    monkeypatch.setattr(costs, "verify", slower)
     with mlx_mtp.load(target, drafter=drafter) as lm:
         one, two = measured(lm, batches=(1, 2)).steps
     assert one.packing == 0.0 and 0.01 < two.packing < 0.2
@@ -321,12 +323,12 @@ def test_tokens_are_chosen_as_the_model_chooses_them(tmp_path: Path, monkeypatch
     target, drafter = make_pair("12b", tmp_path)
     made: list[tuple[Any, ...]] = []
 
-    class Spy(measure.Sampler):
+    class Spy(costs.Sampler):
         def __init__(self, *arguments: Any):
             made.append(arguments)
             super().__init__(*arguments)
 
-    monkeypatch.setattr(measure, "Sampler", Spy)
+    monkeypatch.setattr(costs, "Sampler", Spy)
     with mlx_mtp.load(target, drafter=drafter) as lm:
         measured(lm, batches=(2,))
         ((rows, _, suppressed, _),) = made
@@ -338,11 +340,11 @@ def test_what_does_not_fit_is_left_out(tmp_path: Path):
     target, drafter = make_pair("31b", tmp_path)
     with mlx_mtp.load(target, drafter=drafter) as lm:
         with lm.models() as (target, _):
-            one = measure._needed(target, 1, 23)
+            one = costs._needed(target, 1, 23)
         lm.kv_budget = 2 * one
         done: list[str] = []
         found = measured(lm, batches=(1, 2, 4), contexts=(20, 10**6), progress=done.append)
-        assert len(done) == measure.points((1, 2, 4), (20, 10**6)), "the bar gets to its end"
+        assert len(done) == costs.points((1, 2, 4), (20, 10**6)), "the bar gets to its end"
         assert {step.rows for step in found.steps} == {1, 2}
         assert any("batch 4" in reason for reason in found.skipped)
         assert any("context 1,000,000" in reason for reason in found.skipped)
@@ -362,7 +364,7 @@ def test_an_interruption_keeps_what_was_measured(tmp_path: Path):
 
     with mlx_mtp.load(target, drafter=drafter) as lm:
         with pytest.raises(KeyboardInterrupt):
-            measure.measure(lm, found, (1, 2, 4), (1, 2), (20,), PROMPTS, stop)
+            acceptance.measure(lm, found, (1, 2, 4), (1, 2), (20,), PROMPTS, stop)
         assert not found.complete and {step.rows for step in found.steps} == {1, 2}
         assert choose.choose(choose.options(found), "throughput").option.rows in (1, 2)
         assert len(lm.generate([5, 6], max_tokens=4).tokens) <= 4, "the model is as good as before"
@@ -382,9 +384,9 @@ def test_ctrl_c(profiles: Path):
 
 
 def test_ctrl_c_leaves_a_profile_of_what_was_measured(profiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    whole = measure.measure
+    whole = acceptance.measure
 
-    def interrupted(*args: Any, progress: measure.Progress, **options: Any) -> None:
+    def interrupted(*args: Any, progress: costs.Progress, **options: Any) -> None:
         def stop(done: str) -> None:
             progress(done)
             if done.startswith("batch 2"):
@@ -395,15 +397,15 @@ def test_ctrl_c_leaves_a_profile_of_what_was_measured(profiles: Path, tmp_path: 
     prompt = tmp_path / "one.txt"
     prompt.write_text("Tell me a short story about a fox.")
     arguments = ["tune", "--contexts", "16", "--batch-sizes", "1,2,4", "--prompts", str(prompt)]
-    monkeypatch.setattr(measure, "measure", interrupted)
+    monkeypatch.setattr(acceptance, "measure", interrupted)
     runner = CliRunner()
     partly = runner.invoke(app, arguments)
     assert partly.exit_code == 130 and "saved for balanced" in partly.stdout
     (path,) = profiles.glob("*.json")
     assert set(profile.read(path).costs) == {1, 2}
-    monkeypatch.setattr(measure, "measure", whole)
+    monkeypatch.setattr(acceptance, "measure", whole)
     assert runner.invoke(app, arguments).exit_code == 0 and set(profile.read(path).costs) == {1, 2, 4}
-    monkeypatch.setattr(measure, "measure", interrupted)
+    monkeypatch.setattr(acceptance, "measure", interrupted)
     again = runner.invoke(app, arguments)
     assert again.exit_code == 130 and "not saved" in again.stdout and set(profile.read(path).costs) == {1, 2, 4}
 
@@ -420,7 +422,7 @@ def test_what_was_measured_is_shown_where_no_profile_can_be_saved(tmp_path: Path
 def test_prompts_need_a_tokenizer(tmp_path: Path):
     target, drafter = make_pair("31b", tmp_path)
     with mlx_mtp.load(target, drafter=drafter) as lm, pytest.raises(PromptError, match="token ids"):
-        measured(lm, prompts=measure.PROMPTS)
+        measured(lm, prompts=acceptance.PROMPTS)
 
 
 @pytest.mark.parametrize("content, name, culprit", [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_checkpoints import KINDS, VOCAB, load_pair, make_pair
 
 from mlx_mtp.decode.prefill import prefill
 from mlx_mtp.decode.round import decode_round, first_state, verify
@@ -15,6 +14,7 @@ from mlx_mtp.models import attention
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.packing import Packing
 from mlx_mtp.models.target import Target
+from tests.support.tiny_checkpoints import KINDS, VOCAB, load_pair, make_pair
 
 COUNTS = [3, 1, 6, 2]
 OPTIONS = [

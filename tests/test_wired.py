@@ -8,8 +8,8 @@ import mlx.core as mx
 import pytest
 
 import mlx_mtp
-from mlx_mtp import session
-from mlx_mtp.wired import SPARE, Wired
+from mlx_mtp.session import owner
+from mlx_mtp.system.wired import SPARE, Wired
 
 MOST = 10**10
 
@@ -49,7 +49,7 @@ def test_a_model_is_wired_while_it_has_rows(limits: list[int], monkeypatch: pyte
     """Weights, KV of its rows and a rest; nothing once it is idle, or closed."""
     monkeypatch.setenv("MLX_MTP_SELF_TEST", "0")
     wired = Wired()
-    monkeypatch.setattr(session, "WIRED", wired)
+    monkeypatch.setattr(owner, "WIRED", wired)
     with mlx_mtp.load(cache_bytes=0) as lm:
         assert limits == []
         lm.generate("Hello!", max_tokens=5)

@@ -22,8 +22,7 @@ from mlx_mtp.checkpoint.description import read, read_drafter
 from mlx_mtp.checkpoint.quantization import Scheme
 from mlx_mtp.checkpoint.sizes import in_words
 from mlx_mtp.errors import CheckpointError
-from mlx_mtp.files import listed, read_json, replacing, sha256
-from mlx_mtp.paths import expanded
+from mlx_mtp.files import expanded, listed, read_json, replacing, sha256
 
 from . import files
 from .learned import Learning, learn

@@ -29,7 +29,7 @@ from mlx_mtp.checkpoint import sizes
 from mlx_mtp.checkpoint.quantization import Format, Scheme
 from mlx_mtp.errors import CheckpointError, MemoryBudgetError
 from mlx_mtp.files import read_bytes
-from mlx_mtp.text import Tokenizer, has_tokenizer
+from mlx_mtp.text.tokenizer import Tokenizer, has_tokenizer
 
 from .plan import FINGERPRINT, Parameter, Plan
 

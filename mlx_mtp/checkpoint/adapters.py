@@ -23,9 +23,9 @@ import numpy as np
 
 from ..errors import CheckpointError
 from ..files import read_json
-from ..models.elementwise import counting
 from ..models.moe import ExpertLinear, QuantizedExpertLinear
 from ..models.target import Target
+from ..system.fusing import counting
 from .safetensors_files import load
 from .tensor_names import VISION_AND_AUDIO, Table
 

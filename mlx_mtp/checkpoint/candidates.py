@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from ..paths import published_name
+from ..files import published_name
 
 _FORMAT = re.compile(r"(.+?)-((?:OptiQ-)?\d+bit|bf16|fp16|mxfp4|mxfp8|nvfp4)")
 _SIZES = {size.lower(): size for size in ("E2B", "E4B", "12B", "26B-A4B", "31B")}

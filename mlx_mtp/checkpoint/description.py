@@ -18,7 +18,7 @@ from .. import config as configs
 from ..config import DrafterConfig, TargetConfig, TextConfig
 from ..errors import CheckpointError
 from ..files import read_json
-from ..models.elementwise import on_gpu
+from ..system.fusing import on_gpu
 from . import quantization
 from .quantization import Format, Rule, Scheme, Stored
 from .tensor_names import Table, drafter_table, target_table

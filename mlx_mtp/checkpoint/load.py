@@ -18,8 +18,8 @@ from mlx.utils import tree_flatten
 from ..config import DrafterConfig, TargetConfig, check_pair
 from ..errors import CheckpointError, MemoryBudgetError
 from ..models.drafter import POSITIONS, Drafter
-from ..models.elementwise import on_gpu
 from ..models.target import Target
+from ..system.fusing import on_gpu
 from . import adapters, sizes
 from .description import AnyDescription, DrafterDescription, TargetDescription, about
 from .quantization import Scheme

@@ -14,7 +14,7 @@ from . import render
 
 if TYPE_CHECKING:
     from ..checkpoint.description import AnyDescription, DrafterDescription, TargetDescription
-    from ..tuning.chips import Chip
+    from ..simulate.chips import Chip
 
 _PREDICTED_AT = 1024
 """Tokens of context that speeds are predicted for."""
@@ -72,7 +72,7 @@ def describe(
     from ..config import check_pair
     from ..errors import PairingError
     from ..kv import kv_bytes
-    from ..wired import WIRED
+    from ..system.wired import WIRED
 
     target, own = find_pair(model, drafter, quantize, quantize_drafter=quantize_drafter, weights=False)
     config, text, dtype_bytes = target.config, target.text, target.dtype_bytes
@@ -157,7 +157,7 @@ def describe(
 
 def _chip(name: str | None) -> Chip | None:
     """A chip by its name, or this machine's; None if there are no figures for this one."""
-    from ..tuning.chips import chip, this_chip
+    from ..simulate.chips import chip, this_chip
 
     try:
         return chip(name) if name else this_chip()
@@ -170,7 +170,7 @@ def _expected(target: TargetDescription, drafter: DrafterDescription | None, chi
 
     Drafting has no speed of its own where there is no drafter, or where no draft length pays (0).
     """
-    from ..tuning import cost_model, report
+    from ..simulate import cost_model, report
 
     own = (drafter.config, target.format, drafter.format) if drafter else (None, target.format, None)
     pair = cost_model.pair(target.config, *own)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..blas import use_openblas
 from ..decode.limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH, MAX_TEMPERATURE
+from ..system.blas import use_openblas
 
 if TYPE_CHECKING:
-    from ..answer import Chunk
     from ..api import MTPModel
     from ..decode.request import Stats
+    from ..session.answer import Chunk
 
 INTERRUPTED = 130
 

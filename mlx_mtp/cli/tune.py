@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from ..decode.objective import OBJECTIVES
 from ..errors import MTPError, ProfileError, PromptError
 from ..files import listed, parse_json
-from ..tuning import OBJECTIVES
 from . import options as o
 from . import render
 from .tune_tables import simulation, tables
@@ -25,10 +25,10 @@ from .tune_tables import simulation, tables
 if TYPE_CHECKING:
     from ..checkpoint.quantization import Format
     from ..config import DrafterConfig, TargetConfig, TextConfig
+    from ..decode.objective import Objective
     from ..models.drafter import Position
-    from ..tuning import Objective
     from ..tuning.choose import Choice, Option
-    from ..tuning.measure import Measurement
+    from ..tuning.costs import Measurement
 
 
 def tune(
@@ -109,16 +109,17 @@ def _tune(
     adapter: str | None,
 ) -> None:
     with o.load(model, drafter, no_draft, quantize, quantize_drafter, profile=None, adapter=adapter) as lm:
-        from ..tuning import choose, measure, profile
+        from .. import profile
+        from ..tuning import acceptance, choose, costs
         from ..tuning.plot import write_plot
 
-        found = measure.Measurement()
-        total = measure.points(batches, contexts)
+        found = costs.Measurement()
+        total = costs.points(batches, contexts)
         steps_done = count(1)
         try:
             with render.progress("measuring", total) as done:
-                measure.measure(
-                    lm, found, batches, contexts=contexts, prompts=prompts or measure.PROMPTS,
+                acceptance.measure(
+                    lm, found, batches, contexts=contexts, prompts=prompts or acceptance.PROMPTS,
                     progress=lambda _: done(next(steps_done)),
                 )  # fmt: skip
         except KeyboardInterrupt:
@@ -206,8 +207,8 @@ def facts(
     config: TextConfig,
 ) -> dict[str, Any]:
     """All that was measured and chosen, for JSON."""
+    from ..simulate.cost_model import distinct_experts
     from ..tuning import choose
-    from ..tuning.cost_model import distinct_experts
 
     parts, measured = choose.split(found.steps), asdict(found)
     for step in measured["steps"]:
@@ -228,7 +229,7 @@ def facts(
 def _list(as_json: bool) -> None:
     """Shows the saved profiles."""
     o.use_openblas()
-    from ..tuning import profile
+    from .. import profile
 
     rows: list[dict[str, Any]] = []
     for path in listed(profile.folder(), "*.json"):
@@ -284,7 +285,7 @@ def _simulate(
     """
     from ..checkpoint.drafter_precision import drafter_format
     from ..checkpoint.quantization import Format
-    from ..tuning import chips, cost_model, known_models, report
+    from ..simulate import chips, cost_model, known_models, report
 
     name = model or "26B-A4B"
     own_drafter: DrafterConfig | None

@@ -9,10 +9,10 @@ from .render import Part, table
 
 if TYPE_CHECKING:
     from ..config import TextConfig
-    from ..tuning import cost_model
-    from ..tuning.chips import Chip
+    from ..simulate import cost_model
+    from ..simulate.chips import Chip
     from ..tuning.choose import Choice, Option
-    from ..tuning.measure import Measurement
+    from ..tuning.costs import Measurement
 
 
 def tables(found: Measurement, options: list[Option], choices: list[Choice], config: TextConfig) -> list[Part]:
@@ -49,7 +49,7 @@ def _seconds(found: Measurement) -> list[Part]:
 
 
 def _experts(found: Measurement, config: TextConfig) -> list[Part]:
-    from ..tuning.cost_model import distinct_experts
+    from ..simulate.cost_model import distinct_experts
 
     if not config.num_experts or not found.steps:
         return []
@@ -133,8 +133,8 @@ def simulation(
         batches: Which batches.
         objective: One of `tuning.OBJECTIVES`.
     """
-    from ..tuning.cost_model import PUBLISHED_ACCEPTANCE, tokens_per_second
-    from ..tuning.report import choices, chosen
+    from ..simulate.cost_model import PUBLISHED_ACCEPTANCE, tokens_per_second
+    from ..simulate.report import choices, chosen
 
     stored = f"{pair.how.bits} bits" if pair.how else "16-bit"
     accepted = " ".join(f"{chance:.2f}" for chance in PUBLISHED_ACCEPTANCE)

@@ -26,8 +26,8 @@ from ..config import TextConfig
 from ..kv import LONGEST_VERIFY, BatchKV, KVBuffers
 from ..models.attention import longest_fused
 from ..models.drafter import Drafter
-from ..models.elementwise import on_gpu
 from ..models.target import Target
+from ..system.fusing import on_gpu
 from .draft_length import Decision, DraftLengthPolicy
 from .limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH
 from .request import INVARIANT_WIDTH, Row

@@ -16,9 +16,9 @@ import numpy as np
 from ..errors import CheckpointError
 from ..kv import KVBuffers
 from ..models.drafter import Drafter
-from ..models.elementwise import on_gpu
 from ..models.self_test import SWITCH
 from ..models.target import Target
+from ..system.fusing import on_gpu
 from .prefill import prefill
 
 log = logging.getLogger(__name__)

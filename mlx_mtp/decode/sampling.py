@@ -24,7 +24,8 @@ from typing import TypeGuard
 import mlx.core as mx
 
 from ..errors import PromptError
-from ..models.elementwise import counting, fused, on_gpu, softcap
+from ..models.elementwise import softcap
+from ..system.fusing import counting, fused, on_gpu
 from .limits import MAX_TEMPERATURE
 
 MOST_PATTERNS = 64

@@ -8,7 +8,8 @@ whose reader is far behind make room for others until it has caught up.
 Short prompts that wait together are prefilled in one block, padded: what a shorter row computes past its end lies above
 its length and is never seen. Equal prompts that wait together are prefilled once.
 
-Nothing runs by itself: the owner of the model calls `step` (session.py). Not thread-safe but for `check` and `row`.
+Nothing runs by itself: the owner of the model (session/owner.py) calls `step`. Only `check` and `row` are
+thread-safe.
 
 Only "fast" requests share a batch. The other exactness levels promise bits that could depend on the batch's shape, so
 they run alone and reuse no KV.
@@ -32,9 +33,9 @@ from ..models.drafter import Drafter
 from ..models.target import Target
 from .draft_length import DraftLengthPolicy
 from .engine import Engine, Parked, Prefilled
-from .kv_file import load_entry, save_entry
 from .prefill import CHUNK, CHUNK_BESIDE, prefill_block, prefill_by_chunks
 from .prompt_cache import Entry, PromptCache
+from .prompt_file import load_entry, save_entry
 from .request import Request, Row, Stats, check_prompt, token_limit
 
 MAX_ROWS = 8
@@ -198,7 +199,7 @@ class Scheduler:
         self.cache.clear()
 
     def save_prompt(self, prompt: Sequence[int], path: Path) -> Generator[None, None, None]:
-        """Prefills a prompt, chunk by chunk, and writes its KV to a file, see `kv_file`; errors as in `check`."""
+        """Prefills a prompt, chunk by chunk, and writes its KV to a file, see `prompt_file`; errors as in `check`."""
         self.check(Request(prompt, 1))
         kv, _ = yield from prefill_by_chunks(self._target, prompt)
         save_entry(path, Entry(list(prompt), kv.row(0, kv.written), (), len(prompt)), self._target)

@@ -18,8 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..files import replacing, writable
-from ..paths import expanded
+from ..files import expanded, replacing, writable
 
 HOST, DEVICE = 1, 2
 """Rows of the picture."""

@@ -14,14 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import mlx.core as mx
 
-from ..models.elementwise import counting, fused
-
-if TYPE_CHECKING:
-    from .buffers import KVBuffers
+from ..system.fusing import counting, fused
 
 QUERIES = 256
 """Most queries of a long block that attend at once: their scores are [heads, queries, keys], which takes memory."""
@@ -48,6 +45,23 @@ class View:
     keys: mx.array
     values: mx.array
     visible: mx.array
+
+
+class Buffers(Protocol):
+    """What blocks ask of the buffers that they are written to (`buffers.KVBuffers` says what each is)."""
+
+    keys: dict[int, mx.array]
+    values: dict[int, mx.array]
+    window: int
+
+    def slots(self, sliding: bool) -> int:
+        """Slots of a kind of layer that are in use."""
+
+    def read(self, layer: int) -> tuple[mx.array, mx.array]:
+        """Keys and values of an owning layer, [B, kv_heads, slots, head_dim], without the slots that aren't used."""
+
+    def plain(self, array: mx.array) -> mx.array:
+        """What `stored` made, as it was."""
 
 
 class BlockKV(Protocol):
@@ -103,7 +117,7 @@ def _reach(window: int | None) -> mx.array:
 class ShortBlock:
     """A block of at most `KVBuffers.longest_block` tokens, which begins at another position in every row."""
 
-    def __init__(self, kv: KVBuffers, lengths: mx.array, width: int, sliding: bool):
+    def __init__(self, kv: Buffers, lengths: mx.array, width: int, sliding: bool):
         """Takes its place after the committed tokens, int32 [B]; `width` is L."""
         positions = lengths[:, None] + counting(width)
         slots = kv.slots(sliding)
@@ -130,7 +144,7 @@ class LongBlock:
     then the ring takes the chunk's last tokens. So a ring needn't have room for a chunk, however long that is.
     """
 
-    def __init__(self, kv: KVBuffers, start: int, width: int, sliding: bool):
+    def __init__(self, kv: Buffers, start: int, width: int, sliding: bool):
         """Takes its place at positions `start` to `start + width`."""
         self._kv, self._start, self._sliding = kv, start, sliding
         window = kv.window if sliding else None

@@ -16,8 +16,9 @@ import mlx.nn as nn
 from ..config import FULL, SLIDING, LayerConfig, TextConfig
 from ..kv import View
 from ..kv.blocks import stored
+from ..system.fusing import on_gpu
 from .avoided import AVOIDED, AttentionShape
-from .elementwise import gelu_times, on_gpu
+from .elementwise import gelu_times
 from .packing import Packing
 
 Rotation = mx.array | tuple[mx.array, mx.array]

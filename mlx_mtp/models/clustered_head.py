@@ -13,8 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..system.fusing import counting, on_gpu
 from .avoided import AVOIDED, GatherShape
-from .elementwise import counting, on_gpu
 
 
 class ClusteredHead(nn.Module):

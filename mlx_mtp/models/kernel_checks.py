@@ -23,11 +23,11 @@ from ..config import DrafterConfig, TextConfig
 from ..kv import CAPACITY_STEP
 from ..kv.blocks import QUERIES, visible
 from ..kv.buffers import ring_slots
+from ..system.fusing import on_gpu
 from .attention import attend
 from .avoided import DENSE, MANY, SLOTS, AttentionShape, ProductShape, Shape, dequantized, like_slots, stored_as
 from .clustered_head import ClusteredHead
 from .drafter import Drafter
-from .elementwise import on_gpu
 from .moe import SORT_FROM, ExpertLinear, QuantizedExpertLinear
 from .target import Target
 

@@ -7,9 +7,10 @@ import mlx.nn as nn
 import numpy as np
 
 from ..config import TextConfig
+from ..system.fusing import counting, on_gpu
 from .attention import side_by_side, stack
 from .avoided import AVOIDED, GatherShape, dequantized, gather_by_hand
-from .elementwise import counting, gelu_times, on_gpu
+from .elementwise import gelu_times
 
 SORT_FROM, SORT_FROM_CUDA = 64, 600
 """Token-expert pairs from which sorting them by expert pays: neighbours then read the same weights.

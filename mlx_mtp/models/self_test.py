@@ -21,9 +21,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import one_line
+from ..system.fusing import on_gpu
 from .avoided import AVOIDED, Shape, keep_to_avoided
 from .drafter import Drafter
-from .elementwise import on_gpu
 from .kernel_checks import Check, checks_of, numbers
 from .target import Target
 

@@ -21,8 +21,9 @@ import mlx.nn as nn
 
 from ..config import LayerConfig, TextConfig
 from ..kv import BlockKV, KVBuffers, KVCache
+from ..system.fusing import counting
 from .attention import MLP, Attention, Rope, Rotation, ropes
-from .elementwise import add_scaled, counting, gelu_times, softcap
+from .elementwise import add_scaled, gelu_times, softcap
 from .moe import Experts, Router
 from .packing import Packing
 

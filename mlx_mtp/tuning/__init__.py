@@ -1,12 +1,5 @@
-"""Which batch and draft length suit a machine: measured on this one, or predicted from public figures for another.
+"""Which batch and draft length suit a machine and a pair: measured.
 
-`measure` times rounds and counts acceptance, `choose` picks a setting, `profile` keeps it. For predictions, `chips`
-knows the machines, `known_models` the models, `cost_model` what a round costs, `report` puts it in a table.
+`acceptance` counts how often drafts are kept, `costs` times rounds, `choose` picks a setting from both. What was
+measured is kept as a profile (mlx_mtp/profile.py).
 """
-
-from typing import Literal, get_args
-
-Objective = Literal["balanced", "latency", "throughput"]
-OBJECTIVES: tuple[str, ...] = get_args(Objective)
-"""balanced: most tokens a second in all while a row keeps its share (report.BALANCED_SHARE) of what plain decoding
-gives it alone. latency: the fastest single row. throughput: most tokens a second in all."""

@@ -18,10 +18,9 @@ import numpy as np
 
 from ..decode.draft_length import Prices
 from ..decode.limits import MAX_AUTO_LENGTH
+from ..decode.objective import BALANCED_SHARE, tokens_per_round
 from ..errors import MTPError
-from .cost_model import tokens_per_round
-from .measure import Measurement, Step
-from .report import BALANCED_SHARE
+from .costs import Measurement, Step
 
 _RESTLESS = 1.3
 """A block that takes so many times what a wider one takes, and not each time it is run, was disturbed."""

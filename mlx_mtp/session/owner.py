@@ -32,14 +32,14 @@ from typing import Any, ClassVar, TypeVar, cast
 
 import mlx.core as mx
 
-from .decode.request import Request, Row
-from .decode.scheduler import Scheduler
-from .errors import MTPError
+from ..decode.request import Request, Row
+from ..decode.scheduler import Scheduler
+from ..errors import MTPError
+from ..models.drafter import Drafter
+from ..models.target import Target
+from ..system.wired import WIRED
 from .inbox import Inbox, News
 from .loading import Loaded
-from .models.drafter import Drafter
-from .models.target import Target
-from .wired import WIRED
 
 log = logging.getLogger(__name__)
 

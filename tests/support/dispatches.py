@@ -30,7 +30,7 @@ from mlx_mtp.decode.sampling import Sampler, SamplingOptions
 from mlx_mtp.kv import KVBuffers
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
-from mlx_mtp.tuning.known_models import known_pair
+from mlx_mtp.simulate.known_models import known_pair
 
 # Views of an array, or constants. "View" changes the type, which is free to a smaller one, and to a larger one where
 # the array is contiguous, as norms and rotations leave theirs.

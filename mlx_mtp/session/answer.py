@@ -6,10 +6,12 @@ import threading
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .decode.request import Request, Row, Stats
+from ..decode.request import Request, Row, Stats
+from ..text.stop_strings import StopStrings
+from ..text.stream_decoder import StreamDecoder
+from ..text.tokenizer import Tokenizer
+from ..text.tool_calls import Tools
 from .inbox import News
-from .text import StopStrings, StreamDecoder, Tokenizer
-from .tools import Tools
 
 
 @dataclass(frozen=True)

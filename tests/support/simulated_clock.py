@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Protocol
 
-from simulated_cases import (
+from mlx_mtp.decode.draft_length import Decision
+from mlx_mtp.decode.engine import same_cost
+from mlx_mtp.decode.limits import MAX_AUTO_LENGTH
+from mlx_mtp.decode.request import Request, Row, Stats
+from tests.support.simulated_cases import (
     BATCH_COSTS,
     COSTS,
     ENDS,
@@ -25,11 +29,6 @@ from simulated_cases import (
     mixed_rows,
     texts,
 )
-
-from mlx_mtp.decode.draft_length import Decision
-from mlx_mtp.decode.engine import same_cost
-from mlx_mtp.decode.limits import MAX_AUTO_LENGTH
-from mlx_mtp.decode.request import Request, Row, Stats
 
 
 class Policy(Protocol):

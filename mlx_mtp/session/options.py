@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from .decode.request import check_draft_length
-from .decode.sampling import SamplingOptions, is_int
-from .errors import PromptError
+from ..decode.request import check_draft_length
+from ..decode.sampling import SamplingOptions, is_int
+from ..errors import PromptError
 
 if TYPE_CHECKING:
     from .generation_config import GenerationDefaults

@@ -9,17 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from ..config import TargetConfig
+from ..decode.request import Request
+from ..decode.sampling import is_int, row_seed
+from ..errors import MTPError, PromptError
+from ..text.stop_strings import StopStrings
+from ..text.tokenizer import Tokenizer
+from ..text.tool_calls import Tools
 from .answer import Answer, Chunk, Generation
-from .config import TargetConfig
-from .decode.request import Request
-from .decode.sampling import is_int, row_seed
-from .errors import MTPError, PromptError
 from .generation_config import GenerationDefaults
 from .inbox import Inbox, News, failure
 from .options import GenerationOptions
-from .session import Session
-from .text import StopStrings, Tokenizer
-from .tools import Tools
+from .owner import Session
 
 T = TypeVar("T")
 

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..decode.objective import BALANCED_SHARE
 from . import cost_model as model
 from .chips import Chip
 
 BATCHES = (1, 2, 4, 6, 8)
 LONGEST_DRAFT = 8
-BALANCED_SHARE = 0.5
-"""Least share of the speed of plain decoding at batch 1 that every row keeps in the balanced choice."""
 
 
 @dataclass(frozen=True)

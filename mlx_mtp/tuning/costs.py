@@ -10,61 +10,32 @@ Measured, not interpreted: which batch and draft length follow from it is for ch
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice
-from statistics import fmean, median, stdev
-from typing import TYPE_CHECKING, Any
+from statistics import fmean, median
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from ..checkpoint.sizes import in_words
 from ..decode.engine import hands_over_late
-from ..decode.limits import MAX_AUTO_LENGTH
 from ..decode.prefill import prefill
-from ..decode.request import check_prompt
 from ..decode.round import RoundState, draft, verify
 from ..decode.sampling import Sampler, SamplingOptions
-from ..errors import MemoryBudgetError, PromptError
+from ..errors import MemoryBudgetError
 from ..kv import BatchKV, KVBuffers, kv_bytes
-from ..models.drafter import POSITIONS, Drafter
+from ..models.drafter import Drafter
 from ..models.target import Target
 from .experts import recorded_experts
 
 if TYPE_CHECKING:
-    from ..api import MTPModel
+    pass
 
 BATCHES = (1, 2, 4, 6, 8)
 LENGTHS = tuple(range(1, 10))
 CONTEXTS = (256, 2048)
-
-PROMPTS: dict[str, tuple[str, ...]] = {
-    "chat": (
-        "What is speculative decoding?",
-        "What is the capital of France, and what is it known for?",
-        "How many minutes are 3 hours?",
-    ),
-    "code": (
-        "Write a Python function that reverses a string.",
-        "Write a Python function that counts the words of a text.",
-        "Write a Python function that adds two numbers.",
-    ),
-    "JSON": (
-        "Give me a JSON record for a book.",
-        "Write a JSON object that describes a city.",
-        "Give me the JSON for a person named Anna.",
-    ),
-    "prose": (
-        "Tell me a short story about a fox.",
-        "Describe a walk along a river in autumn.",
-        "Tell me about the history of the bicycle.",
-    ),
-}
-"""What acceptance is measured on, by kind of text."""
-
-ANSWER_TOKENS = 96
-"""Most tokens of an answer when acceptance is measured."""
 
 _SWEEPS, _SECONDS = 3, 0.12
 """How often all points of a batch are gone through, and the time spent on each then, unless two laps take longer."""
@@ -150,43 +121,6 @@ def points(batches: Sequence[int], contexts: Sequence[int]) -> int:
     return 1 + len(batches) * len(contexts)
 
 
-def measure(
-    lm: MTPModel,
-    result: Measurement,
-    batches: Sequence[int] = BATCHES,
-    lengths: Sequence[int] = LENGTHS,
-    contexts: Sequence[int] = CONTEXTS,
-    prompts: Mapping[str, Sequence[Any]] = PROMPTS,
-    progress: Progress = lambda done: None,
-) -> None:
-    """Measures a pair.
-
-    Args:
-        lm: The pair, with or without a drafter.
-        result: Takes what is measured, at once.
-        batches: Numbers of rows.
-        lengths: Widths of verify blocks; with a drafter they begin at 1 and have no gaps.
-        contexts: Committed tokens of each row. Those that the model has no room for are left out.
-        prompts: By kind of text, prompts as `MTPModel.generate` takes them.
-        progress: Called for each of `points` with what it was.
-
-    Raises:
-        PromptError: A prompt can't be used.
-        MemoryBudgetError: Not even one row fits in memory.
-    """
-    texts = _answers(lm, result, prompts)
-    progress("acceptance")
-    # Sampling from a large vocabulary takes its time too, and what most requests do is what the model says.
-    defaults = lm.defaults
-    sampling = SamplingOptions(defaults.temperature, defaults.top_k, defaults.top_p, defaults.min_p)
-    with lm.models() as (target, drafter):
-        measure_costs(
-            target, drafter, texts, sampling, lm.kv_budget, result, batches, lengths, contexts, progress,
-            defaults.suppress_tokens,
-        )  # fmt: skip
-    result.complete = True
-
-
 def measure_costs(
     target: Target,
     drafter: Drafter | None,
@@ -246,70 +180,6 @@ def measure_costs(
             progress(f"batch {rows}, context {context}")
     if not result.steps:
         raise MemoryBudgetError("nothing could be measured: " + "; ".join(result.skipped))
-
-
-def _answers(lm: MTPModel, result: Measurement, prompts: Mapping[str, Sequence[Any]]) -> list[list[int]]:
-    """Lets the model answer, notes how many drafts were kept, and returns prompts and answers."""
-    if lm.tokenizer is None and any(isinstance(p, str) for group in prompts.values() for p in group):
-        raise PromptError(f"{lm.folder} has no tokenizer.json: give prompts as token ids")
-    kinds = [kind for kind, group in prompts.items() for _ in group]
-    encoded = []
-    for number, prompt in enumerate((prompt for group in prompts.values() for prompt in group), 1):
-        try:
-            encoded.append(lm.encode(prompt))
-            check_prompt(encoded[-1], lm.config.text)
-        except PromptError as error:
-            raise PromptError(f"prompt {number}: {error}") from error
-    if not encoded:
-        raise PromptError("there are no prompts to measure acceptance on")
-    best: list[float] | None = None
-    answers: list[list[int]] = []
-    with lm.models() as (_, drafter):
-        before = drafter.position if drafter else None
-    try:
-        for position in POSITIONS if before else (None,):
-            if position:
-                _set_position(lm, position)
-            found = lm.generate_batch(
-                encoded, max_tokens=ANSWER_TOKENS, draft_length=MAX_AUTO_LENGTH if before else 0, seed=0
-            )
-            answers = [[*prompt, *answer.tokens] for prompt, answer in zip(encoded, found, strict=True)]
-            kept = [answer.stats.accepted / max(1, answer.stats.rounds) for answer in found]
-            if before and (best is None or _clearly_more(kept, best)):
-                best, result.drafter_position = kept, position
-                result.acceptance = {
-                    kind: _acceptance([answer.stats for answer, of in zip(found, kinds, strict=True) if of == kind])
-                    for kind in prompts
-                }
-    finally:
-        if before:
-            _set_position(lm, before)
-    return answers
-
-
-def _set_position(lm: MTPModel, position: str) -> None:
-    """Has the drafter's queries sit somewhere else from the next round on."""
-    with lm.models() as (_, drafter):
-        assert drafter
-        drafter.position = position
-
-
-def _clearly_more(kept: Sequence[float], before: Sequence[float]) -> bool:
-    """Whether drafts kept per round, answer by answer, rose by more than two standard errors.
-
-    The first position is what load takes without a profile, and a few short answers scatter: so it stays otherwise.
-    """
-    rise = [new - old for new, old in zip(kept, before, strict=True)]
-    error = stdev(rise) / len(rise) ** 0.5 if len(rise) > 1 else 0.0
-    return fmean(rise) > 2 * error
-
-
-def _acceptance(stats: Sequence[Any]) -> list[float]:
-    """Chance that a draft is kept if those before it were, by position."""
-    reached = [sum(s.rounds - s.draft_lengths.get(0, 0) for s in stats)]
-    for j in range(MAX_AUTO_LENGTH):
-        reached.append(sum(s.accepted_by_position[j] for s in stats if j < len(s.accepted_by_position)))
-    return [after / before if before else 0.0 for before, after in zip(reached, reached[1:], strict=False)]
 
 
 def _row_of_text(texts: Sequence[Sequence[int]], row: int, count: int) -> list[int]:

@@ -28,6 +28,7 @@ from ..checkpoint.sizes import (
     target_traffic,
 )
 from ..config import DrafterConfig, TargetConfig, TextConfig
+from ..decode.objective import tokens_per_round
 from ..kv import kv_bytes
 from .chips import Chip
 from .kernels import Calibration, attention_seconds, matmul_seconds, read_seconds, sides
@@ -110,19 +111,6 @@ def distinct_experts(experts: int, per_token: int, tokens: int, overlap: float =
     """
     uniform = experts * (1 - (1 - per_token / experts) ** tokens)
     return per_token + (1 - overlap) * (uniform - per_token)
-
-
-def tokens_per_round(acceptance: Sequence[float]) -> float:
-    """Tokens that a round yields for a row: 1 + sum over j of the product of the first j acceptances.
-
-    Args:
-        acceptance: Chance that a draft is accepted if those before it were, one for each draft.
-    """
-    total = reached = 1.0
-    for chance in acceptance:
-        reached *= chance
-        total += reached
-    return total
 
 
 def acceptance_for(drafts: int, published: Sequence[float] = PUBLISHED_ACCEPTANCE) -> tuple[float, ...]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .checkpoint.description import TargetDescription
-from .decode.sampling import SamplingOptions, is_int
-from .errors import CheckpointError, PromptError
-from .files import read_json
+from ..checkpoint.description import TargetDescription
+from ..decode.sampling import SamplingOptions, is_int
+from ..errors import CheckpointError, PromptError
+from ..files import read_json
 
 
 @dataclass(frozen=True)

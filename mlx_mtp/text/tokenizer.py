@@ -1,4 +1,4 @@
-"""Between text and token ids: tokenizer, streaming detokenizer, stop strings.
+"""Between text and token ids: a checkpoint's tokenizer, with its chat template.
 
 Reads what Gemma 4 folders hold: tokenizer.json (BPE with byte fallback, "▁" for a space, no prefix space) and
 tokenizer_config.json; without tokenizer.json, sentencepiece's tokenizer.model.
@@ -15,15 +15,13 @@ from typing import Any, cast
 
 import tokenizers
 
+from ..errors import CheckpointError, PromptError
+from ..files import read_bytes, read_json
 from . import sentencepiece_model
 from .characters import CharacterStream
-from .control import CHANNEL as _CHANNEL
-from .control import CHANNEL_END as _CHANNEL_END
-from .control import NOT_UTF8, ControlTokens
-from .errors import CheckpointError, PromptError
-from .files import read_bytes, read_json
+from .control_tokens import NOT_UTF8, ControlTokens
+from .stream_decoder import StreamDecoder
 from .template import ChatTemplate, token_name
-from .tools import CALL, CALL_END, QUOTE, QUOTE_MARK, CallIds, Tools, parse_calls
 
 FILE = "tokenizer.json"
 
@@ -42,7 +40,7 @@ class Tokenizer:
         special: The special tokens, which are no text: their names by id.
         stop_tokens: Ids of those that end an answer: the ones of Gemma 4's chat format that the vocabulary has, and
             tokenizer_config.json's `eos_token`. Not every generation_config.json of a fine-tune names them all.
-        control: The special tokens by name, as `control.ControlTokens`.
+        control: The special tokens by name, as `control_tokens.ControlTokens`.
         bos: Id of the token that begins a text, tokenizer_config.json's `bos_token` or <bos>; None without one.
     """
 
@@ -217,144 +215,3 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
         raise
     except BaseException as error:  # the library raises the bare class, and panics of its own
         raise CheckpointError(f"{path} can't be read: {error}") from error
-
-
-class StreamDecoder:
-    """Turns tokens into text while they come, never giving out half a character.
-
-    Thoughts, between the channel tokens, and tool calls are kept apart from the answer. A call that begins within a
-    thought ends it. Calls end with their closing token, or where the turn, the text or the next call makes it plain.
-
-    Attributes:
-        calls: The tool calls so far, as messages have them: {"id": ..., "type": "function", "function": {"name": ...,
-            "arguments": {...}}}.
-        errors: Why something that was begun as a call isn't one; it becomes text.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), tools: Tools | None = None):
-        """Begins a text.
-
-        Args:
-            tokenizer: Whose tokens they are.
-            prompt: What the tokens follow. After a tool's answer it ends with the beginning of a thought.
-            tools: What calls are checked against; None for no check.
-        """
-        self.calls: list[dict[str, Any]] = []
-        self.errors: list[str] = []
-        self._tokenizer, self._tools, self._ids = tokenizer, tools, CallIds(prompt)
-        self._characters = tokenizer.characters()
-        self._begin, self._end = tokenizer.token_id(_CHANNEL), tokenizer.token_id(_CHANNEL_END)
-        self._quote = tokenizer.token_id(QUOTE)
-        self._call_begin, self._call_end = tokenizer.token_id(CALL), tokenizer.token_id(CALL_END)
-        self._in_thought = False
-        self._header: str | None = None
-        self._call: list[str] | None = None
-        last = next((i for i in range(len(prompt) - 1, -1, -1) if prompt[i] in tokenizer.special), None)
-        if last is not None and prompt[last] == self._begin:
-            self.push(prompt[last:])
-
-    def push(self, tokens: Iterable[int]) -> tuple[str, str]:
-        """Takes tokens; returns the new text and the new thought."""
-        text, thought = "", ""
-        for token in tokens:
-            mark = token in (self._begin, self._end)
-            special = mark or token == self._quote or token in self._tokenizer.special
-            piece = self._characters.finish() if special else self._characters.push(token)
-            if self._call is not None:
-                self._call.append(piece)
-            elif not self._in_thought:
-                text += piece
-            elif self._header is None:
-                thought += piece
-            else:
-                # A channel's first line is its name.
-                self._header += piece
-                if "\n" in self._header:
-                    thought += self._header.split("\n", 1)[1]
-                    self._header = None
-            if mark:
-                text += self._end_call()
-                self._in_thought = token == self._begin
-                self._header = "" if self._in_thought else None
-            elif token == self._call_begin:
-                text += self._end_call()
-                self._in_thought, self._header, self._call = False, None, []
-            elif token == self._call_end or token in self._tokenizer.stop_tokens:
-                text += self._end_call(closed=token == self._call_end)
-            elif special and self._call is not None:
-                # Without it, what stands around it would be read as one.
-                self._call.append(QUOTE_MARK if token == self._quote else self._tokenizer.special[token])
-        return text, thought
-
-    def _end_call(self, closed: bool = False) -> str:
-        """Ends a call, if one was begun; returns what is text after all."""
-        if self._call is None:
-            return ""
-        marked, self._call = "".join(self._call), None
-        text = marked.replace(QUOTE_MARK, QUOTE)
-        try:
-            found = parse_calls(marked, closed)
-            if self._tools:
-                found = [self._tools.fitted(name, arguments) for name, arguments in found]
-        except ValueError as error:
-            shown = text if len(text) <= 80 else f"{text[:80]}..."
-            self.errors.append(f"{shown!r} is no tool call: {' '.join(str(error).split())[:200]}")
-            return text
-        for number, (name, arguments) in zip(self._ids.of(text, len(found)), found, strict=True):
-            self.calls.append({"id": number, "type": "function", "function": {"name": name, "arguments": arguments}})
-        return ""
-
-    def finish(self) -> str:
-        """What is left of an incomplete character, or of what is no tool call, when no token follows."""
-        rest = self._characters.finish()
-        if self._call is not None:
-            self._call.append(rest)
-            return self._end_call()
-        return "" if self._in_thought else rest
-
-
-class StopStrings:
-    """Ends a streamed text before the first of some strings to be complete.
-
-    How the text is cut into pieces makes no difference.
-
-    Attributes:
-        hit: Whether one of them has come; the text is complete then.
-    """
-
-    def __init__(self, strings: Sequence[str]):
-        """Takes the strings.
-
-        Raises:
-            PromptError: One of them is empty.
-        """
-        if not all(strings):
-            raise PromptError("a stop string is empty: it would stop everything")
-        self.hit = False
-        self._strings = strings
-        self._held = ""
-
-    def push(self, text: str) -> str:
-        """Takes text; returns what can't be the beginning of a stop string any more."""
-        if self.hit:
-            return ""
-        self._held += text
-        found = [(at + len(s), at) for s in self._strings if (at := self._held.find(s)) >= 0]
-        if found:
-            self.hit = True
-            _, begin = min(found)
-            done, self._held = self._held[:begin], ""
-            return done
-        keep = max((_overlap(self._held, s) for s in self._strings), default=0)
-        done, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return done
-
-    def finish(self) -> str:
-        """The held text, when none follows."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of the text that is a beginning of the stop string."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -8,10 +8,10 @@ from math import inf
 
 import numpy as np
 
-from ..errors import MTPError
-from .chips import Chip
-from .cost_model import Pair, verify_seconds
-from .kernels import TILE_ROWS, Calibration
+from mlx_mtp.errors import MTPError
+from mlx_mtp.simulate.chips import Chip
+from mlx_mtp.simulate.cost_model import Pair, verify_seconds
+from mlx_mtp.simulate.kernels import TILE_ROWS, Calibration
 
 
 @dataclass(frozen=True)

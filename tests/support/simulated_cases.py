@@ -22,7 +22,7 @@ Chance = Callable[[int, int], float]
 """Chance that draft j is kept if those before it were, at a position of the text."""
 
 GPU: dict[str, Any] = json.loads(
-    (Path(__file__).resolve().parent.parent / "docs" / "measurements" / "cuda.json").read_text()
+    (Path(__file__).resolve().parents[2] / "docs" / "measurements" / "cuda.json").read_text()
 )
 """What passes of real sizes cost on a GPU."""
 

@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .control import CHANNEL_END, ControlTokens
-from .errors import CheckpointError, PromptError, one_line
-from .files import read_json
+from ..errors import CheckpointError, PromptError, one_line
+from ..files import read_json
+from .control_tokens import CHANNEL_END, ControlTokens
 from .sandbox import Environment
 from .template_files import chat_templates
-from .tools import read_arguments
+from .tool_calls import read_arguments
 
 _END = "\udfff"
-"""Marks the end of a message that is to be continued: a lone surrogate like control.py's, and none of these."""
+"""Marks the end of a message that is to be continued: a lone surrogate like control_tokens.py's, and none of these."""
 
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
 

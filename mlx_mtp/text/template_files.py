@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
-from .files import listed, read_json
+from ..errors import CheckpointError
+from ..files import listed, read_json
 
 FOLDER = "additional_chat_templates"
 

@@ -14,8 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from .decode.request import Row, Stats
-from .errors import MTPError
+from ..decode.request import Row, Stats
+from ..errors import MTPError
 
 T = TypeVar("T")
 

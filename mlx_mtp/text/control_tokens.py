@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .errors import PromptError
+from ..errors import PromptError
 
 CHANNEL, CHANNEL_END = "<|channel>", "<channel|>"
 

@@ -20,8 +20,8 @@ from hashlib import blake2b
 from math import isfinite
 from typing import Any, NamedTuple
 
-from .errors import PromptError
-from .files import parse_json
+from ..errors import PromptError
+from ..files import parse_json
 
 CALL, CALL_END, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
 

@@ -22,16 +22,15 @@ from typing import Annotated, Any, ClassVar
 import mlx.core as mx
 from annotated_types import Ge, Interval, MinLen
 
-from .. import __version__
-from ..blas import has_openblas
-from ..checkpoint import adapters
-from ..checkpoint.description import DrafterDescription, TargetDescription
-from ..decode.draft_length import Prices
-from ..errors import ProfileError, one_line
-from ..files import listed, parse_json, read_bytes, replacing, sample
-from ..models.drafter import Position
-from ..paths import expanded, published_name
-from . import Objective
+from .checkpoint import adapters
+from .checkpoint.description import DrafterDescription, TargetDescription
+from .decode.draft_length import Prices
+from .decode.objective import Objective
+from .errors import ProfileError, one_line
+from .files import expanded, listed, parse_json, published_name, read_bytes, replacing, sample
+from .models.drafter import Position
+from .system.blas import has_openblas
+from .system.version import VERSION
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +142,7 @@ def key_of(target: TargetDescription, drafter: DrafterDescription | None, adapte
 
 def here() -> dict[str, Any]:
     """The fields of a key that don't depend on the model."""
-    return {"device": device(), "mlx": version("mlx"), "mlx_mtp": __version__}
+    return {"device": device(), "mlx": version("mlx"), "mlx_mtp": VERSION}
 
 
 def device() -> str:
@@ -219,7 +218,7 @@ def find(key: Key) -> Profile | None:
     """The saved profile that holds for a key.
 
     None if there is none; with a warning, if there is one that doesn't hold any more, or holds for another device: on
-    Linux the commands compute with OpenBLAS, and Python only does so if it was loaded first (see blas.py).
+    Linux the commands compute with OpenBLAS, and Python only does so if it was loaded first (see system/blas.py).
     """
     path = folder() / key.name
     if not path.is_file():

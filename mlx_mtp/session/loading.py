@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoint import sizes
-from .checkpoint.description import DrafterDescription, TargetDescription
-from .checkpoint.load import load_drafter, load_target
-from .checkpoint.pair import way_out
-from .decode.draft_length import DraftLengthPolicy
-from .decode.overflow import check_overflow
-from .decode.scheduler import MAX_ROWS, Scheduler
-from .models import self_test
-from .models.drafter import Drafter
-from .models.target import Target
+from ..checkpoint import sizes
+from ..checkpoint.description import DrafterDescription, TargetDescription
+from ..checkpoint.load import load_drafter, load_target
+from ..checkpoint.pair import way_out
+from ..decode.draft_length import DraftLengthPolicy
+from ..decode.overflow import check_overflow
+from ..decode.scheduler import MAX_ROWS, Scheduler
+from ..models import self_test
+from ..models.drafter import Drafter
+from ..models.target import Target
 
 if TYPE_CHECKING:
-    from .tuning.profile import Profile
+    from ..profile import Profile
 
 
 @dataclass

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import mlx.core as mx
-from tiny_checkpoints import make_pair
 
 from mlx_mtp.checkpoint.description import read_drafter
 from mlx_mtp.checkpoint.load import load_drafter
 from mlx_mtp.config import target_config
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
+from tests.support.tiny_checkpoints import make_pair
 
 LAYERS = 35
 

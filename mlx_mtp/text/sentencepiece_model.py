@@ -18,8 +18,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
-from .errors import CheckpointError
-from .files import read_bytes
+from ..errors import CheckpointError
+from ..files import read_bytes
 
 FILE = "tokenizer.model"
 

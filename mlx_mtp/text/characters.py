@@ -1,6 +1,6 @@
 """From tokens to characters while tokens come.
 
-Not here: what of the characters is answer, thought or call (text.py).
+Not here: what of the characters is answer, thought or call (stream_decoder.py).
 """
 
 from __future__ import annotations

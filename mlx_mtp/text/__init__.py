@@ -1,0 +1,1 @@
+"""Between text and tokens: tokenizers, chat templates, and what is read back from the tokens of an answer."""
