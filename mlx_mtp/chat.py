@@ -119,12 +119,12 @@ class Chat:
     def _answer(
         self, question: dict[str, Any], rendered: str, tokens: list[int], chunks: Stream[Chunk]
     ) -> Generator[Chunk, None, None]:
-        answer, generated, thought = "", [], False
+        answer, generated, reasoning = "", [], False
         try:
             for chunk in chunks:
                 answer += chunk.text
                 generated += chunk.tokens
-                thought = thought or bool(chunk.thought)
+                reasoning = reasoning or bool(chunk.reasoning)
                 self.stats = chunk.stats
                 yield chunk
         finally:
@@ -137,7 +137,7 @@ class Chat:
                 ):
                     generated.pop()
                 kept = answer.rstrip()
-                exact = not thought and self._tokenizer.decode(generated) == kept
+                exact = not reasoning and self._tokenizer.decode(generated) == kept
                 self._past = (
                     (rendered + self._tokenizer.control.hide_in_answer(kept), tokens + generated) if exact else ("", [])
                 )

@@ -112,7 +112,7 @@ class TextConfig:
     expert_size: int
     max_positions: int
 
-    def lender(self, sliding: bool) -> int:
+    def kv_source_layer(self, sliding: bool) -> int:
         """Index of the last layer of a kind that owns its KV: the one whose KV the drafter reads."""
         return max(i for i, layer in enumerate(self.layers) if layer.sliding == sliding and layer.kv_owner == i)
 
@@ -206,7 +206,7 @@ def check_pair(target: TargetConfig, drafter: DrafterConfig) -> None:
         clashes.append(f"vocabulary {d.vocab_size}, the target has {t.vocab_size}")
     for sliding in {layer.sliding for layer in d.layers}:
         mine = next(layer for layer in d.layers if layer.sliding == sliding)
-        lent = t.layers[t.lender(sliding)]
+        lent = t.layers[t.kv_source_layer(sliding)]
         name = "sliding" if sliding else "full"
         if (mine.head_dim, mine.kv_heads) != (lent.head_dim, lent.kv_heads):
             clashes.append(

@@ -137,10 +137,10 @@ def key_of(target: TargetDescription, drafter: DrafterDescription | None, adapte
     bits = target.quantize.bits if target.quantize else None
     drafter_format = str(drafter.quantize) if drafter and drafter.quantize else None
     name = published_name(target.folder.absolute())
-    return Key(name, digest.hexdigest(), bits, drafter_format, target.dtype, **here())
+    return Key(name, digest.hexdigest(), bits, drafter_format, target.dtype, **machine())
 
 
-def here() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """The fields of a key that don't depend on the model."""
     return {"device": device(), "mlx": version("mlx"), "mlx_mtp": VERSION}
 
@@ -159,7 +159,7 @@ def device() -> str:
     return f"{name} ({kind})"
 
 
-def folder() -> Path:
+def profile_folder() -> Path:
     """Where profiles are: MLX_MTP_PROFILES, or the user's data folder."""
     if given := os.environ.get("MLX_MTP_PROFILES"):
         return expanded(given)
@@ -168,20 +168,20 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "mlx_mtp/profiles"
 
 
-def save(profile: Profile) -> Path:
+def save_profile(profile: Profile) -> Path:
     """Writes a profile to its place, and returns that.
 
     Raises:
         OSError: It can't be written.
     """
-    path = folder() / profile.key.name
+    path = profile_folder() / profile.key.name
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as aside:
         aside.write_text(json.dumps({"schema": SCHEMA, **asdict(profile)}, indent=1) + "\n", encoding="utf-8")
     return path
 
 
-def read(path: Path) -> Profile:
+def load_profile(path: Path) -> Profile:
     """Reads a profile from a file.
 
     Raises:
@@ -214,23 +214,23 @@ def _first(errors: Sequence[Mapping[str, Any]]) -> str:
     return one_line(ValueError(f"{name}: {first['msg'][:1].lower()}{first['msg'][1:]}"))
 
 
-def find(key: Key) -> Profile | None:
+def saved_profile(key: Key) -> Profile | None:
     """The saved profile that holds for a key.
 
     None if there is none; with a warning, if there is one that doesn't hold any more, or holds for another device: on
     Linux the commands compute with OpenBLAS, and Python only does so if it was loaded first (see system/blas.py).
     """
-    path = folder() / key.name
+    path = profile_folder() / key.name
     if not path.is_file():
-        for other in listed(folder(), "*.json"):
+        for other in listed(profile_folder(), "*.json"):
             with suppress(ProfileError):
-                found = read(other).key
+                found = load_profile(other).key
                 if replace(found, device=key.device).name == key.name:
                     log.warning("no profile for %s; there is one for %s", key.device, found.device)
         return None
     try:
-        profile = read(path)
-        check(profile, key, path)
+        profile = load_profile(path)
+        check_profile(profile, key, path)
     except ProfileError as error:
         log.warning("profile ignored: %s", error)
         return None
@@ -257,14 +257,14 @@ def chosen(
     except OSError:
         return None  # a file is missing: reading the checkpoint says which
     if wanted == "auto":
-        return find(key)
+        return saved_profile(key)
     path = expanded(wanted)
-    profile = read(path)
-    check(profile, key, path)
+    profile = load_profile(path)
+    check_profile(profile, key, path)
     return profile
 
 
-def check(profile: Profile, key: Key, path: Path) -> None:
+def check_profile(profile: Profile, key: Key, path: Path) -> None:
     """Checks that a profile holds for a key.
 
     Raises:

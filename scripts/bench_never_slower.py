@@ -44,8 +44,8 @@ from mlx_mtp import profile
 from mlx_mtp.decode.request import Request, Row
 from mlx_mtp.decode.scheduler import Scheduler
 from mlx_mtp.kv import KVBuffers
-from mlx_mtp.models.drafter import Drafter, Lent
-from mlx_mtp.models.packing import Packing
+from mlx_mtp.models.drafter import Drafter, SharedKV
+from mlx_mtp.models.ragged import RaggedBlock
 from mlx_mtp.models.target import Target
 from mlx_mtp.simulate.known_models import KNOWN_MODELS
 from scripts.medium_pair import make_medium_pair
@@ -78,14 +78,14 @@ class Oracle:
         self._drafter, self._scripts = drafter, mx.array([list(script) for script in scripts], dtype=mx.int32)
         self._step, self._lengths, self._running = 0, self._scripts, self._scripts
 
-    def borrow(self, kv: KVBuffers, lengths: mx.array) -> Lent:
+    def shared_kv(self, kv: KVBuffers, lengths: mx.array) -> SharedKV:
         """Starts a round."""
         self._step, self._lengths = 0, lengths
         running = [i for i, row in enumerate(self.rows) if not row.done][: lengths.size]
         self._running = self._scripts[mx.array(running)]
-        return self._drafter.borrow(kv, lengths)
+        return self._drafter.shared_kv(kv, lengths)
 
-    def __call__(self, embedded: mx.array, hidden: mx.array, lent: Lent) -> tuple[mx.array, mx.array, mx.array]:
+    def __call__(self, embedded: mx.array, hidden: mx.array, lent: SharedKV) -> tuple[mx.array, mx.array, mx.array]:
         """Proposes one token, as the only candidate, once the drafter's own scores are there."""
         self._step += 1
         logits, _, hidden = self._drafter(embedded, hidden, lent)
@@ -104,7 +104,9 @@ class Told(Target):
 
     _BASE, _DIGITS = 64, 3
 
-    def __call__(self, tokens: mx.array, lengths: mx.array, kv: KVBuffers, packing: Packing | None = None) -> mx.array:
+    def __call__(
+        self, tokens: mx.array, lengths: mx.array, kv: KVBuffers, packing: RaggedBlock | None = None
+    ) -> mx.array:
         """As that of any target, but for the digits."""
         hidden = super().__call__(tokens, lengths, kv, packing)
         digits = mx.stack([tokens // self._BASE**i % self._BASE for i in range(self._DIGITS)], axis=-1)

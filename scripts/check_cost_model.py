@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean, median
 
 from mlx_mtp.checkpoint.quantization import Format
-from mlx_mtp.checkpoint.sizes import Part
+from mlx_mtp.checkpoint.sizes import ReadPerStep
 from mlx_mtp.simulate import cost_model as model
 from mlx_mtp.simulate.chips import Chip, chip
 from mlx_mtp.simulate.kernels import matmul_seconds
@@ -196,7 +196,7 @@ def rows(calibration: model.Calibration) -> Iterable[Row]:
     cost = 1000 * model.round_seconds(m1, dense, 1, 3, CONTEXT, fit=calibration, ours=False)
     yield Row("check", "31B, 4 bits, M1 Ultra, a round of block 4", "mlxcel #1621", "ms", 5936.1 / 34, cost)
 
-    weight = Part(0.5625e9, 1e9)
+    weight = ReadPerStep(0.5625e9, 1e9)
     for where, kernels, source, figures in (
         (chip("M4 Pro"), calibration, "mlx #3852", ((2, 0.99), (3, 1.13), (4, 1.43), (32, 4.5))),
         (ultra, old, "mlx #4265", ((2, 1.83), (4, 3.26), (8, 6.12))),

@@ -24,7 +24,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_mtp.checkpoint.description import activation_dtype
-from mlx_mtp.checkpoint.sizes import held_bytes
+from mlx_mtp.checkpoint.sizes import weight_bytes
 from mlx_mtp.config import DrafterConfig, TextConfig, drafter_config, target_config
 from mlx_mtp.decode.prefill import prefill_block
 from mlx_mtp.decode.request import Request, Row
@@ -133,7 +133,7 @@ def layers(size: str) -> None:
     if not apart < 1e-3 * mx.abs(block).max().item():  # NaN fails too
         raise SystemExit(f"{size}: a verify block and single steps differ by {apart}")
     row(
-        f"{size.upper()}, {len(config.layers)} layers", held_bytes(target), prefill, min(s for s, _ in steps), verify,
+        f"{size.upper()}, {len(config.layers)} layers", weight_bytes(target), prefill, min(s for s, _ in steps), verify,
         f"verify = steps to {apart:.0e}",
     )  # fmt: skip
 
@@ -155,7 +155,7 @@ def pair() -> None:
         each = stats.generation_seconds / stats.rounds
         note = f"{stats.generated_tokens} tokens in {stats.rounds} rounds; made in {made:.0f} s"
         step, verify = (None, each) if drafts else (each, None)
-        row(label, held_bytes(target, drafter), stats.prompt_seconds, step, verify, note)
+        row(label, weight_bytes(target, drafter), stats.prompt_seconds, step, verify, note)
     if texts[0] != texts[1]:
         raise SystemExit(f"drafting changed the tokens: {texts}")
 

@@ -21,7 +21,7 @@ import mlx.core as mx
 import typer
 
 from mlx_mtp import profile
-from mlx_mtp.checkpoint.sizes import held_bytes, in_words, kv_budget
+from mlx_mtp.checkpoint.sizes import format_bytes, kv_budget, weight_bytes
 from mlx_mtp.cli import render
 from mlx_mtp.cli.tune import facts
 from mlx_mtp.cli.tune_tables import tables
@@ -57,9 +57,9 @@ def main(
         target, drafter = random_pair(model, bits)
     except (MTPError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
-    held, name = held_bytes(target, drafter), f"{model}, {f'{bits} bits' if bits else 'bfloat16'}"
+    held, name = weight_bytes(target, drafter), f"{model}, {f'{bits} bits' if bits else 'bfloat16'}"
     print(
-        f"{name}, random weights of {in_words(held)}, made in {time.perf_counter() - begun:.0f} s; mlx "
+        f"{name}, random weights of {format_bytes(held)}, made in {time.perf_counter() - begun:.0f} s; mlx "
         f"{version('mlx')} on {profile.device()}\n",
         flush=True,
     )
@@ -75,7 +75,7 @@ def main(
     options = choose.options(found)
     choices = [choose.choose(options, objective) for objective in OBJECTIVES]
     render.show(tables(found, options, choices, target.config))
-    print(f"\nmeasured in {time.perf_counter() - begun:.0f} s; peak {in_words(mx.get_peak_memory())}")
+    print(f"\nmeasured in {time.perf_counter() - begun:.0f} s; peak {format_bytes(mx.get_peak_memory())}")
     if json_file:
         json_file.write_text(json.dumps(facts(found, options, choices, None, target.config)))
     if plot:

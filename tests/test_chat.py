@@ -56,13 +56,13 @@ def test_an_answer_put_together_unusually_is_not_prefilled_again(lm: mlx_mtp.MTP
 def test_history_holds_no_thoughts(lm: mlx_mtp.MTPModel):
     chat = lm.chat(thinking=True)
     chunks = list(chat.send("What is 3 + 4?", temperature=0, max_tokens=120))
-    assert "".join(chunk.thought for chunk in chunks), "the model thought nothing: ask it something else"
+    assert "".join(chunk.reasoning for chunk in chunks), "the model thought nothing: ask it something else"
     assert chat.messages[-1]["content"] == "".join(chunk.text for chunk in chunks)
     second = list(chat.send("What is 5 + 6?", temperature=0, max_tokens=120))
     history = [*chat.messages[:2], {"role": "user", "content": "What is 5 + 6?"}]
     alone = lm.generate(history, temperature=0, max_tokens=120, thinking=True)
     assert "".join(chunk.text for chunk in second) == alone.text
-    assert "".join(chunk.thought for chunk in second) == alone.thought
+    assert "".join(chunk.reasoning for chunk in second) == alone.reasoning
     assert chat.stats is not None and chat.stats.prompt_tokens == alone.stats.prompt_tokens
 
 

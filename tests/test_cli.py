@@ -127,8 +127,8 @@ def test_a_stop_string_ends_the_tokens_at_the_same_place_at_any_draft_length():
 def test_thoughts_are_no_part_of_the_answer():
     question = ("generate", "What is 3 + 4?", "--think", "--temperature", 0, "--max-tokens", 120)
     shown, facts = mlx_mtp(*question), json.loads(mlx_mtp(*question, "--json").stdout)
-    assert facts["thought"].strip() and facts["text"].strip()
-    assert shown.stdout == facts["text"] + "\n" and facts["thought"] in shown.stderr
+    assert facts["reasoning"].strip() and facts["text"].strip()
+    assert shown.stdout == facts["text"] + "\n" and facts["reasoning"] in shown.stderr
 
 
 def test_a_reader_that_goes_away():

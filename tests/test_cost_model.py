@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlx_mtp.checkpoint.quantization import Format
-from mlx_mtp.checkpoint.sizes import drafter_sizes, kv_read_bytes, target_sizes
+from mlx_mtp.checkpoint.sizes import ReadPerStep, drafter_sizes, kv_read_bytes, target_sizes
 from mlx_mtp.cli.render import plain
 from mlx_mtp.cli.tune_tables import simulation
 from mlx_mtp.config import check_pair
@@ -163,7 +163,7 @@ def test_which_kernel_multiplies_how_many_rows(where: str, how: Format | None, s
     ("M2 Pro", Format(4), {2: 2, 5: 5, 6: 2.26, 32: 2.26, 33: 4.53}),
 ])  # fmt: skip
 def test_what_a_product_of_several_rows_costs(where: str, how: Format | None, steps: dict[int, float]):
-    here, weight = chip(where), model.Part(0.5625e9 if how else 2e9, 1e9)
+    here, weight = chip(where), ReadPerStep(0.5625e9 if how else 2e9, 1e9)
     one = matmul_seconds(here, weight, 1, how, model.FITTED)
     costs = {rows: matmul_seconds(here, weight, rows, how, model.FITTED) / one for rows in steps}
     assert costs == pytest.approx(steps, rel=0.01)
@@ -245,12 +245,12 @@ def test_a_fit_without_enough_to_go_on_is_refused(batches, names):
 
 
 def test_shares_of_peak_reproduce_the_times_they_came_from():
-    here, weight = chip("M4 Pro"), model.Part(0.5625e9, 1e9)
+    here, weight = chip("M4 Pro"), ReadPerStep(0.5625e9, 1e9)
     wide = share_of_peak(here.fp32_tflops, model.FITTED.bandwidth * here.bandwidth, 4.5, 8, 2.5)
     fit = replace(model.FITTED, wide=wide)
     one = matmul_seconds(here, weight, 1, Format(4), fit)
     assert matmul_seconds(here, weight, 8, Format(4), fit) == pytest.approx(2.5 * one)
-    weight = model.Part(2e9, 1e9)
+    weight = ReadPerStep(2e9, 1e9)
     tile = tile_share(here.fp16_tflops, model.FITTED.bandwidth * here.bandwidth, 16, 2.0)
     fit = replace(model.FITTED, matrix=tile, wide=None)
     one = matmul_seconds(here, weight, 1, None, fit)

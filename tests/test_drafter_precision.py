@@ -13,7 +13,7 @@ import pytest
 import mlx_mtp
 from mlx_mtp import profile as profiles
 from mlx_mtp.checkpoint.quantization import Format, Scheme
-from mlx_mtp.checkpoint.sizes import held_bytes
+from mlx_mtp.checkpoint.sizes import weight_bytes
 from mlx_mtp.cli.info import describe
 from mlx_mtp.decode.draft_length import Prices
 from mlx_mtp.errors import CheckpointError, MTPError, ProfileError
@@ -73,7 +73,7 @@ def test_which_precision_a_drafter_gets_and_that_info_says_so(
     with mlx_mtp.load(*folders, **options) as lm:
         assert in_force(lm) == expected
         with lm.models() as (own_target, own):
-            sizes = held_bytes(own_target), held_bytes(own)
+            sizes = weight_bytes(own_target), weight_bytes(own)
     asked = {"quantize": None, "quantize_drafter": "auto", **options}
     facts = describe(str(folders[0]), str(folders[1]), asked["quantize"], None, asked["quantize_drafter"])
     assert (facts["target"]["bytes_in_memory"], facts["drafter"]["bytes_in_memory"]) == sizes
@@ -119,7 +119,7 @@ def test_a_profile_holds_for_one_precision(pairs: dict[str, Path], tmp_path: Pat
         key = profiles.key_of(lm.description, lm.drafter_description)
     assert key.drafter == "4 bits in groups of 32"
     saved = profiles.Profile(key, {1: Prices({1: 1.0, 2: 1.5}, 0.5, 0.0)}, {}, 1, 1, "latency", "committed", "now")
-    profiles.save(saved).rename(path)
+    profiles.save_profile(saved).rename(path)
     mlx_mtp.load(*folders, profile=path).close()
     for other in ("none", 8):
         with pytest.raises(ProfileError, match="another precision of the drafter"):

@@ -230,7 +230,7 @@ def test_rounds_copy_no_buffers(mode: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv(engine_module.SWITCH, mode)
     scheduler = Scheduler(*deep_pair(tmp_path))
     row = scheduler.submit(Request(prompt(), 100, draft_length=2))
-    while not row.fresh:
+    while not row.unread:
         scheduler.step()
     kv = scheduler.engine.kv
     assert kv is not None

@@ -17,7 +17,7 @@ from mlx_mtp.decode.sampling import best_few
 from mlx_mtp.models import clustered_head
 from mlx_mtp.models.attention import folded_attention
 from mlx_mtp.models.clustered_head import ClusteredHead
-from mlx_mtp.models.elementwise import add_scaled, gelu_times, softcap
+from mlx_mtp.models.elementwise import add_scaled, geglu, softcap
 from mlx_mtp.system.metal import DEFAULTS
 from tests.support.dispatches import GEMMA, GREEDY, Round, as_on_a_gpu, compiling, count, kernels_of
 
@@ -50,7 +50,7 @@ def test_kernels_of_a_round(kernels: Round, budget: tuple[int, int]):
     assert 0 < verify <= 25 and 0 < first - verify <= 25 and 0 < second - first <= 25, "Gemma's sampling costs more"
 
 
-@pytest.mark.parametrize("formula, arrays", [(gelu_times, 2), (add_scaled, 3), (softcap, 2)])
+@pytest.mark.parametrize("formula, arrays", [(geglu, 2), (add_scaled, 3), (softcap, 2)])
 def test_element_wise_formulas_are_one_kernel(
     formula: Callable[..., mx.array], arrays: int, monkeypatch: pytest.MonkeyPatch
 ):

@@ -50,7 +50,7 @@ def write(kv: KVBuffers, lengths: list[int], marks: np.ndarray) -> dict[bool, mx
             mx.array(marks, dtype=mx.float32)[:, None, :, None], (rows, 1, width, 4 if sliding else 8)
         )
         block[sliding].write(layer, keys, keys)
-    return {sliding: block[sliding].views(layer)[0].visible for sliding, layer in kv.lenders.items()}
+    return {sliding: block[sliding].views(layer)[0].visible for sliding, layer in kv.source_layers.items()}
 
 
 def seen(kv: KVBuffers, visible: mx.array, layer: int, row: int, query: int) -> list[int]:
@@ -76,7 +76,7 @@ def test_queries_see_their_window_and_nothing_else_whatever_was_rejected(config:
                 assert seen(kv, visible[True], 0, row, query) == list(range(max(0, at - WINDOW + 1), at + 1))
                 assert seen(kv, visible[False], 1, row, query) == list(range(at + 1))
         lengths = [n + int(k) for n, k in zip(lengths, kept, strict=True)]
-        lent = {kind: views[0].visible for kind, views in kv.lend(mx.array(lengths), WINDOW).items()}
+        lent = {kind: views[0].visible for kind, views in kv.shared(mx.array(lengths), WINDOW).items()}
         for row, n in enumerate(lengths):
             assert seen(kv, lent[True], 0, row, 0) == list(range(max(0, n - WINDOW), n))
             assert seen(kv, lent[False], 1, row, 0) == list(range(n))
@@ -85,7 +85,7 @@ def test_queries_see_their_window_and_nothing_else_whatever_was_rejected(config:
 def test_the_drafter_gets_the_very_arrays(config: TextConfig):
     kv = KVBuffers(config, batch=1, dtype=mx.float32, longest_block=LONGEST)
     for sliding, layer in ((True, 0), (False, 1)):
-        (view,) = kv.lend(mx.array([3]), WINDOW)[sliding]
+        (view,) = kv.shared(mx.array([3]), WINDOW)[sliding]
         assert view.keys is kv.keys[layer] and view.values is kv.values[layer]
     assert sorted(kv.keys) == [0, 1], "layers that share KV own none"
 

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from mlx_mtp import config
 from mlx_mtp.checkpoint import load, quantization
 from mlx_mtp.checkpoint.description import Description, read
-from mlx_mtp.checkpoint.tensor_names import Table, drafter_table, target_table
+from mlx_mtp.checkpoint.tensor_names import RenameTable, drafter_table, target_table
 from mlx_mtp.errors import CheckpointError
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
@@ -40,18 +40,18 @@ DTYPES = {"BF16": mx.bfloat16, "U32": mx.uint32, "I64": mx.int64}
 HERE = Path("checkpoint")
 
 
-def described(raw: dict[str, Any], table: Table) -> Description[Any]:
+def described(raw: dict[str, Any], table: RenameTable) -> Description[Any]:
     kind = config.drafter_config if raw["model_type"] in config.DRAFTER_TYPES else config.target_config
     stored = quantization.stored(raw, table)
     return Description(folder=HERE, raw=raw, config=kind(raw), table=table, stored=stored)
 
 
-def target_of(raw: dict[str, Any]) -> tuple[nn.Module, Table]:
+def target_of(raw: dict[str, Any]) -> tuple[nn.Module, RenameTable]:
     text = config.target_config(raw).text
     return Target(text), target_table(text)
 
 
-def drafter_of(raw: dict[str, Any]) -> tuple[nn.Module, Table]:
+def drafter_of(raw: dict[str, Any]) -> tuple[nn.Module, RenameTable]:
     parsed = config.drafter_config(raw)
     return Drafter(parsed, "committed"), drafter_table(parsed)
 
@@ -60,7 +60,7 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: value.shape for name, value in tree_flatten(model.parameters())}
 
 
-def assign(model: nn.Module, table: Table, tensors: Tensors, raw: dict[str, Any]) -> None:
+def assign(model: nn.Module, table: RenameTable, tensors: Tensors, raw: dict[str, Any]) -> None:
     """Loads a checkpoint as far as that goes without its values."""
     stored = {name: mx.zeros(shape, DTYPES[dtype]) for name, (dtype, shape) in tensors.items()}
     before = mx.get_active_memory()
@@ -68,7 +68,7 @@ def assign(model: nn.Module, table: Table, tensors: Tensors, raw: dict[str, Any]
     assert mx.get_active_memory() - before < 10**6
 
 
-def found(table: Table, tensors: Tensors) -> dict[str, tuple[int, ...]]:
+def found(table: RenameTable, tensors: Tensors) -> dict[str, tuple[int, ...]]:
     """Our parameters and their shapes, as a checkpoint with these tensors has them."""
     given = {name: shape for name, (_, shape) in tensors.items()}
     return {ours: source.shape(given) for ours, source in table.layout(given).sources.items()}

@@ -89,7 +89,7 @@ def test_chunks_are_shorter_beside_rows_that_decode(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Target, "prefill", lambda *args: (widths.append(args[1].shape[1]), call(*args))[1])
     scheduler = Scheduler(target, None)
     first = scheduler.submit(Request(PROMPT, 100))
-    while not first.fresh:
+    while not first.unread:
         scheduler.step()
     assert max(widths) == 64 and sum(widths) == len(PROMPT)
     widths.clear()

@@ -104,14 +104,14 @@ def test_what_running_rows_hold_counts_as_kept(pair: Pair):
     run(probe, words(100, 0))
     probe.step()
     (entry,) = probe.cache._entries
-    assert entry.nbytes == entry.kv.nbytes + sum(it.nbytes for it in entry.checkpoints) > entry.kv.nbytes
+    assert entry.nbytes == entry.kv.nbytes + sum(it.nbytes for it in entry.ring_states) > entry.kv.nbytes
     for share in (0.7, 1.2, 1.5, 2.2):
         scheduler = Scheduler(*pair, cache_bytes=int(share * entry.nbytes), max_rows=6)
         limit, most, kept = scheduler.cache.limit, 0, 0
         rows = [scheduler.submit(Request(words(100, i), 4 + 12 * (i % 3), SAMPLED, 0)) for i in range(10)]
         while not all(row.done for row in rows):
             scheduler.step()
-            held = sum({id(it): it.nbytes for row in rows if not row.done for it in row.checkpoints}.values())
+            held = sum({id(it): it.nbytes for row in rows if not row.done for it in row.ring_states}.values())
             most, kept = max(most, held), max(kept, scheduler.cache.nbytes)
             assert 2 * held <= limit and scheduler.cache.nbytes + held <= limit
         scheduler.step()  # the last rows leave the batch

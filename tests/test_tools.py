@@ -313,7 +313,7 @@ def test_calls_come_with_the_answer_and_go_back_as_messages(tokenizer: Tokenizer
     for token in tokens:
         answer.row.receive([token], 0, None)
         row = answer.row
-        chunks.append(answer.push(News(row, row.take(), row.stats, row.done, row.cancelled, None)))
+        chunks.append(answer.push(News(row, row.pop_unread(), row.stats, row.done, row.cancelled, None)))
     result = answer.generation()
     assert (result.text, result.finish_reason, result.tokens) == ("he call:f{", "stop", tokens)
     assert result.tool_calls == [call for chunk in chunks for call in chunk.tool_calls]

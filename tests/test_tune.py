@@ -99,7 +99,7 @@ def test_a_profile_is_used_and_changes_no_text(profiles: Path):
         assert lm.profile is None
         expected = lm.generate(question, **options)
         saved = a_profile(lm)
-        path = profile.save(saved)
+        path = profile.save_profile(saved)
     with mlx_mtp.load() as lm:
         assert lm.profile == saved
         with lm.models() as (_, drafter):
@@ -136,7 +136,7 @@ def test_profiles_of_something_else(field: str, value: object, culprit: str, tmp
     with mlx_mtp.load(drafter=False) as lm:
         saved = a_profile(lm)
     path = tmp_path / "other.json"
-    profile.save(replace(saved, key=replace(saved.key, **{field: value}))).rename(path)
+    profile.save_profile(replace(saved, key=replace(saved.key, **{field: value}))).rename(path)
     with pytest.raises(ProfileError, match=culprit):
         mlx_mtp.load(drafter=False, profile=path)
 
@@ -147,7 +147,7 @@ def test_profiles_of_something_else(field: str, value: object, culprit: str, tmp
 def test_a_damaged_profile_is_ignored(damage: str, caplog: pytest.LogCaptureFixture, profiles: Path):
     with mlx_mtp.load(drafter=False) as lm:
         saved = a_profile(lm)
-    path = profile.save(saved)
+    path = profile.save_profile(saved)
     content = json.loads(path.read_text())
     changes = {
         "rows": {"rows": 0}, "costs": {"costs": {"1": {"verify": {"1": -1}, "draft": 0, "packing": 0}}},
@@ -183,11 +183,11 @@ def test_what_is_wrong_in_a_profile_is_named(change: dict[str, Any], named: str,
     key = profile.Key("m", "f", None, None, None, "d", "1", "1")
     costs = {1: Prices({1: 1.0, 2: 2}, 0, 0.5)}
     whole = profile.Profile(key, costs, {"chat": [0.9, 1]}, 3, 0, "latency", None, "2026-01-01T00:00:00+00:00")
-    path = profile.save(whole)
-    assert profile.read(path) == whole, "and what was written comes back"
+    path = profile.save_profile(whole)
+    assert profile.load_profile(path) == whole, "and what was written comes back"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ProfileError, match=f"is no profile: .*{re.escape(named)}.*; delete it") as raised:
-        profile.read(path)
+        profile.load_profile(path)
     assert "\n" not in str(raised.value)
 
 
@@ -247,16 +247,16 @@ def test_a_batch_that_was_not_measured_everywhere_is_no_option():
     # Here it is only that the second context had just been begun.
     found.complete = False
     assert choose.options(found) == choose.options(replace(found, steps=found.steps[:2]))
-    assert choose.counted(found) == found.steps[:2]
+    assert choose.comparable_steps(found) == found.steps[:2]
 
 
 def test_times_of_a_busy_machine_are_noticed():
     steady = {1: [1.0, 1.1, 1.2, 1.1], 4: [2.0, 2.6, 6.0, 5.0]}
-    assert choose.restless(synthetic(steady, 0.1, [0.5]).steps) is None
+    assert choose.timing_anomaly(synthetic(steady, 0.1, [0.5]).steps) is None
     disturbed = synthetic(steady | {8: [4.0, 9.0, 5.0, 6.0]}, 0.1, [0.5]).steps
-    assert choose.restless(disturbed) is None, "it takes as long each time: a kernel that wider blocks don't use"
+    assert choose.timing_anomaly(disturbed) is None, "it takes as long each time: a kernel that wider blocks don't use"
     disturbed[-1].verify[2] = Seconds(9.0, 5.0, 10.0)
-    why = choose.restless(disturbed)
+    why = choose.timing_anomaly(disturbed)
     assert why and "batch 8" in why and "a block of 2 took 1.8 times as long as one of 3" in why
 
 
@@ -402,12 +402,12 @@ def test_ctrl_c_leaves_a_profile_of_what_was_measured(profiles: Path, tmp_path: 
     partly = runner.invoke(app, arguments)
     assert partly.exit_code == 130 and "saved for balanced" in partly.stdout
     (path,) = profiles.glob("*.json")
-    assert set(profile.read(path).costs) == {1, 2}
+    assert set(profile.load_profile(path).costs) == {1, 2}
     monkeypatch.setattr(acceptance, "measure", whole)
-    assert runner.invoke(app, arguments).exit_code == 0 and set(profile.read(path).costs) == {1, 2, 4}
+    assert runner.invoke(app, arguments).exit_code == 0 and set(profile.load_profile(path).costs) == {1, 2, 4}
     monkeypatch.setattr(acceptance, "measure", interrupted)
     again = runner.invoke(app, arguments)
-    assert again.exit_code == 130 and "not saved" in again.stdout and set(profile.read(path).costs) == {1, 2, 4}
+    assert again.exit_code == 130 and "not saved" in again.stdout and set(profile.load_profile(path).costs) == {1, 2, 4}
 
 
 def test_what_was_measured_is_shown_where_no_profile_can_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -528,7 +528,7 @@ def test_a_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_the_batch_has_the_rows_of_the_profile(profiles: Path):
     with mlx_mtp.load() as lm:
-        profile.save(a_profile(lm))
+        profile.save_profile(a_profile(lm))
     taken: list[int] = []
 
     def prompts() -> Iterator[list[int]]:

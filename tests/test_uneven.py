@@ -12,7 +12,7 @@ from mlx_mtp.decode.sampling import Sampler, SamplingOptions
 from mlx_mtp.kv import BatchKV
 from mlx_mtp.models import attention
 from mlx_mtp.models.drafter import Drafter
-from mlx_mtp.models.packing import Packing
+from mlx_mtp.models.ragged import RaggedBlock
 from mlx_mtp.models.target import Target
 from tests.support.tiny_checkpoints import KINDS, VOCAB, load_pair, make_pair
 
@@ -40,11 +40,11 @@ def batch(target: Target, positions: list[int]) -> tuple[BatchKV, mx.array, mx.a
 
 
 def test_what_a_packing_says():
-    packing = Packing.of([1, 3])
+    ragged = RaggedBlock.of([1, 3])
     line = mx.array([[10, 20, 21, 22]])
-    assert packing.spread(line).tolist() == [[10, 10, 10], [20, 21, 22]]
-    assert packing.line(packing.spread(line)).tolist() == line.tolist()
-    assert (packing.width, packing.rows) == (3, [0, 1, 1, 1])
+    assert ragged.pad(line).tolist() == [[10, 10, 10], [20, 21, 22]]
+    assert ragged.flatten(ragged.pad(line)).tolist() == line.tolist()
+    assert (ragged.width, ragged.rows) == (3, [0, 1, 1, 1])
 
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["row by row", "spread, as on a GPU"])

@@ -20,7 +20,7 @@ from pathlib import Path
 from mlx_mtp.checkpoint import hub
 from mlx_mtp.checkpoint.description import read, read_drafter
 from mlx_mtp.checkpoint.quantization import Scheme
-from mlx_mtp.checkpoint.sizes import in_words
+from mlx_mtp.checkpoint.sizes import format_bytes
 from mlx_mtp.errors import CheckpointError
 from mlx_mtp.files import expanded, listed, read_json, replacing, sha256
 
@@ -229,7 +229,9 @@ def _write_journal(aside: Path, plan: Plan, done: dict[str, str]) -> None:
 def _check_space(aside: Path, plan: Plan, done: dict[str, str]) -> None:
     needed = sum(file_bytes(parameters) for name, parameters in plan.files.items() if name not in done)
     if needed > (free := shutil.disk_usage(aside).free):
-        raise CheckpointError(f"{in_words(needed)} are to be written, and {aside.parent} has {in_words(free)} free")
+        raise CheckpointError(
+            f"{format_bytes(needed)} are to be written, and {aside.parent} has {format_bytes(free)} free"
+        )
 
 
 def _write_weights(aside: Path, plan: Plan, done: dict[str, str], progress: Progress) -> None:

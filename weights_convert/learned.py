@@ -134,8 +134,8 @@ class Learning:
         """
         if needed > (have := sizes.memory_for_models()):
             raise MemoryBudgetError(
-                f"{self.method} needs the unquantised model in memory, {sizes.in_words(needed)}, and models can have "
-                f"{sizes.in_words(have)} here: convert without --method"
+                f"{self.method} needs the unquantised model in memory, {sizes.format_bytes(needed)}, and models can "
+                f"have {sizes.format_bytes(have)} here: convert without --method"
             )
 
     def _text(self) -> str:

@@ -27,7 +27,7 @@ from ..models.moe import ExpertLinear, QuantizedExpertLinear
 from ..models.target import Target
 from ..system.fusing import counting
 from .safetensors_files import load
-from .tensor_names import VISION_AND_AUDIO, Table
+from .tensor_names import VISION_AND_AUDIO, RenameTable
 
 CONFIG = "adapter_config.json"
 WEIGHTS, PEFT_WEIGHTS = "adapters.safetensors", "adapter_model.safetensors"
@@ -135,7 +135,7 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(folder, scale, rank, {name: (parts["a"], parts["b"]) for name, parts in found.items()})
 
 
-def apply(adapter: Adapter, target: Target, table: Table) -> None:
+def apply(adapter: Adapter, target: Target, table: RenameTable) -> None:
     """Puts an adapter beside a target's weights; to be called before these are prepared for running.
 
     Args:

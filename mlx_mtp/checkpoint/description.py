@@ -21,7 +21,7 @@ from ..files import read_json
 from ..system.fusing import on_gpu
 from . import quantization
 from .quantization import Format, Rule, Scheme, Stored
-from .tensor_names import Table, drafter_table, target_table
+from .tensor_names import RenameTable, drafter_table, target_table
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -50,7 +50,7 @@ class Description(Generic[Config]):
     folder: Path
     raw: dict[str, Any]
     config: Config
-    table: Table
+    table: RenameTable
     stored: Stored | None = None
     quantize: Format | None = None
     dtype: str | None = None
@@ -143,7 +143,7 @@ def _config(folder: Path) -> dict[str, Any]:
 def _target(
     folder: Path, raw: dict[str, Any], quantize: Format | None = None, dtype: str | None = None
 ) -> TargetDescription:
-    with about(folder):
+    with errors_name(folder):
         config = configs.target_config(raw)
         table = target_table(config.text)
         stored = quantization.stored(raw, table)
@@ -156,7 +156,7 @@ def _drafter(
     folder: Path, raw: dict[str, Any], quantize: Format | None = None, dtype: str | None = None
 ) -> DrafterDescription:
     merged = configs.merged_drafter(raw)
-    with about(folder):
+    with errors_name(folder):
         if merged is not None and not isinstance(merged, dict):
             raise CheckpointError(f"config.json: the merged drafter's config is {merged!r}, expected an object")
         raw = raw if merged is None else merged
@@ -185,7 +185,7 @@ def activation_dtype(stored: mx.Dtype) -> mx.Dtype:
 
 
 @contextmanager
-def about(folder: Path) -> Iterator[None]:
+def errors_name(folder: Path) -> Iterator[None]:
     """Names the folder in errors of what reads a config.json or names without knowing where they come from."""
     try:
         yield

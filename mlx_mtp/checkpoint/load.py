@@ -21,7 +21,7 @@ from ..models.drafter import POSITIONS, Drafter
 from ..models.target import Target
 from ..system.fusing import on_gpu
 from . import adapters, sizes
-from .description import AnyDescription, DrafterDescription, TargetDescription, about
+from .description import AnyDescription, DrafterDescription, TargetDescription, errors_name
 from .quantization import Scheme
 from .safetensors_files import check_tied, tensors
 from .tensor_names import MERGED_DRAFTER, VISION_AND_AUDIO, Source, of_merged_drafter
@@ -48,7 +48,7 @@ def load_target(target: TargetDescription, adapter: Path | None = None) -> Targe
         adapters.apply(adapters.read_adapter(adapter), model, target.table)
     if not on_gpu() and target.text.num_experts and model.dtype != mx.float32:
         raise CheckpointError("mixture-of-experts models run on the CPU in float32 only: load with dtype='float32'")
-    _read(model, target.folder)
+    _materialize(model, target.folder)
     return model
 
 
@@ -66,7 +66,7 @@ def load_drafter(drafter: DrafterDescription, target: TargetConfig, position: st
         MemoryBudgetError: The weights don't fit in this machine's memory.
     """
     model = open_drafter(drafter, target, position)
-    _read(model, drafter.folder)
+    _materialize(model, drafter.folder)
     return model
 
 
@@ -105,8 +105,8 @@ def check_memory(needed: int, folder: Path) -> None:
     """
     if needed > (have := sizes.memory_for_models()):
         raise MemoryBudgetError(
-            f"{folder} needs {sizes.in_words(needed)} for its weights, and models can have {sizes.in_words(have)} "
-            "here: quantise it (quantize=4, --quantize 4) or take a smaller model"
+            f"{folder} needs {sizes.format_bytes(needed)} for its weights, and models can have "
+            f"{sizes.format_bytes(have)} here: quantise it (quantize=4, --quantize 4) or take a smaller model"
         )
 
 
@@ -154,7 +154,7 @@ def assign(model: nn.Module, stored: dict[str, mx.array], described: AnyDescript
         CheckpointError: See `errors.CheckpointError`.
     """
     folder = described.folder
-    with about(folder):
+    with errors_name(folder):
         layout = described.table.layout(stored)
         shapes = {name: tensor.shape for name, tensor in stored.items()}
         found = {ours: source.shape(shapes) for ours, source in layout.sources.items()}
@@ -188,7 +188,7 @@ def _check_types(model: nn.Module, weights: dict[str, mx.array], folder: Path) -
             )
 
 
-def _read(model: nn.Module, folder: Path) -> None:
+def _materialize(model: nn.Module, folder: Path) -> None:
     """Reads the weights that a model was assigned, and brings them into the form they run in."""
     # Nothing has been read so far: sizes are known, weights aren't in memory.
     check_memory(sum(array.nbytes for _, array in _parameters(model)), folder)

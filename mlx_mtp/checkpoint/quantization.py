@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import CheckpointError
-from .tensor_names import Table
+from .tensor_names import RenameTable
 
 MODES: Mapping[str, tuple[int, int] | None] = {"affine": None, "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 """Quantisation modes of MLX; for all but affine, bits and group size are given."""
@@ -148,7 +148,7 @@ class Stored:
         return _rule(look)
 
 
-def stored(config: Mapping[str, Any], table: Table) -> Stored | None:
+def stored(config: Mapping[str, Any], table: RenameTable) -> Stored | None:
     """Reads a config.json's section on quantisation; None if there is none.
 
     Args:

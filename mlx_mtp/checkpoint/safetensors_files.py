@@ -19,7 +19,7 @@ import numpy as np
 
 from ..errors import CheckpointError, one_line
 from ..files import listed, parse_json, read_json
-from .tensor_names import Table, of_vision_or_audio
+from .tensor_names import RenameTable, of_vision_or_audio
 
 INDEX = "model.safetensors.index.json"
 
@@ -182,7 +182,7 @@ def _rows(path: Path, header: Header, name: str, indices: Iterable[int]) -> mx.a
     return mx.array(np.stack(found)).view(TYPES[tensor.type])
 
 
-def check_tied(folder: Path, table: Table) -> None:
+def check_tied(folder: Path, table: RenameTable) -> None:
     """Checks that an output head beside a tied embedding is the embedding: it won't be used.
 
     Compares some rows, which is enough to tell a head that was trained on its own.

@@ -44,7 +44,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Part:
+class ReadPerStep:
     """Weights that a step reads together.
 
     Attributes:
@@ -66,9 +66,9 @@ class Traffic:
         experts: The experts of one token, all layers together; more rows reach further experts.
     """
 
-    body: Part
-    head: Part
-    experts: Part
+    body: ReadPerStep
+    head: ReadPerStep
+    experts: ReadPerStep
 
 
 def of(described: AnyDescription) -> Sizes:
@@ -138,7 +138,7 @@ def kv_read_bytes(config: TextConfig, tokens: int, dtype_bytes: int) -> int:
     ) * dtype_bytes  # fmt: skip
 
 
-def held_bytes(*models: nn.Module | None) -> int:
+def weight_bytes(*models: nn.Module | None) -> int:
     """Bytes of loaded models in memory."""
     parameters = [model.parameters() for model in models if model is not None]
     return sum(array.nbytes for _, array in cast("list[tuple[str, mx.array]]", tree_flatten(parameters)))
@@ -165,7 +165,7 @@ def kv_budget(weights: int, cache_bytes: int | None = None) -> tuple[int, int]:
     return max(0, spare - kept), kept
 
 
-def in_words(count: int) -> str:
+def format_bytes(count: int) -> str:
     """A number of bytes for people."""
     for unit, one in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= one:
@@ -210,7 +210,7 @@ def _traffic(
         part = "experts" if ".experts." in name else "head" if name.startswith(head) else "body"
         totals[part][0] += size * share(name)
         totals[part][1] += count * share(name)
-    return Traffic(**{part: Part(*sums) for part, sums in totals.items()})
+    return Traffic(**{part: ReadPerStep(*sums) for part, sums in totals.items()})
 
 
 def _tensors(model: nn.Module, dtype_bytes: int, rule: Rule | None) -> Iterator[tuple[str, int, int]]:

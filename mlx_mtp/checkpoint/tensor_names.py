@@ -22,18 +22,19 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Row:
+class RenameRule:
     """One row of a table. The first row whose pattern matches a whole name decides what becomes of the tensor.
 
     Attributes:
         pattern: Regular expression for names without prefix.
-        ours: Our name, with the pattern's groups as in `re.sub`. Two names: its first and second half of rows. None:
-            the tensor isn't used. If the pattern has a group `expert`, the tensor is that expert's part of ours.
+        parameter: The parameter's name, with the pattern's groups as in `re.sub`. Two names: its first and second
+            half of rows. None: the tensor isn't used. If the pattern has a group `expert`, the tensor is that
+            expert's part of the parameter.
         reason: Why it isn't used.
     """
 
     pattern: str
-    ours: str | tuple[str, str] | None
+    parameter: str | tuple[str, str] | None
     reason: str = ""
 
 
@@ -85,14 +86,14 @@ class Layout:
         return "; ".join(f"{count} tensors {reason}" for reason, count in Counter(self.skipped.values()).items())
 
 
-class Table:
+class RenameTable:
     """Rows, ready to be asked.
 
     Attributes:
         rows: The rows.
     """
 
-    def __init__(self, prefix: str, rows: Iterable[Row]):
+    def __init__(self, prefix: str, rows: Iterable[RenameRule]):
         self.rows = tuple(rows)
         self._prefix = re.compile(prefix)
         self._patterns = [re.compile(row.pattern) for row in self.rows]
@@ -112,37 +113,39 @@ class Table:
                     f"{name} is part of a LoRA adapter that isn't merged: merge it, or load it as adapter= (--adapter)"
                 )
             row, match = self._find(name)
-            if row.ours is None:
+            if row.parameter is None:
                 skipped[name] = row.reason
                 continue
             expert = match.groupdict().get("expert")
-            for ours, half in _halves(row, match):
+            for parameter, half in _halves(row, match):
                 if expert is not None:
-                    experts.setdefault(ours, {})[int(expert)] = (name, half)
-                elif ours in sources:
-                    raise CheckpointError(f"{name} and {sources[ours].names[0]} are the same tensor: one must go")
+                    experts.setdefault(parameter, {})[int(expert)] = (name, half)
+                elif parameter in sources:
+                    raise CheckpointError(f"{name} and {sources[parameter].names[0]} are the same tensor: one must go")
                 else:
-                    sources[ours] = Source((name,), half)
-        for ours, parts in experts.items():
-            if ours in sources:
-                raise CheckpointError(f"{sources[ours].names[0]} holds all experts, but some are stored one by one too")
+                    sources[parameter] = Source((name,), half)
+        for parameter, parts in experts.items():
+            if parameter in sources:
+                raise CheckpointError(
+                    f"{sources[parameter].names[0]} holds all experts, but some are stored one by one too"
+                )
             if max(parts) >= len(parts):
                 missing = next(i for i in range(len(parts)) if i not in parts)
-                raise CheckpointError(f"{ours}: expert {missing} is missing: the download is incomplete")
+                raise CheckpointError(f"{parameter}: expert {missing} is missing: the download is incomplete")
             names = tuple(parts[i][0] for i in range(len(parts)))
-            sources[ours] = Source(names, parts[0][1], stacked=True)
+            sources[parameter] = Source(names, parts[0][1], stacked=True)
         return Layout(sources, skipped)
 
     def modules(self, stored: str) -> tuple[str, ...]:
         """Our names of a module, whose stored name may be anything that its weight could be stored under."""
         row, match = self._find(f"{stored}.weight")
-        return tuple(ours.removesuffix(".weight") for ours, _ in _halves(row, match)) if row.ours else ()
+        return tuple(parameter.removesuffix(".weight") for parameter, _ in _halves(row, match)) if row.parameter else ()
 
     def bare(self, stored: str) -> str:
         """A stored name without what stands before all names, and what fine-tuning leaves in them."""
         return self._prefix.sub("", stored.replace(_LEFT_OVER, "."), count=1)
 
-    def _find(self, stored: str) -> tuple[Row, re.Match[str]]:
+    def _find(self, stored: str) -> tuple[RenameRule, re.Match[str]]:
         name = self.bare(stored)
         for row, pattern in zip(self.rows, self._patterns, strict=True):
             if match := pattern.fullmatch(name):
@@ -150,11 +153,11 @@ class Table:
         raise AssertionError("the last row matches everything")
 
 
-def _halves(row: Row, match: re.Match[str]) -> list[tuple[str, int | None]]:
-    if isinstance(row.ours, tuple):
-        return [(match.expand(name), half) for half, name in enumerate(row.ours)]
-    assert row.ours is not None
-    return [(match.expand(row.ours), None)]
+def _halves(row: RenameRule, match: re.Match[str]) -> list[tuple[str, int | None]]:
+    if isinstance(row.parameter, tuple):
+        return [(match.expand(name), half) for half, name in enumerate(row.parameter)]
+    assert row.parameter is not None
+    return [(match.expand(row.parameter), None)]
 
 
 VISION_AND_AUDIO = "belong to vision and audio, which a text decoder does without"
@@ -165,26 +168,26 @@ _LEFT_OVER = ".base_layer."
 """What PEFT puts into the names of maps with an adapter; like `base_model.model.` it may be left when it is merged."""
 _ADAPTER = re.compile(r"\.lora_(?:a|b|A|B|embedding_[AB]|magnitude_vector)(?:\.|$)")
 _PART = r"\.(weight|scales|biases)"
-_TOWERS = Row(
+_TOWERS = RenameRule(
     r"(?:vision_tower|vision_embedder|embed_vision|audio_tower|embed_audio|multi_modal_projector)\..*",
     None,
     VISION_AND_AUDIO,
 )
-_MERGED = Row(r"mtp\.(.*)", None, MERGED_DRAFTER)
-_UNKNOWN = Row(r"(?s:.*)", r"\g<0>")
-_COMPUTED = Row(r".*rotary_emb\..*", None, "are computed from config.json")
-_BOUNDS = Row(r".*\.(?:input|output)_(?:min|max)", None, "bound activations, which no text layer does")
+_MERGED = RenameRule(r"mtp\.(.*)", None, MERGED_DRAFTER)
+_UNKNOWN = RenameRule(r"(?s:.*)", r"\g<0>")
+_COMPUTED = RenameRule(r".*rotary_emb\..*", None, "are computed from config.json")
+_BOUNDS = RenameRule(r".*\.(?:input|output)_(?:min|max)", None, "bound activations, which no text layer does")
 
 
-def target_table(config: TextConfig) -> Table:
+def target_table(config: TextConfig) -> RenameTable:
     """The table for a target."""
     rows = [_TOWERS, _MERGED, _COMPUTED, _BOUNDS]
     if config.tied_head:
-        rows.append(Row(r"lm_head\..*", None, "repeat the embedding table, which is the output head"))
+        rows.append(RenameRule(r"lm_head\..*", None, "repeat the embedding table, which is the output head"))
     if shared := [str(i) for i, layer in enumerate(config.layers) if layer.kv_owner != i]:
         layers = "|".join(shared)
         rows.append(
-            Row(
+            RenameRule(
                 rf"layers\.(?:{layers})\.self_attn\.(?:k_proj|v_proj|k_norm|v_norm)\..*",
                 None,
                 "are keys and values of layers that read those of a lower one",
@@ -192,14 +195,14 @@ def target_table(config: TextConfig) -> Table:
         )
     bank = r"(layers\.\d+\.experts)\.(?:switch_glu\.)?"
     rows += [
-        Row(bank + r"gate_up_proj", (r"\1.gate_proj.weight", r"\1.up_proj.weight")),
-        Row(bank + r"gate_up_proj" + _PART, (r"\1.gate_proj.\2", r"\1.up_proj.\2")),
-        Row(bank + r"(down|gate|up)_proj", r"\1.\2_proj.weight"),
-        Row(bank + r"(down|gate|up)_proj" + _PART, r"\1.\2_proj.\3"),
-        Row(bank + r"(?P<expert>\d{1,6})\.(down|gate|up)_proj" + _PART, r"\1.\3_proj.\4"),
+        RenameRule(bank + r"gate_up_proj", (r"\1.gate_proj.weight", r"\1.up_proj.weight")),
+        RenameRule(bank + r"gate_up_proj" + _PART, (r"\1.gate_proj.\2", r"\1.up_proj.\2")),
+        RenameRule(bank + r"(down|gate|up)_proj", r"\1.\2_proj.weight"),
+        RenameRule(bank + r"(down|gate|up)_proj" + _PART, r"\1.\2_proj.\3"),
+        RenameRule(bank + r"(?P<expert>\d{1,6})\.(down|gate|up)_proj" + _PART, r"\1.\3_proj.\4"),
         _UNKNOWN,
     ]
-    return Table(_PREFIX, rows)
+    return RenameTable(_PREFIX, rows)
 
 
 def of_vision_or_audio(stored: str) -> bool:
@@ -213,12 +216,12 @@ def of_merged_drafter(stored: Mapping[str, T]) -> dict[str, T]:
     return {match[1]: stored[name] for name, match in names.items() if match}
 
 
-def drafter_table(config: DrafterConfig) -> Table:
+def drafter_table(config: DrafterConfig) -> RenameTable:
     """The table for a drafter."""
     rows = [
         _COMPUTED,
-        Row(r"lm_head\..*", None, "repeat the embedding table, which is the output head"),
-        Row(
+        RenameRule(r"lm_head\..*", None, "repeat the embedding table, which is the output head"),
+        RenameRule(
             r"layers\.\d+\.self_attn\.(?:k_proj|v_proj|k_norm|v_norm)\..*",
             None,
             "are keys and values of a drafter, which reads the target's",
@@ -226,12 +229,12 @@ def drafter_table(config: DrafterConfig) -> Table:
     ]
     if config.num_clusters:
         rows += [
-            Row(r"masked_embedding\.(token_ordering|centroids\..*)", r"head.\1"),
-            Row(r"embed_tokens\.(.*)", r"head.embedding.\1"),
+            RenameRule(r"masked_embedding\.(token_ordering|centroids\..*)", r"head.\1"),
+            RenameRule(r"embed_tokens\.(.*)", r"head.embedding.\1"),
         ]
     else:
-        rows.append(Row(r"masked_embedding\..*", None, "are clusters of a head that config.json says is dense"))
-    return Table(r"^model\.", [*rows, _UNKNOWN])
+        rows.append(RenameRule(r"masked_embedding\..*", None, "are clusters of a head that config.json says is dense"))
+    return RenameTable(r"^model\.", [*rows, _UNKNOWN])
 
 
 def mlx_lm_name(name: str, multimodal: bool) -> str:

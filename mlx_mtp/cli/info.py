@@ -228,9 +228,9 @@ def _on_disk(described: AnyDescription) -> dict[str, Any]:
 
 
 def _size(count: int) -> str:
-    from ..checkpoint.sizes import in_words
+    from ..checkpoint.sizes import format_bytes
 
-    return in_words(count)
+    return format_bytes(count)
 
 
 def _stored(facts: dict[str, Any]) -> str:

@@ -159,16 +159,16 @@ def tracing(lm: MTPModel, file: Path | None) -> AbstractContextManager[None]:
 
 def show(chunks: Iterable[Chunk]) -> list[Chunk]:
     """Prints an answer while it comes, thoughts on stderr; returns its chunks."""
-    seen, thought = [], ""
+    seen, reasoning = [], ""
     for chunk in chunks:
         seen.append(chunk)
-        if chunk.thought:
-            thought = chunk.thought
-            print(thought, end="", file=sys.stderr, flush=True)
+        if chunk.reasoning:
+            reasoning = chunk.reasoning
+            print(reasoning, end="", file=sys.stderr, flush=True)
         if chunk.text:
-            if thought:
-                print("---" if thought.endswith("\n") else "\n---", file=sys.stderr, flush=True)
-                thought = ""
+            if reasoning:
+                print("---" if reasoning.endswith("\n") else "\n---", file=sys.stderr, flush=True)
+                reasoning = ""
             print(chunk.text, end="", flush=True)
     return seen
 

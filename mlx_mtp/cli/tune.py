@@ -131,9 +131,9 @@ def _tune(
         key = profile.key_of(lm.description, lm.drafter_description, lm.adapter)
         saved, failed = None, None
         # What an interruption has left is better than nothing, but not than a whole measurement.
-        if options and (found.complete or profile.find(key) is None):
+        if options and (found.complete or profile.saved_profile(key) is None):
             chosen = next(choice for choice in choices if choice.objective == objective)
-            steps = choose.counted(found)
+            steps = choose.comparable_steps(found)
             new = profile.Profile(
                 key=key,
                 costs={rows: choose.prices(steps, rows) for rows in sorted({step.rows for step in steps})},
@@ -145,7 +145,7 @@ def _tune(
                 measured=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             )
             try:
-                saved = profile.save(new)
+                saved = profile.save_profile(new)
             except OSError as error:  # what took minutes to measure is shown nevertheless
                 failed = error
         if as_json:
@@ -221,7 +221,7 @@ def facts(
         "options": [asdict(option) | {"row_tps": option.row_tps} for option in options],
         "choices": {c.objective: asdict(c.option) | {"row_tps": c.option.row_tps, "why": c.why} for c in choices},
         "verify_split": asdict(parts) if parts else None,
-        "restless": choose.restless(found.steps),
+        "timing_anomaly": choose.timing_anomaly(found.steps),
         "profile": str(saved) if saved else None,
     }
 
@@ -232,16 +232,16 @@ def _list(as_json: bool) -> None:
     from .. import profile
 
     rows: list[dict[str, Any]] = []
-    for path in listed(profile.folder(), "*.json"):
+    for path in listed(profile.profile_folder(), "*.json"):
         row: dict[str, Any] = {"path": str(path), "usable": True}
         rows.append(row)
         try:
-            known = profile.read(path)
+            known = profile.load_profile(path)
             row |= {"model": known.key.model, "quantize": known.key.quantize, "drafter": known.key.drafter,
                     "device": known.key.device, "objective": known.objective, "rows": known.rows,
                     "drafts": known.drafts, "measured": known.measured}  # fmt: skip
             # What it holds for besides this can only be told with the model at hand.
-            profile.check(known, replace(known.key, **profile.here()), path)
+            profile.check_profile(known, replace(known.key, **profile.machine()), path)
         except ProfileError as error:
             row |= {"usable": False, "why": str(error)}
     if as_json:
@@ -263,7 +263,7 @@ def _list(as_json: bool) -> None:
         if not row["usable"]:
             print(f"not usable: {row['why']}")
     if not rows:
-        print(f"no profiles in {profile.folder()}: mlx-mtp tune makes one", file=sys.stderr)
+        print(f"no profiles in {profile.profile_folder()}: mlx-mtp tune makes one", file=sys.stderr)
 
 
 def _simulate(

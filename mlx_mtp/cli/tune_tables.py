@@ -23,7 +23,7 @@ def tables(found: Measurement, options: list[Option], choices: list[Choice], con
     for part in (_seconds(found), _experts(found, config), _split(found, config), _acceptance(found), _speeds(options)):
         parts += [*part, ""] if part else []
     parts += [f"left out: {what}" for what in found.skipped]
-    if why := choose.restless(found.steps):
+    if why := choose.timing_anomaly(found.steps):
         parts += [f"The machine was busy with something else: {why}. Tune again when it is idle.", ""]
     return [*parts, *(f"{choice.objective:10} {choice.why}" for choice in choices)]
 

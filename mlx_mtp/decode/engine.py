@@ -6,7 +6,7 @@ the one it would get alone. Rows join with a prefilled prompt and leave when the
 The host builds round n + 1 while round n runs, and hands it over before it reads the tokens of round n, in one read
 for all rows (and one more for the first tokens of rows that have just joined); it learns of a stop token one round late
 and drops the surplus. Where that would have MLX copy large buffers, round n + 1 is built early but handed over only
-once round n is done, see `hands_over_late`.
+once round n is done, see `submits_late`.
 
 Not here: who joins and when, prefill (scheduler.py), text (api.py).
 """
@@ -31,7 +31,7 @@ from ..system.fusing import on_gpu
 from .draft_length import Decision, DraftLengthPolicy
 from .limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH
 from .request import INVARIANT_WIDTH, Row
-from .round import RoundState, decode_round, first_state, regroup
+from .round import RoundState, decode_round, first_state, select_rows
 from .sampling import Sampler
 from .trace import Trace
 
@@ -39,7 +39,7 @@ COPY_LIMIT = 32 * 2**20
 """Bytes of KV from which copying them costs more than the gap left by handing a round over late."""
 
 SWITCH = "MLX_MTP_HAND_OVER"
-"""Environment variable: "early" or "late", in place of what `hands_over_late` would say."""
+"""Environment variable: "early" or "late", in place of what `submits_late` would say."""
 
 assert MAX_DRAFT_LENGTH < LONGEST_VERIFY
 
@@ -75,7 +75,7 @@ class Parked:
 
 
 @dataclass(frozen=True)
-class _Flight:
+class _InFlightRound:
     """A round whose tokens the host hasn't read.
 
     Attributes:
@@ -89,7 +89,7 @@ class _Flight:
     decision: Decision | None
 
 
-def hands_over_late(kv: BatchKV) -> bool:
+def submits_late(kv: BatchKV) -> bool:
     """Whether a round waits for the one before it to be done, which leaves the device idle meanwhile.
 
     MLX writes a buffer in place only while nothing in flight reads it, and copies it otherwise. On a GPU it never has
@@ -140,13 +140,13 @@ class Engine:
         self._target, self._drafter, self._suppressed = target, drafter, tuple(suppress_tokens)
         self._state: RoundState | None = None
         self._sampler: Sampler
-        self._flights: list[_Flight] = []
-        self._late = False
+        self._in_flight: list[_InFlightRound] = []
+        self._deferred = False
         # When the last round was read; None if something else has taken time since.
         self._read_at: float | None = None
         self._policy = policy or DraftLengthPolicy(longest=longest_auto(target.config))
 
-    def regroup(self, joining: Sequence[Prefilled | Parked] = (), leaving: Sequence[Row] = ()) -> None:
+    def update_batch(self, joining: Sequence[Prefilled | Parked] = (), leaving: Sequence[Row] = ()) -> None:
         """Lets go of rows that are done or leave, takes in others, and gives all of them room to grow."""
         stay = [i for i, row in enumerate(self.rows) if not row.done and row not in leaving]
         if len(stay) == len(self.rows) and not joining and self._has_room():
@@ -165,26 +165,26 @@ class Engine:
         sources = [kv.find(i) for i in stay] if kv else []
         sources += [(prompt.kv, 0) for prompt in joining for _ in prompt.rows]
         kv = kv if kv and stay else BatchKV()
-        order = kv.arrange(sources, [max(self._reach(row) + LONGEST_VERIFY, row.room) for row in rows])
+        order = kv.arrange(sources, [max(self._max_written(row) + LONGEST_VERIFY, row.room) for row in rows])
         states = [it.state if isinstance(it, Parked) else self._first(it) for it in joining]
-        state = regroup(self._state, stay, states)
-        self._state = state if order == list(range(len(rows))) else regroup(state, order, [])
+        state = select_rows(self._state, stay, states)
+        self._state = state if order == list(range(len(rows))) else select_rows(state, order, [])
         self.rows = [rows[i] for i in order]
         self._sampler, self.kv = self._make_sampler(self.rows), kv
         for prompt, first in zip(joining, states, strict=True):
             if isinstance(prompt, Prefilled):
                 report = mx.stack([first.tokens, mx.zeros_like(first.tokens)], axis=1)
                 mx.async_eval(report)
-                self._flights.append(_Flight(report, prompt.rows, None))
+                self._in_flight.append(_InFlightRound(report, prompt.rows, None))
 
     def clear(self) -> None:
         """Forgets all rows."""
-        self.rows, self.kv, self._state, self._flights = [], None, None, []
+        self.rows, self.kv, self._state, self._in_flight = [], None, None, []
 
     def row_kv(self, index: int) -> KVBuffers:
         """The buffers of a row, see `KVBuffers.row`."""
         assert self.kv is not None
-        return self.kv.row(index, self._reach(self.rows[index]))
+        return self.kv.row(index, self._max_written(self.rows[index]))
 
     def park(self) -> list[Parked]:
         """Takes out the rows that are paused."""
@@ -195,12 +195,12 @@ class Engine:
             reports, _ = self._read()  # of the round in flight: what was written is then known
         self._deliver(reports, None, [])
         parked = [
-            Parked(self.row_kv(i), regroup(self._state, [i], []), [row])
+            Parked(self.row_kv(i), select_rows(self._state, [i], []), [row])
             for i, row in enumerate(self.rows)
             if row.paused and not row.done
         ]
         mx.eval([array for it in parked for array in (it.state.lengths, it.state.tokens, it.state.hidden)])
-        self.regroup(leaving=[row for it in parked for row in it.rows])
+        self.update_batch(leaving=[row for it in parked for row in it.rows])
         return parked
 
     def round(self, waiting: bool = False) -> None:
@@ -214,21 +214,21 @@ class Engine:
         decision = self._policy.next(self.rows, waiting) if self._drafter else Decision(self.rows, [0] * len(self.rows))
         lengths, k = decision.lengths, max(decision.lengths)
         width = INVARIANT_WIDTH if exactness == "invariant" else None
-        kv.reserve([self._reach(row) + (width or k + 1) for row in self.rows])
+        kv.reserve([self._max_written(row) + (width or k + 1) for row in self.rows])
         before = kv.snapshot()
         with self.span("build", rows=len(self.rows), drafts=k):
             state, report, drafts = decode_round(
                 self._target, self._drafter, kv, self._sampler, self._state, lengths, width, exactness == "stepwise"
             )
-        late = hands_over_late(kv)
-        if late is not self._late:
+        late = submits_late(kv)
+        if late is not self._deferred:
             self.disturb()
-            self._late = late
+            self._deferred = late
         if not late:
             before = []
             if self.trace and k:
-                self._hand_over("draft", drafts)
-            self._hand_over("verify", report, state.lengths, state.hidden)
+                self._submit_round("draft", drafts)
+            self._submit_round("verify", report, state.lengths, state.hidden)
         with self.span("wait and read"):
             reports = self._read()
         with self.span("deliver"):
@@ -238,21 +238,21 @@ class Engine:
             return
         if late:
             before = []  # lets go of the buffers, so that they are written in place
-            self._hand_over("draft and verify" if k else "verify", report, state.lengths, state.hidden)
+            self._submit_round("draft and verify" if k else "verify", report, state.lengths, state.hidden)
         self._state = state
-        self._flights.append(_Flight(report, self.rows, decision))
+        self._in_flight.append(_InFlightRound(report, self.rows, decision))
 
     def disturb(self) -> None:
         """Something else than a round takes time: that until the next one isn't a round's."""
         self._read_at = None
 
-    def _hand_over(self, name: str, *results: mx.array) -> None:
+    def _submit_round(self, name: str, *results: mx.array) -> None:
         with self.trace.device(name, results[0], rows=len(self.rows)) if self.trace else nullcontext():
             mx.async_eval(*results)
 
     def _read(self) -> tuple[list[list[list[int]]], float | None]:
         """Waits for the rounds handed over before the latest; their reports, and the seconds they took."""
-        reports = [_host(flight.report) for flight in self._flights]
+        reports = [_host(it.report) for it in self._in_flight]
         before, self._read_at = self._read_at, time.perf_counter()
         return reports, None if before is None else self._read_at - before
 
@@ -264,28 +264,28 @@ class Engine:
             seconds: See `_read`.
             next_lengths: Draft lengths of the round that was handed over meanwhile.
         """
-        flights, self._flights = self._flights, []
-        for flight, report in zip(flights, reports, strict=True):
-            lengths = flight.decision.lengths if flight.decision else [None] * len(flight.rows)
+        in_flight, self._in_flight = self._in_flight, []
+        for flown, report in zip(in_flight, reports, strict=True):
+            lengths = flown.decision.lengths if flown.decision else [None] * len(flown.rows)
             kept = list[int | None]()
-            for row, length, (*choices, count) in zip(flight.rows, lengths, report, strict=True):
+            for row, length, (*choices, count) in zip(flown.rows, lengths, report, strict=True):
                 kept.append(None if row.done else count)
                 if not row.done:
                     row.receive(choices, count, length)
-            if flight.decision and self._drafter:
+            if flown.decision and self._drafter:
                 # The time counts only if all of it was this round's. On a CPU much of it is the next round's: work is
                 # done while it is handed over.
-                own = seconds is not None and len(flights) == 1 and same_cost(flight.decision.lengths, next_lengths)
-                self._policy.observe(flight.decision, kept, seconds if own else None)
+                own = seconds is not None and len(in_flight) == 1 and same_cost(flown.decision.lengths, next_lengths)
+                self._policy.observe(flown.decision, kept, seconds if own else None)
 
-    def _reach(self, row: Row) -> int:
+    def _max_written(self, row: Row) -> int:
         """Positions that may have been written for the row once everything handed over so far has run."""
-        flying = (f.report.shape[1] - 1 for f in self._flights if f.decision and row in f.rows)
-        return max(row.written, row.committed + sum(flying))
+        in_flight = (it.report.shape[1] - 1 for it in self._in_flight if it.decision and row in it.rows)
+        return max(row.written, row.committed + sum(in_flight))
 
     def _has_room(self) -> bool:
         """Whether the buffers have room for another round, however long its drafts."""
-        return not self.kv or self.kv.fits([self._reach(row) + LONGEST_VERIFY for row in self.rows])
+        return not self.kv or self.kv.fits([self._max_written(row) + LONGEST_VERIFY for row in self.rows])
 
     def _first(self, prompt: Prefilled) -> RoundState:
         count = len(prompt.rows)

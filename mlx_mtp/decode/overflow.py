@@ -68,7 +68,7 @@ def _finite(array: mx.array) -> mx.array:
 
 def _drafts_are_finite(target: Target, drafter: Drafter, kv: KVBuffers, hidden: mx.array, tokens: list[int]) -> bool:
     """Runs draft steps after tokens; hidden is the target's at the last of them."""
-    lent = drafter.borrow(kv, mx.array([len(tokens)], dtype=mx.int32))
+    lent = drafter.shared_kv(kv, mx.array([len(tokens)], dtype=mx.int32))
     results = []
     for token in tokens[:DRAFTS]:
         logits, _, hidden = drafter(target.embed(mx.array([token], dtype=mx.int32)), hidden, lent)

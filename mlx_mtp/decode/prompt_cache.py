@@ -1,9 +1,9 @@
 """KV of texts that were run before, for prompts that begin like them.
 
 An entry is the buffers that a row left behind. Their full layers serve every beginning of the row's text; the rings of
-sliding layers only remember the newest positions, so an entry can be taken up near its end, and at checkpoints. Rows
-leave one at the end of their prompt; and where a new prompt parts from what is here, the scheduler makes one while
-prefilling it, so that what several prompts begin with is found from the third one on.
+sliding layers only remember the newest positions, so an entry can be taken up near its end, and at ring states that
+were kept. Rows keep one at the end of their prompt; and where a new prompt branches off from what is here, the
+scheduler makes one while prefilling it, so that what several prompts begin with is found from the third one on.
 
 The least recently used entries go when all together are larger than the limit. A hit changes nothing but the time to
 the first token: the KV is what a prefill would write, to the bit on a CPU where all of it was prefilled, in whatever
@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..kv import Checkpoint, KVBuffers
+from ..kv import KVBuffers, RingState
 
 MIN_REUSE = 8
 """Fewer tokens than this are prefilled again: most prompts share their first few."""
@@ -30,27 +30,27 @@ class Entry:
     Attributes:
         tokens: Whose KV the buffers hold.
         kv: The buffers, of one row.
-        checkpoints: Lengths to which its sliding layers can be taken back.
+        ring_states: What its sliding layers can be taken back to, see `KVBuffers.ring_state`.
         prompt: How many of the tokens were the prompt.
-        stays: Whether several prompts are to begin with it: then it stays whoever takes it up, at the price of a copy.
+        pinned: Loaded from a file: it stays after a hit, which gets a copy.
     """
 
     tokens: list[int]
     kv: KVBuffers
-    checkpoints: tuple[Checkpoint, ...]
+    ring_states: tuple[RingState, ...]
     prompt: int
-    stays: bool = False
+    pinned: bool = False
 
     @property
     def nbytes(self) -> int:
         """Size of all arrays, in bytes."""
-        return self.kv.nbytes + sum(checkpoint.nbytes for checkpoint in self.checkpoints)
+        return self.kv.nbytes + sum(state.nbytes for state in self.ring_states)
 
-    def start(self, shared: int) -> tuple[int, Checkpoint | None]:
-        """How much of the first `shared` tokens can be used, and the checkpoint to go back to for it."""
+    def start(self, shared: int) -> tuple[int, RingState | None]:
+        """How much of the first `shared` tokens can be used, and the ring state to go back to for it."""
         if self.kv.can_rewind(shared):
             return shared, None
-        usable = [checkpoint for checkpoint in self.checkpoints if checkpoint.length <= shared + 1]
+        usable = [state for state in self.ring_states if state.length <= shared + 1]
         best = max(usable, key=lambda it: it.length, default=None)
         return (min(best.length, shared), best) if best else (0, None)
 
@@ -62,12 +62,12 @@ class Hit:
     Attributes:
         kv: Buffers to go on with, of one row.
         start: Tokens of the prompt that they hold.
-        checkpoints: Those within these tokens.
+        ring_states: Those within these tokens.
     """
 
     kv: KVBuffers
     start: int
-    checkpoints: tuple[Checkpoint, ...]
+    ring_states: tuple[RingState, ...]
 
 
 class PromptCache:
@@ -86,26 +86,26 @@ class PromptCache:
         """Bytes taken."""
         return sum(entry.nbytes for entry in self._entries)
 
-    def put(self, entry: Entry, beside: int = 0) -> None:
+    def put(self, entry: Entry, reserved_bytes: int = 0) -> None:
         """Adds an entry, in place of those that it continues (or, if it stays, equals); lets go of others if it must.
 
         Args:
             entry: What to add; too large a one isn't.
-            beside: Bytes that running rows hold of what may be kept.
+            reserved_bytes: Bytes that running rows hold of what may be kept.
         """
-        if entry.nbytes + beside > self.limit:
+        if entry.nbytes + reserved_bytes > self.limit:
             return
-        again = entry.tokens if entry.stays else None
+        again = entry.tokens if entry.pinned else None
         self._entries = [
             e for e in self._entries
-            if (e.tokens != again if e.stays else entry.tokens[: len(e.tokens)] != e.tokens)
+            if (e.tokens != again if e.pinned else entry.tokens[: len(e.tokens)] != e.tokens)
         ]  # fmt: skip
         self._entries.append(entry)
-        self.make_room(beside)
+        self.make_room(reserved_bytes)
 
-    def make_room(self, beside: int) -> None:
+    def make_room(self, reserved_bytes: int) -> None:
         """Lets go of entries until all of them, and so many bytes beside them, are within the limit."""
-        while self._entries and self.nbytes + beside > self.limit:
+        while self._entries and self.nbytes + reserved_bytes > self.limit:
             del self._entries[0]
 
     def find(self, prompt: Sequence[int]) -> Hit | None:
@@ -115,21 +115,21 @@ class PromptCache:
         """
         best, found, where = MIN_REUSE - 1, None, None
         for entry in self._entries:
-            start, checkpoint = entry.start(min(common_prefix(entry.tokens, prompt), len(prompt) - 1))
+            start, state = entry.start(min(common_prefix(entry.tokens, prompt), len(prompt) - 1))
             if start > best or (start and start == len(prompt) - 1 and not found):
-                best, found, where = start, entry, checkpoint
+                best, found, where = start, entry, state
         if not found:
             return None
         self._entries.remove(found)
-        if found.stays or best < found.prompt - 1:
+        if found.pinned or best < found.prompt - 1:
             self._entries.append(found)
-        # What lies above a checkpoint isn't wanted, and would be copied, and attended to, in vain.
+        # What lies above a ring state isn't wanted, and would be copied, and attended to, in vain.
         kv = found.kv.row(0, where.written if where else found.kv.written)
         if where:
             kv.rewind(where)
-        return Hit(kv, best, tuple(c for c in found.checkpoints if c.length <= best))
+        return Hit(kv, best, tuple(c for c in found.ring_states if c.length <= best))
 
-    def parting(self, prompt: Sequence[int]) -> int:
+    def branch_point(self, prompt: Sequence[int]) -> int:
         """Length of the longest beginning that the prompt has in common with an entry."""
         return max((common_prefix(entry.tokens, prompt) for entry in self._entries), default=0)
 

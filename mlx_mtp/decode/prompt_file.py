@@ -92,7 +92,7 @@ def load_entry(path: Path, target: Target) -> Entry:
             raise ValueError(f"nothing is known of {min(arrays)}")
     except (KeyError, TypeError, ValueError, PromptError) as error:
         raise CheckpointError(f"{path} is damaged ({one_line(error)}): save it again") from error
-    return Entry(tokens, kv, (kv.checkpoint(len(tokens)),), len(tokens), stays=True)
+    return Entry(tokens, kv, (kv.ring_state(len(tokens)),), len(tokens), pinned=True)
 
 
 def fingerprint(target: Target) -> str:

@@ -13,7 +13,7 @@ import mlx.core as mx
 from ..checkpoint.sizes import ABOVE
 from ..config import TextConfig
 from ..errors import PromptError
-from ..kv import Checkpoint
+from ..kv import RingState
 from .limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH
 from .sampling import SamplingOptions, is_int
 
@@ -144,14 +144,14 @@ class Row:
         limit: Most tokens it can generate, see `token_limit`.
         width: Rows that the batch may have while it is under way, if more than usual.
         tokens: Generated so far, the stop token included.
-        fresh: Those of them that nobody has taken yet.
+        unread: Those of them that `pop_unread` hasn't returned yet.
         done: Whether there will be no more: finished, or cancelled.
         cancelled: Whether it was ended before it was finished, as somebody wished.
         cancel_event: What else ends it, once set; whoever steps the scheduler looks at it.
         paused: Whether it is to make room until its reader has caught up.
         passed: How many requests behind it in the queue were admitted before it.
-        error: What ended it, if that was none of its own doing.
-        checkpoints: Where its KV can be taken up again later, see `prompt_cache.Entry`.
+        error: Exception of the step that ended it; None if it finished or was cancelled.
+        ring_states: Where its KV can be taken up again later, see `prompt_cache.Entry`.
         written: Positions that its buffers had been written to when it joined the batch, see `KVBuffers.written`. They
             may be more than it has committed: buffers of a longer text that begins like its prompt.
     """
@@ -160,12 +160,12 @@ class Row:
         self.number = next(_NUMBERS)
         self.request, self.stats, self.limit, self.width = request, stats, limit, width
         self.tokens: list[int] = []
-        self.fresh: list[int] = []
+        self.unread: list[int] = []
         self.done = self.cancelled = self.paused = False
         self.cancel_event: threading.Event | None = None
         self.passed = 0
         self.error: BaseException | None = None
-        self.checkpoints: list[Checkpoint] = []
+        self.ring_states: list[RingState] = []
         self.written = 0
         stats.prompt_tokens = len(request.prompt)
         self._submitted = self._first = time.perf_counter()
@@ -182,8 +182,8 @@ class Row:
         return min(most, self.committed + max(ROOM, self.committed // 4))
 
     @property
-    def held(self) -> list[int]:
-        """Those tokens."""
+    def committed_tokens(self) -> list[int]:
+        """Those tokens, prompt included."""
         return [*self.request.prompt, *self.tokens[:-1]]
 
     @property
@@ -208,7 +208,7 @@ class Row:
         stop = next((i for i, token in enumerate(tokens) if token in self.request.stop_tokens), None)
         tokens = tokens if stop is None else tokens[: stop + 1]
         self.tokens += tokens
-        self.fresh += tokens
+        self.unread += tokens
         if stop is not None or not self.remaining:
             self.done = True
         now, stats = time.perf_counter(), self.stats
@@ -226,10 +226,10 @@ class Row:
         if not self.done:
             self.cancelled = self.done = True
 
-    def take(self) -> list[int]:
+    def pop_unread(self) -> list[int]:
         """The tokens that came since the last call."""
-        fresh, self.fresh = self.fresh, []
-        return fresh
+        unread, self.unread = self.unread, []
+        return unread
 
 
 def check_prompt(prompt: Sequence[int], config: TextConfig) -> None:

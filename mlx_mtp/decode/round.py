@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from ..kv import KVCache
 from ..models.drafter import Drafter
-from ..models.packing import Packing
+from ..models.ragged import RaggedBlock
 from ..models.target import Target
 from .sampling import Sampler
 
@@ -37,7 +37,7 @@ class RoundState:
     hidden: mx.array
 
 
-def regroup(state: RoundState | None, rows: Sequence[int], joining: Sequence[RoundState]) -> RoundState:
+def select_rows(state: RoundState | None, rows: Sequence[int], joining: Sequence[RoundState]) -> RoundState:
     """Some rows of a state, and those of other states after them."""
     states = [*joining]
     if state is not None and rows:
@@ -62,10 +62,10 @@ def first_state(target: Target, sampler: Sampler, hidden: mx.array, lengths: mx.
 
 def draft(target: Target, drafter: Drafter, kv: KVCache, sampler: Sampler, state: RoundState, k: int) -> mx.array:
     """Drafts k tokens for every row: int32 [B, k]."""
-    lent = drafter.borrow(kv, state.lengths)
+    shared = drafter.shared_kv(kv, state.lengths)
     token, hidden, drafts = state.tokens, state.hidden, []
     for step in range(k):
-        logits, ids, hidden = drafter(target.embed(token), hidden, lent)
+        logits, ids, hidden = drafter(target.embed(token), hidden, shared)
         token = sampler.draft(logits, ids, state.lengths + (1 + step))
         drafts.append(token)
     return mx.stack(drafts, axis=1)
@@ -95,11 +95,11 @@ def verify(
     width = block.shape[1]
     positions = lengths[:, None] + mx.arange(1, width + 1, dtype=mx.int32)
     if counts is not None:
-        packing = Packing.of(counts)
-        line = target(packing.line(block), lengths, kv, packing)
-        each = sampler.of_rows(packing.rows)
-        choices = each.target(target.raw_logits(line).swapaxes(0, 1), packing.line(positions).T)
-        return packing.spread(choices.T), packing.spread(line)
+        ragged = RaggedBlock.of(counts)
+        line = target(ragged.flatten(block), lengths, kv, ragged)
+        each = sampler.of_rows(ragged.rows)
+        choices = each.target(target.raw_logits(line).swapaxes(0, 1), ragged.flatten(positions).T)
+        return ragged.pad(choices.T), ragged.pad(line)
     if stepwise:
         steps = [target(block[:, i : i + 1], lengths + i, kv) for i in range(width)]
         logits = mx.concatenate([target.raw_logits(hidden) for hidden in steps], axis=1)

@@ -25,9 +25,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..checkpoint.sizes import in_words, rows_bytes
+from ..checkpoint.sizes import format_bytes, rows_bytes
 from ..errors import MemoryBudgetError
-from ..kv import Checkpoint, KVBuffers, kv_bytes
+from ..kv import KVBuffers, RingState, kv_bytes
 from ..kv.buffers import ring_slots
 from ..models.drafter import Drafter
 from ..models.target import Target
@@ -49,22 +49,22 @@ CACHE_BYTES = 2**30
 
 
 @dataclass
-class _Prefill:
+class _PrefillJob:
     """Prompts on their way into buffers of their own.
 
     Attributes:
         kv: The buffers, a row for each prompt.
         rows: For each prompt, who asked for it.
         start: Tokens that are in the buffers already.
-        parting: A length below the prompt's at which a checkpoint is wanted; 0 for none.
-        checkpoints: Made, or found, so far.
+        branch_point: A length below the prompt's at which a ring state is wanted; 0 for none.
+        ring_states: Made, or found, so far.
     """
 
     kv: KVBuffers
     rows: list[list[Row]]
     start: int = 0
-    parting: int = 0
-    checkpoints: tuple[Checkpoint, ...] = ()
+    branch_point: int = 0
+    ring_states: tuple[RingState, ...] = ()
 
     @property
     def prompts(self) -> list[Sequence[int]]:
@@ -108,7 +108,7 @@ class Scheduler:
         self._waiting: deque[Row] = deque()
         # From the queue until the engine has them: whatever happens in between, they are told.
         self._admitted: list[Row] = []
-        self._prefill: _Prefill | None = None
+        self._prefill: _PrefillJob | None = None
         self._parked: list[Parked] = []
 
     @property
@@ -138,8 +138,8 @@ class Scheduler:
         if self._budget is not None and needed > self._budget:
             raise MemoryBudgetError(
                 f"a prompt of {len(request.prompt)} tokens and up to {self._limit(request)} more need "
-                f"{in_words(needed)} of KV, and there are {in_words(self._budget)} for it: ask for fewer tokens or "
-                "shorten the prompt"
+                f"{format_bytes(needed)} of KV, and there are {format_bytes(self._budget)} for it: "
+                "ask for fewer tokens or shorten the prompt"
             )
 
     def row(self, request: Request, width: int = 0, stats: Stats | None = None) -> Row:
@@ -179,7 +179,7 @@ class Scheduler:
             back = self._come_back()
             self._prefill = self._prefill or self._next_prefill([row for it in back for row in it.rows])
             # Not kept in a variable: the buffers that join are copied, and must not outlive that.
-            self.engine.regroup([*back, *(self._run_chunk(self._prefill) if self._prefill else [])])
+            self.engine.update_batch([*back, *(self._run_chunk(self._prefill) if self._prefill else [])])
             del back
             if not self._prefill:
                 self._admitted = []
@@ -209,8 +209,8 @@ class Scheduler:
         entry = load_entry(path, self._target)
         if entry.nbytes > self.cache.limit:
             raise MemoryBudgetError(
-                f"{path} has {in_words(entry.nbytes)} of KV, and {in_words(self.cache.limit)} are kept for prompts: "
-                "raise cache_bytes"
+                f"{path} has {format_bytes(entry.nbytes)} of KV, and {format_bytes(self.cache.limit)} are kept for "
+                "prompts: raise cache_bytes"
             )
         mx.eval(entry.kv.arrays())
         self.cache.put(entry)
@@ -222,7 +222,7 @@ class Scheduler:
         try:
             while not row.done:
                 self.step()
-                if tokens := row.take():
+                if tokens := row.pop_unread():
                     yield tokens
         finally:
             row.cancel()
@@ -233,23 +233,23 @@ class Scheduler:
         for i, row in enumerate(self.engine.rows if self.engine.kv else ()):
             # A larger one would be copied in vain.
             if row.done and kv_bytes(config, row.committed, size) <= self.cache.limit:
-                self._keep(row, self.engine.row_kv(i), row.held, row.checkpoints)
+                self._keep(row, self.engine.row_kv(i), row.committed_tokens, row.ring_states)
 
-    def _keep(self, row: Row, kv: KVBuffers, held: list[int], checkpoints: Sequence[Checkpoint]) -> None:
+    def _keep(self, row: Row, kv: KVBuffers, held: list[int], ring_states: Sequence[RingState]) -> None:
         if row.request.exactness == "fast":
-            entry = Entry(held, kv, tuple(checkpoints), min(len(row.request.prompt), len(held)))
-            self.cache.put(entry, self._checkpoint_bytes())
+            entry = Entry(held, kv, tuple(ring_states), min(len(row.request.prompt), len(held)))
+            self.cache.put(entry, self._ring_state_bytes())
 
-    def _keep_prefilled(self, job: _Prefill) -> None:
+    def _keep_prefilled(self, job: _PrefillJob) -> None:
         """Keeps what a prefill that is given up has done so far."""
         if len(job.rows) == 1 and job.start:
             row = job.rows[0][0]
             kv = job.kv.row(0, job.kv.written)
-            self._keep(row, kv, list(row.request.prompt[: job.start]), job.checkpoints)
+            self._keep(row, kv, list(row.request.prompt[: job.start]), job.ring_states)
 
-    def _checkpoint_bytes(self) -> int:
-        """Bytes of the checkpoints that rows under way hold."""
-        held = {id(it): it.nbytes for row in self._under_way() if not row.done for it in row.checkpoints}
+    def _ring_state_bytes(self) -> int:
+        """Bytes of the ring states that rows under way hold."""
+        held = {id(it): it.nbytes for row in self._under_way() if not row.done for it in row.ring_states}
         return sum(held.values())
 
     def _abandon(self, error: BaseException) -> None:
@@ -278,7 +278,7 @@ class Scheduler:
         """Rows that the batch may have with these."""
         return max([self.max_rows, *(row.width for row in rows)])
 
-    def _next_prefill(self, back: list[Row]) -> _Prefill | None:
+    def _next_prefill(self, back: list[Row]) -> _PrefillJob | None:
         """Takes the next requests from the queue, as many as can be prefilled together, beside rows that come back."""
         running = [row for row in self.engine.rows if not row.done] + back
         rows, idle = [*running, *(row for it in self._parked for row in it.rows)], not running
@@ -306,9 +306,9 @@ class Scheduler:
             row = self._next_waiting(running, rows)
         if hit:
             first.stats.cached_tokens = hit.start
-            return _Prefill(hit.kv, groups, hit.start, self._parting(prompt, hit.start), hit.checkpoints)
+            return _PrefillJob(hit.kv, groups, hit.start, self._branch_point(prompt, hit.start), hit.ring_states)
         kv = KVBuffers(self._target.config, len(groups), self._target.dtype)
-        return _Prefill(kv, groups, parting=self._parting(prompt, 0) if reuse and len(groups) == 1 else 0)
+        return _PrefillJob(kv, groups, branch_point=self._branch_point(prompt, 0) if reuse and len(groups) == 1 else 0)
 
     def _next_waiting(self, running: list[Row], rows: list[Row]) -> Row | None:
         """Who may join next: the first in the queue, or one behind it that needn't wait while that one must.
@@ -347,20 +347,20 @@ class Scheduler:
         # Rings that are full would lose what shorter prompts still need of them.
         return longest <= self._ring and longest * len(groups) <= (CHUNK if idle else CHUNK_BESIDE)
 
-    def _parting(self, prompt: Sequence[int], start: int) -> int:
+    def _branch_point(self, prompt: Sequence[int], start: int) -> int:
         """Where the prompt parts from an entry that couldn't be taken up there."""
-        parting = min(self.cache.parting(prompt), len(prompt) - 1)
-        # A checkpoint holds about a window, and cuts a chunk in two: it should save more than a bit.
-        return parting if parting > start + self._target.config.sliding_window // 2 else 0
+        branch_point = min(self.cache.branch_point(prompt), len(prompt) - 1)
+        # A ring state holds about a window, and cuts a chunk in two: it should save more than a bit.
+        return branch_point if branch_point > start + self._target.config.sliding_window // 2 else 0
 
-    def _run_chunk(self, job: _Prefill) -> list[Prefilled]:
+    def _run_chunk(self, job: _PrefillJob) -> list[Prefilled]:
         """Runs the next chunk of a prefill; returns the prompts that are ready to decode."""
         prompts, start = job.prompts, job.start
         longest = max(map(len, prompts))
         chunk = CHUNK_BESIDE if any(not row.done for row in self.engine.rows) else CHUNK
         end = longest if len(prompts) > 1 else min(start + chunk, longest)
-        if start < job.parting < end:
-            end = job.parting
+        if start < job.branch_point < end:
+            end = job.branch_point
         block = [[*prompt[start:end], *[0] * (end - max(len(prompt), start))] for prompt in prompts]
         with (
             self.engine.trace.host("prefill", tokens=len(block) * len(block[0])) if self.engine.trace else nullcontext()
@@ -369,8 +369,8 @@ class Scheduler:
             hidden = prefill_block(self._target, job.kv, block, start, ends, max(rows[0].room for rows in job.rows))
         self.engine.disturb()
         job.start = end
-        if end == job.parting:
-            job.checkpoints += (job.kv.checkpoint(end),)
+        if end == job.branch_point:
+            job.ring_states += (job.kv.ring_state(end),)
         if end < longest:
             return []
         self._prefill = None
@@ -378,15 +378,14 @@ class Scheduler:
         for i, (prompt, rows) in enumerate(zip(prompts, job.rows, strict=True)):
             rows = [row for row in rows if not row.done]
             kv = job.kv if len(prompts) == 1 else job.kv.row(i, len(prompt))
-            checkpoint = kv.checkpoint(len(prompt))
-            checkpoints = [*job.checkpoints, checkpoint]
+            ring_states = [*job.ring_states, kv.ring_state(len(prompt))]
             # At most half of what may be kept for later is kept by those who run.
-            fits = 2 * (self._checkpoint_bytes() + sum(it.nbytes for it in checkpoints)) <= self.cache.limit
+            fits = 2 * (self._ring_state_bytes() + sum(it.nbytes for it in ring_states)) <= self.cache.limit
             for row in rows:
-                row.checkpoints = checkpoints if fits else []
+                row.ring_states = ring_states if fits else []
             if rows:
                 ready.append(Prefilled(kv, hidden[i : i + 1], rows))
-        self.cache.make_room(self._checkpoint_bytes())
+        self.cache.make_room(self._ring_state_bytes())
         return ready
 
     def _kv_bytes(self, requests: Sequence[Request]) -> int:

@@ -8,7 +8,7 @@ and the rule below hides it until the next block overwrites it.
     a slot holds, for a row whose newest position is n, position n - ((n - slot) mod slots)
     that position is visible to a query at q iff it is >= 0, <= q and, in sliding layers, > q - window
 
-    buffers.py  the arrays of rows of about the same length: growth, checkpoints, one row of them
+    buffers.py  the arrays of rows of about the same length: growth, ring states, one row of them
     blocks.py   where a block of tokens is written and what it sees: a verify block, a chunk of a prompt
     batch.py    the rows of a running batch, in groups of about the same length
 
@@ -17,7 +17,7 @@ Knows nothing of tokens, models or drafting.
 
 from .batch import BatchKV, batch_bytes
 from .blocks import BlockKV, View
-from .buffers import CAPACITY_STEP, LONGEST_VERIFY, Checkpoint, KVBuffers, kv_bytes
+from .buffers import CAPACITY_STEP, LONGEST_VERIFY, KVBuffers, RingState, kv_bytes
 
 KVCache = KVBuffers | BatchKV
 """What rounds read and write: the buffers of one row, or of a batch."""
@@ -27,7 +27,7 @@ __all__ = [
     "LONGEST_VERIFY",
     "BatchKV",
     "BlockKV",
-    "Checkpoint",
+    "RingState",
     "KVBuffers",
     "KVCache",
     "View",

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from ..config import TextConfig
 from .blocks import BlockKV, GroupedBlock, View, in_batch
-from .buffers import KVBuffers, Snapshot, capacity_for, kv_bytes
+from .buffers import BufferState, KVBuffers, capacity_for, kv_bytes
 
 GROUP_SLOTS = 4096
 """Slots of a row that a group must save to be worth its kernels.
@@ -65,11 +65,11 @@ class BatchKV:
         for rows, group in self._places():
             group.reserve(max(positions[rows]))
 
-    def snapshot(self) -> list[Snapshot]:
+    def snapshot(self) -> list[BufferState]:
         """See `KVBuffers.snapshot`."""
         return [group.snapshot() for group in self.groups]
 
-    def restore(self, snapshots: Sequence[Snapshot]) -> None:
+    def restore(self, snapshots: Sequence[BufferState]) -> None:
         """See `KVBuffers.restore`."""
         for group, snapshot in zip(self.groups, snapshots, strict=True):
             group.restore(snapshot)
@@ -81,12 +81,12 @@ class BatchKV:
         blocks = [(rows, group.block(lengths[rows], width)) for rows, group in self._places()]
         return {kind: GroupedBlock([(rows, block[kind]) for rows, block in blocks]) for kind in blocks[0][1]}
 
-    def lend(self, lengths: mx.array, window: int) -> dict[bool, list[View]]:
-        """See `KVBuffers.lend`."""
+    def shared(self, lengths: mx.array, window: int) -> dict[bool, list[View]]:
+        """See `KVBuffers.shared`."""
         if len(self.groups) == 1:
-            return self.groups[0].lend(lengths, window)
-        lent = [(rows, group.lend(lengths[rows], window)) for rows, group in self._places()]
-        return {kind: in_batch((rows, view) for rows, views in lent for view in views[kind]) for kind in lent[0][1]}
+            return self.groups[0].shared(lengths, window)
+        shared = [(rows, group.shared(lengths[rows], window)) for rows, group in self._places()]
+        return {kind: in_batch((rows, view) for rows, views in shared for view in views[kind]) for kind in shared[0][1]}
 
     def row(self, index: int, positions: int) -> KVBuffers:
         """One row as buffers of their own, see `KVBuffers.row`."""

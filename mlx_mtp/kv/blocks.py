@@ -94,7 +94,7 @@ def visible(newest: mx.array, queries: mx.array, slots: int, window: int | None)
     Returns:
         bool [B, 1, L, slots].
     """
-    return _seen(newest[:, None, None], queries[:, :, None], counting(slots), mx.array(slots), _reach(window))[:, None]
+    return _seen(newest[:, None, None], queries[:, :, None], counting(slots), mx.array(slots), _window(window))[:, None]
 
 
 @fused
@@ -109,7 +109,7 @@ def _in_order(queries: mx.array, first: mx.array, key: mx.array, window: mx.arra
     return (held <= queries) & (held > queries - window)
 
 
-def _reach(window: int | None) -> mx.array:
+def _window(window: int | None) -> mx.array:
     # All positions lie within a window of 2**30.
     return mx.array(2**30 if window is None else window, mx.int32)
 
@@ -159,7 +159,7 @@ class LongBlock:
             first = self._aligned(start + a)
             end = start + b if sliding else min(slots, -(-(start + b) // ALIGN) * ALIGN)
             queries = mx.array(start + a, mx.int32) + counting(b - a)[:, None]
-            seen = _in_order(queries, mx.array(first, mx.int32), counting(end - first), _reach(window))
+            seen = _in_order(queries, mx.array(first, mx.int32), counting(end - first), _window(window))
             self._parts.append((slice(a, b), slice(first - self._first, end - self._first), seen[None, None]))
 
     def write(self, layer: int, keys: mx.array, values: mx.array) -> None:

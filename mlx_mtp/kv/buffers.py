@@ -28,12 +28,12 @@ CAPACITY_STEP = 128
 """Buffers have, and are read in, multiples of this many slots."""
 
 
-Snapshot = tuple[dict[int, mx.array], dict[int, mx.array]]
+BufferState = tuple[dict[int, mx.array], dict[int, mx.array]]
 """Keys and values as they were, by layer."""
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class RingState:
     """A row's sliding layers when exactly `length` tokens were committed; full layers need nothing to go back.
 
     Attributes:
@@ -43,7 +43,7 @@ class Checkpoint:
     """
 
     length: int
-    rings: Snapshot
+    rings: BufferState
     written: int
 
     @property
@@ -58,7 +58,7 @@ LONGEST_VERIFY = 16
 
 def ring_slots(window: int, longest_block: int = LONGEST_VERIFY) -> int:
     """Slots of a sliding layer's ring for blocks of up to `longest_block` tokens."""
-    # One more than the window: transformers lets its drafter see window + 1 rows (see Drafter.borrow).
+    # One more than the window: transformers lets its drafter see window + 1 rows (see Drafter.shared_kv).
     return -(-(window + 1 + longest_block) // 32) * 32
 
 
@@ -107,7 +107,7 @@ class KVBuffers:
         self.capacity = self.used = capacity_for(positions)
         self.written = 0
         self._sliding = {i: layer.sliding for i, layer in enumerate(config.layers) if layer.kv_owner == i}
-        self.lenders = {sliding: config.lender(sliding) for sliding in set(self._sliding.values())}
+        self.source_layers = {sliding: config.kv_source_layer(sliding) for sliding in set(self._sliding.values())}
         shapes = {
             i: (batch, config.layers[i].kv_heads, self.slots(sliding), config.layers[i].head_dim)
             for i, sliding in self._sliding.items()
@@ -161,24 +161,24 @@ class KVBuffers:
         if mx.get_cache_memory() > self.nbytes:
             mx.clear_cache()
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> BufferState:
         """The buffers as they are, for `restore`; while a snapshot is alive, writes copy."""
         return dict(self.keys), dict(self.values)
 
-    def restore(self, snapshot: Snapshot) -> None:
+    def restore(self, snapshot: BufferState) -> None:
         """Forgets writes made since a snapshot that haven't been evaluated yet."""
         self.keys, self.values = snapshot
 
-    def checkpoint(self, length: int) -> Checkpoint:
+    def ring_state(self, length: int) -> RingState:
         """Remembers the sliding layers at `length` committed tokens; the next write to each of them copies it."""
         keys, values = ({i: buffers[i] for i in buffers if self._sliding[i]} for buffers in (self.keys, self.values))
-        return Checkpoint(length, (keys, values), self.written)
+        return RingState(length, (keys, values), self.written)
 
-    def rewind(self, checkpoint: Checkpoint) -> None:
-        """Takes the sliding layers back to a checkpoint of the same text."""
-        for buffers, rings in zip((self.keys, self.values), checkpoint.rings, strict=True):
+    def rewind(self, state: RingState) -> None:
+        """Takes the sliding layers back to a state of the same text."""
+        for buffers, rings in zip((self.keys, self.values), state.rings, strict=True):
             buffers |= {i: with_slots(ring, self.slots(True, self.capacity)) for i, ring in rings.items()}
-        self.written = checkpoint.written
+        self.written = state.written
 
     def row(self, index: int, positions: int) -> KVBuffers:
         """One row as buffers of their own: a copy, or the very arrays if there is only this row.
@@ -226,11 +226,11 @@ class KVBuffers:
             lengths: int32 [B], committed tokens.
             width: L, tokens of the block; `longest_block` at most.
         """
-        return {sliding: ShortBlock(self, lengths, width, sliding) for sliding in self.lenders}
+        return {sliding: ShortBlock(self, lengths, width, sliding) for sliding in self.source_layers}
 
     def chunk(self, start: int, width: int) -> dict[bool, BlockKV]:
         """The place of a chunk of prompts, of any width, that begins at position `start` in all rows."""
-        return {sliding: LongBlock(self, start, width, sliding) for sliding in self.lenders}
+        return {sliding: LongBlock(self, start, width, sliding) for sliding in self.source_layers}
 
     def read(self, layer: int) -> tuple[mx.array, mx.array]:
         """Keys and values of an owning layer, [B, kv_heads, slots, head_dim], without the slots that aren't used."""
@@ -242,7 +242,7 @@ class KVBuffers:
         """What `stored` made, as it was."""
         return array if array.dtype == self.dtype else array.view(self.dtype)
 
-    def lend(self, lengths: mx.array, window: int) -> dict[bool, list[View]]:
+    def shared(self, lengths: mx.array, window: int) -> dict[bool, list[View]]:
         """What the drafter sees: the last owning layer of each kind, committed rows only.
 
         Args:
@@ -262,7 +262,7 @@ class KVBuffers:
                     visible(newest, newest[:, None], self.slots(sliding), window if sliding else None),
                 )
             ]
-            for sliding, layer in self.lenders.items()
+            for sliding, layer in self.source_layers.items()
         }
 
     def slots(self, sliding: bool, capacity: int | None = None) -> int:

@@ -18,8 +18,8 @@ from ..kv import View
 from ..kv.blocks import stored
 from ..system.fusing import on_gpu
 from .avoided import AVOIDED, AttentionShape
-from .elementwise import gelu_times
-from .packing import Packing
+from .elementwise import geglu
+from .ragged import RaggedBlock
 
 Rotation = mx.array | tuple[mx.array, mx.array]
 """From `Rope.at` for `Rope.rotate`: on a GPU offsets [B], else cosines and signed sines [B, 1, L, head_dim]."""
@@ -71,10 +71,10 @@ def ropes(config: TextConfig) -> dict[bool, Rope]:
     return {sliding: Rope(heads[sliding], kind.theta, kind.rotated) for sliding, kind in kinds.items()}
 
 
-def stack(module: nn.Module, names: list[str]) -> None:
+def fuse_projections(module: nn.Module, names: list[str]) -> None:
     """Stacks linear layers that read the same input into the first one: one matrix product instead of several.
 
-    Layers that are quantised in different ways, or have an adapter, are left as they are; `side_by_side` runs all.
+    Layers that are quantised in different ways, or have an adapter, are left as they are; `apply_projections` runs all.
 
     Args:
         module: The module that has the layers, by these names; all but the first are removed from it.
@@ -89,7 +89,7 @@ def stack(module: nn.Module, names: list[str]) -> None:
         del module[name]
 
 
-def side_by_side(module: nn.Module, names: list[str], x: mx.array, *others: Any) -> mx.array:
+def apply_projections(module: nn.Module, names: list[str], x: mx.array, *others: Any) -> mx.array:
     """Outputs of linear layers, stacked or not, along the last axis; `others` are further arguments of each."""
     outputs = [module[name](x, *others) for name in names if name in module]
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-1)
@@ -115,30 +115,30 @@ class Attention(nn.Module):
 
     def prepare(self) -> None:
         """Brings loaded weights into the form they run in; to be called once, before the first use."""
-        stack(self, self._projections)
+        fuse_projections(self, self._projections)
         if self._kv_heads:
             norms = [self.q_norm.weight] * self._heads + [self.k_norm.weight] * self._kv_heads
             self._norms = mx.stack(norms)
             mx.eval(self._norms)
 
     def project(
-        self, x: mx.array, rope: Rope, rotation: Rotation, packing: Packing | None = None
+        self, x: mx.array, rope: Rope, rotation: Rotation, ragged: RaggedBlock | None = None
     ) -> tuple[mx.array, mx.array | None, mx.array | None]:
         """Queries [B, heads, L, head_dim] of a block, and its keys and values as KV buffers store them.
 
         The latter are None where it has none.
 
         Args:
-            x: [B, L, hidden], or [1, N, hidden] with a packing.
+            x: [B, L, hidden], or [1, N, hidden] with a ragged block.
             rope: Rotary embedding.
             rotation: Its rotation at the positions of [B, L].
-            packing: How N tokens make the block.
+            ragged: How N tokens make the block.
         """
         # All heads are normalised and rotated together.
-        heads = side_by_side(self, self._projections, x).reshape(*x.shape[:2], -1, self._head_dim)
+        heads = apply_projections(self, self._projections, x).reshape(*x.shape[:2], -1, self._head_dim)
         heads = mx.fast.rms_norm(heads, None if self._kv_heads else self.q_norm.weight, self._eps)
-        if packing:
-            heads = packing.spread(heads)
+        if ragged:
+            heads = ragged.pad(heads)
         if not self._kv_heads:
             return rope.rotate(heads.transpose(0, 2, 1, 3), rotation), None, None
         rotated = rope.rotate((heads[:, :, : len(self._norms)] * self._norms).transpose(0, 2, 1, 3), rotation)
@@ -146,7 +146,7 @@ class Attention(nn.Module):
         values = stored(heads)[:, :, heads.shape[2] - self._kv_heads :].transpose(0, 2, 1, 3)
         return rotated[:, : self._heads], stored(rotated)[:, self._heads :], values
 
-    def attend(self, queries: mx.array, views: Sequence[View], packing: Packing | None = None) -> mx.array:
+    def attend(self, queries: mx.array, views: Sequence[View], ragged: RaggedBlock | None = None) -> mx.array:
         """Attends to KV buffers.
 
         Args:
@@ -155,11 +155,11 @@ class Attention(nn.Module):
             packing: See `project`.
 
         Returns:
-            [B, L, hidden], or [1, N, hidden] with a packing.
+            [B, L, hidden], or [1, N, hidden] with a ragged block.
         """
-        if packing and not on_gpu():
+        if ragged and not on_gpu():
             # On a CPU the places that no token fills would cost as much as others: row by row, without them.
-            counts = packing.counts
+            counts = ragged.counts
             views = [row for view in views for row in _by_row(view, counts)]
             outs = [_attend(queries[it.rows, :, it.tokens], it) for it in views]
             return self.o_proj(mx.concatenate(outs, axis=1))
@@ -168,7 +168,7 @@ class Attention(nn.Module):
         else:
             outs = [_attend(queries[it.rows, :, it.tokens], it) for it in views]
             out = mx.concatenate(outs, axis=1 if views[0].rows == views[1].rows else 0)
-        return self.o_proj(packing.line(out) if packing else out)
+        return self.o_proj(ragged.flatten(out) if ragged else out)
 
 
 def _by_row(view: View, counts: Sequence[int]) -> list[View]:
@@ -264,7 +264,7 @@ class MLP(nn.Module):
 
     def prepare(self) -> None:
         """See `Attention.prepare`."""
-        stack(self, self._INPUTS)
+        fuse_projections(self, self._INPUTS)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(gelu_times(*mx.split(side_by_side(self, self._INPUTS, x), 2, axis=-1)))
+        return self.down_proj(geglu(*mx.split(apply_projections(self, self._INPUTS, x), 2, axis=-1)))

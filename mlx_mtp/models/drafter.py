@@ -27,7 +27,7 @@ POSITIONS: tuple[str, ...] = get_args(Position)
 
 
 @dataclass(frozen=True)
-class Lent:
+class SharedKV:
     """The target's state as the drafter sees it during one round.
 
     Attributes:
@@ -54,11 +54,11 @@ class DrafterLayer(nn.Module):
         self.post_feedforward_layernorm = nn.RMSNorm(hidden, eps)
         self.layer_scalar = mx.ones((1,))
 
-    def __call__(self, h: mx.array, lent: Lent, rope: Rope) -> mx.array:
+    def __call__(self, h: mx.array, shared: SharedKV, rope: Rope) -> mx.array:
         """One step h [B, 1, hidden]."""
         kind = self._sliding
-        queries, _, _ = self.self_attn.project(self.input_layernorm(h), rope, lent.rotations[kind])
-        x = self.self_attn.attend(queries, lent.views[kind])
+        queries, _, _ = self.self_attn.project(self.input_layernorm(h), rope, shared.rotations[kind])
+        x = self.self_attn.attend(queries, shared.views[kind])
         h = h + self.post_attention_layernorm(x)
         x = self.mlp(self.pre_feedforward_layernorm(h))
         return add_scaled(h, self.post_feedforward_layernorm(x), self.layer_scalar)
@@ -90,7 +90,7 @@ class Drafter(nn.Module):
         else:
             self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
 
-    def borrow(self, kv: KVCache, lengths: mx.array) -> Lent:
+    def shared_kv(self, kv: KVCache, lengths: mx.array) -> SharedKV:
         """Looks at the target's buffers, for one round.
 
         Args:
@@ -101,19 +101,21 @@ class Drafter(nn.Module):
         position = (lengths if bonus else lengths - 1)[:, None]
         # transformers counts the window from the newest committed row with both ends included: one row more.
         window = self.config.text.sliding_window + bonus
-        return Lent(
-            views=kv.lend(lengths, window),
+        return SharedKV(
+            views=kv.shared(lengths, window),
             rotations={kind: rope.at(position, self.norm.weight.dtype) for kind, rope in self._ropes.items()},
         )
 
-    def __call__(self, embedded: mx.array, hidden: mx.array, lent: Lent) -> tuple[mx.array, mx.array | None, mx.array]:
+    def __call__(
+        self, embedded: mx.array, hidden: mx.array, shared: SharedKV
+    ) -> tuple[mx.array, mx.array | None, mx.array]:
         """One draft step.
 
         Args:
             embedded: [B, backbone], the last token's embedding, scaled as the target scales it.
             hidden: [B, backbone], at a round's first step the target's at the last committed position, after its
                 final norm; later the third result of the step before.
-            lent: From `borrow`, for the whole round.
+            shared: From `shared_kv`, for the whole round.
 
         Returns:
             Logits [B, n] of the next token, the token ids [B, n] they belong to (None: the whole vocabulary, in
@@ -121,7 +123,7 @@ class Drafter(nn.Module):
         """
         h = self.pre_projection(mx.concatenate([embedded, hidden], axis=-1))[:, None, :]
         for layer, spec in zip(self.layers, self.config.text.layers, strict=True):
-            h = layer(h, lent, self._ropes[spec.sliding])
+            h = layer(h, shared, self._ropes[spec.sliding])
         h = self.norm(h).squeeze(1)
         logits, ids = self.head(h) if self.config.num_clusters else (self.embed_tokens.as_linear(h), None)
         return logits, ids, self.post_projection(h)

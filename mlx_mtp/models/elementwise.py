@@ -8,7 +8,7 @@ from ..system.fusing import fused
 
 
 @fused
-def gelu_times(gate: mx.array, x: mx.array) -> mx.array:
+def geglu(gate: mx.array, x: mx.array) -> mx.array:
     """gelu_pytorch_tanh(gate) * x, by 0.5 (1 + tanh(u)) = sigmoid(2 u)."""
     # gate * x first: MLX fuses formulas up to a certain depth, and one level more would be a second kernel.
     return (gate * x) * mx.sigmoid(gate * (1.5957691216057308 + 0.07135481282052854 * (gate * gate)))

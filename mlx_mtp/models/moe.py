@@ -8,9 +8,9 @@ import numpy as np
 
 from ..config import TextConfig
 from ..system.fusing import counting, on_gpu
-from .attention import side_by_side, stack
+from .attention import apply_projections, fuse_projections
 from .avoided import AVOIDED, GatherShape, dequantized, gather_by_hand
-from .elementwise import gelu_times
+from .elementwise import geglu
 
 SORT_FROM, SORT_FROM_CUDA = 64, 600
 """Token-expert pairs from which sorting them by expert pays: neighbours then read the same weights.
@@ -134,7 +134,7 @@ class Experts(nn.Module):
 
     def prepare(self) -> None:
         """See `Attention.prepare`."""
-        stack(self, self._INPUTS)
+        fuse_projections(self, self._INPUTS)
 
     def __call__(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
         """Weighted sum of each token's experts.
@@ -165,7 +165,7 @@ class Experts(nn.Module):
         return SORT_FROM if quantized or not on_gpu() or mx.metal.is_available() else SORT_FROM_CUDA
 
     def _mlp(self, x: mx.array, experts: mx.array, in_order: bool, tokens: mx.array | None = None) -> mx.array:
-        inner = gelu_times(*mx.split(side_by_side(self, self._INPUTS, x, experts, in_order, tokens), 2, axis=-1))
+        inner = geglu(*mx.split(apply_projections(self, self._INPUTS, x, experts, in_order, tokens), 2, axis=-1))
         # From here on each expert has a row of its own.
         rows = None if tokens is None else counting(experts.size, np.uint32).reshape(experts.shape)
         return self.down_proj(inner, experts, in_order, rows)

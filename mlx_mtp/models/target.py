@@ -23,9 +23,9 @@ from ..config import LayerConfig, TextConfig
 from ..kv import BlockKV, KVBuffers, KVCache
 from ..system.fusing import counting
 from .attention import MLP, Attention, Rope, Rotation, ropes
-from .elementwise import add_scaled, gelu_times, softcap
+from .elementwise import add_scaled, geglu, softcap
 from .moe import Experts, Router
-from .packing import Packing
+from .ragged import RaggedBlock
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Block:
         rope: Rotary embedding of this kind of layer.
         rotation: Its rotation at the block's positions.
         kv: The block's place in the KV buffers.
-        packing: How its tokens make rows, if these have different numbers of them.
+        ragged: How its tokens make rows, if these have different numbers of them.
     """
 
     rope: Rope
     rotation: Rotation
     kv: BlockKV
-    packing: Packing | None
+    ragged: RaggedBlock | None
 
 
 class TargetLayer(nn.Module):
@@ -76,11 +76,11 @@ class TargetLayer(nn.Module):
 
         Both are [1, N, ...] if the block is packed.
         """
-        packing = block.packing
-        queries, keys, values = self.self_attn.project(self.input_layernorm(h), block.rope, block.rotation, packing)
+        ragged = block.ragged
+        queries, keys, values = self.self_attn.project(self.input_layernorm(h), block.rope, block.rotation, ragged)
         if keys is not None and values is not None:
             block.kv.write(self._index, keys, values)
-        x = self.self_attn.attend(queries, block.kv.views(self._kv_owner), packing)
+        x = self.self_attn.attend(queries, block.kv.views(self._kv_owner), ragged)
         h = h + self.post_attention_layernorm(x)
 
         x = self.mlp(self.pre_feedforward_layernorm(h))
@@ -90,7 +90,7 @@ class TargetLayer(nn.Module):
         x = self.post_feedforward_layernorm(x)
         if self._ple:
             h = h + x
-            x = self.per_layer_projection(gelu_times(self.per_layer_input_gate(h), ple))
+            x = self.per_layer_projection(geglu(self.per_layer_input_gate(h), ple))
             x = self.post_per_layer_input_norm(x)
         return add_scaled(h, x, self.layer_scalar)
 
@@ -126,21 +126,21 @@ class Target(nn.Module):
         """Scaled embeddings [..., hidden] of token ids [...]."""
         return self.embed_tokens(tokens) * mx.array(self.config.hidden_size**0.5, self.dtype)
 
-    def __call__(self, tokens: mx.array, lengths: mx.array, kv: KVCache, packing: Packing | None = None) -> mx.array:
+    def __call__(self, tokens: mx.array, lengths: mx.array, kv: KVCache, ragged: RaggedBlock | None = None) -> mx.array:
         """Runs a block of tokens that follows the committed ones, and writes its KV.
 
         Args:
-            tokens: int32 [B, L], or [1, N] with a packing.
+            tokens: int32 [B, L], or [1, N] with a ragged block.
             lengths: int32 [B], committed tokens of each row.
             kv: The buffers; room for the block must have been reserved.
-            packing: How N tokens make B rows of up to L, if these have different numbers of them.
+            ragged: How N tokens make B rows of up to L, if these have different numbers of them.
 
         Returns:
             Hidden states after the final norm, [..., hidden] as the tokens came: what the head, and the drafter, read.
         """
-        width = packing.width if packing else tokens.shape[1]
+        width = ragged.width if ragged else tokens.shape[1]
         h, places = self.embed(tokens), kv.block(lengths, width)
-        return self.norm(self._run(h, self._ple(tokens, h), places, lengths, width, range(len(self.layers)), packing))
+        return self.norm(self._run(h, self._ple(tokens, h), places, lengths, width, range(len(self.layers)), ragged))
 
     def prefill(self, tokens: mx.array, start: int, kv: KVBuffers, ends: Sequence[int] | None) -> mx.array:
         """Runs a chunk of prompts, of any length, and writes its KV.
@@ -179,12 +179,12 @@ class Target(nn.Module):
         lengths: mx.array,
         width: int,
         layers: Iterable[int],
-        packing: Packing | None = None,
+        ragged: RaggedBlock | None = None,
     ) -> mx.array:
         """Runs some layers over a block h [B, L, hidden] of `width` tokens that follows `lengths` [B] tokens."""
         positions = lengths[:, None] + counting(width)
         blocks = {
-            sliding: Block(rope, rope.at(positions, self.dtype), places[sliding], packing)
+            sliding: Block(rope, rope.at(positions, self.dtype), places[sliding], ragged)
             for sliding, rope in self._ropes.items()
         }
         for i in layers:

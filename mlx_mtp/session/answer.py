@@ -20,7 +20,7 @@ class Generation:
 
     Attributes:
         text: The answer, without special tokens and tool calls; cut before a stop string.
-        thought: What the model thought before, if it did.
+        reasoning: What the model thought before it answered; "" if it didn't.
         tool_calls: Tools that the model wants to be called, as `{"id": ..., "type": "function", "function": {"name":
             ..., "arguments": {...}}}`, which is what "tool_calls" of an assistant's message holds. The id is the same
             for the same seed, and another for every call of a conversation.
@@ -33,7 +33,7 @@ class Generation:
     """
 
     text: str
-    thought: str
+    reasoning: str
     tool_calls: list[dict[str, Any]]
     tool_errors: list[str]
     tokens: list[int]
@@ -51,7 +51,7 @@ class Chunk:
 
     Attributes:
         text: New text; may be empty while a character or a possible stop string is incomplete.
-        thought: New text of the model's thoughts.
+        reasoning: New text of the model's thoughts.
         tool_calls: Tool calls that are complete now, see `Generation`.
         tool_errors: What turned out to be none, see `Generation`.
         tokens: New token ids.
@@ -60,7 +60,7 @@ class Chunk:
     """
 
     text: str
-    thought: str
+    reasoning: str
     tool_calls: list[dict[str, Any]]
     tool_errors: list[str]
     tokens: list[int]
@@ -105,11 +105,11 @@ class Answer:
         if news.done and not news.error:  # after an error, `tokens` isn't all there would have been
             stopped = bool(tokens) and tokens[-1] in self.request.stop_tokens
             reason = "cancelled" if news.cancelled else "stop" if stopped else "length"
-        text = thought = ""
+        text = reasoning = ""
         known, failed = (len(decoder.calls), len(decoder.errors)) if decoder else (0, 0)
         for i, token in enumerate(tokens):
-            answer, idea = decoder.push([token]) if decoder else ("", "")
-            text, thought = text + stops.push(answer), thought + idea
+            answer, piece = decoder.push([token]) if decoder else ("", "")
+            text, reasoning = text + stops.push(answer), reasoning + piece
             if stops.hit:  # what the round holds after it depends on how much was drafted
                 tokens = tokens[: i + 1]
                 break
@@ -122,7 +122,7 @@ class Answer:
         if stops.hit:
             self.row.cancel()  # nothing after it is wanted, nor counted
             self.stats.generated_tokens = self._generated
-        chunk = Chunk(text, thought, calls, errors, tokens, self.reason, self.stats)
+        chunk = Chunk(text, reasoning, calls, errors, tokens, self.reason, self.stats)
         self._chunks.append(chunk)
         return chunk
 
@@ -131,7 +131,7 @@ class Answer:
         chunks = self._chunks
         return Generation(
             text="".join(chunk.text for chunk in chunks),
-            thought="".join(chunk.thought for chunk in chunks),
+            reasoning="".join(chunk.reasoning for chunk in chunks),
             tool_calls=[call for chunk in chunks for call in chunk.tool_calls],
             tool_errors=[error for chunk in chunks for error in chunk.tool_errors],
             tokens=[token for chunk in chunks for token in chunk.tokens],

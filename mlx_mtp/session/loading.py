@@ -55,7 +55,7 @@ def load_models(
             drafter = load_drafter(drafter_description, description.config, position)
     self_test.at_load(target, drafter)
     check_overflow(target, drafter)
-    weights = sizes.held_bytes(target, drafter)
+    weights = sizes.weight_bytes(target, drafter)
     budget, kept = sizes.kv_budget(weights, cache_bytes)
     scheduler = Scheduler(
         target,

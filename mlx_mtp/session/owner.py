@@ -361,7 +361,7 @@ class Session:
         left = []
         for row, reader in self._readers:
             done = row.done  # before its tokens are looked at: it may be cancelled just now
-            self._tell(reader, row, row.take(), done)
+            self._tell(reader, row, row.pop_unread(), done)
             if not done:
                 left.append((row, reader))
         self._readers = left
@@ -382,7 +382,7 @@ class Session:
             self._owned.scheduler.close()
         for row, reader in self._readers:
             row.error = row.error or MTPError("the model was closed")
-            self._tell(reader, row, row.take(), True)
+            self._tell(reader, row, row.pop_unread(), True)
         self._readers = []
         self._owned = None
         WIRED.release(self)

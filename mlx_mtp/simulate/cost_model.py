@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from ..checkpoint.quantization import Format, Scheme
 from ..checkpoint.sizes import (
-    Part,
+    ReadPerStep,
     Traffic,
     drafter_sizes,
     drafter_traffic,
@@ -203,6 +203,6 @@ def _products(
     """Seconds of the products with a stack's body and its head."""
     seconds = matmul_seconds(chip, traffic.head, rows, how, fit)
     for side, share in sides(config, ours).items():
-        part = Part(share * traffic.body.bytes, share * traffic.body.parameters)
+        part = ReadPerStep(share * traffic.body.bytes, share * traffic.body.parameters)
         seconds += matmul_seconds(chip, part, rows, how, fit, side)
     return seconds

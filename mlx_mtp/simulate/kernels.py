@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from ..checkpoint.quantization import Format
-from ..checkpoint.sizes import Part
+from ..checkpoint.sizes import ReadPerStep
 from ..config import TextConfig
 from ..models.attention import FUSED_HEAD, FUSED_ROWS, FUSED_TOKENS
 from .chips import Chip
@@ -131,7 +131,7 @@ def kernel(chip: Chip, rows: int, how: Format | None, wide: bool = True, side: i
 
 
 def matmul_seconds(
-    chip: Chip, part: Part, rows: int, how: Format | None, fit: Calibration, side: int = MIDDLE + 1
+    chip: Chip, part: ReadPerStep, rows: int, how: Format | None, fit: Calibration, side: int = MIDDLE + 1
 ) -> float:
     """Seconds that the products with one part of the weights take, without launches.
 

@@ -63,8 +63,8 @@ class StreamDecoder:
             self.push(prompt[last:])
 
     def push(self, tokens: Iterable[int]) -> tuple[str, str]:
-        """Takes tokens; returns the new text and the new thought."""
-        text, thought = "", ""
+        """Takes tokens; returns the new text and the new reasoning."""
+        text, reasoning = "", ""
         for token in tokens:
             mark = token in (self._begin, self._end)
             special = mark or token == self._quote or token in self._tokenizer.special
@@ -74,12 +74,12 @@ class StreamDecoder:
             elif not self._in_thought:
                 text += piece
             elif self._header is None:
-                thought += piece
+                reasoning += piece
             else:
                 # A channel's first line is its name.
                 self._header += piece
                 if "\n" in self._header:
-                    thought += self._header.split("\n", 1)[1]
+                    reasoning += self._header.split("\n", 1)[1]
                     self._header = None
             if mark:
                 text += self._end_call()
@@ -93,7 +93,7 @@ class StreamDecoder:
             elif special and self._call is not None:
                 # Without it, what stands around it would be read as one.
                 self._call.append(QUOTE_MARK if token == self._quote else self._tokenizer.special[token])
-        return text, thought
+        return text, reasoning
 
     def _end_call(self, closed: bool = False) -> str:
         """Ends a call, if one was begun; returns what is text after all."""

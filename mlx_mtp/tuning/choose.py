@@ -22,7 +22,7 @@ from ..decode.objective import BALANCED_SHARE, tokens_per_round
 from ..errors import MTPError
 from .costs import Measurement, Step
 
-_RESTLESS = 1.3
+_ANOMALY = 1.3
 """A block that takes so many times what a wider one takes, and not each time it is run, was disturbed."""
 
 
@@ -72,17 +72,17 @@ def prices(steps: Sequence[Step], rows: int) -> Prices:
     )
 
 
-def restless(steps: Sequence[Step]) -> str | None:
+def timing_anomaly(steps: Sequence[Step]) -> str | None:
     """Why times can't be trusted, for people, or None: a block that took much longer than a wider one.
 
     If it took as long whenever it was run, it isn't that: MLX has other kernels for wider blocks, some much faster.
     """
-    worst, why = _RESTLESS, None
+    worst, why = _ANOMALY, None
     for step in steps:
         for narrow, wide in combinations(sorted(step.verify), 2):
             own = step.verify[narrow]
             ratio = own.median / step.verify[wide].median
-            if ratio > worst and own.high > _RESTLESS * own.low:
+            if ratio > worst and own.high > _ANOMALY * own.low:
                 worst = ratio
                 why = (
                     f"at batch {step.rows} and context {step.context:,} a block of {narrow} took {ratio:.1f} times as "
@@ -91,7 +91,7 @@ def restless(steps: Sequence[Step]) -> str | None:
     return why
 
 
-def counted(measurement: Measurement) -> list[Step]:
+def comparable_steps(measurement: Measurement) -> list[Step]:
     """The steps that count: all, or, if it was interrupted, those at contexts at which most batches were measured.
 
     The others would make the batches that were measured at one context more look dearer than the rest.
@@ -105,7 +105,7 @@ def counted(measurement: Measurement) -> list[Step]:
 
 def options(measurement: Measurement) -> list[Option]:
     """All batches and draft lengths that were measured, at every context that counts."""
-    steps = counted(measurement)
+    steps = comparable_steps(measurement)
     contexts = {step.context for step in steps}
     batches = [
         rows

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
-from ..checkpoint.sizes import in_words
-from ..decode.engine import hands_over_late
+from ..checkpoint.sizes import format_bytes
+from ..decode.engine import submits_late
 from ..decode.prefill import prefill
 from ..decode.round import RoundState, draft, verify
 from ..decode.sampling import Sampler, SamplingOptions
@@ -164,8 +164,8 @@ def measure_costs(
         for rows in batches:
             if rows not in fitting:
                 result.skipped.append(
-                    f"batch {rows} at context {context:,}: needs {in_words(_needed(target, rows, room))}, "
-                    f"and {in_words(kv_budget)} are left"
+                    f"batch {rows} at context {context:,}: needs {format_bytes(_needed(target, rows, room))}, "
+                    f"and {format_bytes(kv_budget)} are left"
                 )
                 progress("left out")
         rows_of_text = [_row_of_text(texts, i, room) for i in range(max(fitting, default=0))]
@@ -245,7 +245,7 @@ def _step(
 def _time(run: Callable[[], mx.array], kv: BatchKV) -> tuple[list[float], list[float]]:
     """Seconds of a piece of work, done over and over without a gap, and those that building it took the host."""
     mx.eval(run())
-    late = hands_over_late(kv)
+    late = submits_late(kv)
     laps: list[float] = []
     hosts: list[float] = []
     pending = run()

@@ -24,7 +24,7 @@ class ScriptedDrafter:
         self._script = mx.array(list(script), dtype=mx.int32)
         self._step = 0
 
-    def borrow(self, kv: KVBuffers, lengths: mx.array) -> mx.array:
+    def shared_kv(self, kv: KVBuffers, lengths: mx.array) -> mx.array:
         """Starts a round."""
         self._step = 0
         return lengths
@@ -54,7 +54,7 @@ class LuckyDrafter:
         self._embeddings = target.embed(mx.arange(vocab))
         self._step = 0
 
-    def borrow(self, kv: KVBuffers, lengths: mx.array) -> mx.array:
+    def shared_kv(self, kv: KVBuffers, lengths: mx.array) -> mx.array:
         """Starts a round."""
         self._step = 0
         return lengths

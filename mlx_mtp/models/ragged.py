@@ -1,11 +1,11 @@
 """Blocks whose rows bring different numbers of tokens, without the gaps.
 
 What works token by token (projections, MLPs, experts, the head) sees the tokens of all rows in one line and pays for
-no others. Attention works row by row: its inputs are spread over as many places as the longest row needs, and what
+no others. Attention works row by row: its inputs are spread over as many slots as the longest row needs, and what
 comes out is put back in line. A place that no token of its row fills repeats the row's last one; its key and value go
 where those of a rejected draft would, and nothing that is kept ever sees them.
 
-Knows nothing of models; they ask it to `spread` and to `line` up.
+Knows nothing of models; they ask it to `pad` and to `flatten`.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ import mlx.core as mx
 
 
 @dataclass(frozen=True)
-class Packing:
+class RaggedBlock:
     """Which token of the line belongs to which place of which row.
 
     Attributes:
         counts: Tokens of each row: [B].
         tokens: int32 [B, L], the token at each place.
-        places: int32 [N], the place of each token, counted through all rows.
+        slots: int32 [N], the place of each token, counted through all rows.
     """
 
     counts: Sequence[int]
     tokens: mx.array
-    places: mx.array
+    slots: mx.array
 
     @classmethod
-    def of(cls, counts: Sequence[int]) -> Packing:
+    def of(cls, counts: Sequence[int]) -> RaggedBlock:
         """For rows with these numbers of tokens, each at least 1."""
         return _of(tuple(counts))
 
     @classmethod
-    def _made(cls, counts: tuple[int, ...]) -> Packing:
+    def _made(cls, counts: tuple[int, ...]) -> RaggedBlock:
         width, ends = max(counts), accumulate(counts)
         return cls(
             counts=counts,
@@ -46,14 +46,12 @@ class Packing:
                 [[end - max(count - i, 1) for i in range(width)] for end, count in zip(ends, counts, strict=True)],
                 dtype=mx.int32,
             ),
-            places=mx.array(
-                [row * width + i for row, count in enumerate(counts) for i in range(count)], dtype=mx.int32
-            ),
+            slots=mx.array([row * width + i for row, count in enumerate(counts) for i in range(count)], dtype=mx.int32),
         )
 
     @property
     def width(self) -> int:
-        """L, places of a row."""
+        """L, slots of a row."""
         return max(self.counts)
 
     @property
@@ -61,15 +59,15 @@ class Packing:
         """By token, its row: [N]."""
         return [row for row, count in enumerate(self.counts) for _ in range(count)]
 
-    def spread(self, x: mx.array) -> mx.array:
+    def pad(self, x: mx.array) -> mx.array:
         """[1, N, ...], by token, to [B, L, ...], by row."""
         return x[0][self.tokens]
 
-    def line(self, x: mx.array) -> mx.array:
+    def flatten(self, x: mx.array) -> mx.array:
         """[B, L, ...] to [1, N, ...]."""
-        return x.flatten(0, 1)[self.places][None]
+        return x.flatten(0, 1)[self.slots][None]
 
 
 @lru_cache(maxsize=64)  # the same few patterns come again and again
-def _of(counts: tuple[int, ...]) -> Packing:
-    return Packing._made(counts)
+def _of(counts: tuple[int, ...]) -> RaggedBlock:
+    return RaggedBlock._made(counts)
