@@ -156,5 +156,5 @@ def test_files_that_are_no_models(tmp_path: Path, content: bytes):
 
 
 def test_sentencepiece_is_imported_only_when_used():
-    code = "import sys, mlx_mtp.text, mlx_mtp.sentencepiece_model; print('sentencepiece' in sys.modules)"
+    code = "import sys, mlx_mtp.text.tokenizer, mlx_mtp.text.sentencepiece_model; print('sentencepiece' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
