@@ -93,8 +93,8 @@ def test_the_only_running_row_is_cancelled_during_a_step(e2b: Pair, monkeypatch:
     scheduler.step()
     other = scheduler.submit(Request([4] * (5 * WINDOW), 10))
     with monkeypatch.context() as patch:
-        regroup = scheduler.engine.update_batch
-        patch.setattr(scheduler.engine, "regroup", lambda *joining: (regroup(*joining), row.cancel()))
+        update_batch = scheduler.engine.update_batch
+        patch.setattr(scheduler.engine, "update_batch", lambda *joining: (update_batch(*joining), row.cancel()))
         scheduler.step()
     run(scheduler, [other])
     assert other.tokens == alone(e2b[0], other.request)
