@@ -271,10 +271,10 @@ def test_one_host_read_a_round(e2b: Pair, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(engine_module, "_host", count("read", engine_module._host))
     monkeypatch.setattr(mx, "eval", count("eval", mx.eval))
-    monkeypatch.setattr(mx, "async_eval", count("hand over", mx.async_eval))
+    monkeypatch.setattr(mx, "async_eval", count("submit", mx.async_eval))
     for _ in range(10):
         scheduler.step()
-    assert events == ["hand over", "read"] * 10
+    assert events == ["submit", "read"] * 10
     for row in rows:
         row.cancel()
 
