@@ -1,6 +1,6 @@
-"""What models say of a prompt, without decoding: logits, and what the drafter would propose.
+"""The models' outputs for a prompt, without decoding: the target's logits, and the drafter's proposal.
 
-Generators, for `Session.run`: each pauses after every chunk of the prompt, so that rows go on in between.
+These are generators for `Session.run`: each yields after every chunk of the prompt, so that rows can decode in between.
 """
 
 from __future__ import annotations
@@ -18,7 +18,21 @@ from .sampling import Sampler, SamplingOptions
 
 
 def logits_after(target: Target, prompt: Sequence[int]) -> Generator[None, None, mx.array]:
-    """The target's logits float32 [len(prompt), vocab] after each token; errors as in `prefill`."""
+    """The target's logits after each token of a prompt.
+
+    Args:
+        target: The target.
+        prompt: Token ids.
+
+    Yields:
+        After every chunk of the prompt.
+
+    Returns:
+        float32 [len(prompt), vocab], evaluated.
+
+    Raises:
+        PromptError: See `check_prompt`.
+    """
     parts: list[mx.array] = []
 
     def keep(hidden: mx.array) -> None:
@@ -34,7 +48,24 @@ def logits_after(target: Target, prompt: Sequence[int]) -> Generator[None, None,
 def proposal(
     target: Target, drafter: Drafter, prompt: Sequence[int], k: int, suppress_tokens: Sequence[int]
 ) -> Generator[None, None, list[int]]:
-    """The target's own next token after a prompt, and k drafts after it, greedily; errors as in `prefill`."""
+    """The target's greedy next token after a prompt, and greedy drafts after that.
+
+    Args:
+        target: The target.
+        drafter: Its drafter.
+        prompt: Token ids.
+        k: Number of drafts, at least 1.
+        suppress_tokens: Token ids that the target never chooses.
+
+    Yields:
+        After every chunk of the prompt.
+
+    Returns:
+        1 + k token ids.
+
+    Raises:
+        PromptError: See `check_prompt`.
+    """
     kv, hidden = yield from prefill_by_chunks(target, prompt)
     sampler = Sampler([SamplingOptions()], None, suppress_tokens, target.config.vocab_size)
     state = first_state(target, sampler, hidden, mx.array([len(prompt)], dtype=mx.int32))
