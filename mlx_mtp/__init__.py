@@ -28,9 +28,9 @@ set_defaults(os.environ)  # here, because MLX reads them once
 
 _HOMES = {
     **dict.fromkeys(("load", "MTPModel"), "api"),
-    **dict.fromkeys(("Generation", "Chunk"), "answer"),
+    **dict.fromkeys(("Generation", "Chunk"), "session.answer"),
     "Chat": "chat",
-    "GenerationOptions": "options",
+    "GenerationOptions": "session.options",
     **dict.fromkeys(
         ("MTPError", "CheckpointError", "PairingError", "ProfileError", "PromptError", "MemoryBudgetError"), "errors"
     ),
