@@ -192,7 +192,7 @@ def test_a_running_stream_goes_on_while_another_thread_prefills(lm: mlx_mtp.MTPM
     assert during >= len(long) // CHUNK_BESIDE, "it had to wait for more than a chunk"
 
 
-@pytest.mark.parametrize("name", ["regroup", "round"])
+@pytest.mark.parametrize("name", ["update_batch", "round"])
 def test_nothing_is_lost_when_a_step_fails(name: str, monkeypatch: pytest.MonkeyPatch):
     """Whoever waits is told, no text that was cut off passes for a finished one, and the model goes on."""
     with mlx_mtp.load(cache_bytes=0) as lm:

@@ -10,15 +10,17 @@ from typing import cast
 
 import mlx.core as mx
 
+from ..errors import PromptError
 from ..models.drafter import Drafter
 from ..models.target import Target
 from .prefill import prefill_by_chunks
 from .round import draft, first_state
-from .sampling import Sampler, SamplingOptions
+from .sampling import Sampler, SamplingOptions, is_int
 
 
 def logits_after(target: Target, prompt: Sequence[int]) -> Generator[None, None, mx.array]:
-    """The target's logits float32 [len(prompt), vocab] after each token; errors as in `prefill`."""
+    """See `MTPModel.logits`."""
+    _check_ids(prompt)
     parts: list[mx.array] = []
 
     def keep(hidden: mx.array) -> None:
@@ -32,11 +34,22 @@ def logits_after(target: Target, prompt: Sequence[int]) -> Generator[None, None,
 
 
 def proposal(
-    target: Target, drafter: Drafter, prompt: Sequence[int], k: int, suppress_tokens: Sequence[int]
+    target: Target, drafter: Drafter | None, prompt: Sequence[int], k: int, suppress_tokens: Sequence[int]
 ) -> Generator[None, None, list[int]]:
-    """The target's own next token after a prompt, and k drafts after it, greedily; errors as in `prefill`."""
+    """See `MTPModel.propose`; `suppress_tokens` are never chosen."""
+    if drafter is None:
+        raise PromptError("there is no drafter to propose with: load one with drafter=")
+    _check_ids(prompt)
+    room = max(1, target.config.max_positions - len(prompt))
+    if not is_int(k) or not 1 <= k <= room:
+        raise PromptError(f"k must be a whole number from 1 to the {room:,} tokens that fit, not {k!r}")
     kv, hidden = yield from prefill_by_chunks(target, prompt)
     sampler = Sampler([SamplingOptions()], None, suppress_tokens, target.config.vocab_size)
     state = first_state(target, sampler, hidden, mx.array([len(prompt)], dtype=mx.int32))
     drafts = draft(target, drafter, kv, sampler, state, k)
     return cast("list[int]", mx.concatenate([state.tokens, drafts[0]]).tolist())
+
+
+def _check_ids(tokens: Sequence[int]) -> None:
+    if not isinstance(tokens, Sequence) or not all(is_int(token) for token in tokens):
+        raise PromptError("expected a list of token ids (ints): lm.encode(prompt) gives them")
