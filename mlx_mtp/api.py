@@ -122,7 +122,7 @@ class MTPModel:
         cache_bytes: int | None,
         profile: profiles.Profile | None,
         adapter: Path | None = None,
-    ):
+    ) -> None:
         self.profile, self.adapter = profile, adapter
         self.description, self.folder, self.config = description, description.folder, description.config
         self.drafter_description = own = drafter_description
@@ -211,8 +211,10 @@ class MTPModel:
         Args:
             prompts: Prompts as for `generate`, or dicts with "prompt" and options, which replace the common ones.
             batch_size: Prompts that decode at a time; "auto" for the number of the profile, or 8 without one.
-            max_tokens, options, **more: As for `generate`, for all prompts. The i-th prompt gets `row_seed(seed, i)`,
-                so the first gets the seed itself.
+            max_tokens: As for `generate`, for all prompts.
+            options: As for `generate`, for all prompts. The i-th prompt gets `row_seed(seed, i)`, so the first gets
+                the seed itself.
+            **more: As for `generate`, for all prompts.
 
         Returns:
             The generations, in the order of the prompts.
@@ -235,11 +237,8 @@ class MTPModel:
     ) -> Stream[tuple[int, Generation | MTPError]]:
         """As `generate_batch`, but yields each generation when it is finished.
 
-        Takes a prompt only when the batch has room for it, so there may be any number. A prompt that can't be used
-        yields its error and doesn't end the others.
-
-        Args:
-            prompts, batch_size, max_tokens, options, **more: As for `generate_batch`.
+        Arguments are those of `generate_batch`. A prompt is taken only when the batch has room for it, so there may be
+        any number. A prompt that can't be used yields its error and doesn't end the others.
 
         Returns:
             An iterator over pairs: the index of a prompt, and its generation or error. Closing it, from any thread,

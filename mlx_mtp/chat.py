@@ -49,11 +49,13 @@ class Chat:
         stats: Statistics of the latest answer, or None.
     """
 
-    def __init__(self, model: Model, system: str | None = None, thinking: bool = False):
+    def __init__(self, model: Model, system: str | None = None, thinking: bool = False) -> None:
         """Starts an empty conversation.
 
         Args:
             model: The model; it must stay open.
+            system: System prompt.
+            thinking: Whether the model is asked to think first.
 
         Raises:
             PromptError: The model has no tokenizer.
@@ -81,9 +83,10 @@ class Chat:
 
         Args:
             text: The user's message.
-            max_tokens, options, **more: As for `MTPModel.stream`, except that a conversation takes no `tools`, whose
-                calls it doesn't record, and needs its chat template. `thinking` by name is for this turn only;
-                otherwise the conversation's own `thinking` holds, not that of `options`.
+            max_tokens: Most tokens to generate; None takes that of `options`, by default 256.
+            options: As for `MTPModel.stream`, except that a conversation takes no `tools`, whose calls it doesn't
+                record, and needs its chat template. The conversation's own `thinking` holds, not that of `options`.
+            **more: Options by name; they replace those of `options`. `thinking` is for this turn only.
 
         Returns:
             The answer's chunks. When they are exhausted, the turn becomes part of the history. Closing the iterator,

@@ -47,7 +47,7 @@ class Calls:
         defaults: GenerationDefaults,
         folder: Path,
         most_rows: int,
-    ):
+    ) -> None:
         """Takes the parts of a model.
 
         Args:

@@ -72,9 +72,12 @@ def load_models(
     """Loads a pair.
 
     Args:
-        description, drafter_description: The pair, as `find_pair` returns it.
-        adapter, cache_bytes, profile: As for `api.load`.
+        description: The target, as `find_pair` returns it.
+        drafter_description: The drafter, or None.
+        adapter: Folder of the target's LoRA adapter, or None.
         position: Position of the drafter's queries: "committed" or "bonus".
+        cache_bytes: See `api.load`.
+        profile: The pair's profile, or None.
         suppress_tokens: Token ids that are never chosen.
 
     Raises:
