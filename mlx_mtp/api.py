@@ -1,56 +1,47 @@
-"""The public Python interface: `load` gives an `MTPModel`, which turns prompts into text.
+"""The public Python interface: `load` returns an `MTPModel`, which turns prompts into text.
 
-Puts the parts together: the session that owns the models (session/owner.py), the tokeniser, the options of a call. The
-decoding itself is in decode/, text matters in text/, conversations in chat.py.
+This module joins the parts: the session that owns the models (session/owner.py), the calls that generate
+(session/calls.py), the tokenizer and the profile. Decoding is in decode/, text in text/, conversations in chat.py.
 
-Everything here may be called from any thread, and from several at once: they share one batch.
+Everything here may be called from several threads at a time; all calls share one batch.
 """
 
 from __future__ import annotations
 
-import logging
-import secrets
 import weakref
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import mlx.core as mx
 
 from . import profile as profiles
 from .checkpoint.description import DrafterDescription, TargetDescription
 from .checkpoint.load import check_fits
-from .checkpoint.pair import DEMO as DEMO
 from .checkpoint.pair import find_pair
 from .decode.inspect import logits_after, proposal
-from .decode.sampling import is_int, row_seed
-from .decode.scheduler import MAX_ROWS, Scheduler
-from .decode.trace import Trace
-from .errors import MTPError, PromptError
+from .decode.sampling import row_seed as row_seed
+from .decode.scheduler import MAX_ROWS
+from .errors import MTPError
 from .files import expanded
-from .models.drafter import POSITIONS, Drafter
+from .models.drafter import Drafter
 from .models.target import Target
 from .session.answer import Chunk, Generation
-from .session.calls import Calls, Prompt, chosen_options, common_options, several
+from .session.calls import BatchPrompt, Calls, Prompt
 from .session.generation_config import read_generation
-from .session.inbox import Inbox, Stream
-from .session.loading import load_models
-from .session.options import GenerationOptions
+from .session.inbox import Stream
+from .session.loading import check_arguments, load_models, load_tokenizer
+from .session.options import GenerationOptions, resolve_options
 from .session.owner import Session
-from .text.tokenizer import Tokenizer, has_tokenizer
+from .session.tracing import tracing
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .chat import Chat
     from .session.options import OptionFields
-
-log = logging.getLogger(__name__)
-
-MOST_ANSWERS = 256
-"""Most generations of one call: each has buffers of its own, and nothing is returned before the last is finished."""
 
 
 def load(
@@ -68,45 +59,41 @@ def load(
 
     Args:
         target: A folder or a hub repository ("google/gemma-4-E4B-it"); None for the embedded demo pair.
-        drafter: The same for the drafter. None takes the target's own: merged into its files, or found by its name,
-            for a folder beside it or in the hub's cache; if none can be used, a warning says why. False loads none.
-        quantize: Bits (2, 3, 4, 5, 6 or 8) to quantise both models to while loading; a drafter that is quantised
-            already stays as it is. None takes the target as stored.
-        dtype: "float32", "bfloat16" or "float16" for activations and unquantised weights. None is the checkpoint's
+        drafter: A folder or a repository. None finds the target's own: merged into its files, in a folder beside it,
+            or in the hub's cache; if there is none that can be used, a warning says why. False loads no drafter.
+        quantize: Bits (2, 3, 4, 5, 6 or 8) to quantise both models to while loading. A drafter that is stored
+            quantised isn't quantised again. None takes the target as stored.
+        dtype: "float32", "bfloat16" or "float16" for activations and unquantised weights. None takes the checkpoint's
             own; on the CPU, where 16-bit arithmetic is slow, float32. float16 is faster than bfloat16 on M1 and M2,
-            and too small for what some models compute: that is an error, see `decode.overflow`.
-        profile: What `mlx-mtp tune` measured for this pair here: "auto" for the saved one, if there is one; a file;
-            or None for none. It says how many rows a batch has, and what rounds cost to begin with; without one
-            batches have 8 rows, and costs are learnt while running.
-        drafter_position: Position of the drafter's queries: "committed" (the last committed token's), "bonus" (one
-            further, as transformers has it) or "auto" (what the profile found better, else "committed"). Changes
+            but its range is too small for some models; loading one of them in it is an error, see `decode.overflow`.
+        profile: What `mlx-mtp tune` measured for this pair on this machine: "auto" for the saved profile, if there is
+            one; a file; or None. It sets the rows of a batch and the first estimates of what rounds cost. Without
+            one, batches have 8 rows, and costs are learnt while decoding.
+        drafter_position: Position of the drafter's queries: "committed" (that of the last committed token), "bonus"
+            (one further, as in transformers) or "auto" (the better one of the profile, else "committed"). Changes
             acceptance, never the text.
-        cache_bytes: Most bytes of KV that are kept when a text is finished, for prompts that begin like it. None for a
-            quarter of the memory that is left beside the models.
-        adapter: Folder of a LoRA adapter for the target, as mlx-lm's or PEFT's fine-tuning writes it. It stays apart
-            from the weights, which may be quantised. The drafter stays as it is: drafts may be accepted less often.
-        quantize_drafter: How precise the drafter is. "auto" loads it in the target's own format (bits, groups, mode),
-            but with 4 bits at least, if the target is quantised and it isn't; one with a clustered head (E2B's and
-            E4B's, which hardly gain) only if `quantize` is given. Bits quantise it to these, in groups of 64; None or
-            "none" takes it as stored. Changes speed, memory and acceptance, never the text.
+        cache_bytes: Most bytes of KV to keep of finished texts, for prompts that begin in the same way. None takes a
+            quarter of the memory that the models leave.
+        adapter: Folder of a LoRA adapter for the target, as mlx-lm or PEFT writes it. It isn't merged into the
+            weights, which may be quantised. The drafter isn't adapted, so acceptance may be lower.
+        quantize_drafter: The drafter's precision. "auto": if the target is quantised and the drafter isn't, the
+            target's format (bits, group size, mode), with at least 4 bits; drafters with a clustered head (E2B, E4B),
+            which gain little, only if `quantize` is given. A number of bits: that, in groups of 64. None or "none": as
+            stored. Changes speed, memory and acceptance, never the text.
 
     Raises:
         CheckpointError: A checkpoint is missing, damaged, or not a Gemma 4 model, or overflows in float16.
         PairingError: The drafter was made for another target.
         MemoryBudgetError: The weights don't fit in this machine's memory.
         ProfileError: The profile's file is damaged, or was measured with something else.
+        MTPError: Another argument can't be used.
     """
-    if not isinstance(target, str | Path | None) or not (drafter is False or isinstance(drafter, str | Path | None)):
-        raise MTPError("target and drafter must be folders or repository names: strings or paths")
-    if drafter_position not in (*POSITIONS, "auto"):
-        raise MTPError(f"drafter_position must be auto, {' or '.join(POSITIONS)}, not {drafter_position!r}")
+    check_arguments(target, drafter, drafter_position, cache_bytes)
     pair = find_pair(target, drafter, quantize, dtype, quantize_drafter, check=check_fits)
     adapter = None if adapter is None else expanded(adapter)
     tuned = profiles.chosen(profile, *pair, adapter)
     if drafter_position == "auto":
         drafter_position = (tuned and tuned.drafter_position) or "committed"
-    if cache_bytes is not None and (not is_int(cache_bytes) or cache_bytes < 0):
-        raise MTPError(f"cache_bytes must be a whole number of bytes or None, not {cache_bytes!r}")
     return MTPModel(*pair, drafter_position, cache_bytes, tuned, adapter)
 
 
@@ -114,16 +101,17 @@ class MTPModel:
     """A target with its drafter, ready to generate. Made by `load`.
 
     Attributes:
-        adapter: Folder of the target's LoRA adapter, or None.
-        description, drafter_description: What was known of both models before they were loaded, as
-            `checkpoint.description.Description`; None for no drafter.
+        description: The target's `checkpoint.description.TargetDescription`, read before the weights.
+        folder: The target's folder.
         config: The target's `config.TargetConfig`.
-        drafter_config: The drafter's `config.DrafterConfig`, or None.
+        drafter_description, drafter_folder, drafter_config: The same for the drafter; None without one.
         drafter_format: The `quantization.Format` that the drafter was quantised to while loading, or None.
-        tokenizer: The target's `text.tokenizer.Tokenizer`, or None if its folder has none (then prompts are token ids).
-        defaults: The target's generation_config, as `session.generation_config.GenerationDefaults`.
-        profile: What is known of this pair on this machine, as `profile.Profile`, or None.
-        kv_budget: Bytes that all rows together may take for KV.
+        adapter: Folder of the target's LoRA adapter, or None.
+        tokenizer: The target's `text.tokenizer.Tokenizer`; None if its folder has none, so that prompts must be token
+            ids.
+        defaults: The target's `session.generation_config.GenerationDefaults`.
+        profile: The `profile.Profile` of this pair on this machine, or None.
+        kv_budget: Bytes that the KV of all rows together may take.
     """
 
     def __init__(
@@ -134,7 +122,7 @@ class MTPModel:
         cache_bytes: int | None,
         profile: profiles.Profile | None,
         adapter: Path | None = None,
-    ):
+    ) -> None:
         self.profile, self.adapter = profile, adapter
         self.description, self.folder, self.config = description, description.folder, description.config
         self.drafter_description = own = drafter_description
@@ -142,31 +130,16 @@ class MTPModel:
         self.drafter_config = own.config if own else None
         self.drafter_format = own.quantize if own else None
         self.defaults = read_generation(description)
+        suppressed = tuple(self.defaults.suppress_tokens)
         self._session = Session(
-            partial(
-                load_models,
-                description,
-                own,
-                adapter,
-                position,
-                cache_bytes,
-                profile,
-                tuple(self.defaults.suppress_tokens),
-            )
+            partial(load_models, description, own, adapter, position, cache_bytes, profile, suppressed)
         )
-        # The session doesn't refer to this model, so that dropping the model ends it and gives its memory back.
+        # The session holds no reference to this model, so dropping the model closes it and frees its memory.
         weakref.finalize(self, self._session.close).atexit = False
         self.kv_budget = self._session.owned().kv_budget
-        folder = self.folder
-        self.tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
-        if self.tokenizer and self.tokenizer.seems_base(self.defaults.stop_tokens):
-            log.warning(
-                "%s has no chat template and seems to be a base model, which can't chat: chat_template=False (--raw) "
-                "completes text as it is", folder,
-            )  # fmt: skip
-        self._calls = Calls(
-            self._session, self.tokenizer, self.config, self.defaults, folder, profile.rows if profile else MAX_ROWS
-        )
+        self.tokenizer = load_tokenizer(self.folder, self.defaults.stop_tokens)
+        rows = profile.rows if profile else MAX_ROWS
+        self._calls = Calls(self._session, self.tokenizer, self.config, self.defaults, self.folder, rows)
 
     @overload
     def generate(
@@ -203,76 +176,78 @@ class MTPModel:
 
         Args:
             prompt: A string (a user's message, put into the chat template), messages as dicts with "role" and
-                "content", or token ids, used as they are. A last message of the assistant's, without tool calls, is
-                continued.
-            max_tokens: Most tokens to generate; 256 unless said.
-            n: Number of generations, side by side, at most MOST_ANSWERS. The prompt is prefilled once; the i-th runs
-                with `row_seed(seed, i)`, so the first is what n = 1 gives.
-            options: See `session.options.GenerationOptions`.
-            **more: The same by name (temperature, top_k, top_p, min_p, seed, stop, draft_length, exactness,
-                ignore_eos, thinking, tools, stop_token_ids, sanitize, chat_template, cancel), in place of those.
+                "content", or token ids, used as they are. If the last message is the assistant's and has no tool
+                calls, the text continues it.
+            max_tokens: Most tokens to generate; None takes that of `options`, by default 256.
+            n: Number of generations, 1 to `session.calls.MOST_ANSWERS`. They share one prefill; the i-th runs with
+                `row_seed(seed, i)`, so the first equals that of n = 1.
+            options: See `GenerationOptions`.
+            **more: Options by name, see `GenerationOptions`; they replace those of `options`.
 
         Returns:
-            The generation; a list of them for n > 1.
+            The generation; a list of n generations for n > 1.
 
         Raises:
             PromptError: The prompt or an option can't be used.
             MemoryBudgetError: The KV doesn't fit, even alone.
             MTPError: Decoding failed, or the model is closed.
         """
-        if not is_int(n) or not 1 <= n <= MOST_ANSWERS:
-            raise PromptError(f"n must be a whole number from 1 to {MOST_ANSWERS}, not {n!r}: make several calls")
-        chosen = chosen_options(options, max_tokens, more)
-        seed = secrets.randbits(32) if chosen.seed is None else chosen.seed
-        tokens = self._calls.tokens(prompt, chosen)
-        answers = [self._calls.prepare(tokens, chosen, row_seed(seed, i)) for i in range(n)]
-        for _ in self._calls.together(iter(answers), n, inbox := Inbox()):
-            pass
-        del inbox
-        results = [answer.generation() for answer in answers]
+        results = self._calls.generate(prompt, resolve_options(options, max_tokens, more), n)
         return results if n > 1 else results[0]
 
     def generate_batch(
-        self, prompts: Sequence[Prompt | Mapping[str, Any]], batch_size: int | Literal["auto"] = "auto", **options: Any
+        self,
+        prompts: Sequence[BatchPrompt],
+        batch_size: int | Literal["auto"] = "auto",
+        *,
+        max_tokens: int | None = None,
+        options: GenerationOptions | None = None,
+        **more: Unpack[OptionFields],
     ) -> list[Generation]:
-        """Generates texts for several prompts together; each is the text that the prompt gets alone.
+        """Generates a text for each of several prompts, decoding them together.
+
+        Each text is the same as its prompt gets alone.
 
         Args:
-            prompts: Prompts as for `generate`, or dicts with "prompt" and options that are its own.
-            batch_size: Prompts that decode at a time; "auto" for as many as the profile says, without one 8.
-            **options: Those of `generate`, except `n`, for all prompts. `seed` is spread over them: the i-th one gets
-                `row_seed(seed, i)`, and the first one the seed itself.
+            prompts: Prompts as for `generate`, or dicts with "prompt" and options, which replace the common ones.
+            batch_size: Prompts that decode at a time; "auto" for the number of the profile, or 8 without one.
+            max_tokens: As for `generate`, for all prompts.
+            options: As for `generate`, for all prompts. The i-th prompt gets `row_seed(seed, i)`, so the first gets
+                the seed itself.
+            **more: As for `generate`, for all prompts.
 
         Returns:
             The generations, in the order of the prompts.
 
         Raises:
             PromptError: A prompt or an option can't be used. Nothing is generated then.
-            MemoryBudgetError: The KV of a prompt doesn't fit even alone.
+            MemoryBudgetError: The KV of a prompt doesn't fit, even alone.
+            MTPError: Decoding failed, or the model is closed.
         """
-        common = common_options(options)
-        answers = [self._calls.one_of_many(i, prompt, common) for i, prompt in enumerate(several(prompts))]
-        for _ in self._calls.together(iter(answers), self._calls.batch_size(batch_size), inbox := Inbox()):
-            pass
-        del inbox
-        return [answer.generation() for answer in answers]
+        return self._calls.generate_batch(prompts, batch_size, resolve_options(options, max_tokens, more))
 
     def generate_each(
-        self, prompts: Iterable[Prompt | Mapping[str, Any]], batch_size: int | Literal["auto"] = "auto", **options: Any
+        self,
+        prompts: Iterable[BatchPrompt],
+        batch_size: int | Literal["auto"] = "auto",
+        *,
+        max_tokens: int | None = None,
+        options: GenerationOptions | None = None,
+        **more: Unpack[OptionFields],
     ) -> Stream[tuple[int, Generation | MTPError]]:
-        """As `generate_batch`, but yields what is finished at once, and takes prompts only when there is room.
+        """As `generate_batch`, but yields each generation when it is finished.
 
-        Args:
-            prompts: As for `generate_batch`, any number.
-            batch_size: As for `generate_batch`.
-            **options: As for `generate_batch`.
+        Arguments are those of `generate_batch`. A prompt is taken only when the batch has room for it, so there may be
+        any number. A prompt that can't be used yields its error and doesn't end the others.
 
         Returns:
-            An iterator over the index of a prompt, and its generation, or why there is none. Closing it, from any
-            thread, ends what is running.
+            An iterator over pairs: the index of a prompt, and its generation or error. Closing it, from any thread,
+            ends what is running.
+
+        Raises:
+            PromptError: A common option can't be used, or `prompts` is a single prompt.
         """
-        inbox = Inbox()
-        return Stream(self._calls.each(prompts, batch_size, common_options(options), inbox), inbox.close)
+        return self._calls.generate_each(prompts, batch_size, resolve_options(options, max_tokens, more))
 
     def stream(
         self,
@@ -282,13 +257,13 @@ class MTPModel:
         options: GenerationOptions | None = None,
         **more: Unpack[OptionFields],
     ) -> Stream[Chunk]:
-        """Generates text piece by piece, from the first piece that is asked for on.
+        """Generates text piece by piece; generation starts when the first chunk is requested.
 
-        Closing the iterator, from any thread, ends the generation; so does dropping it. The arguments, and the
-        errors, are those of `generate`; errors are raised at once, not at the first chunk.
+        Arguments and errors are those of `generate`; a prompt or an option that can't be used raises here, not at the
+        first chunk. Closing or dropping the iterator, from any thread, ends the generation.
         """
-        inbox = Inbox()
-        return Stream(self._calls.chunks(self._calls.prepared(prompt, max_tokens, options, more), inbox), inbox.close)
+        (answer,) = self._calls.prepare(prompt, resolve_options(options, max_tokens, more))
+        return self._calls.stream(answer)
 
     def astream(
         self,
@@ -298,8 +273,9 @@ class MTPModel:
         options: GenerationOptions | None = None,
         **more: Unpack[OptionFields],
     ) -> AsyncIterator[Chunk]:
-        """`stream` for asyncio: the event loop stays free, and a task that is cancelled ends at once."""
-        return self._calls.achunks(self._calls.prepared(prompt, max_tokens, options, more), Inbox())
+        """`stream` for asyncio: doesn't block the event loop; cancelling the task ends the generation."""
+        (answer,) = self._calls.prepare(prompt, resolve_options(options, max_tokens, more))
+        return self._calls.astream(answer)
 
     def chat(self, system: str | None = None, thinking: bool = False) -> Chat:
         """Starts a conversation; see `chat.Chat`."""
@@ -309,11 +285,11 @@ class MTPModel:
         return Chat(self, system=system, thinking=thinking)
 
     def save_prompt(self, prompt: Prompt, path: str | Path) -> None:
-        """Prefills a prompt and keeps its KV in a file, for `load_prompt` in another process.
+        """Prefills a prompt and saves its KV to a file, for `load_prompt` in another process.
 
         Args:
-            prompt: As for `generate`. Prompts that begin with the same tokens are served too: give messages with a
-                system prompt, and later the same ones with more after them.
+            prompt: As for `generate`. Longer prompts that begin with the same tokens can use it too: for example
+                messages that begin with the same system prompt.
             path: A .safetensors file.
 
         Raises:
@@ -322,45 +298,28 @@ class MTPModel:
             OSError: The file can't be written.
         """
         tokens = self.encode(prompt)
-        self._session.run(lambda it: it.scheduler.save_prompt(tokens, expanded(path)))
+        self._session.run(lambda owned: owned.scheduler.save_prompt(tokens, expanded(path)))
 
     def load_prompt(self, path: str | Path) -> int:
-        """Takes a saved prompt into memory; prompts that begin like it start where it ends.
+        """Loads a saved prompt; later prompts that begin with its tokens aren't prefilled up to its end.
 
         Returns:
             Its number of tokens.
 
         Raises:
             CheckpointError: The file is missing, damaged, or was saved by another model.
-            MemoryBudgetError: It is larger than all that is kept for prompts (`cache_bytes`).
+            MemoryBudgetError: It is larger than `cache_bytes` of `load`.
         """
-        return self._session.call(lambda it: it.scheduler.load_prompt(expanded(path)))
+        return self._session.call(lambda owned: owned.scheduler.load_prompt(expanded(path)))
 
-    @contextmanager
-    def trace(self, path: str | Path) -> Iterator[None]:
-        """Records what host and device do meanwhile, as a Chrome trace; see `decode.trace`.
+    def trace(self, path: str | Path) -> AbstractContextManager[None]:
+        """Records the work of host and device while the block runs, as a Chrome trace; see `decode.trace`.
 
         Raises:
             MTPError: Another trace is being recorded.
             OSError: The file can't be written.
         """
-
-        def begin(scheduler: Scheduler) -> Trace:
-            if scheduler.engine.trace:
-                raise MTPError("a trace is being recorded already, and there can be only one at a time")
-            scheduler.engine.trace = Trace(path)
-            return scheduler.engine.trace
-
-        def end(scheduler: Scheduler) -> None:
-            scheduler.engine.trace = None
-
-        trace = self._session.call(lambda it: begin(it.scheduler))
-        try:
-            yield
-        finally:
-            with suppress(MTPError):  # closed meanwhile
-                self._session.call(lambda it: end(it.scheduler))
-            trace.close()
+        return tracing(self._session, path)
 
     def encode(
         self,
@@ -384,43 +343,32 @@ class MTPModel:
         Raises:
             PromptError: Empty, too long, or a token id outside the vocabulary.
         """
-        prompt = _ids(tokens)
-        return self._session.run(lambda it: logits_after(it.target, prompt))
+        return self._session.run(lambda owned: logits_after(owned.target, tokens))
 
     def propose(self, tokens: Sequence[int], k: int) -> list[int]:
-        """What the drafter proposes after a prompt, greedily.
+        """Drafts k tokens after a prompt, greedily.
 
         Args:
-            tokens: The prompt.
-            k: Number of drafts, at most as many as the context has room for.
+            tokens: Token ids of the prompt.
+            k: Number of drafts, from 1 to the positions left in the context.
 
         Returns:
-            The target's own next token, then the k drafts after it.
+            k + 1 token ids: the target's own next token, then the drafts after it.
 
         Raises:
-            PromptError: As `logits`, or k is no such number, or there is no drafter.
+            PromptError: As for `logits`, or k is out of range, or there is no drafter.
         """
-        self._session.owned()
-        if self.drafter_config is None:
-            raise PromptError("there is no drafter to propose with: load one with drafter=")
-        prompt, config = _ids(tokens), self.config.text
-        room = config.max_positions - len(prompt)
-        if not is_int(k) or not 1 <= k <= max(1, room):
-            raise PromptError(f"k must be a whole number from 1 to the {room:,} tokens that fit, not {k!r}")
-
         suppressed = self.defaults.suppress_tokens
-        return self._session.run(lambda it: proposal(it.target, cast(Drafter, it.drafter), prompt, k, suppressed))
+        return self._session.run(lambda owned: proposal(owned.target, owned.drafter, tokens, k, suppressed))
 
-    @contextmanager
-    def models(self) -> Iterator[tuple[Target, Drafter | None]]:
-        """The target and the drafter, for this thread alone meanwhile; for what measures them."""
-        with self._session.lend() as models:
-            yield models
+    def models(self) -> AbstractContextManager[tuple[Target, Drafter | None]]:
+        """Lends the target and the drafter to this thread for the block, to measure them; all rows wait meanwhile."""
+        return self._session.lend()
 
     def close(self) -> None:
-        """Lets go of the models and their memory; whoever waits for a text gets an error within a round.
+        """Frees the models and their memory. Running calls fail with an error within a round.
 
-        Calling anything afterwards is an error; closing twice isn't. May be called from any thread.
+        Any later call is an error, except a second `close`. May be called from any thread.
         """
         self._session.close()
 
@@ -429,10 +377,3 @@ class MTPModel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _ids(tokens: Sequence[int]) -> Sequence[int]:
-    """Token ids, checked to be that."""
-    if not isinstance(tokens, Sequence) or not all(is_int(token) for token in tokens):
-        raise PromptError("expected a list of token ids (ints): lm.encode(prompt) gives them")
-    return tokens

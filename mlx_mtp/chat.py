@@ -1,8 +1,8 @@
-"""Conversations: history, and tokens that are the same from turn to turn.
+"""Conversations: the history of turns, and prompts whose KV the prompt cache can serve.
 
-Each turn is rendered with all earlier ones; of these the model's prompt cache holds the KV, as long as the tokens are
-the very ones that it was written for, and they aren't prefilled again. Thoughts are not part of the history: the chat
-format drops them once the answer is there.
+Each turn's prompt holds all earlier turns. If its tokens begin with exactly those of the earlier turn, the prompt cache
+serves their KV, and only the new message is prefilled. The history holds no reasoning: the chat format drops it after
+the answer.
 
 Not here: reading from a terminal (cli/chat.py).
 """
@@ -10,26 +10,32 @@ Not here: reading from a terminal (cli/chat.py).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .config import TargetConfig
 from .decode.request import Stats
 from .errors import PromptError
 from .session.answer import Chunk
 from .session.inbox import Stream
+from .session.options import GenerationOptions, resolve_options
 from .text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .session.options import OptionFields
 
 
 class Model(Protocol):
-    """What a conversation asks of a model; `api.MTPModel` says what each is."""
+    """The part of `api.MTPModel` that a conversation uses."""
 
     folder: Path
     config: TargetConfig
     tokenizer: Tokenizer | None
 
-    def stream(self, prompt: list[int], **more: Any) -> Stream[Chunk]:
+    def stream(self, prompt: Sequence[int], *, options: GenerationOptions) -> Stream[Chunk]:
         """Generates text piece by piece."""
 
 
@@ -43,11 +49,13 @@ class Chat:
         stats: Statistics of the latest answer, or None.
     """
 
-    def __init__(self, model: Model, system: str | None = None, thinking: bool = False):
+    def __init__(self, model: Model, system: str | None = None, thinking: bool = False) -> None:
         """Starts an empty conversation.
 
         Args:
             model: The model; it must stay open.
+            system: System prompt.
+            thinking: Whether the model is asked to think first.
 
         Raises:
             PromptError: The model has no tokenizer.
@@ -58,39 +66,48 @@ class Chat:
         self.messages: list[dict[str, Any]] = []
         self.stats: Stats | None = None
         self._model, self._tokenizer = model, model.tokenizer
-        # The latest turn as text and as the very tokens whose KV is kept.
+        # Prompt and answer of the latest turn: as text, and as the tokens whose KV the prompt cache may hold.
         self._past: tuple[str, list[int]] = ("", [])
-        # Weak, so that an iterator that is dropped ends at once.
+        # Weak, so that dropping the iterator ends the answer at once.
         self._running: Callable[[], Stream[Chunk] | None] = lambda: None
 
-    def send(self, text: str, **options: Any) -> Stream[Chunk]:
-        """Says something, and streams the answer.
+    def send(
+        self,
+        text: str,
+        max_tokens: int | None = None,
+        *,
+        options: GenerationOptions | None = None,
+        **more: Unpack[OptionFields],
+    ) -> Stream[Chunk]:
+        """Sends a message and streams the answer.
 
         Args:
             text: The user's message.
-            **options: As for `MTPModel.stream`, but for tools, whose calls a conversation doesn't keep; `thinking` is
-                for this turn, in place of the conversation's. A conversation needs its chat template.
+            max_tokens: Most tokens to generate; None takes that of `options`, by default 256.
+            options: As for `MTPModel.stream`, except that a conversation takes no `tools`, whose calls it doesn't
+                record, and needs its chat template. The conversation's own `thinking` holds, not that of `options`.
+            **more: Options by name; they replace those of `options`. `thinking` is for this turn only.
 
         Returns:
-            The answer's chunks. The turn becomes part of the history once they are exhausted; closing the iterator,
-            from any thread, or sending the next message, ends the answer where it is.
+            The answer's chunks. When they are exhausted, the turn becomes part of the history. Closing the iterator,
+            from any thread, or sending the next message ends the answer; the history then holds what came of it.
 
         Raises:
-            PromptError: Empty, or too long together with the history, which stays as it is but for a running answer:
-                that one is ended all the same.
+            PromptError: The message is empty, or too long together with the history, or an option can't be used. The
+                history stays as it is, except that an answer that is still running may be ended.
         """
-        thinking = options.pop("thinking", self.thinking)
-        sanitize = options.pop("sanitize", True)
-        if "tools" in options or "chat_template" in options:
-            raise PromptError("a conversation takes no tools and no chat_template: generate and stream do")
+        chosen = resolve_options(options, max_tokens, more)
+        thinking = more.get("thinking", self.thinking)
+        if chosen.tools is not None or not chosen.chat_template:
+            raise PromptError("a conversation takes no tools and no chat_template=False: generate and stream do")
         if not isinstance(text, str) or not text.strip():
-            raise PromptError("the message is empty, or no text")
+            raise PromptError("the message is empty, or isn't a string")
         self._end_running()
         question = {"role": "user", "content": text}
         system = [{"role": "system", "content": self.system}] if self.system else []
-        rendered = self._tokenizer.prompt([*system, *self.messages, question], thinking, sanitize=sanitize)
+        rendered = self._tokenizer.prompt([*system, *self.messages, question], thinking, sanitize=chosen.sanitize)
         past_text, past_tokens = self._past
-        # An answer need not be cut into tokens again the way the model has put it together.
+        # Encoding an answer's text again may give other tokens than the model generated, so those are reused.
         known = bool(past_text) and rendered.startswith(past_text)
         tokens = past_tokens + self._tokenizer.encode_prompt(rendered[len(past_text) :]) if known else None
         tokens = tokens or self._tokenizer.encode_prompt(rendered)
@@ -99,7 +116,7 @@ class Chat:
             raise PromptError(
                 f"the conversation has {len(tokens)} tokens now, the model's context only {room}: reset it"
             )
-        chunks = self._model.stream(tokens, **options)
+        chunks = self._model.stream(tokens, options=chosen)
         self.stats = None
         answer = Stream(self._answer(question, rendered, tokens, chunks), chunks.close)
         self._running = weakref.ref(answer)
@@ -112,7 +129,7 @@ class Chat:
         self.stats, self._past = None, ("", [])
 
     def _end_running(self) -> None:
-        """Closes an answer that was left unfinished: the next one is to find its KV."""
+        """Closes an unfinished answer, so that the next turn finds its text in the history and its KV in the cache."""
         if running := self._running():
             running.close()
 
@@ -131,13 +148,13 @@ class Chat:
             chunks.close()
             if generated:
                 self.messages += [question, {"role": "assistant", "content": answer}]
-                # What ends an answer, and white space, the chat format strips again.
+                # The chat format strips the special tokens and the white space that end an answer.
                 while generated and (
                     generated[-1] in self._tokenizer.special or not self._tokenizer.decode(generated[-1:]).strip()
                 ):
                     generated.pop()
-                kept = answer.rstrip()
-                exact = not reasoning and self._tokenizer.decode(generated) == kept
+                text = answer.rstrip()
+                exact = not reasoning and self._tokenizer.decode(generated) == text
                 self._past = (
-                    (rendered + self._tokenizer.control.hide_in_answer(kept), tokens + generated) if exact else ("", [])
+                    (rendered + self._tokenizer.control.hide_in_answer(text), tokens + generated) if exact else ("", [])
                 )

@@ -439,3 +439,8 @@ def test_a_chat_can_think(lm: mlx_mtp.MTPModel):
     assert "<|channel>" not in chat.messages[-1]["content"]
     list(chat.send("And 5 + 6?", max_tokens=120, temperature=0))
     assert len(chat.messages) == 4
+
+
+def test_every_public_name_can_be_imported():
+    for name in mlx_mtp.__all__:
+        assert getattr(mlx_mtp, name) is not None

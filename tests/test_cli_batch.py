@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import mlx_mtp
+from mlx_mtp.checkpoint.pair import DEMO
 
 LINES: list[Any] = [
     {"prompt": "Who are you?", "id": "first"},
@@ -111,7 +112,7 @@ def read_whole(path: Path) -> list[dict[str, Any]]:
 def test_lines_with_an_error_are_tried_again(tmp_path: Path):
     """They may be the model's fault: here it has no tokenizer."""
     source, output = write(tmp_path / "in.jsonl", [*LINES[:1], {"prompt": ""}]), tmp_path / "out.jsonl"
-    model = shutil.copytree(mlx_mtp.api.DEMO / "target", tmp_path / "model")
+    model = shutil.copytree(DEMO / "target", tmp_path / "model")
     (model / "tokenizer.json").unlink()
     assert batch(source, output, "--model", model, "--no-draft").returncode == 1
     assert ["error" in answer for answer in read(output)] == [True, True]

@@ -10,6 +10,7 @@ import mlx.core as mx
 import pytest
 
 import mlx_mtp
+from mlx_mtp.checkpoint.pair import DEMO
 from mlx_mtp.checkpoint.sizes import row_bytes
 from mlx_mtp.decode.limits import MAX_DRAFT_LENGTH
 from mlx_mtp.decode.prompt_cache import MIN_REUSE
@@ -252,7 +253,7 @@ def test_files_that_cannot_be_used(tmp_path: Path):
         with pytest.raises(CheckpointError, match="there is no such file: .*nothing.safetensors"):
             lm.load_prompt(tmp_path / "nothing.safetensors")
         with pytest.raises(CheckpointError, match="wasn.t saved by this version"):
-            lm.load_prompt(mlx_mtp.api.DEMO / "target" / "model.safetensors")
+            lm.load_prompt(DEMO / "target" / "model.safetensors")
         for unwritable in (tmp_path / "no" / "file.safetensors", file / "x.safetensors", tmp_path / ("x" * 300)):
             with pytest.raises(OSError) as caught:
                 lm.save_prompt("x", unwritable)

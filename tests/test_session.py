@@ -219,8 +219,15 @@ def test_options_are_one_object(lm: mlx_mtp.MTPModel):
     assert lm.generate(QUESTION, options=options).tokens == expected
     assert lm.generate(QUESTION, 5, options=options).tokens == expected[:5]
     assert [t for chunk in lm.stream(QUESTION, options=options, max_tokens=4) for t in chunk.tokens] == expected[:4]
+    assert lm.generate_batch([QUESTION], options=options)[0].tokens == expected
+    ((_, one),) = lm.generate_each([{"prompt": QUESTION, "max_tokens": 3}], options=options)
+    assert isinstance(one, mlx_mtp.Generation) and one.tokens == expected[:3]
+    assert [t for chunk in lm.chat().send(QUESTION, options=options) for t in chunk.tokens] == expected
     with pytest.raises(PromptError, match="options"):
         lm.generate(QUESTION, options={"max_tokens": 3})  # type: ignore[call-overload]
+    for call in (lm.generate, lm.generate_batch, lm.generate_each, lm.stream, lm.chat().send):
+        with pytest.raises(PromptError, match="temprature"):
+            call([QUESTION], temprature=1)  # type: ignore[operator]
     for wrong in ({"temperature": -1}, {"max_tokens": 0}, {"stop": 5}, {"draft_length": 99}, {"sanitize": 1}):
         with pytest.raises(PromptError, match=next(iter(wrong))):
             GenerationOptions(**wrong)  # type: ignore[arg-type]

@@ -10,8 +10,9 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,7 +21,12 @@ from ..files import parse_json, replacing, writable
 from . import options as o
 from . import render
 
+if TYPE_CHECKING:
+    from ..api import MTPModel
+    from ..session.options import GenerationOptions
 
+
+@o.generating()
 def batch(
     source: Annotated[
         Path, typer.Argument(metavar="IN.jsonl", help='Lines such as {"prompt": "...", "max_tokens": 100}.')
@@ -33,16 +39,9 @@ def batch(
     drafter: o.Drafter = None,
     no_draft: o.NoDraft = False,
     adapter: o.Adapter = None,
-    draft_length: o.DraftLength = "auto",
-    max_tokens: o.MaxTokens = 256,
-    temperature: o.Temperature = None,
-    top_k: o.TopK = None,
-    top_p: o.TopP = None,
-    min_p: o.MinP = None,
-    seed: o.Seed = None,
+    *,
+    generation: GenerationOptions,
     raw: o.Raw = False,
-    no_sanitize: o.NoSanitize = False,
-    exactness: o.Exactness = "fast",
     quantize: o.Quantize = None,
     quantize_drafter: o.QuantizeDrafter = "auto",
     trace: o.TraceFile = None,
@@ -56,7 +55,6 @@ def batch(
     A line of OUT.jsonl has its "index" and "id", and text, tokens, finish_reason and stats, or "error"; lines with an
     error are tried again by the next run, and answers stay, with whatever options they were made.
     """
-    o.check_decoding(draft_length, exactness)
     size = _size(batch_size)
     try:
         lines = source.read_text("utf-8-sig").split("\n")
@@ -70,10 +68,7 @@ def batch(
     # What went wrong may have been the model's or an option's fault.
     done = {i: answer for i, answer in _finished(output, lines).items() if "error" not in answer}
     todo = [i for i, line in enumerate(lines) if line.strip() and i not in done]
-    given = {
-        "draft_length": draft_length, "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k,
-        "top_p": top_p, "min_p": min_p, "exactness": exactness, "sanitize": not no_sanitize, "chat_template": not raw,
-    }  # fmt: skip
+    generation = replace(generation, chat_template=not raw)
     try:
         output.open("a").close()  # before anything takes long
         with (
@@ -81,7 +76,7 @@ def batch(
             o.tracing(lm, trace),
             _only(output, done) as file,
         ):
-            answers = _answers(lm, lines, todo, size, seed, given)
+            answers = _answers(lm, lines, todo, size, generation)
             with render.progress("prompts", len(todo)) as report:
                 for number, answer in enumerate(answers, 1):
                     done[answer["index"]] = answer
@@ -97,7 +92,7 @@ def batch(
 
 
 def _answers(
-    lm: Any, lines: list[str], todo: list[int], size: int | str, seed: int | None, given: dict[str, Any]
+    lm: MTPModel, lines: list[str], todo: list[int], size: int | Literal["auto"], generation: GenerationOptions
 ) -> Iterator[dict[str, Any]]:
     """The answers to some lines, as they are finished."""
     from ..decode.sampling import row_seed
@@ -114,9 +109,10 @@ def _answers(
                 continue
             sent.append(i)
             # A line's seed depends on its place in the file, not on what was answered in an earlier run.
-            yield ({} if seed is None else {"seed": row_seed(seed, i)}) | item
+            own = {} if generation.seed is None else {"seed": row_seed(generation.seed, i)}
+            yield own | item
 
-    for place, result in lm.generate_each(prompts(), size, **given):
+    for place, result in lm.generate_each(prompts(), size, options=generation):
         while bad:
             yield bad.pop(0)
         i = sent[place]
@@ -198,9 +194,9 @@ def _line(answer: dict[str, Any]) -> str:
         return json.dumps(answer) + "\n"
 
 
-def _size(text: str) -> int | str:
+def _size(text: str) -> int | Literal["auto"]:
     if text == "auto":
-        return text
+        return "auto"
     if not text.isdecimal() or int(text) < 1:
         raise typer.BadParameter("expected auto or a whole number from 1", param_hint="--batch-size")
     return int(text)

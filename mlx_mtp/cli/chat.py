@@ -14,6 +14,7 @@ from . import options as o
 
 if TYPE_CHECKING:
     from ..chat import Chat
+    from ..session.options import GenerationOptions
 
 QUOTES = '"""'
 
@@ -29,40 +30,22 @@ A line that ends with \\ goes on in the next one; a text of several lines may st
 Ctrl-C ends the answer that is running."""
 
 
+@o.generating(max_tokens=2048)
 def chat(
     model: o.Model = None,
     drafter: o.Drafter = None,
     no_draft: o.NoDraft = False,
     adapter: o.Adapter = None,
-    draft_length: o.DraftLength = "auto",
-    max_tokens: o.MaxTokens = 2048,
-    temperature: o.Temperature = None,
-    top_k: o.TopK = None,
-    top_p: o.TopP = None,
-    min_p: o.MinP = None,
-    seed: o.Seed = None,
+    *,
+    generation: GenerationOptions,
     system: o.System = None,
     think: o.Think = False,
-    no_sanitize: o.NoSanitize = False,
-    exactness: o.Exactness = "fast",
     quantize: o.Quantize = None,
     quantize_drafter: o.QuantizeDrafter = "auto",
     trace: o.TraceFile = None,
     debug: o.Debug = False,
 ) -> None:
     """Chats with a model; /help lists the commands."""
-    o.check_decoding(draft_length, exactness)
-    given: dict[str, Any] = {
-        "draft_length": draft_length,
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "seed": seed,
-        "exactness": exactness,
-        "sanitize": not no_sanitize,
-    }
     with o.load(model, drafter, no_draft, quantize, quantize_drafter, adapter=adapter) as lm, o.tracing(lm, trace):
         name = "the embedded demo pair" if model is None else model
         print(f"{name}{'' if lm.drafter_config else ', without a drafter'}; /help lists commands", file=sys.stderr)
@@ -70,16 +53,16 @@ def chat(
         for text, quoted in inputs(_line_reader(), stoppable=sys.stdin.isatty()):
             try:
                 if quoted or not text.startswith("/"):
-                    _answer(conversation, text, given)
+                    _answer(conversation, text, generation)
                 elif not _command(conversation, text):
                     return
             except MTPError as error:  # the conversation goes on: it can be reset, or shortened
                 print(f"error: {error}", file=sys.stderr)
 
 
-def _answer(conversation: Chat, text: str, given: dict[str, Any]) -> None:
+def _answer(conversation: Chat, text: str, generation: GenerationOptions) -> None:
     """Streams an answer and prints the status line."""
-    chunks = conversation.send(text, **given)
+    chunks = conversation.send(text, options=generation)
     try:
         o.show(chunks)
     except KeyboardInterrupt:

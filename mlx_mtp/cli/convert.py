@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ..errors import CheckpointError, MemoryBudgetError
+from ..system.blas import use_openblas
 from . import options as o
 from . import render
 
@@ -87,7 +88,7 @@ def convert(
     A target also loads in mlx-lm.
     """
     o.check_loading(drafter, no_draft, None)
-    o.use_openblas()  # --check runs the models
+    use_openblas()  # --check runs the models
     _check_dtype(dtype)
     if drafter_bits is not None and no_draft:
         raise typer.BadParameter("--no-draft converts no drafter", param_hint="--drafter-bits")

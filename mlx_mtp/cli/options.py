@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -40,6 +42,10 @@ def _quantize_drafter(value: str) -> str | int:
     return int(value)
 
 
+def _inverted(flag: bool) -> bool:
+    return not flag
+
+
 Drafter = Annotated[
     str | None,
     typer.Option(help="Folder or repository of the drafter. Default: what is found of the model's.", metavar="MODEL"),
@@ -47,34 +53,6 @@ Drafter = Annotated[
 NoDraft = Annotated[bool, typer.Option("--no-draft", help="Plain decoding, without a drafter.")]
 Adapter = Annotated[
     str | None, typer.Option(help="Folder of a LoRA adapter for the model, as mlx-lm writes it.", metavar="PATH")
-]
-DraftLength = Annotated[
-    Any, typer.Option(help="Tokens to draft a round; 0 for plain decoding.", metavar="auto|N", parser=_draft_length)
-]
-Temperature = Annotated[
-    float | None,
-    typer.Option(
-        help="0 is greedy. Default of this and the next three: the model's.", min=0, max=MAX_TEMPERATURE, metavar="T"
-    ),
-]
-TopK = Annotated[int | None, typer.Option(help="Only the K best tokens; 0 for all.", min=0, metavar="K")]
-TopP = Annotated[
-    float | None,
-    typer.Option(help="Only the best tokens that together reach this probability.", min=0.001, max=1, metavar="P"),
-]
-MinP = Annotated[
-    float | None,
-    typer.Option(help="Only tokens with at least this share of the best one's probability.", min=0, max=1, metavar="P"),
-]
-Seed = Annotated[int | None, typer.Option(help="Same seed, same text. Default: a new one each time.", metavar="N")]
-MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.", min=1, metavar="N")]
-Exactness = Annotated[
-    str,
-    typer.Option(
-        help="fast: what the verify pass chooses. invariant: the same text at any draft length on any device. "
-        "stepwise: bit for bit plain decoding, and no faster.",
-        metavar="fast|invariant|stepwise",
-    ),
 ]
 Quantize = Annotated[
     int | None, typer.Option(help="Bits to quantise both models to while loading: 2, 3, 4, 5, 6 or 8.", metavar="BITS")
@@ -90,9 +68,6 @@ QuantizeDrafter = Annotated[
 System = Annotated[str | None, typer.Option(help="System prompt.", metavar="TEXT")]
 Think = Annotated[bool, typer.Option("--think", help="Ask the model to think first.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Complete the text as it is, without a chat template.")]
-NoSanitize = Annotated[
-    bool, typer.Option("--no-sanitize", help="Let special tokens that the text spells out be those, not text.")
-]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
 Model = Annotated[
     str | None,
@@ -104,22 +79,131 @@ TraceFile = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")]
 
 
-def check_decoding(draft_length: str | int, exactness: str) -> None:
-    """Checks options whose values typer can't check.
+@dataclass
+class _Generation:
+    """The options of every command that generates; names and meaning are those of `GenerationOptions`."""
 
-    Raises:
-        typer.BadParameter: Exit code 2.
+    draft_length: Annotated[
+        Any,
+        typer.Option(help="Tokens to draft in a round; 0 for plain decoding.", metavar="auto|N", parser=_draft_length),
+    ] = "auto"
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.", min=1, metavar="N")] = 256
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="0 is greedy. Default of this and the next three: the model's.",
+            min=0,
+            max=MAX_TEMPERATURE,
+            metavar="T",
+        ),
+    ] = None
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample only from the K most probable tokens; 0 for all.", min=0, metavar="K")
+    ] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Sample only from the best tokens that together reach this probability.", min=0.001, max=1, metavar="P"
+        ),
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Sample only from tokens with at least this share of the best one's probability.",
+            min=0,
+            max=1,
+            metavar="P",
+        ),
+    ] = None
+    seed: Annotated[
+        int | None,
+        typer.Option(help="The same seed gives the same text. Default: a new one each time.", metavar="N"),
+    ] = None
+    sanitize: Annotated[
+        bool,
+        typer.Option(
+            "--no-sanitize", help="Encode special tokens' names in the text as special tokens.", callback=_inverted
+        ),
+    ] = False  # that of the flag; the callback makes it True
+    exactness: Annotated[
+        str,
+        typer.Option(
+            help="fast: what the verify pass chooses. invariant: the same text at any draft length on any device. "
+            "stepwise: bit for bit plain decoding, and no faster.",
+            metavar="fast|invariant|stepwise",
+        ),
+    ] = "fast"
+
+    def __post_init__(self) -> None:
+        """Checks what typer can't.
+
+        Raises:
+            typer.BadParameter: Exit code 2.
+        """
+        if self.exactness not in ("fast", "invariant", "stepwise"):
+            raise typer.BadParameter("expected fast, invariant or stepwise", param_hint="--exactness")
+        fixed = isinstance(self.draft_length, int)
+        if self.exactness == "invariant" and fixed and self.draft_length > MAX_AUTO_LENGTH:
+            raise typer.BadParameter(
+                f"with --exactness invariant at most {MAX_AUTO_LENGTH}", param_hint="--draft-length"
+            )
+
+
+def generating(max_tokens: int = 256) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorates a command that generates.
+
+    The command takes `generation: GenerationOptions`; its command line has the options of `_Generation` there.
+
+    Args:
+        max_tokens: The command's default of --max-tokens.
     """
-    if exactness not in ("fast", "invariant", "stepwise"):
-        raise typer.BadParameter("expected fast, invariant or stepwise", param_hint="--exactness")
-    if exactness == "invariant" and isinstance(draft_length, int) and draft_length > MAX_AUTO_LENGTH:
-        raise typer.BadParameter(f"with --exactness invariant at most {MAX_AUTO_LENGTH}", param_hint="--draft-length")
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        shared = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=max_tokens if field.name == "max_tokens" else field.default,
+                annotation=annotation,
+            )
+            for field, annotation in zip(fields(_Generation), _hints(_Generation), strict=True)
+        ]
+        parameters: list[inspect.Parameter] = []
+        for parameter, annotation in zip(inspect.signature(command).parameters.values(), _hints(command), strict=True):
+            own = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
+            parameters += shared if parameter.name == "generation" else [own]
+
+        def run(**given: Any) -> None:
+            checked = _Generation(**{parameter.name: given.pop(parameter.name) for parameter in shared})
+            use_openblas()  # before MLX is imported
+            from ..session.options import GenerationOptions
+
+            command(**given, generation=GenerationOptions(**vars(checked)))
+
+        # typer reads these.
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # functions may have one
+        return run
+
+    return decorate
+
+
+def _hints(annotated: Any) -> list[Any]:
+    """The types of a command's parameters or of a class's fields, in order."""
+    # The module of `GenerationOptions` imports MLX, so it isn't there to be looked up.
+    hints = get_type_hints(annotated, localns={"GenerationOptions": object}, include_extras=True)
+    return [hint for name, hint in hints.items() if name != "return"]
 
 
 def check_loading(
     drafter: str | None, no_draft: bool, quantize: int | None, quantize_drafter: str | int = "auto"
 ) -> None:
-    """The same for what is loaded."""
+    """Checks what typer can't of the options that say what to load.
+
+    Raises:
+        typer.BadParameter: Exit code 2.
+    """
     if drafter and no_draft:
         raise typer.BadParameter("either a drafter or --no-draft, not both", param_hint="--drafter")
     if no_draft and isinstance(quantize_drafter, int):

@@ -18,6 +18,7 @@ import typer
 from ..decode.objective import OBJECTIVES
 from ..errors import MTPError, ProfileError, PromptError
 from ..files import listed, parse_json
+from ..system.blas import use_openblas
 from . import options as o
 from . import render
 from .tune_tables import simulation, tables
@@ -228,7 +229,7 @@ def facts(
 
 def _list(as_json: bool) -> None:
     """Shows the saved profiles."""
-    o.use_openblas()
+    use_openblas()
     from .. import profile
 
     rows: list[dict[str, Any]] = []

@@ -1,1 +1,1 @@
-"""From calls to rows and from rows to answers: options, the thread that owns a model, and what callers wait on."""
+"""The calls of a model: their options, the thread that runs them, and the answers they return."""

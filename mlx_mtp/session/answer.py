@@ -1,4 +1,4 @@
-"""From a row's tokens to an answer: text, thoughts, and why it ended."""
+"""Turns a row's tokens into an answer: text, reasoning, tool calls, and the reason it ended."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class Generation:
 
     Attributes:
         text: The answer, without special tokens and tool calls; cut before a stop string.
-        reasoning: What the model thought before it answered; "" if it didn't.
-        tool_calls: Tools that the model wants to be called, as `{"id": ..., "type": "function", "function": {"name":
-            ..., "arguments": {...}}}`, which is what "tool_calls" of an assistant's message holds. The id is the same
-            for the same seed, and another for every call of a conversation.
-        tool_errors: One line for everything that was written as a call but can't be read, isn't complete, or doesn't
-            fit the declared tools. It is part of the text.
-        tokens: All generated token ids, up to and including the stop token, or the end of the stop string.
+        reasoning: The model's reasoning before the answer; "" if there is none.
+        tool_calls: Calls that the model asks for, as `{"id": ..., "type": "function", "function": {"name": ...,
+            "arguments": {...}}}`, the form of "tool_calls" in an assistant's message. Ids are unique within a
+            conversation, and the same for the same seed.
+        tool_errors: One line for each call that is malformed, incomplete, or doesn't fit the declared tools. `text`
+            holds such a call as it was written.
+        tokens: All generated token ids, up to and including the stop token or the end of the stop string.
         finish_reason: "stop" (a stop token or stop string), "length" (`max_tokens`, or the context is full) or
             "cancelled" (the option `cancel` was set).
-        stats: What it took.
+        stats: Counts and times.
     """
 
     text: str
@@ -41,19 +41,19 @@ class Generation:
     stats: Stats
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as JSON has it; the statistics with the rates that follow from them."""
+        """All fields as JSON values; the statistics include their rates, see `Stats.rates`."""
         return asdict(self) | {"stats": asdict(self.stats) | self.stats.rates()}
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a streamed generation; the texts of all chunks, joined, are `Generation.text`.
+    """A piece of a streamed generation. The joined texts of all chunks are `Generation.text`.
 
     Attributes:
         text: New text; may be empty while a character or a possible stop string is incomplete.
-        reasoning: New text of the model's thoughts.
-        tool_calls: Tool calls that are complete now, see `Generation`.
-        tool_errors: What turned out to be none, see `Generation`.
+        reasoning: New reasoning; only the first chunks of a generation have any.
+        tool_calls: Tool calls that are now complete, see `Generation`.
+        tool_errors: Errors of calls that ended in this chunk, see `Generation`.
         tokens: New token ids.
         finish_reason: Set in the last chunk, see `Generation`.
         stats: The running statistics, one object for all chunks of a generation.
@@ -69,14 +69,14 @@ class Chunk:
 
 
 class Answer:
-    """Turns a row's tokens into text.
+    """Turns the news of a row into chunks, and in the end into a `Generation`.
 
     Attributes:
-        request: What was asked for.
-        cancel: What ends it early once set, or None.
-        row: Its row, once submitted.
-        reason: Why it has ended; None while it hasn't.
-        stats: What it has taken, as far as it was read.
+        request: The request that it answers.
+        cancel: Event that ends it early, or None.
+        row: Its row; `Calls` sets it when it submits the request.
+        reason: The finish reason; None until the answer has ended.
+        stats: The row's statistics up to the latest news.
     """
 
     row: Row
@@ -89,7 +89,7 @@ class Answer:
         tokenizer: Tokenizer | None,
         tools: Tools | None = None,
         cancel: threading.Event | None = None,
-    ):
+    ) -> None:
         self.request, self.cancel = request, cancel
         self.reason = None
         self._stops = stops
@@ -99,10 +99,10 @@ class Answer:
         self.stats = Stats()
 
     def push(self, news: News) -> Chunk:
-        """Takes new tokens of the row."""
+        """Takes news of the row, and returns its chunk; a stop string in it cancels the row."""
         tokens, stops, decoder = news.tokens, self._stops, self._decoder
         reason = None
-        if news.done and not news.error:  # after an error, `tokens` isn't all there would have been
+        if news.done and not news.error:  # an error cuts the answer off: there is no finish reason
             stopped = bool(tokens) and tokens[-1] in self.request.stop_tokens
             reason = "cancelled" if news.cancelled else "stop" if stopped else "length"
         text = reasoning = ""
@@ -110,7 +110,7 @@ class Answer:
         for i, token in enumerate(tokens):
             answer, piece = decoder.push([token]) if decoder else ("", "")
             text, reasoning = text + stops.push(answer), reasoning + piece
-            if stops.hit:  # what the round holds after it depends on how much was drafted
+            if stops.hit:  # the round's later tokens depend on the draft length: drop them
                 tokens = tokens[: i + 1]
                 break
         if decoder and reason:
@@ -120,7 +120,7 @@ class Answer:
         self._generated += len(tokens)
         vars(self.stats).update(vars(news.stats))
         if stops.hit:
-            self.row.cancel()  # nothing after it is wanted, nor counted
+            self.row.cancel()
             self.stats.generated_tokens = self._generated
         chunk = Chunk(text, reasoning, calls, errors, tokens, self.reason, self.stats)
         self._chunks.append(chunk)

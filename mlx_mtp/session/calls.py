@@ -1,4 +1,7 @@
-"""The calls that generate: prompts and options become rows of the batch, and rows become answers."""
+"""The generating calls of `MTPModel`: they turn prompts and options into rows of the batch, and rows into answers.
+
+All answers of a call share an inbox. Closing it, as every call does in the end, cancels the rows that still run.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from ..text.tokenizer import Tokenizer
 from ..text.tool_calls import Tools
 from .answer import Answer, Chunk, Generation
 from .generation_config import GenerationDefaults
-from .inbox import Inbox, News, failure
+from .inbox import Inbox, News, Stream, failure
 from .options import GenerationOptions
 from .owner import Session
 
@@ -26,10 +29,15 @@ T = TypeVar("T")
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
+BatchPrompt = Prompt | Mapping[str, Any]
+"""A prompt of a batch; a dict holds it as "prompt", with options of its own by name."""
+
+MOST_ANSWERS = 256
+"""Most answers of one call to one prompt: each has buffers of its own, and all are returned together."""
 
 
 class Calls:
-    """What all calls of a model have in common."""
+    """Prepares and runs the answers of one model; `MTPModel` is its public face."""
 
     def __init__(
         self,
@@ -39,25 +47,39 @@ class Calls:
         defaults: GenerationDefaults,
         folder: Path,
         most_rows: int,
-    ):
-        """Takes what a model consists of; `most_rows` is the batch that it has unless told otherwise."""
+    ) -> None:
+        """Takes the parts of a model.
+
+        Args:
+            session: Runs the requests.
+            tokenizer: The target's, or None.
+            config: The target's.
+            defaults: The target's generation_config.
+            folder: The target's, for messages.
+            most_rows: The batch size "auto".
+        """
         self._session, self._tokenizer, self._config = session, tokenizer, config
         self._defaults, self._folder, self._most_rows = defaults, folder, most_rows
 
-    def prepared(
-        self, prompt: Prompt, max_tokens: int | None, options: GenerationOptions | None, more: Mapping[str, Any]
-    ) -> Answer:
-        """An answer of its own, ready to be submitted."""
-        chosen = chosen_options(options, max_tokens, more)
-        seed = secrets.randbits(32) if chosen.seed is None else chosen.seed
-        return self.prepare(self.tokens(prompt, chosen), chosen, seed)
+    def prepare(self, prompt: Prompt, options: GenerationOptions, n: int = 1) -> list[Answer]:
+        """Checks a prompt and its options against the model, and prepares n answers to it.
 
-    def prepare(self, tokens: list[int], options: GenerationOptions, seed: int) -> Answer:
-        """Checks options against the model, and prepares an answer."""
+        Args:
+            prompt: See `MTPModel.generate`.
+            options: Without a seed, one is drawn. The i-th answer runs with `row_seed(seed, i)`.
+            n: Number of answers.
+
+        Raises:
+            PromptError: The prompt or an option can't be used.
+            MemoryBudgetError: The KV doesn't fit, even alone.
+            MTPError: The model is closed.
+        """
         scheduler = self._session.owned().scheduler
-        stop_tokens, stops = self._stops(options)
+        stop_tokens, stop_strings = self._stops(options)
+        seed = _drawn(options.seed)
+        tools = Tools(options.tools) if options.tools else None
         request = Request(
-            prompt=tokens,
+            prompt=self.tokens(prompt, options),
             max_tokens=options.max_tokens,
             sampling=options.sampling(self._defaults, seed),
             draft_length=options.draft_length,
@@ -65,8 +87,16 @@ class Calls:
             stop_tokens=stop_tokens,
         )
         scheduler.check(request)
-        tools = Tools(options.tools) if options.tools else None
-        return Answer(request, stops, self._tokenizer, tools, options.cancel)
+        return [
+            Answer(
+                replace(request, sampling=replace(request.sampling, seed=row_seed(seed, i))),
+                StopStrings(stop_strings),
+                self._tokenizer,
+                tools,
+                options.cancel,
+            )
+            for i in range(n)
+        ]
 
     def tokens(self, prompt: Prompt, options: GenerationOptions) -> list[int]:
         """Token ids of a prompt.
@@ -95,95 +125,120 @@ class Calls:
             raise PromptError("messages need the chat template: give a string to complete it as it is")
         return self._text_tokenizer().chat(messages, options.thinking, options.tools, options.sanitize)
 
-    def chunks(self, answer: Answer, inbox: Inbox) -> Generator[Chunk, None, None]:
-        """Runs an answer, and yields what comes of it."""
-        self._submit(answer, inbox)
-        try:
-            while answer.reason is None:
-                news = inbox.get()
-                yield from _chunks_of(answer, news)
-        finally:
-            inbox.close()
+    def generate(self, prompt: Prompt, options: GenerationOptions, n: int) -> list[Generation]:
+        """See `MTPModel.generate`."""
+        if not is_int(n) or not 1 <= n <= MOST_ANSWERS:
+            raise PromptError(f"n must be a whole number from 1 to {MOST_ANSWERS}, not {n!r}: make several calls")
+        return self._run(self.prepare(prompt, options, n), n)
 
-    async def achunks(self, answer: Answer, inbox: Inbox) -> AsyncIterator[Chunk]:
-        """As `chunks`, for an event loop."""
+    def generate_batch(
+        self, prompts: Iterable[BatchPrompt], batch_size: int | str, common: GenerationOptions
+    ) -> list[Generation]:
+        """See `MTPModel.generate_batch`; `common` holds the options of all prompts."""
+        seed = _drawn(common.seed)
+        answers = [self._prepare_ith(i, prompt, common, seed) for i, prompt in enumerate(check_several(prompts))]
+        return self._run(answers, self._rows(batch_size))
+
+    def generate_each(
+        self, prompts: Iterable[BatchPrompt], batch_size: int | str, common: GenerationOptions
+    ) -> Stream[tuple[int, Generation | MTPError]]:
+        """See `MTPModel.generate_each`; `common` holds the options of all prompts."""
+        inbox, rows, seed = Inbox(), self._rows(batch_size), _drawn(common.seed)
+        numbered = enumerate(check_several(prompts))
+
+        def answers() -> Iterator[tuple[int, Answer | MTPError]]:
+            for i, prompt in numbered:
+                try:
+                    yield i, self._prepare_ith(i, prompt, common, seed)
+                except MTPError as error:
+                    yield i, error
+
+        def results() -> Generator[tuple[int, Generation | MTPError], None, None]:
+            with closing(self._finished(answers(), rows, inbox)) as finished:
+                for i, answer in finished:
+                    yield i, answer.generation() if isinstance(answer, Answer) else answer
+
+        return Stream(results(), inbox.close)
+
+    def stream(self, answer: Answer) -> Stream[Chunk]:
+        """Runs an answer, and yields its chunks; the first request for a chunk submits it."""
+        inbox = Inbox()
+
+        def chunks() -> Generator[Chunk, None, None]:
+            try:
+                self._submit(answer, inbox)
+                while answer.reason is None:
+                    yield from _chunks_of(answer, inbox.get())
+            finally:
+                inbox.close()
+
+        return Stream(chunks(), inbox.close)
+
+    async def astream(self, answer: Answer) -> AsyncIterator[Chunk]:
+        """As `stream`, for an event loop."""
+        inbox = Inbox()
         try:
             self._submit(answer, inbox)
             while answer.reason is None:
-                news = await inbox.aget()
-                for chunk in _chunks_of(answer, news):
+                for chunk in _chunks_of(answer, await inbox.aget()):
                     yield chunk
         finally:
             inbox.close()
 
-    def each(
-        self, prompts: Iterable[Prompt | Mapping[str, Any]], batch_size: int | str, common: dict[str, Any], inbox: Inbox
-    ) -> Generator[tuple[int, Generation | MTPError], None, None]:
-        """See `MTPModel.generate_each`; `common` are the options of all prompts."""
-        index: dict[int, int] = {}
+    def _run(self, answers: Sequence[Answer], rows: int) -> list[Generation]:
+        """Runs answers to their end, `rows` at a time."""
+        with closing(self._finished(enumerate(answers), rows, Inbox())) as finished:
+            for _ in finished:
+                pass
+        return [answer.generation() for answer in answers]
 
-        def answers() -> Iterator[Answer | tuple[int, MTPError]]:
-            for i, prompt in enumerate(several(prompts)):
-                try:
-                    answer = self.one_of_many(i, prompt, common)
-                except MTPError as error:
-                    yield i, error
-                else:
-                    index[id(answer)] = i
-                    yield answer
+    def _finished(
+        self, answers: Iterator[tuple[int, Answer | MTPError]], rows: int, inbox: Inbox
+    ) -> Generator[tuple[int, Answer | MTPError], None, None]:
+        """Runs numbered answers, `rows` at a time, and yields each when it is finished; errors among them at once.
 
-        with closing(self.together(answers(), self.batch_size(batch_size), inbox)) as finished:
-            for answer in finished:
-                yield answer if isinstance(answer, tuple) else (index.pop(id(answer)), answer.generation())
-
-    def together(
-        self, answers: Iterator[Answer | T], batch_size: int, inbox: Inbox
-    ) -> Generator[Answer | T, None, None]:
-        """Runs answers, `batch_size` at a time, and yields each when it is finished; anything else among them at once.
-
-        Where they come from may take its time, or use the model itself.
+        The iterator may block, or use the model itself.
         """
-        running: dict[int, Answer] = {}
+        running: dict[int, tuple[int, Answer]] = {}
         try:
             while True:
-                while len(running) < batch_size and (answer := next(answers, None)) is not None:
+                while len(running) < rows and (item := next(answers, None)) is not None:
+                    i, answer = item
                     if isinstance(answer, Answer):
-                        self._submit(answer, inbox, batch_size)
-                        running[answer.row.number] = answer
+                        self._submit(answer, inbox, rows)
+                        running[answer.row.number] = i, answer
                     else:
-                        yield answer
+                        yield i, answer
                 if not running:
                     return
                 news = inbox.get()
-                current = running.get(news.row.number)
-                if current is None:
-                    continue  # it has found a stop string before
-                current.push(news)
+                if news.row.number not in running:
+                    continue  # the row had found a stop string before this news came
+                i, answer = running[news.row.number]
+                answer.push(news)
                 if news.error:
                     raise failure(news.error)
-                if current.reason:
+                if answer.reason:
                     del running[news.row.number]
-                    yield current
+                    yield i, answer
         finally:
             inbox.close()
 
-    def one_of_many(self, i: int, prompt: Prompt | Mapping[str, Any], common: Mapping[str, Any]) -> Answer:
-        """Prepares the i-th answer of a batch, see `generate_batch`."""
-        own = {**common, "seed": row_seed(common["seed"], i)}
+    def _prepare_ith(self, i: int, prompt: BatchPrompt, common: GenerationOptions, seed: int) -> Answer:
+        """Prepares the answer to the i-th prompt of a batch; options of its own replace the common ones."""
+        own: dict[str, Any] = {"seed": row_seed(seed, i)}
         if isinstance(prompt, Mapping):
-            own |= prompt
-            if "prompt" not in own:
+            if "prompt" not in prompt:
                 raise PromptError('a prompt with options is a dict with "prompt"')
+            own |= prompt
             prompt = cast(Prompt, own.pop("prompt"))
-        options = GenerationOptions.of(own)
-        seed = secrets.randbits(32) if options.seed is None else options.seed
-        return self.prepare(self.tokens(prompt, options), options, seed)
+        return self.prepare(prompt, common.updated(own))[0]
 
-    def batch_size(self, batch_size: int | str) -> int:
-        """Rows that decode at a time.
+    def _rows(self, batch_size: int | str) -> int:
+        """The number of rows that decode at a time.
 
         Raises:
-            PromptError: There is no such batch.
+            PromptError: `batch_size` isn't "auto" or a whole number from 1.
         """
         if batch_size == "auto":
             return self._most_rows
@@ -191,7 +246,7 @@ class Calls:
             raise PromptError(f"batch_size must be 'auto' or at least 1, not {batch_size!r}")
         return batch_size
 
-    def _stops(self, options: GenerationOptions) -> tuple[frozenset[int], StopStrings]:
+    def _stops(self, options: GenerationOptions) -> tuple[frozenset[int], list[str]]:
         """The tokens and the strings that end an answer."""
         tokenizer, strings = self._tokenizer, options.stop_strings
         if strings and tokenizer is None:
@@ -203,10 +258,10 @@ class Calls:
         tokens = set(given)
         if not options.ignore_eos:
             tokens.update(self._defaults.stop_tokens, tokenizer.stop_tokens if tokenizer else ())
-        # Special tokens never become text, where a string could be found.
+        # A special token never becomes text, so a search in the text can't find its name.
         special = {text: tokenizer.special_id(text) for text in strings} if tokenizer else {}
         tokens.update(token for token in special.values() if token is not None)
-        return frozenset(tokens), StopStrings([text for text in strings if special[text] is None])
+        return frozenset(tokens), [text for text in strings if special.get(text) is None]
 
     def _text_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
@@ -220,32 +275,24 @@ class Calls:
 
 
 def _chunks_of(answer: Answer, news: News) -> Iterator[Chunk]:
-    """What news of a row is for its reader: a chunk, or the last tokens and then the error that ended it."""
+    """The chunk that news of a row gives its reader; after an error, the last tokens and then the error."""
     if news.tokens or not news.error:
         yield answer.push(news)
     if news.error:
         raise failure(news.error)
 
 
-def chosen_options(
-    options: GenerationOptions | None, max_tokens: int | None, more: Mapping[str, Any]
-) -> GenerationOptions:
-    """The options of a call: an object, with what was given by name in its place."""
-    given = dict(more) if max_tokens is None else {"max_tokens": max_tokens, **more}
-    if options is None:
-        return GenerationOptions(**given)
-    if not isinstance(options, GenerationOptions):
-        raise PromptError(f"options must be GenerationOptions, not {options!r}")
-    return replace(options, **given) if given else options
+def check_several(prompts: Iterable[T]) -> Iterable[T]:
+    """Returns the prompts of a batch.
 
-
-def common_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of all prompts of a batch, with a seed to spread over them."""
-    return {**options, "seed": secrets.randbits(32) if options.get("seed") is None else options["seed"]}
-
-
-def several(prompts: Iterable[T]) -> Iterable[T]:
-    """Prompts, checked to be no single one, whose letters would be taken for prompts."""
+    Raises:
+        PromptError: A single prompt was given, whose characters or keys would be taken for prompts.
+    """
     if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
         raise PromptError("expected a list of prompts: generate takes a single one")
     return prompts
+
+
+def _drawn(seed: int | None) -> int:
+    """The seed, or a random one of 32 bits instead of None."""
+    return secrets.randbits(32) if seed is None else seed

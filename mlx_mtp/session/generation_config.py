@@ -1,4 +1,4 @@
-"""What a checkpoint's generation_config.json says: where answers end, and how tokens are chosen by default."""
+"""Reads generation_config.json: a checkpoint's stop tokens and default sampling options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class GenerationDefaults:
     Attributes:
         stop_tokens: Ids that end an answer (`eos_token_id`).
         suppress_tokens: Ids that are never chosen.
-        temperature: 0 unless `do_sample` is set.
+        temperature: 0, which is greedy, unless `do_sample` is set.
         top_k: 0 for off.
         top_p: 1 for off.
         min_p: 0 for off.
@@ -33,10 +33,12 @@ class GenerationDefaults:
 
 
 def read_generation(target: TargetDescription) -> GenerationDefaults:
-    """Reads a target's generation_config.json, whose stop ids override those of config.json unless they are null.
+    """Reads a target's generation_config.json; without one, all defaults are greedy and nothing is suppressed.
+
+    Stop tokens are those of the first file that has any: generation_config.json, then config.json.
 
     Raises:
-        CheckpointError: A malformed file, or values that no request may have.
+        CheckpointError: The file is malformed, or a value is out of the range that requests allow.
     """
     config = target.raw
     text, path = config.get("text_config", config), target.folder / "generation_config.json"
@@ -65,5 +67,5 @@ def read_generation(target: TargetDescription) -> GenerationDefaults:
 def _token_ids(value: Any, vocab_size: int) -> tuple[int, ...]:
     ids = [value] if is_int(value) else value or []
     if not isinstance(ids, list) or not all(is_int(token) and 0 <= token < vocab_size for token in ids):
-        raise ValueError(f"{value!r} are no token ids of a vocabulary of {vocab_size}")
+        raise ValueError(f"{value!r} aren't token ids of a vocabulary of {vocab_size}")
     return tuple(ids)

@@ -1,7 +1,7 @@
-"""Where a caller waits for the tokens of its rows.
+"""Queues through which callers receive the tokens of their rows.
 
-The owner of the model puts news in, whoever asked for the rows takes it out, in a thread (`Inbox.get`) or in an event
-loop (`Inbox.aget`). Closing an inbox ends its rows; one that is dropped closes itself.
+The session's thread puts news in; the caller takes it out, in a thread (`Inbox.get`) or in an event loop
+(`Inbox.aget`). Closing an inbox cancels its rows; an inbox that is dropped closes itself.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class News:
-    """What has become of a row since the last news.
+    """What happened to a row since its last news.
 
     Attributes:
         row: The row.
         tokens: Its new tokens.
-        stats: What it has taken so far.
-        done: Whether there will be no more.
-        cancelled: Whether it was ended before it was finished, as it was asked for.
-        error: What ended it, if that was none of its own doing.
+        stats: A copy of its statistics.
+        done: Whether this is its last news.
+        cancelled: Whether the caller ended it early.
+        error: The exception that ended it; None if it finished or was cancelled.
     """
 
     row: Row
@@ -41,34 +41,39 @@ class News:
     error: BaseException | None
 
 
-class Closed(Exception):
-    """The inbox was closed while somebody waited."""
+class Closed(Exception):  # noqa: N818 - like queue.Empty, it isn't a failure
+    """The inbox was closed, so nothing more will arrive."""
 
 
 class Inbox:
-    """News of some rows, in the order in which it came."""
+    """News of a call's rows, in order of arrival."""
 
     def __init__(self) -> None:
         self._arrived = threading.Condition()
         self._news: deque[News] = deque()
         self._unread: dict[int, int] = {}
         self._rows: list[Row] = []
-        self._tell: Callable[[], None] | None = None
+        self._notify_session: Callable[[], None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._event: asyncio.Event | None = None
         self._closed = False
 
-    def expect(self, row: Row, tell: Callable[[], None]) -> None:
-        """Has news of a row come in; `tell` is called when some of it was read."""
+    def expect(self, row: Row, notify: Callable[[], None]) -> None:
+        """Registers a row.
+
+        Args:
+            row: Cancelled when the inbox is closed.
+            notify: Called after news of a paused row was read, and when the inbox is closed.
+        """
         self._rows = [it for it in self._rows if not it.done] + [row]
-        self._tell = tell
+        self._notify_session = notify
 
     def unread(self, row: Row) -> int:
-        """Tokens of a row that nobody has taken yet."""
+        """Number of a row's tokens that weren't read yet."""
         return self._unread.get(row.number, 0)
 
     def put(self, news: News) -> None:
-        """Takes news; for the owner of the model."""
+        """Adds news; called by the session's thread."""
         with self._arrived:
             if self._closed:
                 return
@@ -79,11 +84,11 @@ class Inbox:
         if loop and event:
             try:
                 loop.call_soon_threadsafe(event.set)
-            except RuntimeError:  # the loop is closed: nobody will ever read
+            except RuntimeError:  # the event loop is closed, so the news will never be read
                 self.close()
 
     def get(self) -> News:
-        """Waits for news.
+        """Waits for the next news.
 
         Raises:
             Closed: The inbox was closed.
@@ -114,7 +119,7 @@ class Inbox:
         return self._taken(news)
 
     def close(self) -> None:
-        """Ends the rows; nothing more comes in."""
+        """Cancels the rows, drops unread news and wakes a waiting reader."""
         with self._arrived:
             if self._closed:
                 return
@@ -123,8 +128,8 @@ class Inbox:
             self._arrived.notify_all()
         for row in self._rows:
             row.cancel()
-        if self._tell:
-            self._tell()
+        if self._notify_session:
+            self._notify_session()
 
     def __del__(self) -> None:
         self.close()
@@ -134,16 +139,21 @@ class Inbox:
             left = self._unread.pop(news.row.number, 0) - len(news.tokens)
             if left > 0:
                 self._unread[news.row.number] = left
-        if self._tell and news.row.paused:
-            self._tell()
+        if self._notify_session and news.row.paused:
+            self._notify_session()
         return news
 
 
 class Stream(Generic[T], Iterator[T]):
-    """An iterator over what is generated, which can be closed from any thread; closing it ends the generation."""
+    """An iterator over generated items that can be closed from any thread; closing it ends the generation."""
 
-    def __init__(self, items: Generator[T, None, None], end: Callable[[], None]):
-        """Takes the items, and what ends the generation behind them and whoever waits for it (`Inbox.close`)."""
+    def __init__(self, items: Generator[T, None, None], end: Callable[[], None]) -> None:
+        """Wraps a generator.
+
+        Args:
+            items: Yields the items.
+            end: Ends the generation and wakes a thread that waits for it: `Inbox.close`.
+        """
         self._items, self._end = items, end
 
     def __iter__(self) -> Stream[T]:
@@ -156,9 +166,9 @@ class Stream(Generic[T], Iterator[T]):
             raise StopIteration from None
 
     def close(self) -> None:
-        """Ends what is still being generated; whoever waits for the next item gets no more."""
+        """Ends the generation; a thread that waits for the next item gets StopIteration."""
         self._end()
-        with suppress(ValueError):  # another thread waits in it, and comes out by itself
+        with suppress(ValueError):  # another thread is inside the generator, and leaves it by itself
             self._items.close()
 
     def __enter__(self) -> Stream[T]:
@@ -172,7 +182,11 @@ class Stream(Generic[T], Iterator[T]):
 
 
 def failure(error: BaseException) -> MTPError:
-    """The error of a row that was ended by something that isn't its own doing."""
+    """The error to raise for a row that an exception ended; a new object for each row.
+
+    Args:
+        error: Exception of the step. One that isn't an `MTPError` becomes the cause of one.
+    """
     if isinstance(error, MTPError):
         return type(error)(str(error))
     failed = MTPError(f"decoding failed, and ended this generation: {error!r}")

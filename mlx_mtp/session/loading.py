@@ -1,7 +1,9 @@
-"""Loads a pair into the thread that is to own it: models, checks of the machine, and the scheduler over them."""
+"""Loads a pair of models: checks of arguments and machine, the models, and the scheduler that runs them."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,24 +14,29 @@ from ..checkpoint.load import load_drafter, load_target
 from ..checkpoint.pair import way_out
 from ..decode.draft_length import DraftLengthPolicy
 from ..decode.overflow import check_overflow
+from ..decode.sampling import is_int
 from ..decode.scheduler import MAX_ROWS, Scheduler
+from ..errors import MTPError
 from ..models import self_test
-from ..models.drafter import Drafter
+from ..models.drafter import POSITIONS, Drafter
 from ..models.target import Target
+from ..text.tokenizer import Tokenizer, has_tokenizer
 
 if TYPE_CHECKING:
     from ..profile import Profile
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class Loaded:
-    """What the thread of a session owns.
+    """What a session's thread owns.
 
     Attributes:
-        target, drafter: The models; no drafter is None.
-        scheduler: What runs requests on them.
-        weights: Bytes of both.
-        kv_budget: Bytes that all rows together may take for KV.
+        target, drafter: The models; `drafter` may be None.
+        scheduler: Runs requests on them.
+        weights: Bytes of the weights of both.
+        kv_budget: Bytes that the KV of all rows together may take.
     """
 
     target: Target
@@ -37,6 +44,20 @@ class Loaded:
     scheduler: Scheduler
     weights: int
     kv_budget: int
+
+
+def check_arguments(target: object, drafter: object, drafter_position: str, cache_bytes: object) -> None:
+    """Checks those arguments of `api.load` that nothing else checks.
+
+    Raises:
+        MTPError: One of them has the wrong type or value.
+    """
+    if not isinstance(target, str | Path | None) or not (drafter is False or isinstance(drafter, str | Path | None)):
+        raise MTPError("target and drafter must be folders or repository names: strings or paths")
+    if drafter_position not in (*POSITIONS, "auto"):
+        raise MTPError(f"drafter_position must be auto, {' or '.join(POSITIONS)}, not {drafter_position!r}")
+    if cache_bytes is not None and (not is_int(cache_bytes) or cache_bytes < 0):
+        raise MTPError(f"cache_bytes must be a whole number of bytes or None, not {cache_bytes!r}")
 
 
 def load_models(
@@ -48,7 +69,20 @@ def load_models(
     profile: Profile | None,
     suppress_tokens: tuple[int, ...],
 ) -> Loaded:
-    """Loads a pair; arguments and errors are those of `api.load`, and the token ids that are never chosen."""
+    """Loads a pair.
+
+    Args:
+        description: The target, as `find_pair` returns it.
+        drafter_description: The drafter, or None.
+        adapter: Folder of the target's LoRA adapter, or None.
+        position: Position of the drafter's queries: "committed" or "bonus".
+        cache_bytes: See `api.load`.
+        profile: The pair's profile, or None.
+        suppress_tokens: Token ids that are never chosen.
+
+    Raises:
+        MTPError: See `api.load`.
+    """
     target, drafter = load_target(description, adapter), None
     if drafter_description:
         with way_out():
@@ -56,14 +90,33 @@ def load_models(
     self_test.at_load(target, drafter)
     check_overflow(target, drafter)
     weights = sizes.weight_bytes(target, drafter)
-    budget, kept = sizes.kv_budget(weights, cache_bytes)
+    budget, cached = sizes.kv_budget(weights, cache_bytes)
     scheduler = Scheduler(
         target,
         drafter,
         suppress_tokens,
         max_rows=profile.rows if profile else MAX_ROWS,
         kv_budget=budget,
-        cache_bytes=kept,
+        cache_bytes=cached,
         policy=DraftLengthPolicy(profile.prices) if profile else None,
     )
     return Loaded(target, drafter, scheduler, weights, budget)
+
+
+def load_tokenizer(folder: Path, stop_tokens: Collection[int]) -> Tokenizer | None:
+    """A target's tokenizer, or None if its folder has none; warns about a base model, which can't chat.
+
+    Args:
+        folder: The target's.
+        stop_tokens: Those of its generation_config.
+    """
+    if not has_tokenizer(folder):
+        return None
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer.seems_base(stop_tokens):
+        log.warning(
+            "%s has no chat template and seems to be a base model, which can't chat: chat_template=False (--raw) "
+            "completes text as it is",
+            folder,
+        )
+    return tokenizer

@@ -1,10 +1,10 @@
-"""What can be asked of a generation: one place for the names, the defaults and the checks."""
+"""The options of a generation: their names, defaults and checks."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..decode.request import check_draft_length
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class OptionFields(TypedDict, total=False):
-    """`GenerationOptions` as keyword arguments, but for `max_tokens`, which every call names itself."""
+    """`GenerationOptions` as keyword arguments, except `max_tokens`, which every call names itself."""
 
     temperature: float | None
     top_k: int | None
@@ -37,33 +37,34 @@ class OptionFields(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """How a text is generated; every call takes these, one by one by name or as this object.
+    """How a text is generated. Every call takes these options by name or as this object.
 
     Attributes:
         max_tokens: Most tokens to generate.
-        temperature: 0 is greedy. This and the next three default to the model's generation_config.
-        top_k: Only the k best tokens; 0 for all.
-        top_p: Only the best tokens that together reach this probability.
-        min_p: Only tokens with at least this share of the best one's probability.
-        seed: Same seed, same text, with and without a drafter; None for a new one each time.
-        stop: Strings that end the text; they aren't part of it. One that is a special token's name ("<turn|>")
-            stands for that token.
-        draft_length: Tokens to draft a round, 0 for plain decoding, or "auto".
-        exactness: "fast", "invariant" (one block width for the whole run, so that the draft length can't matter
-            on any backend) or "stepwise" (verifies token by token: plain decoding, bit for bit, and no faster).
-        ignore_eos: Whether to go on after the model's own stop tokens: those of its generation_config, of Gemma 4's
+        temperature: 0 is greedy. None, here and for the next three, takes the value of the model's generation_config.
+        top_k: Sample only from the k most probable tokens; 0 for all.
+        top_p: Sample only from the most probable tokens that together reach this probability.
+        min_p: Sample only from tokens with at least this share of the best token's probability.
+        seed: The same seed gives the same text, with and without a drafter. None takes a new one each time.
+        stop: Strings that end the text, which doesn't include them. The name of a special token ("<turn|>") stands
+            for that token.
+        draft_length: Tokens to draft in a round, 0 for plain decoding, or "auto".
+        exactness: "fast"; "invariant" (one block width for the whole run, so that the draft length can't change the
+            text on any backend); or "stepwise" (verifies token by token: the same bits as plain decoding, and no
+            faster).
+        ignore_eos: Whether to continue after the model's own stop tokens: those of its generation_config, of Gemma 4's
             chat format, and its tokenizer's `eos_token`.
         thinking: Whether the chat template asks the model to think first.
         tools: Tools that the model may call, as in OpenAI's interface: {"type": "function", "function": {"name",
-            "description", "parameters"}}, the last one a JSON schema. `Generation.tool_calls` holds the calls that
-            fit them, `Generation.tool_errors` says what doesn't.
+            "description", "parameters"}}, where "parameters" is a JSON schema. `Generation.tool_calls` holds the
+            calls that fit them, `Generation.tool_errors` describes those that don't.
         stop_token_ids: Further token ids that end the text.
-        sanitize: Whether special tokens that are spelt out in a message or a tool ("<turn|>") are text. False
-            makes them what they are for the model, which then can't tell a message's from the chat template's.
-        chat_template: False completes a string as it is, after the token that begins texts: no chat, so no
-            messages, thinking or tools, and special tokens that it spells out are those.
-        cancel: Set it, from any thread, to end the text within a round (or a chunk of the prompt); what there is by
-            then is returned, with the finish reason "cancelled".
+        sanitize: Whether a special token's name ("<turn|>") in a message or a tool is encoded as plain text. False
+            encodes it as the special token; the model then can't tell it from one of the chat template.
+        chat_template: False completes a string as it is, after the token that begins texts: without messages, thinking
+            or tools. The names of special tokens in it are encoded as special tokens.
+        cancel: Setting it, from any thread, ends the text within a round (or a chunk of the prompt). The text so far
+            is returned with the finish reason "cancelled".
 
     Raises:
         PromptError: A value can't be used.
@@ -99,16 +100,15 @@ class GenerationOptions:
         if self.cancel is not None and not isinstance(self.cancel, threading.Event):
             raise PromptError(f"cancel must be a threading.Event, not {self.cancel!r}")
 
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> GenerationOptions:
-        """Options by name.
+    def updated(self, values: Mapping[str, Any]) -> GenerationOptions:
+        """These options with some values replaced, by name.
 
         Raises:
-            PromptError: A value can't be used, or nothing has such a name.
+            PromptError: A value can't be used, or there is no option of that name.
         """
-        if unknown := given.keys() - {field.name for field in fields(cls)}:
+        if unknown := values.keys() - {field.name for field in fields(self)}:
             raise PromptError(f"unknown options: {', '.join(sorted(map(str, unknown)))}")
-        return cls(**given)
+        return replace(self, **values) if values else self
 
     @property
     def stop_strings(self) -> Sequence[str]:
@@ -116,10 +116,30 @@ class GenerationOptions:
         return [self.stop] if isinstance(self.stop, str) else [] if self.stop is None else self.stop
 
     def sampling(self, defaults: GenerationDefaults, seed: int) -> SamplingOptions:
-        """How tokens are chosen, with a model's defaults for what was left open."""
+        """The sampling options, with a model's defaults for those that are None."""
         given = {name: getattr(self, name) for name in _SAMPLING if name != "seed"}
         filled = {name: getattr(defaults, name) if value is None else value for name, value in given.items()}
         return SamplingOptions(**filled, seed=seed)
 
 
 _SAMPLING = tuple(field.name for field in fields(SamplingOptions))
+
+
+def resolve_options(
+    options: GenerationOptions | None, max_tokens: int | None, overrides: Mapping[str, Any]
+) -> GenerationOptions:
+    """The options of a call.
+
+    Args:
+        options: The object that the call was given; None for the defaults.
+        max_tokens: Replaces that of `options`, unless None.
+        overrides: Options by name, which replace those of `options`.
+
+    Raises:
+        PromptError: `options` isn't a `GenerationOptions`, a value can't be used, or there is no option of that name.
+    """
+    if options is None:
+        options = GenerationOptions()
+    if not isinstance(options, GenerationOptions):
+        raise PromptError(f"options must be GenerationOptions, not {options!r}")
+    return options.updated(overrides if max_tokens is None else {"max_tokens": max_tokens, **overrides})

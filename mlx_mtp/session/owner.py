@@ -1,19 +1,19 @@
-"""The owner of a model: one thread that alone touches MLX, and what it exchanges with those who call.
+"""Sessions: a thread for each model, the only one that uses MLX, and its exchange with callers.
 
-    callers                                        the owner's thread
-    session.submit(request, inbox) ---------->     into the scheduler's queue
-    inbox.get()          <-- tokens of a row --    after each of its steps
-    session.call(work)   <-- result ----------     between two steps, or piece by piece between several
+    callers                                        the session's thread
+    session.submit(request, inbox) ---------->     queues a row in the scheduler
+    inbox.get()          <-- tokens of a row --    after each step
+    session.call(work)   <-- result ----------     between two steps
+    session.run(work)    <-- result ----------     a piece between each two steps
 
-The owner steps the scheduler while there are rows, whoever reads their tokens and however slowly: a row goes on until
-it is AHEAD tokens ahead of its reader, then it makes room for others until that one has caught up. A row whose reader
-has gone, for whatever reason, ends with the step that is running, which is a round and a chunk of a prompt at most.
-Nobody else's row is touched by that. An error in a step ends all rows that were under way, each with an error of its
-own; those that wait in the queue don't notice.
+The thread steps the scheduler while there are rows. A row runs on until it is AHEAD tokens ahead of its reader; then it
+is paused, and others may take its place until the reader has caught up. A row whose reader is gone ends with the
+current step, which takes at most a round and a chunk of a prompt. Other rows are not affected. An error in a step ends
+all rows of the batch, each with an error of its own; rows in the queue are not affected.
 
-The owner loads the model, too, and lets go of it with `close`, when the model is dropped, or when the interpreter
-exits. Then its thread waits for the next model: MLX keeps a thread of its own for every stream that was ever made, and
-aborts the process at exit if that outlives the thread it was made in.
+The thread also loads the model. It frees it on `close`, when the model is dropped, or when the interpreter exits, and
+then waits for another model. Threads are reused because MLX has a thread of its own for every stream ever made, and
+aborts the process at exit if that outlives the thread that made the stream.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 AHEAD = 1024
-"""Tokens that a row may be ahead of its reader: some seconds of text, so that a window that redraws costs no round."""
+"""Tokens that a row may be ahead of its reader: some seconds of text, so that a short stall doesn't pause it."""
 
-GLANCE = 0.1
-"""Seconds between two looks at the events that end rows, while nothing is done otherwise."""
+POLL_SECONDS = 0.1
+"""Seconds between two checks of the rows' cancel events while the thread is idle: an Event can't notify it."""
 
 
 @dataclass
 class _Work:
-    """Something to be done between steps: a function's one call, or a generator's pieces."""
+    """Work to do between steps; if `run` returns a generator, a piece of it is done each time."""
 
     run: Callable[[], Any]
     result: Future[Any]
@@ -63,7 +63,7 @@ class _Work:
 
 
 class _Thread:
-    """A thread with a stream, which does one thing after another; daemons, since they never end."""
+    """A daemon thread with an MLX stream; it runs tasks one after another and never ends."""
 
     idle: ClassVar[list[_Thread]] = []
 
@@ -74,7 +74,7 @@ class _Thread:
 
     @classmethod
     def start(cls, task: Callable[[mx.Stream], None]) -> threading.Thread:
-        """Has something done in a thread that has nothing to do, or a new one."""
+        """Runs a task in an idle thread, or in a new one, and returns the thread."""
         try:
             free = cls.idle.pop()
         except IndexError:
@@ -95,7 +95,7 @@ _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """Ends all sessions: a thread that is in the midst of MLX when the interpreter goes takes the process with it."""
+    """Ends all sessions: a thread that is inside MLX while the interpreter exits would crash the process."""
     sessions = [*_sessions]
     for session in sessions:
         session.close(wait=False)
@@ -104,20 +104,20 @@ def _close_all() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_Thread.idle.clear)  # there they don't exist
+    os.register_at_fork(after_in_child=_Thread.idle.clear)  # a forked child doesn't have these threads
 
 
 class Session:
-    """Runs a model in a thread of its own; all methods may be called from any thread."""
+    """Runs a model in a thread of its own. All public methods may be called from any thread."""
 
-    def __init__(self, load: Callable[[], Loaded]):
-        """Loads a model in its thread, and waits for it.
+    def __init__(self, load: Callable[[], Loaded]) -> None:
+        """Starts the thread, and waits until it has loaded the model.
 
         Args:
-            load: Makes what the thread is to own.
+            load: Loads the model; called in the thread.
 
         Raises:
-            BaseException: What `load` raises.
+            BaseException: Any exception of `load`.
         """
         self._load = load
         self._process = os.getpid()
@@ -143,12 +143,12 @@ class Session:
     # For callers
 
     def submit(self, request: Request, inbox: Inbox, width: int = 0, cancel: threading.Event | None = None) -> Row:
-        """Hands in a request; its tokens come into the inbox.
+        """Queues a request; the inbox receives its tokens.
 
         Args:
             request: What to generate.
-            inbox: Where its news goes; whoever closes it ends the row.
-            width: Rows that the batch may have while this one is under way, if more than usual.
+            inbox: Receives the row's news; closing it cancels the row.
+            width: Most rows of the batch while this row runs, if more than usual.
             cancel: Ends the row when it is set.
 
         Raises:
@@ -158,7 +158,7 @@ class Session:
         row = self.owned().scheduler.row(request, width)
         row.cancel_event = cancel
         inbox.expect(row, self._wake)
-        # Weak, so that an inbox that is dropped ends its rows.
+        # Weak, so that dropping an inbox ends its rows.
         reader = weakref.ref(inbox)
 
         def enqueue() -> None:
@@ -169,20 +169,20 @@ class Session:
         return row
 
     def call(self, work: Callable[[Loaded], T], cancel: threading.Event | None = None) -> T:
-        """Has something done in the owner's thread, between two steps, and waits for it.
+        """Calls a function in the session's thread, between two steps, and returns its result.
 
         Args:
-            work: What to do.
-            cancel: Gives it up, if it hasn't begun, when it is set.
+            work: The function.
+            cancel: If it is set before the call has begun, the call doesn't take place.
 
         Raises:
-            MTPError: The model is closed, belongs to another process, or it was given up.
-            BaseException: What `work` raises.
+            MTPError: The model is closed or belongs to another process, or the call was cancelled.
+            BaseException: Any exception of `work`.
         """
         return cast(T, self._wait_for(lambda: work(self.owned()), cancel))
 
     def run(self, work: Callable[[Loaded], Generator[Any, None, T]], cancel: threading.Event | None = None) -> T:
-        """As `call`, for long work: a generator, of which a piece is done between two steps."""
+        """As `call`, for long work: `work` returns a generator, which advances once between two steps."""
         return cast(T, self._wait_for(lambda: work(self.owned()), cancel))
 
     def _wait_for(self, work: Callable[[], Any], cancel: threading.Event | None) -> Any:
@@ -193,12 +193,16 @@ class Session:
         except CancelledError:
             raise MTPError("this was cancelled") from None
         except BaseException:
-            done.cancel()  # interrupted while it waited
+            done.cancel()  # this thread was interrupted
             raise
 
     @contextmanager
     def lend(self) -> Iterator[tuple[Target, Drafter | None]]:
-        """Lends the models to the calling thread, while the owner waits."""
+        """Lends the models to the calling thread for the block; the session's thread waits meanwhile.
+
+        Raises:
+            MTPError: The model is closed, or belongs to another process.
+        """
         if self._lent_to == threading.get_ident():
             yield self.owned().target, self.owned().drafter
             return
@@ -208,7 +212,7 @@ class Session:
             begun.set()
             ended.wait()
 
-        work.add_done_callback(lambda _: begun.set())  # it never began: the model was closed
+        work.add_done_callback(lambda _: begun.set())  # if the model is closed before it begins
         self._post(_Work(wait, work, None))
         try:
             begun.wait()
@@ -220,7 +224,7 @@ class Session:
             ended.set()
 
     def owned(self) -> Loaded:
-        """What the session owns; for looking at only.
+        """What the session owns. Only the session's thread, or within `lend`, may change it.
 
         Raises:
             MTPError: The model is closed, or belongs to another process.
@@ -232,13 +236,13 @@ class Session:
         return owned
 
     def close(self, wait: bool = True) -> None:
-        """Ends all rows and gives back all memory; may be called more than once, and anywhere.
+        """Ends all rows and frees all memory. May be called more than once, and in any thread.
 
         Args:
             wait: Whether to wait until that is done.
         """
         if os.getpid() != self._process:
-            return  # a forked child: there is no such thread
+            return  # a forked child doesn't have the thread
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -266,11 +270,11 @@ class Session:
             self._changed.notify_all()
 
     def _wake(self) -> None:
-        """Somebody has read tokens, or gone."""
+        """Wakes the thread: a reader has caught up, or is gone."""
         with self._changed:
             self._changed.notify_all()
 
-    # In the owner's thread
+    # In the session's thread
 
     def _main(self, stream: mx.Stream, loaded: Future[None]) -> None:
         try:
@@ -286,23 +290,22 @@ class Session:
                 self._do_work()
                 self._step()
         except BaseException:
-            log.exception("the owner of a model has met an error of its own: the model is closed")
+            log.exception("the thread of a model failed: the model is closed")
         finally:
             self._end(stream)
             self._ended.set()
 
     def _wait(self) -> bool:
-        """Waits until there is something to do; False if that is to end."""
+        """Waits until there is something to do; returns False once the session closes."""
         with self._changed:
             while not self._closing and not self._work and not self._may_step():
                 WIRED.release(self)
-                # Nobody says that an event was set.
-                self._changed.wait(GLANCE if any(row.cancel_event for row, _ in self._readers) else None)
+                self._changed.wait(POLL_SECONDS if any(row.cancel_event for row, _ in self._readers) else None)
             return not self._closing
 
     def _may_step(self) -> bool:
-        """Whether a row is under way that its reader keeps up with, or one that is to leave."""
-        self._notice_readers()
+        """Whether the scheduler has anything to do: a row that isn't paused, or one that was cancelled."""
+        self._check_readers()
         return self._scheduler.busy
 
     @property
@@ -310,7 +313,8 @@ class Session:
         assert self._owned
         return self._owned.scheduler
 
-    def _notice_readers(self) -> None:
+    def _check_readers(self) -> None:
+        """Cancels rows whose reader is gone, and pauses those that are far ahead of their reader."""
         for row, reader in self._readers:
             inbox = reader()
             if inbox is None or (row.cancel_event is not None and row.cancel_event.is_set()):
@@ -352,7 +356,7 @@ class Session:
         try:
             self._scheduler.step()
         except BaseException as error:
-            # Every row under way has ended with it, and says so to its reader.
+            # The scheduler has ended every row of the batch with this error, which `_deliver` passes on.
             log.debug("a step has failed", exc_info=error)
             mx.clear_cache()
         self._deliver()
@@ -360,13 +364,13 @@ class Session:
     def _deliver(self) -> None:
         left = []
         for row, reader in self._readers:
-            done = row.done  # before its tokens are looked at: it may be cancelled just now
-            self._tell(reader, row, row.pop_unread(), done)
+            done = row.done  # read before the tokens, because another thread may cancel the row at any time
+            self._send(reader, row, row.pop_unread(), done)
             if not done:
                 left.append((row, reader))
         self._readers = left
 
-    def _tell(self, reader: weakref.ref[Inbox], row: Row, tokens: list[int], done: bool) -> None:
+    def _send(self, reader: weakref.ref[Inbox], row: Row, tokens: list[int], done: bool) -> None:
         inbox = reader()
         if inbox is not None and (tokens or done):
             inbox.put(News(row, tokens, row.stats.snapshot(), done, row.cancelled, row.error))
@@ -382,7 +386,7 @@ class Session:
             self._owned.scheduler.close()
         for row, reader in self._readers:
             row.error = row.error or MTPError("the model was closed")
-            self._tell(reader, row, row.pop_unread(), True)
+            self._send(reader, row, row.pop_unread(), True)
         self._readers = []
         self._owned = None
         WIRED.release(self)
@@ -392,5 +396,5 @@ class Session:
 
 
 def _resolve(result: Future[Any], value: Any) -> None:
-    with suppress(Exception):  # whoever waited was interrupted
+    with suppress(Exception):  # the caller was interrupted, which cancelled the future
         result.set_result(value)
