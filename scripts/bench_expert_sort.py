@@ -1,4 +1,4 @@
-"""From how many token-expert pairs does sorting them by expert pay? (`SORT_FROM` in mlx_mtp/models/moe.py)
+"""From how many token-expert pairs does sorting them by expert pay? For `SORT_FROM` in mlx_mtp/models/moe.py.
 
 One layer's experts of 26B-A4B with random weights, tokens that choose experts independently; microseconds of a call,
 unsorted and sorted, medians.

@@ -23,18 +23,18 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 PLATFORM = "macosx_14_0_arm64"
 
 
-class Unresolved(Exception):
+class UnresolvedError(Exception):
     """pip found no binary for some requirement; the message is pip's own last error line."""
 
 
 def pip(*arguments: str) -> str:
-    """Run pip and return its standard output; raises Unresolved when it fails."""
+    """Run pip and return its standard output; raises UnresolvedError when it fails."""
     done = subprocess.run(
         [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments], capture_output=True, text=True
     )
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        raise Unresolved(errors[-1] if errors else done.stderr.strip()[-300:])
+        raise UnresolvedError(errors[-1] if errors else done.stderr.strip()[-300:])
     return done.stdout
 
 
@@ -84,7 +84,7 @@ def choose(requirements: list[str], python: str, scratch: str) -> list[dict]:
 
 
 def resolve(wheel: Path, python: str, scratch: str) -> dict[str, str]:
-    """Name -> file name of everything an installation of `wheel` needs; raises Unresolved when something is missing."""
+    """Name -> file name of all that an installation of `wheel` needs; raises UnresolvedError if that fails."""
     asked: dict[str, Requirement] = {}
     while True:
         chosen = choose([str(wheel), *sorted(asked)], python, scratch)
@@ -110,7 +110,7 @@ def main() -> int:
         for python in PYTHONS:
             try:
                 files = resolve(wheel, python, str(Path(folder) / "target"))
-            except Unresolved as error:
+            except UnresolvedError as error:
                 failed = True
                 print(f"Python {python}: FAILED: {error}")
                 continue

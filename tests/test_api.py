@@ -8,6 +8,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
@@ -256,7 +257,7 @@ def test_a_trace_shows_host_and_device(lm: mlx_mtp.MTPModel, tmp_path: Path, pro
     assert 0 < names["draft"] <= names["verify"] and names["prefill"] >= 1
     for row in {e["tid"] for e in events}:
         bars = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["tid"] == row)
-        assert all(end <= begin + 1 for (_, end), (begin, _) in zip(bars, bars[1:], strict=False))
+        assert all(end <= begin + 1 for (_, end), (begin, _) in pairwise(bars))
     assert list(tmp_path.iterdir()) == [file]
     for nowhere in (tmp_path / "no" / "trace.json", tmp_path):
         with pytest.raises(OSError), lm.trace(nowhere):

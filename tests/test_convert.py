@@ -374,7 +374,7 @@ def test_an_original_too_large_to_compare_with(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "culprit"),
+    "options, code, culprit",
     [
         (["--mode", "q4_k"], 2, "--mode: unknown quantisation mode 'q4_k'"),
         (["--bits", "7"], 2, "--bits: can't quantise to 7 bits"),
