@@ -179,7 +179,7 @@ def test_several_files(shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     source, _ = make_pair("26b", tmp_path, shards=shards)
     one = convert(source, tmp_path / "one", scheme(8))
     monkeypatch.setattr(weights_convert.plan, "FILE_BYTES", 200_000)
-    monkeypatch.setattr(weights_convert.plan, "CHUNK_BYTES", 3_000)
+    monkeypatch.setattr(weights_convert.plan, "CHUNK_BYTES", 9_000)
     steps: list[tuple[str, int, int]] = []
     folder = prepare(source, tmp_path / "new", scheme(8)).run(lambda *step: steps.append(step))
     files = sorted(path.name for path in folder.glob("*.safetensors"))
