@@ -138,9 +138,9 @@ def test_a_tokenizer_json_comes_first(folder: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("options, culprit", [
-    ({"model_type": "unigram", "vocab_size": 330}, "no BPE"), ({"byte_fallback": False}, "byte fallback"),
+    ({"model_type": "unigram", "vocab_size": 330}, "a BPE model"), ({"byte_fallback": False}, "byte fallback"),
     ({"add_dummy_prefix": True}, "space before"), ({"remove_extra_whitespaces": True}, "removes spaces"),
-    ({"normalization_rule_name": "nfkc"}, "changes characters"),
+    ({"normalization_rule_name": "nfkc"}, "normalizes characters"),
 ])  # fmt: skip
 def test_others_than_gemmas_are_refused(tmp_path: Path, options: dict[str, Any], culprit: str):
     train(tmp_path, **options)
@@ -156,5 +156,5 @@ def test_files_that_are_no_models(tmp_path: Path, content: bytes):
 
 
 def test_sentencepiece_is_imported_only_when_used():
-    code = "import sys, mlx_mtp.text, mlx_mtp.sentencepiece_model; print('sentencepiece' in sys.modules)"
+    code = "import sys, mlx_mtp.text.tokenizer, mlx_mtp.text.sentencepiece_model; print('sentencepiece' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
