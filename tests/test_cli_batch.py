@@ -166,7 +166,7 @@ def test_the_output_stays_what_it_was(tmp_path: Path):
     assert same.returncode == 1 and "is the input" in same.stderr and source.read_text() == before
     for device in ("/dev/null", "/dev/stdout", "-"):
         refused = batch(source, Path(device))
-        assert refused.returncode == 1 and "no plain file" in refused.stderr and not refused.stdout
+        assert refused.returncode == 1 and "isn't a plain file" in refused.stderr and not refused.stdout
     assert Path("/dev/null").is_char_device()
     # Answers to another input, and a model that isn't there: nothing is lost.
     kept = real.read_text()

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how they become a model."""
+"""Options that several commands share, and loading the model that they describe."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 
 _BITS = (2, 3, 4, 5, 6, 8)
-"""`quantization.BITS`, which comes with MLX: options are read before that is imported."""
+"""As `quantization.BITS`, whose module imports MLX; options are parsed before that."""
 
 
 def _draft_length(value: str) -> str | int:
@@ -48,7 +48,9 @@ def _inverted(flag: bool) -> bool:
 
 Drafter = Annotated[
     str | None,
-    typer.Option(help="Folder or repository of the drafter. Default: what is found of the model's.", metavar="MODEL"),
+    typer.Option(
+        help="Folder or repository of the drafter. Default: the model's own, if one is found.", metavar="MODEL"
+    ),
 ]
 NoDraft = Annotated[bool, typer.Option("--no-draft", help="Plain decoding, without a drafter.")]
 Adapter = Annotated[
@@ -60,23 +62,24 @@ Quantize = Annotated[
 QuantizeDrafter = Annotated[
     Any,
     typer.Option(
-        help="Precision of the drafter: a quantised model's own (auto), as stored (none), or bits. Texts stay alike.",
+        help="Precision of the drafter: the model's (auto), as stored (none), or bits. Doesn't change the text.",
         metavar="auto|none|BITS",
         parser=_quantize_drafter,
     ),
 ]
 System = Annotated[str | None, typer.Option(help="System prompt.", metavar="TEXT")]
 Think = Annotated[bool, typer.Option("--think", help="Ask the model to think first.")]
-Raw = Annotated[bool, typer.Option("--raw", help="Complete the text as it is, without a chat template.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Complete the text as it is, without the chat template.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
 Model = Annotated[
     str | None,
     typer.Argument(help="Folder or repository. Default: the demo pair.", metavar="MODEL", show_default=False),
 ]
 TraceFile = Annotated[
-    Path | None, typer.Option("--trace", help="Write a Chrome trace of draft, verify and host here.", metavar="FILE")
+    Path | None,
+    typer.Option("--trace", help="Write a Chrome trace of draft, verify and host to this file.", metavar="FILE"),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @dataclass
@@ -128,14 +131,14 @@ class _Generation:
     exactness: Annotated[
         str,
         typer.Option(
-            help="fast: what the verify pass chooses. invariant: the same text at any draft length on any device. "
+            help="fast: the choices of the verify pass. invariant: the same text at any draft length on any device. "
             "stepwise: bit for bit plain decoding, and no faster.",
             metavar="fast|invariant|stepwise",
         ),
     ] = "fast"
 
     def __post_init__(self) -> None:
-        """Checks what typer can't.
+        """Checks values that typer can't check.
 
         Raises:
             typer.BadParameter: Exit code 2.
@@ -199,7 +202,7 @@ def _hints(annotated: Any) -> list[Any]:
 def check_loading(
     drafter: str | None, no_draft: bool, quantize: int | None, quantize_drafter: str | int = "auto"
 ) -> None:
-    """Checks what typer can't of the options that say what to load.
+    """Checks options of loading whose values typer can't check.
 
     Raises:
         typer.BadParameter: Exit code 2.
@@ -242,7 +245,7 @@ def tracing(lm: MTPModel, file: Path | None) -> AbstractContextManager[None]:
 
 
 def show(chunks: Iterable[Chunk]) -> list[Chunk]:
-    """Prints an answer while it comes, thoughts on stderr; returns its chunks."""
+    """Prints an answer as it is generated, with its reasoning on stderr; returns its chunks."""
     seen, reasoning = [], ""
     for chunk in chunks:
         seen.append(chunk)
@@ -258,13 +261,13 @@ def show(chunks: Iterable[Chunk]) -> list[Chunk]:
 
 
 def os_message(error: OSError) -> str:
-    """What the operating system refused, in a user's words: the file and the reason."""
+    """The message of an error of the operating system: the file and the reason."""
     reason = error.strerror or str(error)
     return f"{error.filename}: {reason}" if error.filename else reason
 
 
 def status(stats: Stats) -> str:
-    """One line about a generation."""
+    """One line of statistics about a generation."""
     line = f"{stats.generated_tokens} tokens, {stats.generation_tps:.1f} tok/s"
     if stats.drafted:
         drafting = {k: n for k, n in stats.draft_lengths.items() if k}
