@@ -271,10 +271,10 @@ def test_what_cannot_be_converted(tmp_path: Path):
     (tmp_path / "file").touch()
     for wrong, culprit in (
         (lambda: convert(converted, tmp_path / "again", scheme(4)), "quantised already"),
-        (lambda: convert(source, tmp_path / "new"), "exists already"),
-        (lambda: convert(source, tmp_path / "new", scheme(8)), "exists already"),
-        (lambda: convert(source, tmp_path / "file"), "exists already"),
-        (lambda: convert(source, source), "exists already"),
+        (lambda: convert(source, tmp_path / "new"), "isn't the result of this conversion"),
+        (lambda: convert(source, tmp_path / "new", scheme(8)), "isn't the result of this conversion"),
+        (lambda: convert(source, tmp_path / "file"), "isn't the result of this conversion"),
+        (lambda: convert(source, source), "isn't the result of this conversion"),
         (lambda: convert(source, source / "inside"), "lies in the folder"),
         (lambda: convert(source, tmp_path / "file" / "x"), f"{tmp_path / 'file' / 'x'} can't be read or written"),
         (lambda: convert(source, "/proc/nowhere/x"), "can't be read or written"),
