@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -187,3 +189,9 @@ def test_wrong_use(tmp_path: Path):
     source.write_bytes(b"\xff\xfe")
     assert batch(source, tmp_path / "out.jsonl").returncode == 1
     assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+def test_the_help_names_every_option_that_a_line_may_have():
+    options = {field.name for field in fields(mlx_mtp.GenerationOptions)} - {"cancel"}
+    shown = subprocess.run([sys.executable, "-m", "mlx_mtp", "batch", "--help"], capture_output=True, text=True).stdout
+    assert options <= set(re.findall(r"\w+", shown.partition("A line of OUT.jsonl")[0]))

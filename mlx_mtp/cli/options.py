@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -160,6 +160,7 @@ def generating(max_tokens: int = 256) -> Callable[[Callable[..., None]], Callabl
     Args:
         max_tokens: The command's default of --max-tokens.
     """
+    annotations = inspect.get_annotations(_Generation, eval_str=True)
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         shared = [
@@ -169,11 +170,13 @@ def generating(max_tokens: int = 256) -> Callable[[Callable[..., None]], Callabl
                 default=max_tokens if field.name == "max_tokens" else field.default,
                 annotation=annotation,
             )
-            for field, annotation in zip(fields(_Generation), _hints(_Generation), strict=True)
+            for field, annotation in zip(fields(_Generation), annotations.values(), strict=True)
         ]
+        # The module of `GenerationOptions` imports MLX, so the name can't be looked up here.
+        signature = inspect.signature(command, locals={"GenerationOptions": object}, eval_str=True)
         parameters: list[inspect.Parameter] = []
-        for parameter, annotation in zip(inspect.signature(command).parameters.values(), _hints(command), strict=True):
-            own = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
+        for parameter in signature.parameters.values():
+            own = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             parameters += shared if parameter.name == "generation" else [own]
 
         def run(**given: Any) -> None:
@@ -190,13 +193,6 @@ def generating(max_tokens: int = 256) -> Callable[[Callable[..., None]], Callabl
         return run
 
     return decorate
-
-
-def _hints(annotated: Any) -> list[Any]:
-    """The types of a command's parameters or of a class's fields, in order."""
-    # The module of `GenerationOptions` imports MLX, so it isn't there to be looked up.
-    hints = get_type_hints(annotated, localns={"GenerationOptions": object}, include_extras=True)
-    return [hint for name, hint in hints.items() if name != "return"]
 
 
 def check_loading(

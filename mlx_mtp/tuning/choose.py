@@ -24,7 +24,7 @@ from ..errors import MTPError
 from .costs import Measurement, Step
 
 _ANOMALY = 1.3
-"""A block that takes so many times as long as a wider one, but not in every lap, was disturbed while it was timed."""
+"""Ratio of a block's time to that of a wider block, and of its slowest lap to its fastest, that shows a disturbance."""
 
 
 @dataclass(frozen=True)
