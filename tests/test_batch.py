@@ -93,8 +93,8 @@ def test_the_only_running_row_is_cancelled_during_a_step(e2b: Pair, monkeypatch:
     scheduler.step()
     other = scheduler.submit(Request([4] * (5 * WINDOW), 10))
     with monkeypatch.context() as patch:
-        regroup = scheduler.engine.update_batch
-        patch.setattr(scheduler.engine, "regroup", lambda *joining: (regroup(*joining), row.cancel()))
+        update_batch = scheduler.engine.update_batch
+        patch.setattr(scheduler.engine, "update_batch", lambda *joining: (update_batch(*joining), row.cancel()))
         scheduler.step()
     run(scheduler, [other])
     assert other.tokens == alone(e2b[0], other.request)
@@ -271,10 +271,10 @@ def test_one_host_read_a_round(e2b: Pair, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(engine_module, "_host", count("read", engine_module._host))
     monkeypatch.setattr(mx, "eval", count("eval", mx.eval))
-    monkeypatch.setattr(mx, "async_eval", count("hand over", mx.async_eval))
+    monkeypatch.setattr(mx, "async_eval", count("submit", mx.async_eval))
     for _ in range(10):
         scheduler.step()
-    assert events == ["hand over", "read"] * 10
+    assert events == ["submit", "read"] * 10
     for row in rows:
         row.cancel()
 

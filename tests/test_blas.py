@@ -9,7 +9,7 @@ import sys
 PROBE = """
 import ctypes, sys
 {before}
-from mlx_mtp.blas import use_openblas
+from mlx_mtp.system.blas import use_openblas
 found = use_openblas()
 import mlx.core as mx, numpy as np
 rng = np.random.default_rng(0)

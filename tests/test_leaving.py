@@ -57,7 +57,7 @@ def test_rows_that_have_left_are_forgotten(pair: Pair):
     run(scheduler, words(20, 0), words(30, 1))
     run(scheduler, words(3, 2))
     scheduler.step()
-    assert not scheduler._under_way()
+    assert not scheduler._active()
 
 
 def test_closing_ends_those_who_wait(pair: Pair):

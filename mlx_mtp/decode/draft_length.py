@@ -1,16 +1,16 @@
 """How many tokens to draft for each row in the next round: the lengths with the best goodput.
 
 Goodput is expected tokens per second (SmartSpec, X. Liu et al., 2024; vLLM: adaptive verification). Draft j of a row is
-a slot, which survives if it and all before it are kept. For each K, the longest length, slots are admitted across rows
-in the order of survival; the K and number of slots with the most tokens for the round's time win, K = 0 included.
+a slot, which survives if it and all drafts before it are accepted. For each K, the longest draft length, slots are
+admitted across rows in the order of survival. The K and number of slots with the best goodput win; K = 0 is a choice.
 
-    survival    discounted counts by row and position (`Survival`)
-    seconds     T(K, n) = verify(n tokens) + K draft + packing, if rows differ (`RoundCost`)
-    value       tokens while others wait for a place; else the plain decoding that a round saves (`_saved`)
-    trials      of lengths whose price or acceptance isn't known; a token bucket pays for what they lose (`_trial`)
+    survival    probability that a slot survives, from discounted counts by row and position (survival.py)
+    seconds     T(K, n) = verify(n tokens) + K draft steps + packing, if rows differ (`RoundCost`)
+    value       tokens, if requests wait for a place; else the time of plain decoding that a round saves (`_saved`)
+    trials      rounds with lengths of unknown price or acceptance; a token bucket limits their cost (`_trial`)
 
-The policy is asked for a decision a round and told of its outcome one round late, as the engine builds a
-round before it has read the one before. Lengths change only speed, never the text.
+The policy makes one decision per round and learns its outcome one round late, because the engine builds a round before
+it has read the one before. Draft lengths change only speed, never the text.
 """
 
 from __future__ import annotations
@@ -25,38 +25,35 @@ from annotated_types import Interval
 
 from .limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH
 from .request import Row
+from .survival import Survival
 
-FAST, SLOW = 0.9, 0.98
-"""What a round leaves of a row's counts: of those that follow the text, and of those that say what is usual for it."""
-PRIOR, LEAN = 0.8, 2.0
-"""Published acceptance of these drafters; and the drafts that any such belief is worth beside those counted."""
 SLOPE, DRAFT = 0.2, 0.1
-"""Of a plain step, until measured: what each draft adds to a round, and the drafter's part of that."""
+"""Guesses until measured, as shares of a plain step: what a draft adds to a round, and the drafter's part of that."""
 UNKNOWN = 0.5
-"""A price seen less than twice may be this part of what it seems: it had to pay for building kernels, or is a guess."""
+"""A price measured less than twice may really be this share of it: the first round also builds kernels."""
 SHARED = 0.25
-"""Of what a row less in the batch should save by its tokens, the part counted on until fewer rows were measured."""
+"""The share of a row's estimated token cost that a batch of one row less is assumed to save, until that is measured."""
 DRIFT = 0.05
-"""How much what was learnt may have changed since: the step of a price that is known, the doubt about one that is old,
-and the weight of the case that texts change and any row may be the last of a batch."""
+"""How much an estimate may have drifted: the update step of a known price, the doubt about an old one, and the weight
+of the case that texts change and any row may be the last of a batch."""
 CLIP = 1.25
-"""No round counts for more than this times what was expected: the machine may pause."""
+"""A round counts for at most this times its expected time: the machine may pause."""
 SHARE, CREDIT = 0.01, 4.0
-"""What trials may lose: a share of all rounds, and the most that is saved up for them, in rounds."""
+"""The token bucket of trials: their cost may be this share of all rounds, and this many rounds can be saved up."""
 APART, STALE = 8, 64
-"""Rounds between trials; and those after which a price is doubted, or a row without drafts is tried beside others."""
+"""Rounds between trials; and rounds after which a price is doubted, or drafts are tried in a row that had none."""
 EVERY = 2
-"""Rounds between choices in a batch: choosing takes host time. While nothing is drafted, times `APART`."""
+"""Rounds between choices in a batch, since choosing takes host time; times `APART` while nothing is drafted."""
 
 
 @dataclass(frozen=True)
 class Prices:
-    """What rounds of a batch were measured to take, in seconds.
+    """Measured seconds of the parts of a round, for one number of rows.
 
     Attributes:
-        verify: By block width from 1 on, a pass of the target over so many tokens of each row.
-        draft: A step of the drafter.
-        packing: What a pass over rows of different lengths takes more than an even one over as many tokens.
+        verify: A verify pass, by block width from 1 on (tokens of each row).
+        draft: A draft step of all rows.
+        packing: The extra time of a pass over rows with different block widths.
     """
 
     verify: Mapping[int, Annotated[float, Interval(gt=0, le=sys.float_info.max)]]
@@ -64,20 +61,20 @@ class Prices:
     packing: Annotated[float, Interval(ge=0, le=sys.float_info.max)]
 
     def even(self) -> dict[int, float]:
-        """Seconds of a round by draft length, the same for all rows."""
+        """Seconds of a round in which all rows have the same draft length, by that length."""
         return {width - 1: seconds + (width - 1) * self.draft for width, seconds in self.verify.items()}
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a round drafts; it goes with the round and comes back with its outcome.
+    """The draft lengths of a round; `DraftLengthPolicy.observe` gets it back with the outcome.
 
     Attributes:
-        rows: The batch.
-        lengths: Tokens to draft, by row.
-        trial: Whether they are tried rather than thought best.
-        cost: The estimate of what rounds of such a batch take; None where nobody chose.
-        best: Seconds and tokens a row that were expected of the best lengths then.
+        rows: The rows of the batch.
+        lengths: Draft length of each row.
+        trial: Whether the lengths are a trial, not the best known ones.
+        cost: The cost estimate of such a batch; None without a drafter.
+        best: Expected seconds of a round with the best known lengths, and its expected tokens per row.
     """
 
     rows: Sequence[Row]
@@ -87,71 +84,27 @@ class Decision:
     best: tuple[float, float] = (1.0, 1.0)
 
 
-class Survival:
-    """Discounted counts of drafts tried and kept, by row and position: the probability that a slot is kept.
-
-    A row's fast counts lean on its slow ones, these on all rows' together, and those of a position on the one before
-    (discounting: A. Garivier and E. Moulines, 2011). Fast counts fade with every round, also without drafts: what was
-    seen long ago gives way to what is usual for the text.
-    """
-
-    def __init__(self, longest: int) -> None:
-        """Nothing was seen of drafts up to this length."""
-        self._longest, self._rows = longest, list[int]()
-        # [row, fast or slow, tried or kept, position], and of rows that have ended: [tried or kept, position].
-        self._counts, self._ended = np.zeros((0, 2, 2, longest)), np.zeros((2, longest))
-        # By row, rounds since it had a draft; infinite if never.
-        self.idle = np.zeros(0)
-        # [n, position]: ones up to position n.
-        self._first = np.tri(MAX_DRAFT_LENGTH + 2, longest, -1)
-
-    def begin(self, rows: Sequence[int]) -> None:
-        """These rows run from here on, by number, in this order; what was seen of them before stays."""
-        self._ended += self._counts[[row not in rows for row in self._rows], 1].sum(axis=0)
-        places = [self._rows.index(row) if row in self._rows else -1 for row in rows]
-        self._counts = np.pad(self._counts, [(0, 1), (0, 0), (0, 0), (0, 0)])[places]
-        self.idle, self._rows = np.append(self.idle, np.inf)[places], [*rows]
-
-    def observe(self, drafted: Mapping[int, tuple[int, int]]) -> None:
-        """Learns of a round: drafts and those kept, by row."""
-        self._counts[:, 0] *= FAST
-        self.idle += 1
-        if places := [i for i, row in enumerate(self._rows) if row in drafted]:
-            self._ended *= SLOW ** (len(places) / len(self._rows))
-            self._counts[places, 1] *= SLOW
-            # Draft j was put to the test only if all drafts before it were kept.
-            reached = [(min(kept + 1, length), kept) for length, kept in (drafted[self._rows[i]] for i in places)]
-            self._counts[places] += self._first[reached][:, None]
-            self.idle[places] = 0
-
-    def probabilities(self) -> np.ndarray:
-        """Of each slot: [rows, positions]."""
-        tried, kept = (self._ended + self._counts[:, 1].sum(axis=0)).tolist()
-        mean, chance = list[float](), PRIOR
-        for j in range(self._longest):
-            chance = (kept[j] + LEAN * chance) / (tried[j] + LEAN)
-            mean.append(chance)
-        slow = (self._counts[:, 1, 1] + LEAN * np.array(mean)) / (self._counts[:, 1, 0] + LEAN)
-        fast = (self._counts[:, 0, 1] + LEAN * slow) / (self._counts[:, 0, 0] + LEAN)
-        return fast.cumprod(axis=1)
-
-
 class RoundCost:
-    """Seconds of a round of a batch by its drafts, learnt from rounds.
+    """Estimates the seconds of a round from its draft lengths, for one number of rows; learns from finished rounds.
 
-    Prices are ratios to a prior; of lengths never seen they lie on lines between the others. All have a common scale:
-    when rounds become dearer with the context or other work, a length long not tried keeps its place among the others.
+    Prices are ratios to a prior, interpolated for lengths that were never measured. They share a scale: if rounds get
+    slower with the context or with other work on the machine, lengths that weren't tried lately are scaled as well.
     """
 
     def __init__(self, prices: Prices | None = None, like: RoundCost | None = None) -> None:
-        """Begins with what was measured, or else with the estimate for a batch of another size as a prior."""
+        """Begins with measured prices or a prior.
+
+        Args:
+            prices: Measured prices; None if there are none.
+            like: The estimate for another batch size, which is the prior; None for a guess.
+        """
         guess = 1 + SLOPE * np.arange(MAX_DRAFT_LENGTH + 1)
         self._prior = np.array([like.even(k) for k in range(len(guess))]) if like else guess
         self._ratios = {k: seconds / self._prior[k] for k, seconds in prices.even().items()} if prices else {}
-        # Rounds that told of a length, and the round of the last one; a tuner's medians are worth several.
+        # By length, how many rounds were measured, and when the last one was; a tuner's median counts as several.
         self._seen, self._last = dict.fromkeys(self._ratios, 4), dict.fromkeys(self._ratios, 0)
         self._scale, self._now = 1.0, 0
-        # The price of every length; None if something was learnt since it was asked for.
+        # The price of every length; None if it must be computed again.
         self._known_line: list[float] | None = None
         self._draft: float = prices.draft if prices else like._draft if like else DRAFT
         self._packing: float = prices.packing if prices else like._packing if like else 0.0
@@ -169,32 +122,45 @@ class RoundCost:
         return self._known_line
 
     def settled(self, length: int) -> bool:
-        """Whether a length was measured more than once: a single round may have met a pause of the machine."""
+        """Whether a length was measured more than once: in a single round, the machine may have paused."""
         return self._seen.get(length, 0) > 1
 
     def doubt(self, length: int) -> float:
-        """The share by which rounds of a length may be cheaper than they seem."""
+        """The share by which rounds of a length may be faster than estimated."""
         if not self.settled(length):
             return UNKNOWN
-        # The more often it was measured, the longer that holds.
+        # A price measured more often is trusted for longer.
         patience = min(4.0, max(1.0, self._seen[length] / 2))
         return DRIFT if self._now - self._last[length] > STALE * patience else 0.0
 
     def even(self, length: int) -> float:
-        """Expected seconds of a round with this draft length for all rows."""
+        """Expected seconds of a round in which all rows have this draft length."""
         return self._scale * self._line[length]
 
     def token(self) -> float:
-        """Expected seconds that a token more of each row adds to a plain round."""
+        """Expected seconds that one more token of each row adds to a plain step."""
         return max(0.0, self.even(1) - self.even(0) - self._scale * self._draft)
 
     def seconds(self, steps: np.ndarray | float, mean: np.ndarray | float) -> np.ndarray:
-        """Expected seconds by longest and mean draft length of the rows, any shape."""
+        """Expected seconds of rounds.
+
+        Args:
+            steps: The longest draft length of the rows, of any shape.
+            mean: The mean draft length of the rows, of a shape that broadcasts with it.
+
+        Returns:
+            Of the broadcast shape.
+        """
         even = np.interp(mean, range(len(self._line)), self._line)
         return np.asarray(self._scale * (even + (steps - mean) * self._draft + (steps > mean) * self._packing))
 
     def observe(self, lengths: Sequence[int], seconds: float) -> None:
-        """Learns what a round with these lengths took."""
+        """Learns from a round.
+
+        Args:
+            lengths: Draft length of each row.
+            seconds: How long the round took.
+        """
         self._now += 1
         steps, mean = max(lengths), sum(lengths) / len(lengths)
         if steps > mean or not self._ratios:
@@ -203,7 +169,7 @@ class RoundCost:
             if self._ratios:
                 self._packing = max(0.0, self._packing + DRIFT * change * expected / self._scale)
             else:
-                # The first round says what a plain step is.
+                # The first round sets the scale of the prior.
                 self._prior, self._draft = self._prior * seconds / expected, self._draft * seconds / expected
         if steps == mean:
             seen, ratio = self._seen.get(steps, 0), seconds / self._scale / self._prior[steps]
@@ -218,30 +184,30 @@ class RoundCost:
 
 
 class DraftLengthPolicy:
-    """Chooses draft lengths for the rows that ask for "auto"."""
+    """Chooses the draft lengths of the rows that ask for "auto"."""
 
     def __init__(self, prices: Callable[[int], Prices] | None = None, longest: int = MAX_AUTO_LENGTH) -> None:
-        """Begins with nothing seen.
+        """Begins without observations.
 
         Args:
-            prices: For a number of rows, what rounds of "fast" requests were measured to take.
-            longest: Longest draft that it chooses, at least 1.
+            prices: Gives the measured prices of "fast" rounds for a number of rows; None if nothing was measured.
+            longest: Longest draft length to choose, at least 1.
         """
         self._prices, self._longest, self._survival = prices, longest, Survival(longest)
         self._costs: dict[tuple[int, str], RoundCost] = {}
         self._cost, self._rows = RoundCost(), list[Row]()
-        # As of the last choice: tokens by row and length, the best lengths, and their seconds and tokens a row.
+        # Of the last choice: tokens by row and length, the best lengths, and their seconds and tokens per row.
         self._tokens, self._lengths, self._best = np.zeros((0, 0)), list[int](), (1.0, 1.0)
         self._again: list[int] | None = None
-        # What trials may lose, in rounds; rounds since the last one, and until the next choice.
+        # The token bucket, in rounds; rounds since the last trial, and rounds until the next choice.
         self._bucket, self._since, self._until = CREDIT, 0, 0
 
     def next(self, rows: Sequence[Row], waiting: bool = False) -> Decision:
-        """What the next round drafts.
+        """Decides the draft lengths of the next round.
 
         Args:
-            rows: The batch, one row at least.
-            waiting: Whether others wait for the places of rows that are done.
+            rows: The rows of the batch, at least one.
+            waiting: Whether requests wait for a place in the batch.
         """
         given = [0 if row.done else row.draft_length for row in rows]
         others = [length for length in given if length is not None]
@@ -258,24 +224,24 @@ class DraftLengthPolicy:
             trial = self._trial(others)
         chosen = iter(trial or self._lengths)
         wanted = [next(chosen) if length is None else length for length in given]
-        # The round in flight may yield no more than one token a row.
+        # The round in flight adds at least one token to each row, so this one can add at most the rest.
         lengths = [length and max(0, min(length, row.remaining - 1)) for row, length in zip(rows, wanted, strict=True)]
         return Decision(rows, lengths, trial is not None, cost, self._best)
 
-    def observe(self, decision: Decision, kept: Sequence[int | None], seconds: float | None) -> None:
-        """Learns of a finished round.
+    def observe(self, decision: Decision, accepted: Sequence[int | None], seconds: float | None) -> None:
+        """Learns from a finished round.
 
         Args:
-            decision: What `next` said.
-            kept: Drafts kept, by row; None for those that had ended before.
-            seconds: What the round took; None if it couldn't be measured.
+            decision: What `next` returned for it.
+            accepted: Accepted drafts of each row, without the bonus token; None for rows that were done before.
+            seconds: How long the round took; None if it couldn't be measured.
         """
         assert decision.cost
         if seconds is not None:
             decision.cost.observe(decision.lengths, seconds)
         outcome = [
             (row.number, length, count)
-            for row, length, count in zip(decision.rows, decision.lengths, kept, strict=True)
+            for row, length, count in zip(decision.rows, decision.lengths, accepted, strict=True)
             if count is not None and row.draft_length is None
         ]
         if decision.trial and outcome:
@@ -292,7 +258,12 @@ class DraftLengthPolicy:
         return self._costs[size, exactness]
 
     def _choose(self, others: Sequence[int], waiting: bool) -> None:
-        """Finds the lengths with the best goodput, beside rows with lengths of their own."""
+        """Finds the lengths with the best goodput.
+
+        Args:
+            others: Draft lengths of the rows that don't ask for "auto".
+            waiting: See `next`.
+        """
         cost, survival = self._cost, self._survival.probabilities()
         rows, size, longest = len(survival), len(survival) + len(others), self._longest
         self._tokens = tokens = np.ones((rows, longest + 1))
@@ -303,7 +274,7 @@ class DraftLengthPolicy:
             self._best, self._until = (cost.even(k), float(tokens[0, k])), 1 if k else EVERY * APART
             return
         greedy, drafts, most = waiting or bool(others), sum(others), max(others, default=0)
-        # By K and place in the order of slots: those that are short enough, how many they are, and their tokens.
+        # [K, slots by falling survival]: which slots are at most K long, and running sums of their number and tokens.
         order, ks = np.argsort(-survival, axis=None, kind="stable"), np.arange(longest + 1)[:, None]
         allowed = order % longest < ks
         gains = (allowed * survival.ravel()[order]).cumsum(axis=1)
@@ -322,20 +293,24 @@ class DraftLengthPolicy:
         self._until = EVERY if any(self._lengths) else EVERY * APART
 
     def _saved(self, tokens: np.ndarray) -> np.ndarray:
-        """Plain seconds that a round saves when nobody waits: rollout with plain decoding as the base policy.
+        """Seconds of plain decoding that a round saves: rollout with plain decoding as the base policy.
 
-        Rows with stop tokens may end anywhere: the chance to be the last, which decides how often the batch's fixed
-        cost is paid, goes as one over a row's tokens. The others go on to their limits as they are.
+        Used when no request waits, so that a batch shrinks as its rows end. A row with stop tokens may end anywhere.
+        The last row to end decides how often the batch's fixed cost is paid; the chance to be the last is inversely
+        proportional to a row's tokens per round. Rows without stop tokens run to their limits.
 
         Args:
             tokens: Tokens that a round yields: [rows, choices].
+
+        Returns:
+            [choices].
         """
         rows, plain = len(tokens), self._plain(len(tokens))
         each = (plain[-1] - plain[0]) / (rows - 1)
         to_stops = (plain[-1] - rows * each) * rows / (1 / tokens).sum(axis=0) + each * tokens.sum(axis=0)
         left = np.array([[max(1, row.remaining)] for row in self._rows])
         rounds = (left / tokens).min(axis=0)
-        # The row with the most to go pays for rounds of one row, the next for what two rows take more, and so on.
+        # The row with the most tokens left pays for rounds of one row, the next one for the extra of two rows, etc.
         after = np.sort(left - rounds * tokens, axis=0)
         to_limits = np.diff(plain, prepend=0.0) @ (np.sort(left, axis=0) - after)[::-1] / rounds
         to_limits += DRIFT * (plain[-1] * tokens.mean(axis=0) - to_limits)
@@ -354,11 +329,15 @@ class DraftLengthPolicy:
         return np.interp(sizes, [*known], [*known.values()])
 
     def _trial(self, others: Sequence[int]) -> list[int] | None:
-        """Lengths to try instead of the best, if something may be better, and what it is expected to lose can be paid.
+        """Lengths to try instead of the best known ones; None if a trial isn't promising or is too expensive now.
 
-        Nothing is known of rows that have had no draft for long: all their drafts may be kept. Of lengths with an
-        unsettled price plain decoding comes first, as all others are measured by it, then the longest, which tells most
-        of those between; each twice, as a round next to one of another length may have no time of its own.
+        A row that has had no draft for long is promising: all its drafts might be accepted. Among lengths with an
+        unsettled price, plain decoding comes first, since all others are compared with it; then the longest, which says
+        most about those in between. Each is tried twice: a round's time can be measured only if the next round has
+        about the same lengths.
+
+        Args:
+            others: Draft lengths of the rows that don't ask for "auto".
         """
         if self._since < APART:
             return None

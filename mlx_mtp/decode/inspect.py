@@ -1,6 +1,6 @@
-"""What models say of a prompt, without decoding: logits, and what the drafter would propose.
+"""The models' outputs for a prompt, without decoding: the target's logits, and the drafter's proposal.
 
-Generators, for `Session.run`: each pauses after every chunk of the prompt, so that rows go on in between.
+These are generators for `Session.run`: each yields after every chunk of the prompt, so that rows can decode in between.
 """
 
 from __future__ import annotations
@@ -19,7 +19,21 @@ from .sampling import Sampler, SamplingOptions, is_int
 
 
 def logits_after(target: Target, prompt: Sequence[int]) -> Generator[None, None, mx.array]:
-    """See `MTPModel.logits`."""
+    """The target's logits after each token of a prompt.
+
+    Args:
+        target: The target.
+        prompt: Token ids.
+
+    Yields:
+        After every chunk of the prompt.
+
+    Returns:
+        float32 [len(prompt), vocab], evaluated.
+
+    Raises:
+        PromptError: See `check_prompt`.
+    """
     _check_ids(prompt)
     parts: list[mx.array] = []
 
@@ -36,7 +50,24 @@ def logits_after(target: Target, prompt: Sequence[int]) -> Generator[None, None,
 def proposal(
     target: Target, drafter: Drafter | None, prompt: Sequence[int], k: int, suppress_tokens: Sequence[int]
 ) -> Generator[None, None, list[int]]:
-    """See `MTPModel.propose`; `suppress_tokens` are never chosen."""
+    """The target's greedy next token after a prompt, and greedy drafts after that.
+
+    Args:
+        target: The target.
+        drafter: Its drafter, or None.
+        prompt: Token ids.
+        k: Number of drafts, at least 1.
+        suppress_tokens: Token ids that the target never chooses.
+
+    Yields:
+        After every chunk of the prompt.
+
+    Returns:
+        1 + k token ids.
+
+    Raises:
+        PromptError: No drafter, a prompt that isn't token ids, see `check_prompt`, or more drafts than fit.
+    """
     if drafter is None:
         raise PromptError("there is no drafter to propose with: load one with drafter=")
     _check_ids(prompt)

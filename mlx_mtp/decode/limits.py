@@ -1,11 +1,11 @@
-"""How much may be asked for: drafts and temperature. Imports nothing: the command line's help has them without MLX."""
+"""Limits of draft length and temperature. Imports nothing, so the command line can show them without loading MLX."""
 
 MAX_DRAFT_LENGTH = 15
-"""Longest draft that can be asked for."""
+"""Longest draft length that a request can have."""
 
 MAX_AUTO_LENGTH = 7
-"""Longest draft chosen by itself: with the newest token, the 8 tokens that the fused attention kernels on Metal take at
-most. Of some models they take fewer, see `engine.longest_auto`."""
+"""Longest draft length that "auto" chooses: with the newest token it makes a block of 8, the most that Metal's fused
+attention kernel takes. For some models the kernel takes fewer, see `engine.longest_auto`."""
 
 MAX_TEMPERATURE = 1000
-"""Highest temperature: all tokens are about equally likely long before, and its noise must stay a float32."""
+"""Highest temperature: far below it tokens are about equally likely, and temperature * noise must fit a float32."""

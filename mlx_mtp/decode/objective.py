@@ -1,22 +1,25 @@
-"""What a setting of batch and draft length is chosen for, and the formula that measured and predicted speeds share."""
+"""Objectives for choosing batch size and draft length, and the formula for tokens per round."""
 
 from collections.abc import Sequence
 from typing import Literal, get_args
 
 Objective = Literal["balanced", "latency", "throughput"]
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
-"""balanced: most tokens a second in all while a row keeps its share (`BALANCED_SHARE`) of what plain decoding
-gives it alone. latency: the fastest single row. throughput: most tokens a second in all."""
+"""latency: the fastest single row. throughput: most tokens per second of the whole batch. balanced: the same, as long
+as each row has at least `BALANCED_SHARE` of the speed of plain decoding at batch 1."""
 
 BALANCED_SHARE = 0.5
-"""Least share of the speed of plain decoding at batch 1 that every row keeps in the balanced choice."""
+"""Least speed of a row under "balanced", as a share of plain decoding at batch 1."""
 
 
 def tokens_per_round(acceptance: Sequence[float]) -> float:
-    """Tokens that a round yields for a row: 1 + sum over j of the product of the first j acceptances.
+    """Expected tokens of a row in a round: 1 + sum over j of the product of the first j acceptance rates.
 
     Args:
-        acceptance: Chance that a draft is accepted if those before it were, one for each draft.
+        acceptance: For each draft of a round, the probability that it is accepted if all before it were.
+
+    Returns:
+        Accepted drafts and the bonus token: at least 1.
     """
     total = reached = 1.0
     for chance in acceptance:

@@ -1,8 +1,8 @@
-"""Does float16 hold what a model computes? It ends at 65,504, and Gemma's activations were made in bfloat16.
+"""Checks that a model's activations fit float16, whose largest number is 65,504.
 
-M1 and M2 have no bfloat16 arithmetic, so float16 is worth trying there. What overflows becomes infinite, then no number
-at all, and stays in the KV: the text is garbage from there on, without an error. So a pair in float16 runs over a short
-block before it is used.
+Gemma was trained in bfloat16, which has a larger range. M1 and M2 have no bfloat16 arithmetic, so float16 is worth
+trying there. Activations that overflow become infinite, then NaN, and stay in the KV: from there on the text is
+garbage, without an error. So a pair in float16 is run on a short block before it is used.
 """
 
 from __future__ import annotations
@@ -24,20 +24,25 @@ from .prefill import prefill
 log = logging.getLogger(__name__)
 
 BOS = 2
-"""The token that begins every text of Gemma's, whatever the size."""
+"""The token that begins every Gemma text, in all sizes."""
 
 TOKENS, CPU_TOKENS = 512, 16
-"""Tokens that are run, and on a CPU, where a block of a large model takes seconds."""
+"""Tokens to run on a GPU and on a CPU, where a block of a large model takes seconds."""
 
 DRAFTS = 2
-"""Draft steps that are run: the second one is the first to see the drafter's own hidden state."""
+"""Draft steps to run: only from the second on does the drafter read its own hidden state."""
 
 
 def check_overflow(target: Target, drafter: Drafter | None) -> None:
-    """Runs a pair over made-up tokens, if it computes in float16, and checks that all results are finite.
+    """Runs a pair in float16 on random tokens and checks that all results are finite.
 
-    An error for the target: nobody wants its text then, and bfloat16 takes no more memory. A warning for the drafter,
-    whose overflow can only cost drafts. SWITCH, "0", leaves it to the user.
+    Does nothing if neither model computes in float16, or if the environment variable `SWITCH` is "0". An overflow of
+    the target is an error: its text would be garbage, and bfloat16 takes no more memory. An overflow of the drafter is
+    only logged as a warning: it can't change the text, since its drafts are rejected.
+
+    Args:
+        target: The target.
+        drafter: Its drafter, or None.
 
     Raises:
         CheckpointError: The target overflows.
@@ -52,13 +57,13 @@ def check_overflow(target: Target, drafter: Drafter | None) -> None:
     kv, hidden = prefill(target, tokens, lambda it: finite.extend((_finite(it), _finite(target.raw_logits(it)))))
     if target_half and not mx.stack(finite).all().item():
         raise CheckpointError(
-            "float16 is too small for what this model computes, and its text would be garbage: load it with "
-            f"dtype='bfloat16', or convert it with --dtype bfloat16 ({SWITCH}=0 takes it as it is)"
+            "this model's activations overflow float16, and its text would be garbage: load it with "
+            f"dtype='bfloat16', or convert it with --dtype bfloat16 ({SWITCH}=0 skips this check)"
         )
     if drafter and drafter_half and not _drafts_are_finite(target, drafter, kv, hidden, tokens):
         log.warning(
-            "float16 is too small for what this drafter computes: its drafts will be refused, and cost time. Load the "
-            "pair with dtype='bfloat16', or without the drafter"
+            "this drafter's activations overflow float16: its drafts will be rejected, and cost time. Load the pair "
+            "with dtype='bfloat16', or without the drafter"
         )
 
 
@@ -67,10 +72,10 @@ def _finite(array: mx.array) -> mx.array:
 
 
 def _drafts_are_finite(target: Target, drafter: Drafter, kv: KVBuffers, hidden: mx.array, tokens: list[int]) -> bool:
-    """Runs draft steps after tokens; hidden is the target's at the last of them."""
-    lent = drafter.shared_kv(kv, mx.array([len(tokens)], dtype=mx.int32))
+    """Runs draft steps after a prefill of `tokens`; `hidden` is the target's at the last token."""
+    shared = drafter.shared_kv(kv, mx.array([len(tokens)], dtype=mx.int32))
     results = []
     for token in tokens[:DRAFTS]:
-        logits, _, hidden = drafter(target.embed(mx.array([token], dtype=mx.int32)), hidden, lent)
+        logits, _, hidden = drafter(target.embed(mx.array([token], dtype=mx.int32)), hidden, shared)
         results += [_finite(logits), _finite(hidden)]
     return bool(mx.stack(results).all().item())

@@ -1,21 +1,77 @@
-"""Runs a prompt through the target, chunk by chunk, into buffers of its own."""
+"""Prefill: runs prompts through the target, chunk by chunk, into KV buffers of their own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import mlx.core as mx
 
-from ..kv import KVBuffers
+from ..kv import KVBuffers, RingState
 from ..models.target import Target
-from .request import check_prompt
+from .request import Row, check_prompt
 
 CHUNK = 2048
-"""Most prompt tokens in one forward pass: what large matrix products, and experts above all, need to be efficient."""
+"""Most prompt tokens in one forward pass: large matrix products, and experts above all, need many to be efficient."""
 
 CHUNK_BESIDE = 512
-"""The same while other rows decode, which wait for it."""
+"""The same while other rows decode: they wait for the chunk, so it must be short."""
+
+
+@dataclass
+class PrefillJob:
+    """A prefill in progress: of one prompt in chunks, or of several short ones in one padded block.
+
+    Attributes:
+        kv: Buffers with a row for each prompt.
+        rows: For each prompt, the rows that wait for it.
+        start: Number of tokens whose KV is in the buffers already.
+        branch_point: Number of tokens after which to record a ring state, for later prompts with the same beginning; 0
+            for none.
+        ring_states: The ring states recorded or reused so far.
+    """
+
+    kv: KVBuffers
+    rows: list[list[Row]]
+    start: int = 0
+    branch_point: int = 0
+    ring_states: tuple[RingState, ...] = ()
+
+    @property
+    def prompts(self) -> list[Sequence[int]]:
+        """The token ids of each prompt."""
+        return [rows[0].request.prompt for rows in self.rows]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the KV of all prompts is in the buffers."""
+        return self.start >= max(map(len, self.prompts))
+
+    def next_end(self, chunk: int) -> int:
+        """Position after the next chunk of at most `chunk` tokens; several prompts are one chunk of any length."""
+        longest = max(map(len, self.prompts))
+        end = longest if len(self.rows) > 1 else min(self.start + chunk, longest)
+        return self.branch_point if self.start < self.branch_point < end else end
+
+    def advance(self, target: Target, end: int) -> mx.array:
+        """Runs the positions from `start` to `end`.
+
+        Args:
+            target: The target.
+            end: See `next_end`.
+
+        Returns:
+            Hidden states [B, hidden] at the newest position of each prompt.
+        """
+        start, prompts = self.start, self.prompts
+        block = [[*prompt[start:end], *[0] * (end - max(len(prompt), start))] for prompt in prompts]
+        ends = [min(len(prompt), end) - start - 1 for prompt in prompts]
+        hidden = prefill_block(target, self.kv, block, start, ends, max(rows[0].room for rows in self.rows))
+        self.start = end
+        if end == self.branch_point:
+            self.ring_states += (self.kv.ring_state(end),)
+        return hidden
 
 
 def prefill(
@@ -26,7 +82,7 @@ def prefill(
     Args:
         target: The target.
         prompt: Token ids.
-        keep: Called with every chunk's hidden states [1, L, hidden].
+        keep: Called with every chunk's hidden states [1, L, hidden]; None if only the last one is needed.
 
     Returns:
         The buffers, and the hidden state [1, hidden] at the last position.
@@ -45,7 +101,7 @@ def prefill(
 def prefill_by_chunks(
     target: Target, prompt: Sequence[int], keep: Callable[[mx.array], None] | None = None
 ) -> Generator[None, None, tuple[KVBuffers, mx.array]]:
-    """As `prefill`, with a pause after every chunk, so that others may run in between."""
+    """As `prefill`; yields after every chunk, so that other work can run in between."""
     check_prompt(prompt, target.config)
     kv = KVBuffers(target.config, 1, target.dtype, positions=len(prompt))
     for start in range(0, len(prompt), CHUNK):
@@ -60,7 +116,7 @@ def prefill_by_chunks(
 def prefill_block(
     target: Target, kv: KVBuffers, block: list[list[int]], start: int, ends: Sequence[int] | None, room: int = 0
 ) -> mx.array:
-    """Runs the same positions of several prompts.
+    """Runs the same positions of several prompts, and waits until they are done.
 
     Args:
         target: The target.
@@ -71,7 +127,7 @@ def prefill_block(
         room: See `KVBuffers.reserve`.
 
     Returns:
-        Hidden states [B, hidden], or [B, L, hidden] without `ends`, evaluated, as the buffers are.
+        Hidden states [B, hidden], or [B, L, hidden] if `ends` is None. They and the buffers are evaluated.
     """
     kv.reserve(start + len(block[0]), room)
     hidden = target.prefill(mx.array(block, dtype=mx.int32), start, kv, ends)

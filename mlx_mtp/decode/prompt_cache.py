@@ -1,15 +1,15 @@
-"""KV of texts that were run before, for prompts that begin like them.
+"""The prompt cache: KV of earlier texts, for prompts that begin with the same tokens.
 
-An entry is the buffers that a row left behind. Their full layers serve every beginning of the row's text; the rings of
-sliding layers only remember the newest positions, so an entry can be taken up near its end, and at ring states that
-were kept. Rows keep one at the end of their prompt; and where a new prompt branches off from what is here, the
-scheduler makes one while prefilling it, so that what several prompts begin with is found from the third one on.
+An entry holds the buffers of a row that has ended. Its full layers can be reused for any prefix of the row's text. The
+rings of its sliding layers hold only the newest positions, so an entry can be reused near its end, and at recorded ring
+states. Each row records one at the end of its prompt. When a new prompt branches off a cached text, the scheduler
+records one there while prefilling it, so a prefix shared by several prompts is reused from the third prompt on.
 
-The least recently used entries go when all together are larger than the limit. A hit changes nothing but the time to
-the first token: the KV is what a prefill would write, to the bit on a CPU where all of it was prefilled, in whatever
-chunks, and else up to rounding, since decoding adds up a full window in another order.
+If all entries together exceed the limit, the least recently used ones are dropped. A hit changes only the time to the
+first token. On a CPU, KV that was prefilled is equal to the bit in any chunks; KV that was decoded, or made on a GPU,
+may differ by rounding, because sums are taken in another order.
 
-Arrays are shared, not copied: whoever writes to a shared one gets a copy then (see kv/buffers.py).
+Arrays are shared, not copied; a write to a shared array copies it first (see kv/buffers.py).
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from dataclasses import dataclass
 from ..kv import KVBuffers, RingState
 
 MIN_REUSE = 8
-"""Fewer tokens than this are prefilled again: most prompts share their first few."""
+"""Least number of tokens worth reusing: most prompts share their first few, and to prefill those costs little."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a row left behind.
+    """The KV of one text.
 
     Attributes:
-        tokens: Whose KV the buffers hold.
+        tokens: The tokens whose KV the buffers hold.
         kv: The buffers, of one row.
-        ring_states: What its sliding layers can be taken back to, see `KVBuffers.ring_state`.
+        ring_states: States to which its sliding layers can be rewound, see `KVBuffers.ring_state`.
         prompt: How many of the tokens were the prompt.
-        pinned: Loaded from a file: it stays after a hit, which gets a copy.
+        pinned: Loaded from a file: it stays in the cache after a hit, which gets a copy.
     """
 
     tokens: list[int]
@@ -47,7 +47,14 @@ class Entry:
         return self.kv.nbytes + sum(state.nbytes for state in self.ring_states)
 
     def start(self, shared: int) -> tuple[int, RingState | None]:
-        """How much of the first `shared` tokens can be used, and the ring state to go back to for it."""
+        """How much of the entry can be reused for a prompt.
+
+        Args:
+            shared: Length of the prefix that entry and prompt have in common.
+
+        Returns:
+            The number of tokens that can be reused, and the ring state to rewind to, or None if that isn't needed.
+        """
         if self.kv.can_rewind(shared):
             return shared, None
         usable = [state for state in self.ring_states if state.length <= shared + 1]
@@ -57,12 +64,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Hit:
-    """Where a prompt can start.
+    """Cached KV for the beginning of a prompt.
 
     Attributes:
-        kv: Buffers to go on with, of one row.
-        start: Tokens of the prompt that they hold.
-        ring_states: Those within these tokens.
+        kv: Buffers of one row, to continue with.
+        start: Number of the prompt's tokens that they hold.
+        ring_states: The entry's ring states within these tokens.
     """
 
     kv: KVBuffers
@@ -71,77 +78,88 @@ class Hit:
 
 
 class PromptCache:
-    """Entries in the order of their use.
+    """Entries, least recently used first.
 
     Attributes:
         limit: Most bytes that all entries together may take.
     """
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int) -> None:
+        """Makes an empty cache of at most `limit` bytes."""
         self.limit = limit
         self._entries: list[Entry] = []
 
     @property
     def nbytes(self) -> int:
-        """Bytes taken."""
+        """Size of all entries, in bytes."""
         return sum(entry.nbytes for entry in self._entries)
 
     def put(self, entry: Entry, reserved_bytes: int = 0) -> None:
-        """Adds an entry, in place of those that it continues (or, if it stays, equals); lets go of others if it must.
+        """Adds an entry, and drops the least recently used ones if there is no room for all.
+
+        Entries whose text is a prefix of the new one's are replaced by it; pinned ones only by a pinned entry with the
+        same text.
 
         Args:
-            entry: What to add; too large a one isn't.
-            reserved_bytes: Bytes that running rows hold of what may be kept.
+            entry: The entry; ignored if it is too large.
+            reserved_bytes: Bytes of the limit that active rows take for their ring states.
         """
         if entry.nbytes + reserved_bytes > self.limit:
             return
-        again = entry.tokens if entry.pinned else None
+        same = entry.tokens if entry.pinned else None
         self._entries = [
             e for e in self._entries
-            if (e.tokens != again if e.pinned else entry.tokens[: len(e.tokens)] != e.tokens)
+            if (e.tokens != same if e.pinned else entry.tokens[: len(e.tokens)] != e.tokens)
         ]  # fmt: skip
         self._entries.append(entry)
         self.make_room(reserved_bytes)
 
     def make_room(self, reserved_bytes: int) -> None:
-        """Lets go of entries until all of them, and so many bytes beside them, are within the limit."""
+        """Drops entries, least recently used first, until they and `reserved_bytes` are within the limit."""
         while self._entries and self.nbytes + reserved_bytes > self.limit:
             del self._entries[0]
 
     def find(self, prompt: Sequence[int]) -> Hit | None:
-        """The best start for a prompt; its last token is never part of it, since its hidden state is needed.
+        """Finds the entry that saves the most tokens of a prompt's prefill.
 
-        An entry whose whole prompt is reused leaves the cache: what comes back for it in the end holds as much.
+        The prompt's last token is never reused, because decoding starts from its hidden state. An entry that isn't
+        pinned, and whose whole prompt is reused, leaves the cache: the row that takes it will put back a longer one.
+
+        Args:
+            prompt: Token ids.
+
+        Returns:
+            The KV to start from; None if no entry has enough tokens in common with the prompt.
         """
-        best, found, where = MIN_REUSE - 1, None, None
+        best, found, rewind_to = MIN_REUSE - 1, None, None
         for entry in self._entries:
             start, state = entry.start(min(common_prefix(entry.tokens, prompt), len(prompt) - 1))
             if start > best or (start and start == len(prompt) - 1 and not found):
-                best, found, where = start, entry, state
+                best, found, rewind_to = start, entry, state
         if not found:
             return None
         self._entries.remove(found)
         if found.pinned or best < found.prompt - 1:
             self._entries.append(found)
-        # What lies above a ring state isn't wanted, and would be copied, and attended to, in vain.
-        kv = found.kv.row(0, where.written if where else found.kv.written)
-        if where:
-            kv.rewind(where)
-        return Hit(kv, best, tuple(c for c in found.ring_states if c.length <= best))
+        # Positions after the ring state aren't needed: to copy them and attend to them would be a waste.
+        kv = found.kv.row(0, rewind_to.written if rewind_to else found.kv.written)
+        if rewind_to:
+            kv.rewind(rewind_to)
+        return Hit(kv, best, tuple(state for state in found.ring_states if state.length <= best))
 
     def branch_point(self, prompt: Sequence[int]) -> int:
-        """Length of the longest beginning that the prompt has in common with an entry."""
+        """Length of the longest prefix that the prompt has in common with an entry."""
         return max((common_prefix(entry.tokens, prompt) for entry in self._entries), default=0)
 
     def clear(self) -> None:
-        """Forgets all entries."""
+        """Drops all entries."""
         self._entries.clear()
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of what two texts begin with in common."""
+    """Length of the longest common prefix of two texts."""
     same, differs = 0, min(len(a), len(b)) + 1
-    # Slices are compared at C's speed: texts have up to 100,000 tokens, and running rows wait for this.
+    # A bisection on slices, which are compared in C: texts have up to 100,000 tokens, and running rows wait for this.
     while same + 1 < differs:
         middle = (same + differs) // 2
         if list(a[same:middle]) == list(b[same:middle]):

@@ -1,7 +1,8 @@
-"""A prompt's KV in a safetensors file, so that a long prompt need not be prefilled after a restart.
+"""A prompt's KV in a safetensors file, so that a long prompt needn't be prefilled again after a restart.
 
-Holds the token ids and the buffers of their row. Target and drafter need nothing else to start at once: the last token
-runs again in any case, and gives the hidden state that both go on from. A file is tied to the model that wrote it.
+The file holds the token ids and the row's buffers. Decoding needs nothing else: the prompt's last token is run again
+anyway, and gives the hidden state from which target and drafter continue. A file works only with the model that wrote
+it.
 """
 
 from __future__ import annotations
@@ -28,16 +29,22 @@ from .request import check_prompt
 from .sampling import is_int
 
 VERSION = "2"
+"""Version of the file format."""
 
 _SAMPLE = 256
-"""Values of each weight, at least, that tell one model from another."""
+"""Least number of values of each weight that go into the fingerprint."""
 
 
 def save_entry(path: Path, entry: Entry, target: Target) -> None:
-    """Writes an entry, aside first.
+    """Writes an entry to a file; on failure a file that was there before is unchanged.
+
+    Args:
+        path: The file.
+        entry: The KV of a prompt.
+        target: The model that made it.
 
     Raises:
-        OSError: It can't be written.
+        OSError: The file can't be written.
     """
     kv = entry.kv
     arrays = {f"{kind}.{i}": kv.plain(a) for kind in ("keys", "values") for i, a in getattr(kv, kind).items()}
@@ -51,52 +58,66 @@ def save_entry(path: Path, entry: Entry, target: Target) -> None:
     with replacing(path, ".safetensors") as aside:
         try:
             mx.save_safetensors(str(aside), arrays, metadata=facts)
-        except RuntimeError:  # how MLX says that it can't be written
+        except RuntimeError:  # MLX's error for a file that can't be written
             raise OSError(errno.EIO, "it can't be written: is the disk full?") from None
 
 
 def load_entry(path: Path, target: Target) -> Entry:
-    """Reads an entry; its arrays are read when they are evaluated.
+    """Reads an entry; its arrays are read from the file when they are evaluated.
+
+    Changed numbers in a file that is otherwise intact aren't noticed.
+
+    Args:
+        path: A file written by `save_entry`.
+        target: The model to use it with.
 
     Raises:
-        CheckpointError: No such file, not one of ours, damaged, or written by another model. Numbers that have changed
-            in an otherwise whole file aren't noticed.
+        CheckpointError: The file doesn't exist, is damaged, isn't a saved prompt, or was written by another model.
     """
-    if not os.path.isfile(path):  # False too if it mustn't be looked at
+    if not os.path.isfile(path):  # False too without the permission to look
         raise CheckpointError(f"there is no such file: {path}")
     try:
         facts, arrays = read_header(path).metadata, load(path)
-    except CheckpointError as error:  # what it advises is for files that were downloaded
-        raise CheckpointError(f"{path} is truncated or damaged, or no saved prompt: save it again") from error
+    except CheckpointError as error:  # replaces its advice, which is for downloaded files
+        raise CheckpointError(f"{path} is truncated, damaged, or not a saved prompt: save it again") from error
     if facts.get("mlx_mtp_kv") != VERSION:
-        raise CheckpointError(f"{path} is no prompt that this version of mlx_mtp has saved: save it again")
+        raise CheckpointError(f"{path} wasn't saved by this version of mlx_mtp: save it again")
     if facts.get("model") != fingerprint(target):
         raise CheckpointError(f"{path} was saved by another model: save it again with this one")
     try:
-        tokens = parse_json(facts["tokens"])
-        if not isinstance(tokens, list) or not all(map(is_int, tokens)):
-            raise ValueError("its tokens are no list of token ids")
+        tokens = _token_ids(facts["tokens"])
         check_prompt(tokens, target.config)
         kv = KVBuffers(target.config, 1, target.dtype, positions=len(tokens))
         if [kv.capacity, len(tokens)] != [int(facts[name]) for name in ("capacity", "written")]:
             raise ValueError("its sizes don't fit together")
-        kv.written = len(tokens)
-        for kind, buffers in (("keys", kv.keys), ("values", kv.values)):
-            for layer, expected in buffers.items():
-                array = arrays.pop(f"{kind}.{layer}")
-                shape = kv.plain(expected).shape
-                if (array.shape, array.dtype) != (shape, kv.dtype):
-                    raise ValueError(f"{kind} of layer {layer} are {array.dtype} {array.shape}")
-                buffers[layer] = stored(array)
-        if arrays:
-            raise ValueError(f"nothing is known of {min(arrays)}")
+        _fill(kv, arrays)
     except (KeyError, TypeError, ValueError, PromptError) as error:
         raise CheckpointError(f"{path} is damaged ({one_line(error)}): save it again") from error
+    kv.written = len(tokens)
     return Entry(tokens, kv, (kv.ring_state(len(tokens)),), len(tokens), pinned=True)
 
 
+def _token_ids(text: str) -> list[int]:
+    tokens = parse_json(text)
+    if not isinstance(tokens, list) or not all(map(is_int, tokens)):
+        raise ValueError("its tokens aren't a list of token ids")
+    return tokens
+
+
+def _fill(kv: KVBuffers, arrays: dict[str, mx.array]) -> None:
+    """Replaces the buffers by arrays of a file; KeyError or ValueError if they don't fit."""
+    for kind, buffers in (("keys", kv.keys), ("values", kv.values)):
+        for layer, empty in buffers.items():
+            array, shape = arrays.pop(f"{kind}.{layer}"), kv.plain(empty).shape
+            if (array.shape, array.dtype) != (shape, kv.dtype):
+                raise ValueError(f"{kind} of layer {layer} are {array.dtype} {array.shape}")
+            buffers[layer] = stored(array)
+    if arrays:
+        raise ValueError(f"unexpected array {min(arrays)}")
+
+
 def fingerprint(target: Target) -> str:
-    """Tells models apart: shapes and types of all weights, and a sample of each one's values."""
+    """Identifies a model: a SHA-256 of the shapes and dtypes of all weights, and of a sample of their values."""
     digest = hashlib.sha256()
     samples = []
     for name, array in cast("list[tuple[str, mx.array]]", tree_flatten(target.parameters())):

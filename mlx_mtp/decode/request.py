@@ -1,4 +1,4 @@
-"""What is asked of the decoder, and what it keeps count of: requests, their rows in a batch, statistics."""
+"""Requests to the decoder, their rows in a batch, and statistics."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ EXACTNESS = ("fast", "invariant", "stepwise")
 INVARIANT_WIDTH = MAX_AUTO_LENGTH + 1
 """Width of every verify block under exactness "invariant"."""
 
-
 ROOM = 1024
-"""Tokens that a row has room to grow by, or a quarter of what it has: seldom enough for copying it to cost nothing."""
+"""Positions by which a row's buffers grow at least (else by a quarter): rarely enough for copying to be free."""
+
+_GREEDY = SamplingOptions()
 
 _NUMBERS = count()
 
@@ -37,14 +38,17 @@ class Request:
         prompt: Token ids.
         max_tokens: Most tokens to generate, at least 1.
         sampling: How tokens are chosen.
-        draft_length: Tokens to draft a round, or "auto".
+        draft_length: Tokens to draft in each round, or "auto".
         exactness: "fast", "invariant" (one block width for the whole run) or "stepwise" (verifies token by token).
-        stop_tokens: Generation ends after one of these.
+        stop_tokens: Generation ends after one of these token ids.
+
+    Raises:
+        PromptError: max_tokens, exactness or draft_length is out of its range.
     """
 
     prompt: Sequence[int]
     max_tokens: int
-    sampling: SamplingOptions = SamplingOptions()
+    sampling: SamplingOptions = _GREEDY
     draft_length: int | str = "auto"
     exactness: str = "fast"
     stop_tokens: frozenset[int] = frozenset()
@@ -56,10 +60,10 @@ class Request:
 
 
 def check_draft_length(draft_length: object, exactness: object) -> None:
-    """Checks what a request asks for.
+    """Checks a request's draft length and exactness.
 
     Raises:
-        PromptError: There is no such exactness, or it takes no such draft length.
+        PromptError: The exactness is unknown, or doesn't allow this draft length.
     """
     if exactness not in EXACTNESS:
         raise PromptError(f"exactness must be one of {', '.join(EXACTNESS)}, not {exactness!r}")
@@ -71,20 +75,20 @@ def check_draft_length(draft_length: object, exactness: object) -> None:
 
 @dataclass
 class Stats:
-    """What one generation took.
+    """Statistics of one generation.
 
     Attributes:
         prompt_tokens: Tokens of the prompt.
-        cached_tokens: How many of them were in the KV buffers already.
-        generated_tokens: Tokens kept.
-        rounds: Verify passes that yielded kept tokens.
-        drafted: Tokens drafted in them.
-        accepted: Drafts kept.
-        accepted_by_position: At index j, how often the j-th draft of a round was kept.
+        cached_tokens: Prompt tokens whose KV was reused instead of prefilled.
+        generated_tokens: Tokens of the text, the stop token included.
+        rounds: Verify passes that gave tokens to this text.
+        drafted: Tokens drafted in these rounds.
+        accepted: Drafts accepted; bonus tokens aren't counted.
+        accepted_by_position: At index j, how often the draft at position j of a round was accepted.
         draft_lengths: Number of rounds by draft length.
-        prompt_seconds: From the start to the first token.
+        prompt_seconds: From submission to the first token.
         generation_seconds: From the first token to the last.
-        peak_memory_bytes: Most memory MLX held during the generation, for whatever this process did with it.
+        peak_memory_bytes: Peak memory of MLX in this process so far.
     """
 
     prompt_tokens: int = 0
@@ -101,13 +105,13 @@ class Stats:
 
     @property
     def mean_accepted(self) -> float:
-        """Drafts kept per round that drafted."""
+        """Accepted drafts per round that drafted, without the bonus token."""
         drafting = self.rounds - self.draft_lengths.get(0, 0)
         return self.accepted / drafting if drafting else 0.0
 
     @property
     def prompt_tps(self) -> float:
-        """Prompt tokens processed per second, cached ones not counted."""
+        """Prompt tokens prefilled per second; cached ones don't count."""
         return (self.prompt_tokens - self.cached_tokens) / self.prompt_seconds if self.prompt_seconds else 0.0
 
     @property
@@ -116,47 +120,55 @@ class Stats:
         return (self.generated_tokens - 1) / self.generation_seconds if self.generation_seconds else 0.0
 
     def rates(self) -> dict[str, float]:
-        """What follows from the other figures, by name."""
+        """The properties that are computed from the other statistics, by name."""
         return {name: getattr(self, name) for name in ("mean_accepted", "prompt_tps", "generation_tps")}
 
     def snapshot(self) -> Stats:
-        """A copy, as it is now."""
+        """A copy that later rounds don't change."""
         return replace(self, accepted_by_position=[*self.accepted_by_position], draft_lengths=dict(self.draft_lengths))
 
-    def count(self, drafted: int, kept: int) -> None:
-        """Records a round."""
+    def count(self, drafted: int, accepted: int) -> None:
+        """Records a round with `drafted` drafts, of which `accepted` were accepted."""
         self.rounds += 1
         self.drafted += drafted
-        self.accepted += kept
+        self.accepted += accepted
         self.draft_lengths[drafted] = self.draft_lengths.get(drafted, 0) + 1
-        self.accepted_by_position.extend([0] * (kept - len(self.accepted_by_position)))
-        for j in range(kept):
+        self.accepted_by_position.extend([0] * (accepted - len(self.accepted_by_position)))
+        for j in range(accepted):
             self.accepted_by_position[j] += 1
 
 
 class Row:
-    """A request on its way: waiting, being prefilled, or a row of the batch.
+    """A request in progress: waiting, being prefilled, or a row of the batch.
 
     Attributes:
-        number: Its own among all rows of the process.
-        request: What was asked for.
-        stats: What it has taken so far.
-        limit: Most tokens it can generate, see `token_limit`.
-        width: Rows that the batch may have while it is under way, if more than usual.
-        tokens: Generated so far, the stop token included.
-        unread: Those of them that `pop_unread` hasn't returned yet.
-        done: Whether there will be no more: finished, or cancelled.
-        cancelled: Whether it was ended before it was finished, as somebody wished.
-        cancel_event: What else ends it, once set; whoever steps the scheduler looks at it.
-        paused: Whether it is to make room until its reader has caught up.
-        passed: How many requests behind it in the queue were admitted before it.
+        number: Identifies the row in this process.
+        request: What to generate.
+        stats: Its statistics so far.
+        limit: Most tokens that it can generate, see `token_limit`.
+        width: Rows that the batch may have while this row is active, if more than the scheduler's `max_rows`.
+        tokens: The tokens generated so far, the stop token included.
+        unread: Those of `tokens` that `pop_unread` hasn't returned yet.
+        done: Whether it gets no more tokens: it has finished, failed or been cancelled.
+        cancelled: Whether it was cancelled before it finished.
+        cancel_event: Cancels the row once it is set; the scheduler's owner checks it.
+        paused: Whether the row should leave the batch until its reader has caught up.
+        passed: Number of requests behind it in the queue that were admitted before it.
         error: Exception of the step that ended it; None if it finished or was cancelled.
-        ring_states: Where its KV can be taken up again later, see `prompt_cache.Entry`.
-        written: Positions that its buffers had been written to when it joined the batch, see `KVBuffers.written`. They
-            may be more than it has committed: buffers of a longer text that begins like its prompt.
+        ring_states: States to which its sliding layers can be rewound, see `prompt_cache.Entry`.
+        written: Written positions of its buffers when it joined the batch, see `KVBuffers.written`. They may exceed the
+            committed length, if the buffers come from a longer text that starts with the same prompt.
     """
 
-    def __init__(self, request: Request, stats: Stats, limit: int, width: int = 0):
+    def __init__(self, request: Request, stats: Stats, limit: int, width: int = 0) -> None:
+        """Makes a waiting row; the time to its first token counts from here.
+
+        Args:
+            request: What to generate.
+            stats: Where to count.
+            limit: Most tokens to generate, at most `token_limit`.
+            width: See the attribute.
+        """
         self.number = next(_NUMBERS)
         self.request, self.stats, self.limit, self.width = request, stats, limit, width
         self.tokens: list[int] = []
@@ -172,39 +184,39 @@ class Row:
 
     @property
     def committed(self) -> int:
-        """Tokens whose KV is committed; the newest token's isn't yet."""
+        """Number of tokens whose KV is committed: all but the newest."""
         return len(self.request.prompt) + max(len(self.tokens) - 1, 0)
 
     @property
     def room(self) -> int:
-        """Positions to make room for when there is none: all that it may come to, unless these are many more."""
+        """Positions that new buffers should have room for: the row's full length, unless that is far ahead."""
         most = len(self.request.prompt) + self.limit + ABOVE
         return min(most, self.committed + max(ROOM, self.committed // 4))
 
     @property
     def committed_tokens(self) -> list[int]:
-        """Those tokens, prompt included."""
+        """The tokens whose KV is committed, the prompt's included."""
         return [*self.request.prompt, *self.tokens[:-1]]
 
     @property
     def remaining(self) -> int:
-        """Tokens it may still generate."""
+        """Number of tokens that it may still generate."""
         return self.limit - len(self.tokens)
 
     @property
     def draft_length(self) -> int | None:
-        """The draft length that it asked for; None for "auto"."""
+        """The fixed draft length of the request; None for "auto"."""
         return None if self.request.draft_length == "auto" else int(self.request.draft_length)
 
-    def receive(self, choices: Sequence[int], kept: int, k: int | None) -> None:
-        """Takes a round's outcome.
+    def receive(self, choices: Sequence[int], accepted: int, k: int | None) -> None:
+        """Adds the tokens of a round, up to a stop token or the limit, and counts it.
 
         Args:
             choices: The target's choices.
-            kept: Drafts kept.
-            k: Drafts made for this row; None after the prefill, whose only choice is the first token.
+            accepted: Number of accepted drafts; the bonus token comes on top.
+            k: Draft length of this row; None after the prefill, whose only choice is the first token.
         """
-        tokens = list(choices[: min(kept + 1, self.remaining)])
+        tokens = list(choices[: min(accepted + 1, self.remaining)])
         stop = next((i for i, token in enumerate(tokens) if token in self.request.stop_tokens), None)
         tokens = tokens if stop is None else tokens[: stop + 1]
         self.tokens += tokens
@@ -216,18 +228,18 @@ class Row:
             self._first = now
             stats.prompt_seconds = now - self._submitted
         else:
-            stats.count(k, min(kept, len(tokens)))
+            stats.count(k, min(accepted, len(tokens)))
         stats.generated_tokens = len(self.tokens)
         stats.generation_seconds = now - self._first
         stats.peak_memory_bytes = mx.get_peak_memory()
 
     def cancel(self) -> None:
-        """Ends it, wherever it is; may be called from any thread, at any time."""
+        """Ends the row, wherever it is. Thread-safe."""
         if not self.done:
             self.cancelled = self.done = True
 
     def pop_unread(self) -> list[int]:
-        """The tokens that came since the last call."""
+        """The tokens since the last call."""
         unread, self.unread = self.unread, []
         return unread
 
@@ -236,7 +248,7 @@ def check_prompt(prompt: Sequence[int], config: TextConfig) -> None:
     """Checks that a prompt can be run.
 
     Raises:
-        PromptError: Empty, longer than the context, or a token id outside the vocabulary.
+        PromptError: It is empty, longer than the context, or has a token id outside the vocabulary.
     """
     if not prompt:
         raise PromptError("the prompt is empty: give it at least one token")
@@ -247,6 +259,6 @@ def check_prompt(prompt: Sequence[int], config: TextConfig) -> None:
 
 
 def token_limit(request: Request, config: TextConfig) -> int:
-    """Most tokens the request can generate: its own limit, or what the context has room for."""
-    # The last token generated needs no room: it is never read.
+    """Most tokens that the request can generate: its `max_tokens`, or what the context has room for."""
+    # The last generated token needs no position: it is never run through the target.
     return min(request.max_tokens, config.max_positions - len(request.prompt) + 1)

@@ -1,11 +1,11 @@
 """One round: draft, verify, accept. Pure functions on a small state; no host read, no loop over tokens of text.
 
-    draft    K steps of the drafter from the last token and the target's last hidden state
-    verify   one forward pass of the target over [last token, K drafts], or in each row only the first few of them
-    accept   the drafts up to the first one that the target didn't choose itself, plus the target's choice there
+    draft    K steps of the drafter from the newest token and the target's last hidden state
+    verify   one forward pass of the target over [newest token, K drafts], or fewer drafts in some rows
+    accept   the drafts before the first one that differs from the target's choice, plus that choice, the bonus token
 
-All of it is one lazily built graph. The tokens kept are the target's own choices in the verify pass, whoever drafted
-and whatever; `lengths` advances by what was kept, and nothing else marks a draft as rejected.
+A round is one lazily built graph. Every new token is the target's own choice in the verify pass, so the text doesn't
+depend on the drafts. `lengths` advances by the new tokens; nothing else marks a draft as rejected.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from .sampling import Sampler
 
 @dataclass(frozen=True)
 class RoundState:
-    """Where each row stands between rounds.
+    """The state of every row between rounds, on the device.
 
     Attributes:
         lengths: int32 [B], committed tokens.
-        tokens: int32 [B], the newest token of each row, chosen but not committed yet (the bonus token).
+        tokens: int32 [B], the newest token of each row (the bonus token): chosen, but its KV isn't committed yet.
         hidden: [B, hidden], the target's hidden state at the last committed position.
     """
 
@@ -38,7 +38,13 @@ class RoundState:
 
 
 def select_rows(state: RoundState | None, rows: Sequence[int], joining: Sequence[RoundState]) -> RoundState:
-    """Some rows of a state, and those of other states after them."""
+    """Some rows of a state, followed by all rows of other states.
+
+    Args:
+        state: The state of the batch; None if it is empty.
+        rows: Indices of the rows to keep, in their new order.
+        joining: States of the rows that join.
+    """
     states = [*joining]
     if state is not None and rows:
         index = mx.array(list(rows), dtype=mx.int32)
@@ -51,17 +57,31 @@ def select_rows(state: RoundState | None, rows: Sequence[int], joining: Sequence
 
 
 def first_state(target: Target, sampler: Sampler, hidden: mx.array, lengths: mx.array) -> RoundState:
-    """The state after a prefill.
+    """The state after a prefill, with each row's first token chosen.
 
     Args:
+        target: The target.
+        sampler: Chooses the tokens of these rows.
         hidden: [B, hidden], the target's hidden state at each row's last prompt position.
-        lengths: int32 [B], tokens of the prompts.
+        lengths: int32 [B], the prompts' lengths in tokens.
     """
     return RoundState(lengths, sampler.target(target.raw_logits(hidden)[:, None], lengths[:, None])[:, 0], hidden)
 
 
 def draft(target: Target, drafter: Drafter, kv: KVCache, sampler: Sampler, state: RoundState, k: int) -> mx.array:
-    """Drafts k tokens for every row: int32 [B, k]."""
+    """Drafts tokens for every row.
+
+    Args:
+        target: The target, whose embedding the drafter reads.
+        drafter: Its drafter.
+        kv: The target's KV, to which the drafter attends.
+        sampler: Chooses the tokens of these rows.
+        state: Where the rows are.
+        k: Draft length, at least 1.
+
+    Returns:
+        int32 [B, k].
+    """
     shared = drafter.shared_kv(kv, state.lengths)
     token, hidden, drafts = state.tokens, state.hidden, []
     for step in range(k):
@@ -80,26 +100,29 @@ def verify(
     stepwise: bool = False,
     counts: Sequence[int] | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Runs the target over a block and chooses the token after each of its positions.
+    """Runs the target over a verify block and chooses the token after each of its positions.
 
     Args:
+        target: The target.
+        kv: Its KV; the block's keys and values are written to it.
+        sampler: Chooses the tokens of these rows.
         lengths: int32 [B], committed tokens.
         block: int32 [B, L], the newest token and the drafts.
-        stepwise: Run the block token by token, as plain decoding would.
-        counts: How many tokens of each row to look at, one at least, in some row all L; None for all of all rows.
-            What stands at the other places of the results has no meaning.
+        stepwise: Run the block token by token, as plain decoding does.
+        counts: How many tokens of each row to verify: at least 1, and L in at least one row. None verifies all. Results
+            beyond a row's count have no meaning.
 
     Returns:
-        Choices int32 [B, L], and the hidden states [B, L, hidden].
+        The target's choices int32 [B, L], and its hidden states [B, L, hidden].
     """
     width = block.shape[1]
     positions = lengths[:, None] + mx.arange(1, width + 1, dtype=mx.int32)
     if counts is not None:
         ragged = RaggedBlock.of(counts)
-        line = target(ragged.flatten(block), lengths, kv, ragged)
+        flat = target(ragged.flatten(block), lengths, kv, ragged)
         each = sampler.of_rows(ragged.rows)
-        choices = each.target(target.raw_logits(line).swapaxes(0, 1), ragged.flatten(positions).T)
-        return ragged.pad(choices.T), ragged.pad(line)
+        choices = each.target(target.raw_logits(flat).swapaxes(0, 1), ragged.flatten(positions).T)
+        return ragged.pad(choices.T), ragged.pad(flat)
     if stepwise:
         steps = [target(block[:, i : i + 1], lengths + i, kv) for i in range(width)]
         logits = mx.concatenate([target.raw_logits(hidden) for hidden in steps], axis=1)
@@ -111,19 +134,19 @@ def verify(
 
 
 def accept(drafts: mx.array, choices: mx.array, most: Sequence[int] | None = None) -> mx.array:
-    """How many drafts each row keeps.
+    """How many drafts of each row are accepted, without the bonus token.
 
     Args:
         drafts: int32 [B, k].
-        choices: int32 [B, >= k], the target's.
-        most: Drafts that each row may keep; None for all.
+        choices: int32 [B, >= k], the target's choices at the same positions.
+        most: The draft length of each row, where it is below k; None if it is k in all rows.
 
     Returns:
         int32 [B].
     """
     agreed = (drafts == choices[:, : drafts.shape[1]]).astype(mx.int32)
-    kept = mx.cumprod(agreed, axis=1).sum(axis=1).astype(mx.int32)
-    return kept if most is None else mx.minimum(kept, mx.array(list(most), dtype=mx.int32))
+    accepted = mx.cumprod(agreed, axis=1).sum(axis=1).astype(mx.int32)
+    return accepted if most is None else mx.minimum(accepted, mx.array(list(most), dtype=mx.int32))
 
 
 def decode_round(
@@ -136,18 +159,24 @@ def decode_round(
     width: int | None = None,
     stepwise: bool = False,
 ) -> tuple[RoundState, mx.array, mx.array]:
-    """One round for all rows; where nothing is drafted, a plain decoding step.
+    """Builds one round for all rows; with draft length 0, a plain decoding step.
 
     Args:
-        lengths: Draft length of each row, or of all. With K the longest of them, K are drafted for every row, as one
-            step serves all, but of each row only its own number is verified.
-        width: Width of the verify block where it must not depend on K; at least K + 1. The rest is filled up with
-            tokens that are never kept.
+        target: The target.
+        drafter: Its drafter; None only if all draft lengths are 0.
+        kv: The target's KV, which the round writes to.
+        sampler: Chooses the tokens of these rows.
+        state: The state before the round.
+        lengths: Draft length of each row, or one for all. K, the longest, is drafted in every row, since a draft step
+            serves all rows at once; but only a row's own draft length is verified.
+        width: Width of the verify block if it must not depend on K, at least K + 1. The block is padded with tokens
+            that are never accepted.
         stepwise: See `verify`.
 
     Returns:
-        The state after the round, and the report int32 [B, width + 1]: the target's choices, then the number n of
-        drafts kept. The row's new tokens are its first n + 1 choices. Last, the drafts int32 [B, K].
+        The state after the round; the report int32 [B, width + 1]: the target's choices, then n, the number of
+        accepted drafts; and the drafts int32 [B, K]. A row's new tokens are its first n + 1 choices, the bonus token
+        included.
     """
     each = [lengths] * len(state.tokens) if isinstance(lengths, int) else lengths
     k, most = max(each), each if min(each) < max(each) else None
@@ -160,10 +189,10 @@ def decode_round(
         block = mx.pad(block, [(0, 0), (0, width - k - 1)])
     counts = [own + 1 for own in most] if most and width is None and not stepwise else None
     choices, hidden = verify(target, kv, sampler, state.lengths, block, stepwise, counts)
-    kept = accept(drafts, choices, most) if k else mx.zeros_like(state.lengths)
-    last = kept[:, None]
+    accepted = accept(drafts, choices, most) if k else mx.zeros_like(state.lengths)
+    last = accepted[:, None]
     new = RoundState(
-        lengths=state.lengths + kept + 1,
+        lengths=state.lengths + accepted + 1,
         tokens=mx.take_along_axis(choices, last, axis=1)[:, 0],
         hidden=mx.take_along_axis(hidden, last[:, :, None], axis=1)[:, 0],
     )

@@ -2,14 +2,14 @@
 
 Greedy is argmax. At temperature > 0 a token is drawn by the Gumbel-max rule, argmax(logits / temperature + noise),
 with noise that depends on (seed, absolute position, token id) and on nothing else. Target and drafter draw with the
-same noise, which makes them agree often, and a draft counts only if it is the very token that the target draws. So
-the text is the target's sample whatever was drafted: Daliri, Musco, Suresh, "Coupling without communication and
+same noise, which makes them agree often, and a draft is accepted only if it is the token that the target draws. So the
+text is the target's own sample, independent of the drafts: Daliri, Musco, Suresh, "Coupling without communication and
 drafter-invariant speculative decoding" (2024).
 
-Filters apply in transformers' order: suppressed tokens, temperature, top-k, top-p, min-p. All of them keep the best
-token, so temperature 0 is greedy whatever the others say.
+Filters apply in transformers' order: suppressed tokens, temperature, top-k, top-p, min-p. Each of them keeps the best
+token, so temperature 0 is greedy with any filter.
 
-Rows are independent: each is chosen for as if it were alone.
+Rows are independent: the tokens of one don't depend on the others.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..system.fusing import counting, fused, on_gpu
 from .limits import MAX_TEMPERATURE
 
 MOST_PATTERNS = 64
-"""Samplers for rows with different numbers of tokens that are kept: the same few patterns come again and again."""
+"""Most samplers remembered for ragged blocks, by their rows: a few patterns of draft lengths recur again and again."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,14 @@ class SamplingOptions:
     """How one row's tokens are chosen.
 
     Attributes:
-        temperature: 0 for greedy, and at most MAX_TEMPERATURE.
+        temperature: 0 for greedy, at most MAX_TEMPERATURE.
         top_k: Only the k best tokens; 0 for all.
         top_p: Only the best tokens that together reach this probability; 1 for all.
         min_p: Only tokens with at least this share of the best one's probability; 0 for all.
         seed: Any integer.
+
+    Raises:
+        PromptError: An option isn't a number, or is out of its range.
     """
 
     temperature: float = 0.0
@@ -67,15 +70,15 @@ class SamplingOptions:
 
 
 def is_int(value: object) -> TypeGuard[int]:
-    """Whether an option's value is a whole number; True and False aren't."""
+    """Whether a value is a whole number; True and False don't count as one."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 class Sampler:
     """Chooses tokens for a batch of rows, for each exactly as if it were alone.
 
-    Rows whose options call for the same steps are chosen together. What another row asks for can't change the
-    candidates of a row, nor the order in which equal logits are met.
+    Rows whose options need the same steps are computed together. Other rows' options change neither the candidates of a
+    row nor the order in which it meets equal logits.
     """
 
     def __init__(
@@ -84,20 +87,20 @@ class Sampler:
         logit_softcap: float | None = None,
         suppress_tokens: Sequence[int] = (),
         vocab_size: int = 0,
-    ):
+    ) -> None:
         """Puts the options of all rows on the device.
 
         Args:
-            rows: The options, one a row.
-            logit_softcap: Softcap of the target's logits. The chosen token depends on it only through
-                probabilities, so it is applied to the candidates alone.
+            rows: The options of each row.
+            logit_softcap: Softcap of the target's logits, or None. It doesn't change their order, only probabilities,
+                so it is applied to the candidates alone.
             suppress_tokens: Token ids that the target never chooses (generation_config's `suppress_tokens`).
-            vocab_size: Needed with `suppress_tokens`.
+            vocab_size: Number of token ids; needed with `suppress_tokens`.
         """
         self._softcap = logit_softcap
         self._suppress_tokens, self._vocab_size = tuple(suppress_tokens), vocab_size
         self._biases: dict[mx.Dtype, mx.array] = {}
-        self._others: dict[tuple[int, ...], Sampler] = {}
+        self._samplers: dict[tuple[int, ...], Sampler] = {}
         self._arrange(rows)
 
     def _arrange(self, rows: Sequence[SamplingOptions]) -> None:
@@ -106,28 +109,28 @@ class Sampler:
         for i, row in enumerate(rows):
             kinds.setdefault(_kind(row), []).append(i)
         self._groups = [_Group([rows[i] for i in members]) for members in kinds.values()]
-        # For several groups: the rows of each, and where each row then lies when the groups stand in line.
+        # If there are several groups: the rows of each, and each row's index when the groups are concatenated.
         self._members = [mx.array(members, dtype=mx.int32) for members in kinds.values()]
-        self._place = mx.argsort(mx.concatenate(self._members)) if len(self._members) > 1 else None
+        self._index = mx.argsort(mx.concatenate(self._members)) if len(self._members) > 1 else None
 
     def of_rows(self, rows: Sequence[int]) -> Sampler:
-        """One that chooses for these rows, in this order; a row may be there more than once."""
+        """A sampler for these rows of the batch, in this order; a row may occur more than once."""
         key = tuple(rows)
-        if key not in self._others:
-            if len(self._others) >= MOST_PATTERNS:
-                self._others.clear()
+        if key not in self._samplers:
+            if len(self._samplers) >= MOST_PATTERNS:
+                self._samplers.clear()
             other = copy.copy(self)
-            other._others = {}
+            other._samplers = {}
             other._arrange([self._rows[row] for row in rows])
-            self._others[key] = other
-        return self._others[key]
+            self._samplers[key] = other
+        return self._samplers[key]
 
     def target(self, logits: mx.array, positions: mx.array) -> mx.array:
         """Chooses the target's tokens.
 
         Args:
             logits: [B, L, vocab], before the softcap.
-            positions: int32 [B, L], the absolute positions that the chosen tokens will have.
+            positions: int32 [B, L], the absolute positions of the tokens to choose.
 
         Returns:
             int32 [B, L].
@@ -137,7 +140,7 @@ class Sampler:
         return self._choose(logits, None, positions, self._softcap)
 
     def _bias(self, dtype: mx.Dtype) -> mx.array:
-        """[vocab], minus infinity for suppressed tokens and else 0; of the logits' type, so that these aren't cast."""
+        """[vocab], minus infinity for suppressed tokens and else 0; in the logits' dtype, so that they aren't cast."""
         if dtype not in self._biases:
             banned = mx.array(self._suppress_tokens, dtype=mx.int32)
             zeros = mx.zeros((self._vocab_size,), dtype)
@@ -145,12 +148,12 @@ class Sampler:
         return self._biases[dtype]
 
     def draft(self, logits: mx.array, ids: mx.array | None, positions: mx.array) -> mx.array:
-        """Chooses drafts, with the noise that the target will choose with.
+        """Chooses drafts, with the same noise as the target's choice at that position.
 
         Args:
-            logits: [B, n].
-            ids: int32 [B, n], the tokens they belong to; None for the whole vocabulary in order.
-            positions: int32 [B], the position of the drafts.
+            logits: [B, n], the drafter's.
+            ids: int32 [B, n], the token of each logit; None if they are the whole vocabulary in order.
+            positions: int32 [B], the absolute positions of the drafts.
 
         Returns:
             int32 [B].
@@ -159,26 +162,26 @@ class Sampler:
         return self._choose(logits[:, None], ids, positions[:, None], None).squeeze(1)
 
     def _choose(self, logits: mx.array, ids: mx.array | None, positions: mx.array, cap: float | None) -> mx.array:
-        if self._place is None:
+        if self._index is None:
             return self._groups[0].choose(logits, ids, positions, cap)
         chosen = [
             group.choose(logits[rows], None if ids is None else ids[rows], positions[rows], cap)
             for group, rows in zip(self._groups, self._members, strict=True)
         ]
-        return mx.concatenate(chosen)[self._place]
+        return mx.concatenate(chosen)[self._index]
 
 
 def _kind(row: SamplingOptions) -> tuple[bool, int, bool]:
-    """What a row's choice takes: whether it is drawn, from how many candidates (0: all), and whether with filters."""
+    """The steps that a row needs: whether to draw, from how many candidates (0: all), and whether to filter."""
     if row.temperature == 0:
         return False, 0, False
     return True, row.top_k, row.top_p < 1 or row.min_p > 0
 
 
 class _Group:
-    """Rows of one kind."""
+    """Rows that need the same steps, see `_kind`."""
 
-    def __init__(self, rows: Sequence[SamplingOptions]):
+    def __init__(self, rows: Sequence[SamplingOptions]) -> None:
         self._drawn, self._candidates, self._truncates = _kind(rows[0])
 
         def column(values: list[float], dtype: mx.Dtype) -> mx.array:
@@ -187,7 +190,7 @@ class _Group:
         self._temperature = column([r.temperature for r in rows], mx.float32)
         self._top_p = column([r.top_p for r in rows], mx.float32)
         self._min_p = column([r.min_p for r in rows], mx.float32)
-        # [B, 1, 1, 2]: a key goes with a position and a token.
+        # [B, 1, 1, 2]: broadcasts over positions and tokens.
         self._keys = mx.array([[[seed_key(r.seed)]] for r in rows], dtype=mx.uint32)
 
     def choose(self, logits: mx.array, ids: mx.array | None, positions: mx.array, cap: float | None) -> mx.array:
@@ -214,11 +217,11 @@ class _Group:
         return _take_ids(ids, mx.argmax(drawn, axis=-1, keepdims=True)).squeeze(-1)
 
     def _truncate(self, scaled: mx.array, drawn: mx.array) -> mx.array:
-        """Sets filtered tokens to -inf; all but top-k, which chose the candidates.
+        """Sets the tokens that top-p and min-p leave out to -inf; top-k has chosen the candidates before.
 
         Args:
-            scaled: float32 [B, L, n], ascending logits by temperature.
-            drawn: The logits with noise.
+            scaled: float32 [B, L, n], logits / temperature, ascending.
+            drawn: float32 [B, L, n], the logits with noise, in the same order.
         """
         probabilities = mx.softmax(scaled, axis=-1)
         better = mx.cumsum(probabilities, axis=-1, reverse=True, inclusive=False)
@@ -227,7 +230,7 @@ class _Group:
 
 @fused
 def _scaled(logits: mx.array, temperature: mx.array) -> tuple[mx.array, mx.array]:
-    """Logits in float32, and by temperature."""
+    """Logits in float32, and the same divided by the temperature."""
     logits = logits.astype(mx.float32)
     return logits, logits / temperature
 
@@ -242,7 +245,7 @@ def _capped_and_scaled(logits: mx.array, cap: mx.array, temperature: mx.array) -
 def _perturbed(
     logits: mx.array, temperature: mx.array, first: mx.array, second: mx.array, positions: mx.array, ids: mx.array
 ) -> mx.array:
-    """Logits whose largest is drawn: argmax(l / t + g) = argmax(l + t g)."""
+    """Logits with noise, whose argmax is the drawn token: argmax(l / t + g) = argmax(l + t g)."""
     return logits + temperature * gumbel(first, second, positions, ids)
 
 
@@ -250,17 +253,24 @@ def _perturbed(
 def _filtered(
     drawn: mx.array, probabilities: mx.array, better: mx.array, best: mx.array, top_p: mx.array, min_p: mx.array
 ) -> mx.array:
-    """`drawn`, or -inf where top-p or min-p leave a token out; `better` is how likely better tokens are together."""
-    # Renormalising after top-p changes no ratio, so min-p may look at the probabilities from before. Nothing is better
-    # than the best token, so that it is always kept.
+    """`drawn`, or -inf where top-p or min-p leave a token out; `better` is the total probability of better tokens."""
+    # Renormalising after top-p changes no ratio, so min-p may use the probabilities from before. For the best token
+    # `better` is 0, so it always stays.
     return mx.where((better < top_p) & (probabilities >= min_p * best), drawn, -mx.inf)
 
 
 def best_few(logits: mx.array, k: int) -> mx.array:
-    """Indices of the k largest entries along the last axis, the largest last: uint32 [..., k].
+    """Indices of the k largest entries along the last axis, the largest last.
 
-    Large vocabularies are searched in two steps, because selecting from 262,144 entries means sorting them on a GPU.
+    Large vocabularies are searched in two steps: on a GPU a selection is a sort, and sorting 262,144 entries is slow.
     The k best entries lie in the k blocks with the largest maxima.
+
+    Args:
+        logits: [..., n], n at least k.
+        k: At least 1.
+
+    Returns:
+        uint32 [..., k].
     """
     size, block = logits.shape[-1], 64
     if size % block or size < 4 * k * block:
@@ -268,19 +278,19 @@ def best_few(logits: mx.array, k: int) -> mx.array:
     blocks = mx.unflatten(logits, -1, (-1, block))
     chosen = _best_of_few(blocks.max(axis=-1), k)
     within = mx.take_along_axis(blocks, chosen[..., None], axis=-2).flatten(-2)
-    place = _best_of_few(within, k)
-    return _in_block(mx.take_along_axis(chosen, place // block, axis=-1), place, mx.array(block, mx.uint32))
+    index = _best_of_few(within, k)
+    return _in_block(mx.take_along_axis(chosen, index // block, axis=-1), index, mx.array(block, mx.uint32))
 
 
 @fused
-def _in_block(blocks: mx.array, place: mx.array, size: mx.array) -> mx.array:
-    return blocks * size + place % size
+def _in_block(blocks: mx.array, index: mx.array, size: mx.array) -> mx.array:
+    return blocks * size + index % size
 
 
 def _best_of_few(logits: mx.array, k: int) -> mx.array:
     """As `best_few`, in one step."""
     if on_gpu():
-        return mx.argsort(logits, axis=-1)[..., -k:]  # which is what a partition is there
+        return mx.argsort(logits, axis=-1)[..., -k:]  # on a GPU MLX's argpartition sorts as well
     best = mx.argpartition(logits, kth=-k, axis=-1)[..., -k:]
     order = mx.argsort(mx.take_along_axis(logits, best, axis=-1), axis=-1)
     return mx.take_along_axis(best, order, axis=-1)
@@ -289,10 +299,11 @@ def _best_of_few(logits: mx.array, k: int) -> mx.array:
 def gumbel(first: mx.array, second: mx.array, positions: mx.array, token_ids: mx.array) -> mx.array:
     """Standard Gumbel noise as a pure function of its arguments, which broadcast against each other.
 
-    A counter-based generator: only the candidates' noise is ever computed, and its bits are the same on every backend.
+    A counter-based generator: only the candidates' noise is computed, and its bits are the same on every backend.
 
     Args:
-        first, second: uint32, the two words of a row's key, see `seed_key`.
+        first: uint32, the first word of each row's key, see `seed_key`.
+        second: uint32, the second word.
         positions: int32, absolute positions.
         token_ids: int32 or uint32.
 
@@ -300,7 +311,7 @@ def gumbel(first: mx.array, second: mx.array, positions: mx.array, token_ids: mx
         float32 of the broadcast shape, finite.
     """
     positions = _scramble(positions.astype(mx.uint32))
-    # Two words for each position, so that all 64 bits of the key reach every token's noise.
+    # Two words per position, so that all 64 bits of the key affect every token's noise.
     stream = _scramble(first ^ positions)
     other = _scramble(second ^ _scramble(positions ^ mx.array(0x9E3779B9, mx.uint32)))
     return noise_of_bits(_scramble(_scramble(token_ids.astype(mx.uint32) ^ stream) + other))
@@ -309,9 +320,9 @@ def gumbel(first: mx.array, second: mx.array, positions: mx.array, token_ids: mx
 def noise_of_bits(bits: mx.array) -> mx.array:
     """Standard Gumbel noise, float32, from uniform bits, uint32: -log(-log(1 - u)) with u = (bits + 0.5) / 2**32.
 
-    Large noise, which decides what is drawn, comes from small u, where a float32 has all digits: it goes up to
-    log(2**33) = 22.9, in steps that shrink with its probability. -log(-log(u)) would have its largest values where u
-    is nearly 1, in steps of 2**-24, and infinity among them: a token that is drawn whatever its logit.
+    Large noise decides which token is drawn. Here it comes from small u, where float32 is precise: it reaches
+    log(2**33) = 22.9, in fine steps. The usual form -log(-log(u)) has its largest values where u is nearly 1, in steps
+    of 2**-24, and infinity among them, which would draw a token regardless of its logit.
     """
     u = (bits.astype(mx.float32) + 0.5) * 2**-32
     # The 128 largest integers are rounded to 2**32, and 1 would be minus infinity.
@@ -319,10 +330,17 @@ def noise_of_bits(bits: mx.array) -> mx.array:
 
 
 def row_seed(seed: int, row: int) -> int:
-    """The seed of row `row` when one seed is given for several rows: row 0 keeps it, the others get 64 bits of a hash.
+    """The seed of one row when a single seed is given for several rows.
+
+    Args:
+        seed: The seed given, any integer.
+        row: Index of the row.
+
+    Returns:
+        The seed itself for row 0, and a 64-bit hash of seed and row for the others.
 
     Raises:
-        PromptError: The seed is no whole number.
+        PromptError: The seed isn't a whole number.
     """
     if not is_int(seed):
         raise PromptError(f"seed must be a whole number, not {seed!r}")
@@ -330,20 +348,20 @@ def row_seed(seed: int, row: int) -> int:
 
 
 def _scramble(x: mx.array) -> mx.array:
-    """A bijection of uint32 that spreads every input bit over the output (Wellons' "lowbias32" constants)."""
+    """A bijection of uint32 in which every input bit affects all output bits (C. Wellons' "lowbias32" constants)."""
     x = (x ^ (x >> 16)) * mx.array(0x7FEB352D, mx.uint32)
     x = (x ^ (x >> 15)) * mx.array(0x846CA68B, mx.uint32)
     return x ^ (x >> 16)
 
 
 def seed_key(seed: int) -> tuple[int, int]:
-    """The key of a seed of any size, as two words of 32 bits."""
+    """The noise key of a seed of any size, as two words of 32 bits."""
     mixed = _hash(seed)
     return mixed >> 32, mixed & 0xFFFFFFFF
 
 
 def _hash(*numbers: int) -> int:
-    """64 bits that depend on every bit of some whole numbers, equal for others by chance only."""
+    """A 64-bit hash of whole numbers of any size."""
     digest = blake2b(digest_size=8)
     for number in numbers:
         data = number.to_bytes(number.bit_length() // 8 + 1, "big", signed=True)
@@ -352,7 +370,7 @@ def _hash(*numbers: int) -> int:
 
 
 def _take_ids(ids: mx.array | None, index: mx.array) -> mx.array:
-    """The token ids at index [B, L, n]; None for ids stands for all tokens in order."""
+    """The token ids at index [B, L, n]; ids None means all tokens in order."""
     if ids is None:
         return index.astype(mx.int32)
     return mx.take_along_axis(mx.broadcast_to(ids, (*index.shape[:2], ids.shape[-1])), index, axis=-1)
