@@ -102,7 +102,7 @@ def load(
         raise MTPError(f"drafter_position must be auto, {' or '.join(POSITIONS)}, not {drafter_position!r}")
     pair = find_pair(target, drafter, quantize, dtype, quantize_drafter, check=check_fits)
     adapter = None if adapter is None else expanded(adapter)
-    tuned = profiles.chosen(profile, *pair, adapter)
+    tuned = profiles.profile_for(profile, *pair, adapter)
     if drafter_position == "auto":
         drafter_position = (tuned and tuned.drafter_position) or "committed"
     if cache_bytes is not None and (not is_int(cache_bytes) or cache_bytes < 0):

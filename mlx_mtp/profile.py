@@ -240,7 +240,7 @@ def saved_profile(key: Key) -> Profile | None:
     return profile
 
 
-def chosen(
+def profile_for(
     wanted: str | Path | None,
     target: TargetDescription,
     drafter: DrafterDescription | None,

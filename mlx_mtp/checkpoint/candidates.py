@@ -38,7 +38,7 @@ def drafter_names(target: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def names_beside(path: Path) -> list[str]:
+def folder_names(path: Path) -> list[str]:
     """Folder names that are looked for next to a target's folder and in the hub's cache."""
     return list(dict.fromkeys(name.rpartition("/")[2] for place in _places(path) for name in _names(place)))
 
@@ -52,7 +52,7 @@ def _names(place: Path) -> list[str]:
     return drafter_names(published_name(place))
 
 
-def named(path: Path) -> Iterator[Path]:
+def on_this_machine(path: Path) -> Iterator[Path]:
     """Folders on this machine with a name from `drafter_names`, each once, the likeliest first."""
     seen = set()
     for folder in _with_names(_places(path)):
@@ -87,7 +87,7 @@ def _children(parent: Path, names: Iterable[str]) -> Iterator[Path]:
         yield from sorted(entries.get(name.lower(), []), key=lambda path: path.name != name)
 
 
-def beside(path: Path) -> list[Path]:
+def neighbours(path: Path) -> list[Path]:
     """All model folders next to a folder; first those whose names have the longest prefix in common with its name."""
     common: dict[Path, int] = {}
     for place in _places(path):

@@ -53,7 +53,7 @@ def drafter_format(
     return replace(target, bits=LEAST_BITS) if target.bits < LEAST_BITS else target
 
 
-def beside(drafter: DrafterDescription, target: TargetDescription, choice: int | str | None) -> DrafterDescription:
+def for_target(drafter: DrafterDescription, target: TargetDescription, choice: int | str | None) -> DrafterDescription:
     """The description of a drafter as it is loaded with a target.
 
     Args:

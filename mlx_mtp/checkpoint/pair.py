@@ -71,9 +71,9 @@ def find_pair(
     if drafter is False:
         return described, None
     if drafter is not None:
-        with way_out():
+        with suggest_no_draft():
             place = hub.find(drafter)
-            own = drafter_precision.beside(read_drafter(place.folder, dtype=dtype), described, quantize_drafter)
+            own = drafter_precision.for_target(read_drafter(place.folder, dtype=dtype), described, quantize_drafter)
             _complete(place, own, weights, check)
             return described, own
 
@@ -82,7 +82,7 @@ def find_pair(
         place = hub.find(candidate)
         found = read_drafter(place.folder, dtype=dtype)
         check_pair(described.config, found.config)
-        check(found if found.stored else drafter_precision.beside(found, described, quantize_drafter))
+        check(found if found.stored else drafter_precision.for_target(found, described, quantize_drafter))
         if weights:
             place.fetch_weights()
         if weights or _is_complete(found.folder):
@@ -92,8 +92,8 @@ def find_pair(
     found = _first_usable(target, usable, described.folder if described.holds_drafter else None)
     if found is None:
         return described, None
-    with way_out():
-        return described, drafter_precision.beside(found, described, quantize_drafter)
+    with suggest_no_draft():
+        return described, drafter_precision.for_target(found, described, quantize_drafter)
 
 
 def _complete(place: hub.Place, described: AnyDescription, weights: bool, check: Check) -> None:
@@ -136,9 +136,9 @@ def _first_usable(
     local = path.is_dir()
     if merged and (found := first([merged])):
         return found
-    if found := first(candidates.named(path) if local else candidates.drafter_names(str(target))):
+    if found := first(candidates.on_this_machine(path) if local else candidates.drafter_names(str(target))):
         return found
-    if local and (fitting := list(_all_usable(candidates.beside(path), usable))):
+    if local and (fitting := list(_all_usable(candidates.neighbours(path), usable))):
         if len(fitting) > 1:
             name = fitting[0].folder.name
             log.info("%d drafters next to %s fit it: taking %s", len(fitting), path, name)
@@ -151,7 +151,7 @@ def _first_usable(
     else:
         log.warning(
             "no drafter found for %s, decoding without one: looked next to it for any that fits, and in the hub's "
-            "cache for %s; choose one with --drafter (drafter=)", path, ", ".join(candidates.names_beside(path)),
+            "cache for %s; choose one with --drafter (drafter=)", path, ", ".join(candidates.folder_names(path)),
         )  # fmt: skip
     return None
 
@@ -165,7 +165,7 @@ def _all_usable(
 
 
 @contextmanager
-def way_out() -> Iterator[None]:
+def suggest_no_draft() -> Iterator[None]:
     """Adds to the errors of a drafter that the user can also decode without one."""
     try:
         yield

@@ -200,7 +200,7 @@ _CAREFUL: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def keep_to_avoided(*models: nn.Module | None) -> None:
+def apply_avoided(*models: nn.Module | None) -> None:
     """Makes the models' quantised layers avoid the kernels of `AVOIDED`, if it has shapes of quantised products.
 
     Their products are MLX's code, so their classes are replaced; all other operations look at `AVOIDED` themselves.

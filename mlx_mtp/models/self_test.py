@@ -24,7 +24,7 @@ import numpy as np
 
 from ..errors import one_line
 from ..system.fusing import on_gpu
-from .avoided import AVOIDED, Shape, keep_to_avoided
+from .avoided import AVOIDED, Shape, apply_avoided
 from .drafter import Drafter
 from .kernel_checks import Check, checks_of, numbers
 from .target import Target
@@ -115,7 +115,7 @@ def self_test(target: Target, drafter: Drafter | None) -> list[Finding]:
                 new.append(_known[check.shape])
             found |= {check.shape: _known[check.shape] for check in group}
     finally:
-        keep_to_avoided(target, drafter)  # for shapes found wrong with an earlier pair, too
+        apply_avoided(target, drafter)  # for shapes found wrong with an earlier pair, too
         mx.clear_cache()
         _report([finding for finding in new if finding.wrong])
     return list(found.values())
@@ -124,7 +124,7 @@ def self_test(target: Target, drafter: Drafter | None) -> list[Finding]:
 def _avoid(check: Check, target: Target, drafter: Drafter | None) -> bool:
     """Avoids a shape's kernel; returns False, and changes nothing, if the replacement is wrong as well."""
     AVOIDED.add(check.shape)
-    keep_to_avoided(target, drafter)
+    apply_avoided(target, drafter)
     if _judge([check])[0][1] is None:
         return True
     AVOIDED.discard(check.shape)

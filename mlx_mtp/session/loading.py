@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..checkpoint import sizes
 from ..checkpoint.description import DrafterDescription, TargetDescription
 from ..checkpoint.load import load_drafter, load_target
-from ..checkpoint.pair import way_out
+from ..checkpoint.pair import suggest_no_draft
 from ..decode.draft_length import DraftLengthPolicy
 from ..decode.overflow import check_overflow
 from ..decode.scheduler import MAX_ROWS, Scheduler
@@ -51,7 +51,7 @@ def load_models(
     """Loads a pair; arguments and errors are those of `api.load`, and the token ids that are never chosen."""
     target, drafter = load_target(description, adapter), None
     if drafter_description:
-        with way_out():
+        with suggest_no_draft():
             drafter = load_drafter(drafter_description, description.config, position)
     self_test.at_load(target, drafter)
     check_overflow(target, drafter)
