@@ -67,14 +67,14 @@ def find_pair(
         target, drafter = DEMO / "target", DEMO / "drafter" if drafter is None else drafter
     place = hub.find(target)
     described = read_target(place.folder, common, dtype)
-    _complete(place, described, weights, check)
+    _check_and_fetch(place, described, weights, check)
     if drafter is False:
         return described, None
     if drafter is not None:
         with suggest_no_draft():
             place = hub.find(drafter)
             own = drafter_precision.for_target(read_drafter(place.folder, dtype=dtype), described, quantize_drafter)
-            _complete(place, own, weights, check)
+            _check_and_fetch(place, own, weights, check)
             return described, own
 
     def usable(candidate: str | Path) -> DrafterDescription:
@@ -96,7 +96,7 @@ def find_pair(
         return described, drafter_precision.for_target(found, described, quantize_drafter)
 
 
-def _complete(place: hub.Place, described: AnyDescription, weights: bool, check: Check) -> None:
+def _check_and_fetch(place: hub.Place, described: AnyDescription, weights: bool, check: Check) -> None:
     """Checks a model and downloads its weights, if it is in a repository and weights are wanted."""
     if weights and place.repository:
         check(described)
