@@ -50,7 +50,7 @@ class Format:
             raise CheckpointError(f"unknown quantisation mode {self.mode!r}: use one of {', '.join(MODES)}")
         fixed = MODES[self.mode]
         if fixed and (self.bits, self.group_size) != fixed:
-            raise CheckpointError(f"{self.mode} always has {fixed[0]} bits in groups of {fixed[1]}")
+            raise CheckpointError(f"{self.mode} has {fixed[0]} bits in groups of {fixed[1]}, and nothing else")
         # The types are checked because 4.0 == 4.
         whole = isinstance(self.bits, int) and isinstance(self.group_size, int)
         if not fixed and not (whole and self.bits in BITS and self.group_size in GROUPS):
