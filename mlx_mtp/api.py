@@ -91,7 +91,7 @@ def load(
     check_arguments(target, drafter, drafter_position, cache_bytes)
     pair = find_pair(target, drafter, quantize, dtype, quantize_drafter, check=check_fits)
     adapter = None if adapter is None else expanded(adapter)
-    tuned = profiles.chosen(profile, *pair, adapter)
+    tuned = profiles.profile_for(profile, *pair, adapter)
     if drafter_position == "auto":
         drafter_position = (tuned and tuned.drafter_position) or "committed"
     return MTPModel(*pair, drafter_position, cache_bytes, tuned, adapter)

@@ -407,7 +407,7 @@ def test_a_target_without_a_drafter(tmp_path: Path):
     drafter.rename(tmp_path / "other")
     done = mlx_mtp_command("convert", source, tmp_path / "new", "--bits", "4", "--drafter-bits", "8")
     assert done.returncode == 0 and done.stdout == f"{tmp_path / 'new'}\n"
-    assert "no drafter beside it" in done.stderr and done.stderr.count("\n") == 1
+    assert "no drafter found" in done.stderr and done.stderr.count("\n") == 1
     assert mlx_mtp_command("convert", source, tmp_path / "alone", "--no-draft").stderr == ""
     drafter_bits = mlx_mtp_command("convert", tmp_path / "other", tmp_path / "small", "--drafter-bits", "4")
     assert drafter_bits.returncode == 2 and "is a drafter itself" in drafter_bits.stderr

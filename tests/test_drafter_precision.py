@@ -128,7 +128,7 @@ def test_a_profile_holds_for_one_precision(pairs: dict[str, Path], tmp_path: Pat
     old = json.loads(path.read_text()) | {"schema": 1}
     del old["key"]["drafter"]
     path.write_text(json.dumps(old))
-    with pytest.raises(ProfileError, match="another version of this package"):
+    with pytest.raises(ProfileError, match="wasn't written by this version"):
         mlx_mtp.load(*folders, profile=path)
 
 

@@ -188,7 +188,7 @@ def _prepare(
     from weights_convert import Format, Scheme, prepare
     from weights_convert.plan import check_original
 
-    from ..checkpoint.pair import find_pair, way_out
+    from ..checkpoint.pair import find_pair, suggest_no_draft
 
     bits = (4 if scheme else None) if drafter_bits is None else drafter_bits
     with _value_of("--drafter-bits"):
@@ -203,7 +203,7 @@ def _prepare(
     _, own = find_pair(source, drafter, check=check_original)
     if own:
         sibling = destination.with_name(f"{destination.name}-assistant")
-        with way_out():
+        with suggest_no_draft():
             conversions.append(prepare(own.folder, sibling, drafter_scheme, dtype, merged=own.merged))
     return conversions
 

@@ -69,7 +69,7 @@ def describe(
         CheckpointError: A config.json is missing or isn't Gemma 4's, or downloaded weights can't be loaded.
     """
     from ..checkpoint import drafter_precision, sizes
-    from ..checkpoint.pair import find_pair, way_out
+    from ..checkpoint.pair import find_pair, suggest_no_draft
     from ..checkpoint.quantization import Format
     from ..config import check_pair
     from ..errors import PairingError
@@ -104,7 +104,7 @@ def describe(
         "drafter": None,
     }
     if own:
-        with way_out():
+        with suggest_no_draft():
             on_disk = _on_disk(own)
         size, clusters = sizes.of(own), own.config.num_clusters
         try:
@@ -132,7 +132,7 @@ def describe(
         size = sizes.of(like)
         needed = size.weights
         if own:
-            needed += sizes.of(drafter_precision.beside(own, like, quantize_drafter)).weights
+            needed += sizes.of(drafter_precision.for_target(own, like, quantize_drafter)).weights
         return {
             "quantize": bits,
             "needed": needed,
