@@ -22,7 +22,7 @@ from .checkpoint.description import DrafterDescription, TargetDescription
 from .checkpoint.load import check_fits
 from .checkpoint.pair import find_pair
 from .decode.inspect import logits_after, proposal
-from .decode.sampling import row_seed as row_seed
+from .decode.noise import row_seed as row_seed
 from .decode.scheduler import MAX_ROWS
 from .errors import MTPError
 from .files import expanded

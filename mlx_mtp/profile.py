@@ -24,8 +24,8 @@ from annotated_types import Ge, Interval, MinLen
 
 from .checkpoint import adapters
 from .checkpoint.description import DrafterDescription, TargetDescription
-from .decode.draft_length import Prices
 from .decode.objective import Objective
+from .decode.round_cost import Prices
 from .errors import ProfileError, one_line
 from .files import expanded, listed, parse_json, published_name, read_bytes, replacing, sample
 from .models.drafter import Position

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import mean, median
 
@@ -239,6 +240,7 @@ def moe_by_batch() -> Iterable[str]:
         yield f"| {name}, {f'{bits} bits' if bits else 'bf16'} | " + " | ".join(cells) + " |"
 
 
+@cache
 def _pair(name: str, bits: int | None, drafter_bits: int | None = None) -> model.Pair:
     """A size with its drafter, which is assumed to have 16 bits, as published."""
     return model.pair(*known_pair(name), *(Format(it) if it else None for it in (bits, drafter_bits)))

@@ -12,6 +12,7 @@ import pytest
 
 from mlx_mtp.checkpoint.sizes import row_bytes
 from mlx_mtp.decode import engine as engine_module
+from mlx_mtp.decode import in_flight
 from mlx_mtp.decode.prefill import CHUNK
 from mlx_mtp.decode.request import Request, Row
 from mlx_mtp.decode.sampling import SamplingOptions
@@ -20,7 +21,7 @@ from mlx_mtp.errors import MemoryBudgetError
 from mlx_mtp.kv import kv_bytes
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
-from tests.support.random_requests import alone, differs, make_request, run_at_random
+from tests.support.random_requests import alone, differs, first_wrong, is_plain_text, make_request, run_at_random
 from tests.support.scripted_drafter import LuckyDrafter, ScriptedDrafter
 from tests.support.tiny_checkpoints import KINDS, VOCAB, WINDOW, load_pair, make_pair
 
@@ -51,16 +52,27 @@ def run(scheduler: Scheduler, rows: list[Row]) -> None:
         scheduler.step()
 
 
+def test_what_tells_plain_text(pair: Pair):
+    """What many tests rely on: it is right of plain decoding, and of nothing that differs from it."""
+    rng = Random(0)
+    for _ in range(4):
+        request = draw(rng, max_tokens=20, stop_tokens=frozenset())
+        tokens = alone(pair[0], request)
+        assert first_wrong(pair[0], request, tokens) is None
+        for i in (0, 9, 19):
+            changed = [*tokens[:i], (tokens[i] + 1) % VOCAB, *tokens[i + 1 :]]
+            assert first_wrong(pair[0], request, changed) == i
+
+
 def test_rows_are_what_they_are_alone(pair: Pair):
     """More requests than rows, so that rows leave and others join while the rest is running."""
     rng = Random(1)
-    requests = [draw(rng) for _ in range(14)]
+    requests = [draw(rng) for _ in range(10)]
     scheduler = Scheduler(*pair, max_rows=5)
     rows = [scheduler.submit(request) for request in requests]
     run(scheduler, rows)
-    for row, request in zip(rows, requests, strict=True):
-        assert row.tokens == alone(pair[0], request), request
-        assert len(row.tokens) == row.limit or row.tokens[-1] in request.stop_tokens
+    for row in rows:
+        assert is_plain_text(pair[0], row), row.request
     assert any(row.stats.drafted for row in rows)
 
 
@@ -71,17 +83,17 @@ def test_every_batch_size(e2b: Pair, size: int):
     scheduler = Scheduler(*e2b)
     rows = [scheduler.submit(request) for request in requests]
     run(scheduler, rows)
-    assert [row.tokens for row in rows] == [alone(e2b[0], request) for request in requests]
+    assert all(is_plain_text(e2b[0], row) for row in rows)
 
 
 def test_rows_join_and_are_cancelled_at_any_moment(pair: Pair):
     """With a drafter whose luck differs from row to row and from round to round."""
     target, rng = pair[0], Random(3)
-    requests = [draw(rng) for _ in range(14)]
+    requests = [draw(rng) for _ in range(10)]
     texts = [alone(target, request) for request in requests]
     drafter = LuckyDrafter(target, [[*it.prompt, *text] for it, text in zip(requests, texts, strict=True)], 0.8, rng)
     rows = run_at_random(Scheduler(target, drafter, max_rows=4), requests, rng)  # type: ignore[arg-type]
-    assert len(rows) == 14 and not any(map(differs, rows, texts))
+    assert len(rows) == 10 and not any(map(differs, rows, texts))
     assert any(row.tokens for row in rows if len(row.tokens) < row.limit)
     assert len({row.stats.mean_accepted for row in rows if row.stats.drafted}) > 4
 
@@ -97,17 +109,17 @@ def test_the_only_running_row_is_cancelled_during_a_step(e2b: Pair, monkeypatch:
         patch.setattr(scheduler.engine, "update_batch", lambda *joining: (update_batch(*joining), row.cancel()))
         scheduler.step()
     run(scheduler, [other])
-    assert other.tokens == alone(e2b[0], other.request)
+    assert is_plain_text(e2b[0], other)
 
 
 def test_large_buffers_are_handed_over_late(e2b: Pair, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(engine_module, "COPY_LIMIT", 0)
+    monkeypatch.setattr(in_flight, "COPY_LIMIT", 0)
     rng = Random(3)
     requests = [draw(rng) for _ in range(10)]
     scheduler = Scheduler(*e2b, max_rows=4)
     rows = [scheduler.submit(request) for request in requests]
     run(scheduler, rows)
-    assert [row.tokens for row in rows] == [alone(e2b[0], request) for request in requests]
+    assert all(is_plain_text(e2b[0], row) for row in rows)
 
 
 def test_each_row_keeps_what_it_earns(e2b: Pair):
@@ -168,7 +180,7 @@ def test_equal_prompts_are_prefilled_once(e2b: Pair, monkeypatch: pytest.MonkeyP
     rows = [scheduler.submit(Request(prompt, 20, sampling, 2)) for sampling in options]
     run(scheduler, rows)
     assert sum(b * width for b, width in blocks) == len(prompt)
-    assert [row.tokens for row in rows] == [alone(e2b[0], row.request) for row in rows]
+    assert all(is_plain_text(e2b[0], row) for row in rows)
     assert len({tuple(row.tokens) for row in rows}) == 4
 
 
@@ -182,7 +194,7 @@ def test_a_first_block_of_many_prompts_is_bounded(e2b: Pair, monkeypatch: pytest
     rows = [scheduler.submit(Request([i + 3] * 12, 6, draft_length=2)) for i in range(200)]
     run(scheduler, rows)
     assert max(widest) <= CHUNK < 200 * 12
-    assert [row.tokens for row in rows] == [alone(target, row.request) for row in rows]
+    assert all(is_plain_text(target, row) for row in rows[::9])
 
 
 @pytest.mark.parametrize("exactness", ["invariant", "stepwise"])
@@ -196,7 +208,7 @@ def test_exact_requests_run_alone(e2b: Pair, exactness: str):
         running = scheduler.engine.rows
         sizes[running[0].request.exactness].add(len(running))
     assert sizes[exactness] == {1}
-    assert [row.tokens for row in rows] == [alone(e2b[0], row.request) for row in rows]
+    assert all(is_plain_text(e2b[0], row) for row in rows)
 
 
 def test_the_budget_admits_what_fits(e2b: Pair):
@@ -209,7 +221,7 @@ def test_the_budget_admits_what_fits(e2b: Pair):
         scheduler.step()
         most = max(most, len(scheduler.engine.rows))
     assert most == 2
-    assert [row.tokens for row in rows] == [alone(e2b[0], row.request) for row in rows]
+    assert all(is_plain_text(e2b[0], row) for row in rows)
     with pytest.raises(MemoryBudgetError, match="need .* of KV"):
         Scheduler(target, drafter, kv_budget=one - 1).submit(Request([1], 50))
 
@@ -294,7 +306,7 @@ def test_an_error_ends_what_runs_and_nothing_else(e2b: Pair, monkeypatch: pytest
             scheduler.step()
     assert [bool(row.error) for row in rows] == [True, True, False]
     run(scheduler, rows)
-    assert rows[2].tokens == alone(e2b[0], rows[2].request)
+    assert is_plain_text(e2b[0], rows[2])
 
 
 def test_fast_requests_pass_one_that_waits_for_an_empty_batch(e2b: Pair):
@@ -309,7 +321,7 @@ def test_fast_requests_pass_one_that_waits_for_an_empty_batch(e2b: Pair):
     assert all(row.done for row in running)
     assert [bool(row.tokens) for row in later] == [True] * MOST_PASSED + [False] * 6
     run(scheduler, [exact, *later])
-    assert [row.tokens for row in later] == [alone(e2b[0], row.request) for row in later]
+    assert all(is_plain_text(e2b[0], row) for row in later)
 
 
 def test_what_waits_for_room_is_passed_by_what_fits(e2b: Pair, monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""The command line on the embedded pair, as a user runs it (cli/)."""
+"""The command line on the embedded pair (cli/)."""
 
 from __future__ import annotations
 
@@ -18,22 +18,10 @@ from typer.testing import CliRunner
 
 import weights_convert
 from mlx_mtp.cli import app
+from tests.support.command_line import arguments, run, start
 from tests.support.tiny_checkpoints import make_pair
 
 QUESTION = "What is a drafter?"
-
-
-def mlx_mtp(*args: object, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mlx_mtp", *map(str, args)],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        errors="surrogateescape",
-        timeout=120,
-        env={**os.environ, **environment},
-    )
 
 
 def only_line(stderr: str) -> str:
@@ -51,28 +39,29 @@ def test_help_imports_no_mlx():
     assert done.returncode == 0, done.stderr
     for command in ("chat", "generate", "info"):
         assert command in done.stdout
-        help_text = mlx_mtp(command, "--help")
+        help_text = run(command, "--help")
         assert help_text.returncode == 0 and "--drafter" in help_text.stdout
 
 
-def test_help_in_80_columns_says_all_of_a_command():
-    commands = mlx_mtp("--help", COLUMNS="80").stdout.partition("Commands:\n")[2]
+def test_help_in_80_columns_says_all_of_a_command(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    commands = run("--help").stdout.partition("Commands:\n")[2]
     assert "info " in commands and "..." not in commands
 
 
 def test_version():
-    assert mlx_mtp("--version").stdout.startswith("mlx-mtp 0.")
+    assert start("--version").stdout.startswith("mlx-mtp 0.")
 
 
 def test_nothing_at_all_shows_the_help():
-    done = mlx_mtp()
+    done = run()
     assert done.returncode == 2 and done.stdout == "" and "generate" in done.stderr
 
 
 def test_generate_prints_the_answer_and_nothing_else():
-    done = mlx_mtp("generate", QUESTION, "--max-tokens", 30, "--temperature", 0)
-    piped = mlx_mtp("generate", "--max-tokens", 30, "--temperature", 0, stdin=QUESTION)
-    plain = mlx_mtp("generate", QUESTION, "--max-tokens", 30, "--temperature", 0, "--no-draft")
+    done = start("generate", QUESTION, "--max-tokens", 30, "--temperature", 0)
+    piped = start("generate", "--max-tokens", 30, "--temperature", 0, stdin=QUESTION)
+    plain = run("generate", QUESTION, "--max-tokens", 30, "--temperature", 0, "--no-draft")
     assert done.returncode == piped.returncode == plain.returncode == 0
     assert done.stdout.strip() and done.stdout == piped.stdout == plain.stdout
     assert "tok/s" in done.stderr and "accepted" in done.stderr
@@ -81,7 +70,7 @@ def test_generate_prints_the_answer_and_nothing_else():
 
 def test_generate_json():
     answers = [
-        mlx_mtp("generate", QUESTION, "--max-tokens", 30, "--seed", 5, "--draft-length", k, "--json") for k in (0, 3)
+        run("generate", QUESTION, "--max-tokens", 30, "--seed", 5, "--draft-length", k, "--json") for k in (0, 3)
     ]
     plain, mtp = (json.loads(answer.stdout) for answer in answers)
     assert plain["text"] == mtp["text"] and plain["tokens"] == mtp["tokens"]
@@ -116,9 +105,7 @@ def test_text_may_be_completed_as_it_is_and_special_tokens_may_be_those(tmp_path
 
 def test_a_stop_string_ends_the_tokens_at_the_same_place_at_any_draft_length():
     options = ("--stop", "fox", "--temperature", 0, "--json", "--draft-length")
-    plain, mtp = (
-        json.loads(mlx_mtp("generate", "Tell me a short story about a fox.", *options, k).stdout) for k in (0, 5)
-    )
+    plain, mtp = (json.loads(run("generate", "Tell me a short story about a fox.", *options, k).stdout) for k in (0, 5))
     assert plain["finish_reason"] == mtp["finish_reason"] == "stop"
     assert plain["text"] == mtp["text"] and plain["text"] and "fox" not in plain["text"]
     assert plain["tokens"] == mtp["tokens"] and mtp["stats"]["generated_tokens"] == len(mtp["tokens"])
@@ -126,13 +113,13 @@ def test_a_stop_string_ends_the_tokens_at_the_same_place_at_any_draft_length():
 
 def test_thoughts_are_no_part_of_the_answer():
     question = ("generate", "What is 3 + 4?", "--think", "--temperature", 0, "--max-tokens", 120)
-    shown, facts = mlx_mtp(*question), json.loads(mlx_mtp(*question, "--json").stdout)
+    shown, facts = run(*question), json.loads(run(*question, "--json").stdout)
     assert facts["reasoning"].strip() and facts["text"].strip()
     assert shown.stdout == facts["text"] + "\n" and facts["reasoning"] in shown.stderr
 
 
 def test_a_reader_that_goes_away():
-    command = [sys.executable, "-m", "mlx_mtp", "generate", "Tell me a short story about a fox."]
+    command = arguments("generate", "Tell me a short story about a fox.")
     done = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert done.stdout and done.stderr
     done.stdout.close()
@@ -146,7 +133,7 @@ def test_a_reader_that_goes_away():
 def test_control_c_ends_generate_and_a_chat_that_reads_a_pipe(args: tuple[str, ...], begun: str):
     for _ in range(5):
         running = subprocess.Popen(
-            [sys.executable, "-m", "mlx_mtp", *args],
+            arguments(*args),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -169,7 +156,7 @@ def test_chat_over_a_pipe(tmp_path: Path):
         "/think off", "/nonsense", f"/save {saved}", f"/save {tmp_path}/no/such/folder.json", "/reset", "one \\",
         "line", "/quit", "never said",
     ]  # fmt: skip
-    done = mlx_mtp("chat", "--max-tokens", 20, "--temperature", 0, stdin="\n".join(script) + "\n")
+    done = start("chat", "--max-tokens", 20, "--temperature", 0, stdin="\n".join(script) + "\n")
     assert done.returncode == 0, done.stderr
     talk = json.loads(saved.read_text())
     assert [m["role"] for m in talk] == ["system", "user", "assistant", "user", "assistant"]
@@ -185,13 +172,13 @@ def test_chat_over_a_pipe(tmp_path: Path):
 
 def test_what_is_quoted_or_cut_off_is_said_all_the_same():
     script = ['"""', "/quit is a word", '"""', "/save", "/think maybe", "/reset", "/stats", '"""Who', "are you?"]
-    done = mlx_mtp("chat", "--max-tokens", 5, stdin="\n".join(script) + "\n")
+    done = run("chat", "--max-tokens", 5, stdin="\n".join(script) + "\n")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("tok/s") == 2, "one of the two messages wasn't answered"
     assert "use /save FILE" in done.stderr and "use /think" in done.stderr and "unknown" not in done.stderr
     assert "no answer yet" in done.stderr
     # A line that is to go on, and doesn't.
-    done = mlx_mtp("chat", "--max-tokens", 5, stdin="Who are you? \\")
+    done = run("chat", "--max-tokens", 5, stdin="Who are you? \\")
     assert done.returncode == 0 and done.stderr.count("tok/s") == 1
 
 
@@ -209,7 +196,7 @@ def test_a_file_that_cannot_be_saved_is_left_as_it_is(tmp_path: Path):
     kept.write_text("old")
     link.symlink_to(kept)
     script = [f"/save {pipe}", f"/save {tmp_path}", "/save ~nobody/x", "/save a\0b", f"/save {link}"]
-    done = mlx_mtp("chat", stdin="\n".join(script) + "\n")
+    done = run("chat", stdin="\n".join(script) + "\n")
     assert done.returncode == 0 and done.stderr.count("error: not saved: ") == 4
     assert pipe.is_fifo() and link.is_symlink() and json.loads(kept.read_text()) == []
 
@@ -217,7 +204,7 @@ def test_a_file_that_cannot_be_saved_is_left_as_it_is(tmp_path: Path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="macOS has no device that is always full")
 def test_a_full_disk_is_one_line():
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "mlx_mtp", "generate", "x", "--max-tokens", "5"]
+        command = arguments("generate", "x", "--max-tokens", 5)
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1 and "No space left" in only_line(done.stderr)
 
@@ -226,25 +213,25 @@ def test_closed_streams():
     """Errors are no tracebacks without stdout, and nothing but answers goes there without stderr."""
 
     def without(stream: str, *args: str) -> subprocess.CompletedProcess[str]:
-        command = ["sh", "-c", f'exec "$@" {stream}>&-', "sh", sys.executable, "-m", "mlx_mtp", *args]
+        command = ["sh", "-c", f'exec "$@" {stream}>&-', "sh", *arguments(*args)]
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
     done = without("1", "generate", "x", "--trace", "/no/such/folder/x")
     assert done.returncode == 1 and "No such file" in only_line(done.stderr)
     done = without("2", "generate", "x", "--max-tokens", "5", "--temperature", "0")
-    assert done.returncode == 0 and done.stdout == mlx_mtp("generate", "x", *done.args[-4:]).stdout
+    assert done.returncode == 0 and done.stdout == start("generate", "x", *done.args[-4:]).stdout
     assert without("2", "generate", "").stdout == ""
 
 
 def test_the_root_folder_is_no_model():
-    assert "config.json" in only_line(mlx_mtp("info", "/").stderr)
+    assert "config.json" in only_line(run("info", "/").stderr)
 
 
 def test_control_c_stops_the_answer_and_not_the_chat():
     main, terminal = pty.openpty()
     chat = subprocess.Popen(
         # Other seeds have answers that end within a second.
-        [*f"{sys.executable} -m mlx_mtp chat --max-tokens 4000 --draft-length 0 --temperature 2 --seed 4".split()],
+        arguments(*"chat --max-tokens 4000 --draft-length 0 --temperature 2 --seed 4".split()),
         stdin=terminal,
         stdout=terminal,
         stderr=terminal,
@@ -287,20 +274,20 @@ def test_control_c_stops_the_answer_and_not_the_chat():
 
 
 def test_info_predicts_for_a_chip():
-    facts = json.loads(mlx_mtp("info", "--json", "--chip", "m4 max", "--quantize", 4).stdout)
+    facts = json.loads(run("info", "--json", "--chip", "m4 max", "--quantize", 4).stdout)
     low, high = facts["expected"]["plain_tps"]
     assert facts["expected"]["chip"] == "M4 Max" and 0 < low < high
     assert facts["expected"]["drafting_tps"][0] >= low
-    assert "PREDICTED, not measured" in mlx_mtp("info", "--chip", "M1").stdout
-    alone = json.loads(mlx_mtp("info", "--json", "--chip", "m4 max", "--quantize", 4, "--no-draft").stdout)["expected"]
+    assert "PREDICTED, not measured" in run("info", "--chip", "M1").stdout
+    alone = json.loads(run("info", "--json", "--chip", "m4 max", "--quantize", 4, "--no-draft").stdout)["expected"]
     assert alone["plain_tps"] == [low, high] and alone["drafting_tps"] is alone["draft_length"] is None
-    assert "no drafter" in mlx_mtp("info", "--chip", "M1", "--no-draft").stdout
-    wrong = mlx_mtp("info", "--chip", "Z80")
+    assert "no drafter" in run("info", "--chip", "M1", "--no-draft").stdout
+    wrong = run("info", "--chip", "Z80")
     assert wrong.returncode == 2 and "M4 Max" in wrong.stderr
 
 
 def test_info():
-    facts = json.loads(mlx_mtp("info", "--json").stdout)
+    facts = json.loads(run("info", "--json").stdout)
     assert facts["target"]["layers"] == 12 and facts["drafter"]["pairing"] == "fits the target"
     assert facts["machine"]["fits"] is True
     assert facts["target"]["bytes_on_disk"] > 2 * facts["target"]["parameters"]
@@ -308,19 +295,19 @@ def test_info():
     assert [choice["quantize"] for choice in choices] == [None, 8, 6, 4]
     assert all(more["needed"] > less["needed"] for more, less in zip(choices, choices[1:], strict=False))
     assert choices[0]["needed"] == facts["target"]["bytes_in_memory"] + facts["drafter"]["bytes_in_memory"]
-    quantized = json.loads(mlx_mtp("info", "--json", "--quantize", 4).stdout)
+    quantized = json.loads(run("info", "--json", "--quantize", 4).stdout)
     assert quantized["machine"]["needed"] == choices[-1]["needed"]
     assert quantized["target"]["bytes_in_memory"] < facts["target"]["bytes_in_memory"] / 4
-    table = mlx_mtp("info").stdout
+    table = run("info").stdout
     for word in ("target", "drafter", "context", "KV", "fits", "4 bits", "one token reads"):
         assert word in table
 
 
 def test_info_names_what_clashes(tmp_path: Path):
     target, drafter = make_pair("e2b", tmp_path, drafter="31b")
-    shown = mlx_mtp("info", target, "--drafter", drafter, "--chip", "M1").stdout
+    shown = run("info", target, "--drafter", drafter, "--chip", "M1").stdout
     assert "made for another target" in shown and "tok/s plain, no drafter" in shown
-    done = mlx_mtp("generate", "x", "--model", target, "--drafter", drafter)
+    done = run("generate", "x", "--model", target, "--drafter", drafter)
     assert done.returncode == 1 and "made for another target" in only_line(done.stderr)
     assert "--no-draft" in done.stderr
 
@@ -341,37 +328,37 @@ def test_info_refuses_what_cannot_be_loaded(damage: str, part: int, tmp_path: Pa
     if damage == "of the wrong shape":
         tensors[name] = tensor[:-1]
     mx.save_safetensors(str(weights), tensors)
-    done = mlx_mtp("info", pair[0], "--drafter", pair[1])
+    done = run("info", pair[0], "--drafter", pair[1])
     assert done.returncode == 1 and done.stdout == ""
     assert "layers.1.self_attn" in only_line(done.stderr) and damage in done.stderr
     assert ("--no-draft" in done.stderr) == bool(part)
-    loading = mlx_mtp("generate", "x", "--model", pair[0], "--drafter", pair[1])
+    loading = run("generate", "x", "--model", pair[0], "--drafter", pair[1])
     assert loading.stderr == done.stderr
 
 
 def test_info_of_a_quantised_folder(tmp_path: Path):
     source, _ = make_pair("e2b", tmp_path)
     folder = weights_convert.convert(source, tmp_path / "new", weights_convert.Scheme(weights_convert.Format(4)))
-    done = mlx_mtp("info", folder, "--quantize", 8)
+    done = run("info", folder, "--quantize", 8)
     assert done.returncode == 1 and "is quantised already" in only_line(done.stderr)
-    assert "4 bits, affine" in mlx_mtp("info", folder).stdout
+    assert "4 bits, affine" in run("info", folder).stdout
 
 
 def test_info_says_which_files_are_missing(tmp_path: Path):
     folder, _ = make_pair("e2b", tmp_path, shards=3)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    done = mlx_mtp("info", folder)
+    done = run("info", folder)
     assert done.returncode == 0 and "NOT complete: model-00002-of-00003.safetensors is missing" in done.stdout
 
 
 def test_a_model_without_a_tokenizer(tmp_path: Path):
-    done = mlx_mtp("generate", "x", "--model", make_pair("e2b", tmp_path)[0])
+    done = run("generate", "x", "--model", make_pair("e2b", tmp_path)[0])
     assert done.returncode == 1 and "has no tokenizer.json: copy the original's" in done.stderr
 
 
 def test_a_chat_that_outgrows_the_context_goes_on_after_a_reset():
     script = ["Who are you?", "word " * 5000, "/reset", "Who are you?"]
-    done = mlx_mtp("chat", "--max-tokens", 20, "--temperature", 0, stdin="\n".join(script))
+    done = run("chat", "--max-tokens", 20, "--temperature", 0, stdin="\n".join(script))
     assert done.returncode == 0 and "reset it" in done.stderr
     first, second = done.stdout.strip().splitlines()
     assert first == second
@@ -379,19 +366,19 @@ def test_a_chat_that_outgrows_the_context_goes_on_after_a_reset():
 
 def test_what_is_not_utf8():
     broken = b"caf\xe9".decode("utf-8", "surrogateescape")
-    for done in (mlx_mtp("generate", broken), mlx_mtp("generate", stdin=broken)):
+    for done in (start("generate", broken), start("generate", stdin=broken)):
         assert done.returncode == 1 and "UTF-8" in only_line(done.stderr)
-    chat = mlx_mtp("chat", "--max-tokens", 5, stdin=f"{broken}\nWho are you?\n")
+    chat = run("chat", "--max-tokens", 5, stdin=f"{broken}\nWho are you?\n")
     assert chat.returncode == 0 and "UTF-8" in chat.stderr and chat.stdout.strip()
 
 
 def test_a_terminal_that_is_not_utf8():
     """Whatever it can't show doesn't end the answer; JSON loses nothing."""
-    options = ("generate", "x", "--temperature", 3, "--seed", 1, "--max-tokens", 200)
-    utf8, ascii = (mlx_mtp(*options, PYTHONIOENCODING=encoding) for encoding in ("utf-8", "ascii"))
+    options = ("generate", "x", "--temperature", 50, "--seed", 1, "--max-tokens", 40)
+    utf8, ascii = (start(*options, PYTHONIOENCODING=encoding) for encoding in ("utf-8", "ascii"))
     assert ascii.returncode == 0 and not utf8.stdout.isascii()
     assert ascii.stdout == utf8.stdout.encode("ascii", "replace").decode()
-    assert json.loads(mlx_mtp(*options, "--json", PYTHONIOENCODING="ascii").stdout)["text"] + "\n" == utf8.stdout
+    assert json.loads(start(*options, "--json", PYTHONIOENCODING="ascii").stdout)["text"] + "\n" == utf8.stdout
 
 
 @pytest.mark.parametrize("command", [("generate", "x", "--model"), ("chat",), ("info",)])
@@ -399,23 +386,23 @@ def test_truncated_weights(command: tuple[str, ...], tmp_path: Path):
     target, _ = make_pair("e2b", tmp_path)
     weights = next(target.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-100])
-    done = mlx_mtp(*command, target, "--no-draft")
+    done = run(*command, target, "--no-draft")
     assert done.returncode == 1 and "truncated" in only_line(done.stderr) and done.stdout == ""
 
 
 @pytest.mark.parametrize("command", [("generate", "x", "--model"), ("chat",), ("info",)])
 def test_models_that_cannot_be_had(command: tuple[str, ...], tmp_path: Path):
-    nothing = mlx_mtp(*command, tmp_path / "nothing")
+    nothing = run(*command, tmp_path / "nothing")
     assert nothing.returncode == 1 and "nothing" in only_line(nothing.stderr)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    other = mlx_mtp(*command, tmp_path)
+    other = run(*command, tmp_path)
     assert other.returncode == 1 and "'llama'" in only_line(other.stderr)
-    offline = mlx_mtp(*command, "nobody/nothing", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    offline = start(*command, "nobody/nothing", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert offline.returncode == 1 and "nobody/nothing" in only_line(offline.stderr)
 
 
 def test_a_traceback_only_for_those_who_ask(tmp_path: Path):
-    assert "Traceback" in mlx_mtp("info", tmp_path, "--debug").stderr
+    assert "Traceback" in start("info", tmp_path, "--debug").stderr
 
 
 @pytest.mark.parametrize("wrong", [
@@ -424,17 +411,17 @@ def test_a_traceback_only_for_those_who_ask(tmp_path: Path):
     ("--draft-length", 9, "--exactness", "invariant"), ("--drafter", "x", "--no-draft"), ("--no-such-option",),
 ])  # fmt: skip
 def test_wrong_use(wrong: tuple[object, ...]):
-    done = mlx_mtp("generate", "x", *wrong)
+    done = run("generate", "x", *wrong)
     assert done.returncode == 2 and str(wrong[0]) in only_line(done.stderr)
     assert done.stdout == ""
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n "])
 def test_an_empty_prompt(prompt: str):
-    done = mlx_mtp("generate", stdin=prompt)
+    done = run("generate", stdin=prompt)
     assert done.returncode == 2 and "empty" in only_line(done.stderr)
 
 
 def test_a_prompt_over_the_context():
-    done = mlx_mtp("generate", "word " * 20_000)
+    done = run("generate", "word " * 20_000)
     assert done.returncode == 1 and "context" in only_line(done.stderr)

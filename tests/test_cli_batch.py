@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 
 import mlx_mtp
 from mlx_mtp.checkpoint.pair import DEMO
+from tests.support.command_line import Done, arguments, run, start
 
 LINES: list[Any] = [
     {"prompt": "Who are you?", "id": "first"},
@@ -27,13 +27,12 @@ LINES: list[Any] = [
 ]
 
 
-def command(source: Path, output: Path, *options: object) -> list[str]:
-    return [sys.executable, "-m", "mlx_mtp", "batch", str(source), "-o", str(output), *map(str, options)]
+def command(source: Path, output: Path, *options: object) -> list[object]:
+    return ["batch", source, "-o", output, "--max-tokens", 40, "--seed", 5, *options]
 
 
-def batch(source: Path, output: Path, *options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(source, output, "--max-tokens", 40, "--seed", 5, *options),
-                          capture_output=True, text=True)  # fmt: skip
+def batch(source: Path, output: Path, *options: object) -> Done:
+    return run(*command(source, output, *options))
 
 
 def write(path: Path, lines: list[Any]) -> Path:
@@ -77,10 +76,10 @@ def test_a_bad_line_is_recorded_and_the_rest_goes_on(tmp_path: Path):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path, how: signal.Signals):
-    lines = [{"prompt": f"How many minutes are {i} hours?"} for i in range(1, 40)]
+    lines = [{"prompt": f"How many minutes are {i} hours?"} for i in range(24)]
     source, output = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
-    running = subprocess.Popen(command(source, output, "--max-tokens", 40, "--seed", 5, "--batch-size", 2),
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    stopped = command(source, output, "--batch-size", 2)
+    running = subprocess.Popen(arguments(*stopped), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (output.exists() and output.read_text().count("\n") >= 3):
         assert running.poll() is None and time.monotonic() < deadline
@@ -92,19 +91,15 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, how: signal.Signals):
     kept = read_whole(output)
     assert 3 <= len(kept) < len(lines)
     with output.open("a") as file:
-        file.write('{"index": 38, "te')  # as a kill in the middle of a line would leave it
-    done = batch(source, output)
+        file.write('{"index": 23, "te')  # as a kill in the middle of a line would leave it
+    done = start(*command(source, output))
     assert done.returncode == 0, done.stderr
     answers = read(output)
-    assert [a["index"] for a in answers] == list(range(39))
+    assert [a["index"] for a in answers] == list(range(24))
     by_index = {a["index"]: a for a in answers}
     assert all(by_index[a["index"]] == a for a in kept), "a finished line was answered again"
-    assert essence(answers) == essence(read(run_fresh(source, tmp_path / "fresh.jsonl")))
-
-
-def run_fresh(source: Path, output: Path) -> Path:
-    assert batch(source, output).returncode == 0
-    return output
+    assert start(*command(source, tmp_path / "fresh.jsonl")).returncode == 0
+    assert essence(answers) == essence(read(tmp_path / "fresh.jsonl"))
 
 
 def read_whole(path: Path) -> list[dict[str, Any]]:
@@ -167,7 +162,7 @@ def test_the_output_stays_what_it_was(tmp_path: Path):
     same = batch(source, source)
     assert same.returncode == 1 and "is the input" in same.stderr and source.read_text() == before
     for device in ("/dev/null", "/dev/stdout", "-"):
-        refused = batch(source, Path(device))
+        refused = start(*command(source, Path(device)))
         assert refused.returncode == 1 and "isn't a plain file" in refused.stderr and not refused.stdout
     assert Path("/dev/null").is_char_device()
     # Answers to another input, and a model that isn't there: nothing is lost.
@@ -185,13 +180,13 @@ def test_wrong_use(tmp_path: Path):
     nowhere = batch(source, tmp_path / "no" / "out.jsonl")
     assert nowhere.returncode == 1 and "No such file" in nowhere.stderr
     assert batch(source, tmp_path / "out.jsonl", "--batch-size", 0).returncode == 2
-    assert subprocess.run(command(source, tmp_path / "out.jsonl")[:-2], capture_output=True).returncode == 2
+    assert run("batch", source).returncode == 2
     source.write_bytes(b"\xff\xfe")
     assert batch(source, tmp_path / "out.jsonl").returncode == 1
     assert os.listdir(tmp_path) == ["in.jsonl"]
 
 
 def test_the_help_names_every_option_that_a_line_may_have():
-    options = {field.name for field in fields(mlx_mtp.GenerationOptions)} - {"cancel"}
-    shown = subprocess.run([sys.executable, "-m", "mlx_mtp", "batch", "--help"], capture_output=True, text=True).stdout
+    options = {field.name for field in fields(mlx_mtp.GenerationOptions)} - {"cancel", "logits_processors"}
+    shown = run("batch", "--help").stdout
     assert options <= set(re.findall(r"\w+", shown.partition("A line of OUT.jsonl")[0]))

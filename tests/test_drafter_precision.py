@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,10 @@ from mlx_mtp import profile as profiles
 from mlx_mtp.checkpoint.quantization import Format, Scheme
 from mlx_mtp.checkpoint.sizes import weight_bytes
 from mlx_mtp.cli.info import describe
-from mlx_mtp.decode.draft_length import Prices
+from mlx_mtp.decode.round_cost import Prices
 from mlx_mtp.errors import CheckpointError, MTPError, ProfileError
 from mlx_mtp.models.drafter import Drafter
+from tests.support.command_line import run
 from tests.support.tiny_checkpoints import make_pair
 from weights_convert.converter import convert
 
@@ -132,17 +131,13 @@ def test_a_profile_holds_for_one_precision(pairs: dict[str, Path], tmp_path: Pat
         mlx_mtp.load(*folders, profile=path)
 
 
-def mlx_mtp_command(*args: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "mlx_mtp", *map(str, args)], capture_output=True, text=True)
-
-
 def test_the_option(pairs: dict[str, Path]):
     where = pairs["31b-4"], "--drafter", pairs["31b-drafter"]
-    facts = json.loads(mlx_mtp_command("info", *where, "--quantize-drafter", 6, "--json").stdout)
+    facts = json.loads(run("info", *where, "--quantize-drafter", 6, "--json").stdout)
     assert facts["drafter"]["stored_as"] == "float32, quantised to 6 bits in groups of 64 while loading"
-    assert "quantised to 4 bits in groups of 32 while loading" in mlx_mtp_command("info", *where).stdout
+    assert "quantised to 4 bits in groups of 32 while loading" in run("info", *where).stdout
     for wrong in ("7", "yes", "4.0", "-4"):
-        done = mlx_mtp_command("generate", "x", "--quantize-drafter", wrong)
+        done = run("generate", "x", "--quantize-drafter", wrong)
         assert done.returncode == 2 and "auto, none, or 2" in " ".join(done.stderr.replace("│", " ").split())
-    done = mlx_mtp_command("generate", "x", "--no-draft", "--quantize-drafter", "4")
+    done = run("generate", "x", "--no-draft", "--quantize-drafter", "4")
     assert done.returncode == 2 and "--no-draft loads no drafter" in " ".join(done.stderr.replace("│", " ").split())

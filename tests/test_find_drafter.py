@@ -6,8 +6,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from mlx_mtp import profile
 from mlx_mtp.checkpoint import download, sizes
 from mlx_mtp.checkpoint.description import read_drafter, read_target
 from mlx_mtp.errors import MTPError
+from tests.support.command_line import run
 from tests.support.tiny_checkpoints import VOCAB, make_pair
 
 SIZE = "gemma-4-E2B-it"
@@ -74,12 +73,6 @@ def found(target: Path) -> Path | None:
 
 def warnings(log: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in log.records if record.levelno >= logging.WARNING]
-
-
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mlx_mtp", *map(str, arguments)], capture_output=True, text=True, timeout=120
-    )
 
 
 # By name
@@ -322,7 +315,7 @@ def test_a_profile_of_a_merged_pair_is_not_that_of_the_target_alone(merged: Path
 
 
 def test_info_shows_a_merged_drafter(merged: Path, made: tuple[Path, ...]):
-    done = command("info", merged, "--json")
+    done = run("info", merged, "--json")
     assert done.returncode == 0 and not done.stderr, done.stderr
     facts = json.loads(done.stdout)["drafter"]
     assert facts["merged"] and facts["pairing"] == "fits the target"
@@ -338,7 +331,7 @@ def test_a_repository_with_a_merged_drafter_is_enough(merged: Path, cache: Path,
 
 
 def test_convert_makes_two_folders_of_a_merged_checkpoint(merged: Path, made: tuple[Path, ...], tmp_path: Path):
-    done = command("convert", merged, tmp_path / "new")
+    done = run("convert", merged, tmp_path / "new")
     new, drafter = tmp_path / "new", tmp_path / "new-assistant"
     assert done.returncode == 0 and done.stdout == f"{new}\n{drafter}\n", done.stderr
     assert "mtp_assistant" not in (new / "config.json").read_text()
@@ -353,11 +346,11 @@ def test_commands_do_without_a_drafter_that_cannot_be_used(made: tuple[Path, ...
     target = put(made[0], tmp_path / "target")
     drafter = put(made[1], tmp_path / "target-assistant")
     os.truncate(drafter / "model.safetensors", 5000)
-    shown = command("info", target, "--json")
+    shown = run("info", target, "--json")
     assert shown.returncode == 0 and json.loads(shown.stdout)["drafter"] is None
-    simulated = command("tune", target, "--simulate", "M4", "--json")
+    simulated = run("tune", target, "--simulate", "M4", "--json")
     assert simulated.returncode == 0, simulated.stderr
-    converted = command("convert", target, tmp_path / "new")
+    converted = run("convert", target, tmp_path / "new")
     assert converted.returncode == 0 and converted.stdout == f"{tmp_path / 'new'}\n", converted.stderr
     for done in (shown, simulated, converted):
         assert done.stderr.count("\n") == 1 and "no drafter" in done.stderr
@@ -365,9 +358,9 @@ def test_commands_do_without_a_drafter_that_cannot_be_used(made: tuple[Path, ...
 
 def test_convert_leaves_out_a_quantised_drafter_that_it_only_found(made: tuple[Path, ...], tmp_path: Path):
     target = put(made[0], tmp_path / "target")
-    assert command("convert", made[1], tmp_path / "target-assistant", "--bits", 4).returncode == 0
-    done = command("convert", target, tmp_path / "new")
+    assert run("convert", made[1], tmp_path / "target-assistant", "--bits", 4).returncode == 0
+    done = run("convert", target, tmp_path / "new")
     assert done.returncode == 0 and done.stdout == f"{tmp_path / 'new'}\n", done.stderr
     assert "quantised already" in done.stderr and done.stderr.count("\n") == 1
-    asked = command("convert", target, tmp_path / "other", "--drafter", tmp_path / "target-assistant")
+    asked = run("convert", target, tmp_path / "other", "--drafter", tmp_path / "target-assistant")
     assert asked.returncode == 1 and "quantised already" in asked.stderr and "--no-draft" in asked.stderr

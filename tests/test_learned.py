@@ -15,6 +15,7 @@ from mlx_lm.quant.awq import AWQ_MODEL_CONFIGS
 
 import mlx_mtp
 from mlx_mtp.errors import CheckpointError, MemoryBudgetError
+from tests.support.command_line import run
 from tests.support.tiny_checkpoints import make_pair
 from tests.support.tiny_tokenizer import write_tokenizer
 from weights_convert import Format, Learning, Scheme, convert, prepare, verify_sums
@@ -89,25 +90,19 @@ def test_dwq_trains_scales_and_norms(tmp_path: Path):
     assert mx.abs(model(mx.array([tokens]))[0] - ours).max() <= 1e-3
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mlx_mtp", "convert", *map(str, arguments)], capture_output=True, text=True, timeout=300
-    )
-
-
 def test_the_command_learns_a_target_and_rounds_its_drafter(tmp_path: Path):
     source, drafter, text = make("e2b", tmp_path)
     options = ["--bits", "4", "--method", "gptq", "--calibration", text, "--check"]
-    done = command(source, tmp_path / "new", *options)
+    done = run("convert", source, tmp_path / "new", *options)
     assert done.returncode == 0, done.stderr
     folder, assistant, *checks = done.stdout.splitlines()
     assert "files as they were written; KL divergence" in checks[0] and "drafts accepted a round" in checks[1]
     plain = convert(drafter, tmp_path / "drafter", Scheme(Format(4)))
     assert all(mx.array_equal(stored(Path(assistant))[name], tensor) for name, tensor in stored(plain).items())
-    again = command(source, folder, *options)
+    again = run("convert", source, folder, *options)
     assert again.returncode == 0 and "is there already" in again.stderr
     text.write_text(text.read_text() + "more")
-    other = command(source, folder, *options)
+    other = run("convert", source, folder, *options)
     assert other.returncode == 1 and "exists and isn't the result of this conversion" in other.stderr
 
 
@@ -130,7 +125,7 @@ def test_wrong_options(options: list[str], code: int, culprit: str, tmp_path: Pa
     (tmp_path / "short.txt").write_text("abc")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     monkeypatch.chdir(tmp_path)
-    done = command(source, "new", "--no-draft", *options)
+    done = run("convert", source, "new", "--no-draft", *options)
     assert done.returncode == code and culprit in done.stderr.splitlines()[-1], done.stderr
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("new")], "nothing is left behind"
 
@@ -143,7 +138,7 @@ def test_wrong_sources(tmp_path: Path):
         (quantised, 1, "is quantised already: convert the original"),
         (drafter, 2, "is a drafter, which can only be rounded"),
     ):  # fmt: skip
-        done = command(folder, tmp_path / "new", "--no-draft", *options)
+        done = run("convert", folder, tmp_path / "new", "--no-draft", *options)
         assert done.returncode == code and culprit in done.stderr, done.stderr
     (source / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json: gptq needs one"):

@@ -15,7 +15,7 @@ PROMPT = list(range(5, 5 + 2 * WINDOW + 3))
 @pytest.mark.parametrize("sampling", ["greedy", "sampled"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_pairs(kind: str, sampling: str, tmp_path: Path):
-    tokens = 4 * WINDOW
+    tokens = 4 * WINDOW if sampling == "greedy" else 5 * WINDOW // 2  # greedy text is less varied
     runs = list(compare(*make_pair(kind, tmp_path), PROMPT, tokens, None, (sampling,), (1, 3, 8, "auto")))
     assert all(run.differs_at is None and run.tokens == tokens for run in runs)
     assert min(run.distinct for run in runs) > 10
@@ -33,6 +33,6 @@ def test_quantized_pairs(kind: str, tmp_path: Path):
 @pytest.mark.parametrize("sampling", ["greedy", "sampled"])
 def test_the_embedded_pair(sampling: str):
     *folders, prompt = demo_pair()
-    runs = list(compare(*folders, prompt, 100, None, (sampling,), (2, 5)))
+    runs = list(compare(*folders, prompt, 60, None, (sampling,), (2, 5)))
     assert all(run.differs_at is None for run in runs)
     assert any(run.accepted > 0 for run in runs if run.drafter == "own")

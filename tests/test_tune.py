@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,13 +20,14 @@ from typer.testing import CliRunner
 import mlx_mtp
 from mlx_mtp import profile
 from mlx_mtp.cli import app
-from mlx_mtp.decode.draft_length import Prices
 from mlx_mtp.decode.objective import OBJECTIVES
+from mlx_mtp.decode.round_cost import Prices
 from mlx_mtp.errors import MemoryBudgetError, MTPError, ProfileError, PromptError
 from mlx_mtp.models.moe import Router
 from mlx_mtp.tuning import acceptance, choose, costs
 from mlx_mtp.tuning.costs import Measurement, Seconds, Step
 from mlx_mtp.tuning.plot import check_plot, write_plot
+from tests.support.command_line import Done, arguments, run
 from tests.support.tiny_checkpoints import make_pair
 
 PROMPTS = {"words": [[5, 9, 200], [7, 7, 100, 3]], "more": [[4, 40, 44]]}
@@ -43,9 +43,8 @@ def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "profiles"
 
 
-def tune(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mlx_mtp", "tune", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300)
+def tune(*args: object) -> Done:
+    return run("tune", *args)
 
 
 def measured(lm: mlx_mtp.MTPModel, **options: object) -> Measurement:
@@ -371,7 +370,7 @@ def test_an_interruption_keeps_what_was_measured(tmp_path: Path):
 
 
 def test_ctrl_c(profiles: Path):
-    command = [sys.executable, "-m", "mlx_mtp", "tune", "--contexts", "16,3000", "--json"]
+    command = arguments("tune", "--contexts", "16,3000", "--json")
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert running.stderr and "measuring" in running.stderr.readline()
     time.sleep(0.5)

@@ -20,13 +20,14 @@ from ..errors import MTPError, PromptError
 from ..files import parse_json, replacing, writable
 from . import options as o
 from . import render
+from .generation import generating
 
 if TYPE_CHECKING:
     from ..api import MTPModel
     from ..session.options import GenerationOptions
 
 
-@o.generating()
+@generating()
 def batch(
     source: Annotated[
         Path, typer.Argument(metavar="IN.jsonl", help='Lines such as {"prompt": "...", "max_tokens": 100}.')
@@ -51,7 +52,8 @@ def batch(
 
     A line of IN.jsonl has "prompt" (text, messages or token ids), and may have "id" and options of its own:
     max_tokens, temperature, top_k, top_p, min_p, seed, draft_length, exactness, stop, stop_token_ids, thinking, tools,
-    ignore_eos, sanitize, chat_template.
+    tool_choice, thinking_budget, repetition_penalty, presence_penalty, frequency_penalty, logit_bias, logprobs,
+    response_format, prediction, ignore_eos, sanitize, chat_template.
     A line of OUT.jsonl has "index" and "id", and either text, tokens, finish_reason and stats, or "error". The next
     run tries lines with an error again, and keeps answers, even if its options differ.
     """
@@ -95,7 +97,7 @@ def _answers(
     lm: MTPModel, lines: list[str], todo: list[int], size: int | Literal["auto"], generation: GenerationOptions
 ) -> Iterator[dict[str, Any]]:
     """Yields the answers to the lines `todo`, as they are finished."""
-    from ..decode.sampling import row_seed
+    from ..decode.noise import row_seed
 
     bad: list[dict[str, Any]] = []
     sent: list[int] = []

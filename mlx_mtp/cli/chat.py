@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import MTPError
 from ..files import replacing
 from . import options as o
+from .generation import generating
 
 if TYPE_CHECKING:
     from ..chat import Chat
@@ -31,7 +32,7 @@ A \\ at the end continues a line in the next one. Put text of several lines betw
 Ctrl-C ends the running answer."""
 
 
-@o.generating(max_tokens=2048)
+@generating(max_tokens=2048)
 def chat(
     model: o.Model = None,
     drafter: o.Drafter = None,

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import options as o
+from .generation import generating, json_file
 
 if TYPE_CHECKING:
     from ..session.options import GenerationOptions
 
 
-@o.generating()
+@generating()
 def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="Default: read it from stdin.", metavar="PROMPT", show_default=False)
@@ -30,6 +31,15 @@ def generate(
     generation: GenerationOptions,
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text; may be repeated.", metavar="TEXT")
+    ] = None,
+    tools: Annotated[
+        Any,
+        typer.Option(
+            help="JSON file with a list of tools, as in OpenAI's interface.", metavar="FILE", parser=json_file
+        ),
+    ] = None,
+    tool_choice: Annotated[
+        str | None, typer.Option(help="auto, none, required, or the name of a tool.", metavar="CHOICE")
     ] = None,
     system: o.System = None,
     think: o.Think = False,
@@ -54,7 +64,9 @@ def generate(
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     asked = prompt if raw else messages
-    generation = replace(generation, stop=stop, thinking=think, chat_template=not raw)
+    generation = replace(
+        generation, stop=stop, thinking=think, chat_template=not raw, tools=tools, tool_choice=tool_choice
+    )
     with o.load(model, drafter, no_draft, quantize, quantize_drafter, adapter=adapter) as lm, o.tracing(lm, trace):
         try:
             if as_json:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..decode.limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH, MAX_TEMPERATURE
 from ..system.blas import use_openblas
 
 if TYPE_CHECKING:
@@ -26,24 +23,12 @@ _BITS = (2, 3, 4, 5, 6, 8)
 """As `quantization.BITS`, whose module imports MLX; options are parsed before that."""
 
 
-def _draft_length(value: str) -> str | int:
-    if value == "auto":
-        return value
-    if not value.isdecimal() or int(value) > MAX_DRAFT_LENGTH:
-        raise typer.BadParameter(f"expected auto or a number from 0 to {MAX_DRAFT_LENGTH}")
-    return int(value)
-
-
 def _quantize_drafter(value: str) -> str | int:
     if value in ("auto", "none"):
         return value
     if not value.isdecimal() or int(value) not in _BITS:
         raise typer.BadParameter("expected auto, none, or 2, 3, 4, 5, 6 or 8 bits")
     return int(value)
-
-
-def _inverted(flag: bool) -> bool:
-    return not flag
 
 
 Drafter = Annotated[
@@ -80,119 +65,6 @@ TraceFile = Annotated[
     typer.Option("--trace", help="Write a Chrome trace of draft, verify and host to this file.", metavar="FILE"),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-
-@dataclass
-class _Generation:
-    """The options of every command that generates; names and meaning are those of `GenerationOptions`."""
-
-    draft_length: Annotated[
-        Any,
-        typer.Option(help="Tokens to draft in a round; 0 for plain decoding.", metavar="auto|N", parser=_draft_length),
-    ] = "auto"
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.", min=1, metavar="N")] = 256
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            help="0 is greedy. Default of this and the next three: the model's.",
-            min=0,
-            max=MAX_TEMPERATURE,
-            metavar="T",
-        ),
-    ] = None
-    top_k: Annotated[
-        int | None, typer.Option(help="Sample only from the K most probable tokens; 0 for all.", min=0, metavar="K")
-    ] = None
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            help="Sample only from the best tokens that together reach this probability.", min=0.001, max=1, metavar="P"
-        ),
-    ] = None
-    min_p: Annotated[
-        float | None,
-        typer.Option(
-            help="Sample only from tokens with at least this share of the best one's probability.",
-            min=0,
-            max=1,
-            metavar="P",
-        ),
-    ] = None
-    seed: Annotated[
-        int | None,
-        typer.Option(help="The same seed gives the same text. Default: a new one each time.", metavar="N"),
-    ] = None
-    sanitize: Annotated[
-        bool,
-        typer.Option(
-            "--no-sanitize", help="Encode special tokens' names in the text as special tokens.", callback=_inverted
-        ),
-    ] = False  # that of the flag; the callback makes it True
-    exactness: Annotated[
-        str,
-        typer.Option(
-            help="fast: the choices of the verify pass. invariant: the same text at any draft length on any device. "
-            "stepwise: bit for bit plain decoding, and no faster.",
-            metavar="fast|invariant|stepwise",
-        ),
-    ] = "fast"
-
-    def __post_init__(self) -> None:
-        """Checks values that typer can't check.
-
-        Raises:
-            typer.BadParameter: Exit code 2.
-        """
-        if self.exactness not in ("fast", "invariant", "stepwise"):
-            raise typer.BadParameter("expected fast, invariant or stepwise", param_hint="--exactness")
-        fixed = isinstance(self.draft_length, int)
-        if self.exactness == "invariant" and fixed and self.draft_length > MAX_AUTO_LENGTH:
-            raise typer.BadParameter(
-                f"with --exactness invariant at most {MAX_AUTO_LENGTH}", param_hint="--draft-length"
-            )
-
-
-def generating(max_tokens: int = 256) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorates a command that generates.
-
-    The command takes `generation: GenerationOptions`; its command line has the options of `_Generation` there.
-
-    Args:
-        max_tokens: The command's default of --max-tokens.
-    """
-    annotations = inspect.get_annotations(_Generation, eval_str=True)
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        shared = [
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=max_tokens if field.name == "max_tokens" else field.default,
-                annotation=annotation,
-            )
-            for field, annotation in zip(fields(_Generation), annotations.values(), strict=True)
-        ]
-        # The module of `GenerationOptions` imports MLX, so the name can't be looked up here.
-        signature = inspect.signature(command, locals={"GenerationOptions": object}, eval_str=True)
-        parameters: list[inspect.Parameter] = []
-        for parameter in signature.parameters.values():
-            own = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            parameters += shared if parameter.name == "generation" else [own]
-
-        def run(**given: Any) -> None:
-            checked = _Generation(**{parameter.name: given.pop(parameter.name) for parameter in shared})
-            use_openblas()  # before MLX is imported
-            from ..session.options import GenerationOptions
-
-            command(**given, generation=GenerationOptions(**vars(checked)))
-
-        # typer reads these.
-        run.__name__, run.__doc__ = command.__name__, command.__doc__
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # functions may have one
-        return run
-
-    return decorate
 
 
 def check_loading(

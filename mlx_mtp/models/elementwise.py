@@ -24,3 +24,9 @@ def add_scaled(h: mx.array, x: mx.array, scale: mx.array) -> mx.array:
 def softcap(logits: mx.array, cap: mx.array | float) -> mx.array:
     """Computes cap * tanh(logits / cap) (config field `final_logit_softcapping`)."""
     return cap * mx.tanh(logits / cap)
+
+
+@fused
+def capped(logits: mx.array, cap: mx.array | float) -> mx.array:
+    """As `softcap`, but a token that was ruled out, with minus infinity, stays ruled out."""
+    return mx.where(logits == -mx.inf, logits, cap * mx.tanh(logits / cap))

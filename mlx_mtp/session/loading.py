@@ -13,8 +13,8 @@ from ..checkpoint.description import DrafterDescription, TargetDescription
 from ..checkpoint.load import load_drafter, load_target
 from ..checkpoint.pair import suggest_no_draft
 from ..decode.draft_length import DraftLengthPolicy
+from ..decode.limits import is_int
 from ..decode.overflow import check_overflow
-from ..decode.sampling import is_int
 from ..decode.scheduler import MAX_ROWS, Scheduler
 from ..errors import MTPError
 from ..models import self_test

@@ -41,6 +41,7 @@ class Tokenizer:
         stop_tokens: Ids that end an answer: those of Gemma 4's chat format that the vocabulary has, and
             tokenizer_config.json's `eos_token`. The generation_config.json of a fine-tune may lack some of them.
         control: The special tokens, as `control_tokens.ControlTokens`.
+        library: The `tokenizers.Tokenizer` itself, which takes no special tokens in text (`encode` cuts them out).
         bos: Id of the token that begins a text: tokenizer_config.json's `bos_token`, else <bos>; None if the
             vocabulary has neither.
     """
@@ -63,7 +64,7 @@ class Tokenizer:
         self.special = {i: token.content for i, token in added.items() if token.special}
         self.control = ControlTokens(self.special.values())
         tokenizer.encode_special_tokens = True  # as plain text: `_ids` cuts out those that are meant
-        self._tokenizer = tokenizer
+        self.library = tokenizer
         self._template = template
 
     @classmethod
@@ -105,9 +106,9 @@ class Tokenizer:
         try:
             for i, piece in enumerate(self.control.split(text)):
                 if i % 2:
-                    ids.append(cast(int, self._tokenizer.token_to_id(piece)))
+                    ids.append(cast(int, self.library.token_to_id(piece)))
                 elif piece:
-                    ids += self._tokenizer.encode(shown(piece), add_special_tokens=False).ids
+                    ids += self.library.encode(shown(piece), add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError):
             raise PromptError(NOT_UTF8) from None
         return ids
@@ -196,11 +197,11 @@ class Tokenizer:
 
     def characters(self) -> CharacterStream:
         """A new decoder from this tokenizer's tokens to characters."""
-        return CharacterStream(self._tokenizer)
+        return CharacterStream(self.library)
 
     def token_id(self, token: str) -> int | None:
         """The id of the token of that name, or None if there is none."""
-        return self._tokenizer.token_to_id(token)
+        return self.library.token_to_id(token)
 
     def special_id(self, text: str) -> int | None:
         """The id of the special token of that name, or None if there is none."""

@@ -17,9 +17,9 @@ from statistics import fmean
 
 import numpy as np
 
-from ..decode.draft_length import Prices
 from ..decode.limits import MAX_AUTO_LENGTH
 from ..decode.objective import BALANCED_SHARE, tokens_per_round
+from ..decode.round_cost import Prices
 from ..errors import MTPError
 from .costs import Measurement, Step
 

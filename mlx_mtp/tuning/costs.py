@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoint.sizes import format_bytes
-from ..decode.engine import submits_late
+from ..decode.in_flight import submits_late
 from ..decode.prefill import prefill
 from ..decode.round import RoundState, draft, verify
 from ..decode.sampling import Sampler, SamplingOptions

@@ -12,7 +12,7 @@ from itertools import product
 from typing import Protocol
 
 from mlx_mtp.decode.draft_length import Decision
-from mlx_mtp.decode.engine import same_cost
+from mlx_mtp.decode.in_flight import same_cost
 from mlx_mtp.decode.limits import MAX_AUTO_LENGTH
 from mlx_mtp.decode.request import Request, Row, Stats
 from tests.support.simulated_cases import (
