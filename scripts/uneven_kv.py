@@ -1,7 +1,7 @@
 """KV of a batch whose rows differ much in length, as its buffers are laid out, for every published configuration.
 
-Seven rows of 500 tokens and one of 16,000, in 16 bits: in the groups that the batch makes, in one rectangular group, and
-relative to the rows alone. Computed from shapes; nothing runs.
+Seven rows of 500 tokens and one of 16,000, in 16 bits: in the groups that the batch makes, in one rectangular group,
+and relative to the rows alone. Computed from shapes; nothing runs.
 
     python scripts/uneven_kv.py
 """
