@@ -5,9 +5,10 @@
     prompt       what followed the last few tokens where they stood before, in the prompt or in the text (prompt
                  lookup: A. Saxena, 2023; N. Yang et al., arXiv 2304.04487)
 
-They are verified like any drafts, so they change speed, never the text. What a source is worth is estimated from how
-often its tokens were accepted; a round uses one source for a row, or the drafter, by which is expected to yield most
-tokens for its time (`best_offers`). A draft of the host costs no drafter step, so it may be longer than the drafter's.
+They are verified like any drafts, so they change speed, never the text. How likely a source's tokens are to be accepted
+is estimated from how often it would have been right so far, used or not; a round uses one source for a row, or the
+drafter, by which is expected to yield most tokens for its time (`best_offers`). A draft of the host's costs no drafter
+step, so it may be longer than the drafter's.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
 MATCH = 4
 """Tokens that must repeat for what followed them to be drafted: fewer repeat by chance."""
 
-PRIORS = {"grammar": 1.0, "prediction": 0.9, "prompt": 0.75}
-"""Chance that a source's token is accepted, before it has shown; a wrong guess costs a round or two."""
+PRIORS = {"prediction": 0.9, "prompt": 0.75}
+"""Probability that a source's token is accepted, before it has shown."""
 
-WEIGHT, FADE = 8.0, 0.9
-"""Tokens that a prior is worth, and what a round leaves of the counts: a text may leave its source and come back."""
+WEIGHT, FADE = 4.0, 0.95
+"""Tokens that a prior is worth, and what every token leaves of the counts: a text may leave its source, and return."""
 
 
 @dataclass(frozen=True)
@@ -63,82 +64,70 @@ class HostDrafts:
     def __init__(self, prompt: Sequence[int], prediction: Sequence[int], control: RowControl | None) -> None:
         """Begins after a prompt."""
         self._control = control
-        self._said = _Lookup([*prompt])
-        self._expected = _Lookup([*prediction]) if prediction else None
-        self._counts = {source: [0.0, 0.0] for source in PRIORS}
-        # Where in the prediction the text has got to; None if it has left it.
-        self._place: int | None = 0
+        # The text itself comes last: it grows, and a source asks it where the text has got to.
+        self._text = _Source("prompt", prompt)
+        self._sources = [_Source("prediction", prediction, 0)] if prediction else []
 
     def advance(self, tokens: Sequence[int]) -> None:
         """Takes tokens of the text."""
-        self._said.extend(tokens)
-        if self._expected:
-            for token in tokens:
-                on = self._place is not None and self._expected.at(self._place) == token
-                self._place = self._place + 1 if on and self._place is not None else None
-            if self._place is None:
-                self._place = self._expected.after(self._said.end)
-
-    def observe(self, offer: Offer | None, accepted: int) -> None:
-        """Learns of a round: how many tokens of an offer were accepted, or that none was taken."""
-        for counts in self._counts.values():
-            counts[:] = [FADE * count for count in counts]
-        if offer:
-            counts = self._counts[offer.source]
-            # Those after the first rejected one weren't put to the test.
-            counts[0] += min(accepted + 1, len(offer.tokens))
-            counts[1] += accepted
+        for token in tokens:
+            for source in (*self._sources, self._text):
+                source.observe(token)
+            self._text.append(token)
+            for source in (*self._sources, self._text):
+                source.find(self._text.end)
 
     def offer(self, most: int = MAX_DRAFT_LENGTH) -> Offer | None:
         """The best drafts that the host knows for the text as it is, at most so many; None if it knows none."""
         if self._control and (forced := self._control.forced()):
-            return Offer("grammar", forced[:most], PRIORS["grammar"])
-        found = []
-        if self._expected and self._place is not None and (tokens := self._expected.slice(self._place, most)):
-            found.append(Offer("prediction", tokens, self._chance("prediction")))
-        place = self._said.after(self._said.end)
-        if place is not None and (tokens := self._said.slice(place, most)):
-            found.append(Offer("prompt", tokens, self._chance("prompt")))
+            return Offer("grammar", forced[:most], 1.0)
+        found = [offer for source in (*self._sources, self._text) if (offer := source.offer(most))]
         return max(found, key=lambda it: it.tokens_by_length()[-1], default=None)
 
-    def _chance(self, source: str) -> float:
-        tried, accepted = self._counts[source]
-        return (accepted + WEIGHT * PRIORS[source]) / (tried + WEIGHT)
 
+class _Source:
+    """Tokens that the text may go on with, from where it has got to in them."""
 
-class _Lookup:
-    """A text in which the latest place of every few tokens can be found."""
-
-    def __init__(self, tokens: list[int]) -> None:
-        """Takes the tokens."""
+    def __init__(self, name: str, tokens: Sequence[int], place: int | None = None) -> None:
+        """Takes the tokens; `place` is where the text is to begin, None if that is to be found."""
+        self._name, self._place = name, place
         self._tokens: list[int] = []
-        # By MATCH tokens, the place after them.
+        # By MATCH tokens, the place after their latest occurrence.
         self._places: dict[tuple[int, ...], int] = {}
-        self.extend(tokens)
+        self._tried = self._accepted = 0.0
+        for token in tokens:
+            self.append(token)
 
     @property
     def end(self) -> tuple[int, ...]:
         """The last MATCH tokens."""
         return tuple(self._tokens[-MATCH:])
 
-    def extend(self, tokens: Sequence[int]) -> None:
-        """Adds tokens. The last ones are found only once others follow them."""
-        for token in tokens:
-            if len(self._tokens) >= MATCH:
-                self._places[self.end] = len(self._tokens)
-            self._tokens.append(token)
+    def append(self, token: int) -> None:
+        """Adds a token. The last ones are found only once others follow them."""
+        if len(self._tokens) >= MATCH:
+            self._places[self.end] = len(self._tokens)
+        self._tokens.append(token)
 
-    def after(self, key: tuple[int, ...]) -> int | None:
-        """The place after the latest occurrence of MATCH tokens; None if there is none."""
-        return self._places.get(key)
+    def observe(self, token: int) -> None:
+        """Goes on with the text's next token, and counts whether it was the one that the source has."""
+        if self._place is None or self._place >= len(self._tokens):
+            self._place = None
+            return
+        right = self._tokens[self._place] == token
+        self._tried, self._accepted = FADE * self._tried + 1, FADE * self._accepted + right
+        self._place = self._place + 1 if right else None
 
-    def at(self, place: int) -> int | None:
-        """The token at a place; None past the end."""
-        return self._tokens[place] if place < len(self._tokens) else None
+    def find(self, end: tuple[int, ...]) -> None:
+        """Looks for the place of the text's last MATCH tokens, if the text isn't followed already."""
+        if self._place is None:
+            self._place = self._places.get(end)
 
-    def slice(self, place: int, most: int) -> list[int]:
-        """The tokens from a place on."""
-        return self._tokens[place : place + most]
+    def offer(self, most: int) -> Offer | None:
+        """The next tokens, at most so many."""
+        if self._place is None or not (tokens := self._tokens[self._place : self._place + most]):
+            return None
+        return Offer(self._name, tokens, (self._accepted + WEIGHT * PRIORS[self._name]) / (self._tried + WEIGHT))
 
 
 def best_offers(decision: Decision, offers: Mapping[int, Offer]) -> dict[int, Offer]:

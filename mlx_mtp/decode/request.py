@@ -269,7 +269,6 @@ class Row:
             except MTPError as error:
                 self.fail(error)
         if self.host_drafts:
-            self.host_drafts.observe(given, accepted)
             self.host_drafts.advance(tokens)
         if stop is not None or not self.remaining:
             self.done = True
