@@ -39,7 +39,7 @@ SCHEMA = {
     "type": "object",
     "properties": {
         "customer_name": {"type": "string", "maxLength": 8},
-        "date_of_birth": {"type": "string", "pattern": "[0-9]{4}-[0-9]{2}-[0-9]{2}"},
+        "date_of_birth": {"type": "string", "pattern": "^[0-9]{4}-[0-9]{2}-[0-9]{2}$"},
         "subscription_active": {"type": "boolean"},
         "preferred_language": {"enum": ["English", "German", "French"]},
         "number_of_orders": {"type": "integer", "minimum": 0, "maximum": 99},
