@@ -92,7 +92,9 @@ class Engine:
         stay = [i for i, row in enumerate(self.rows) if not row.done and row not in leaving]
         if len(stay) == len(self.rows) and not joining and self._has_room():
             return
-        if self._begun and stay:
+        if not stay:
+            self._begun = None  # nobody is left whose round that is
+        if self._begun:
             self._read_and_deliver()
             self._finish_begun()
             stay = [i for i, row in enumerate(self.rows) if not row.done and row not in leaving]
