@@ -92,7 +92,9 @@ class Engine:
         stay = [i for i, row in enumerate(self.rows) if not row.done and row not in leaving]
         if len(stay) == len(self.rows) and not joining and self._has_room():
             return
-        if self._begun and stay:
+        if not stay:
+            self._begun = None  # nobody is left whose round that is
+        if self._begun:
             self._read_and_deliver()
             self._finish_begun()
             stay = [i for i, row in enumerate(self.rows) if not row.done and row not in leaving]
@@ -257,7 +259,7 @@ class Engine:
         """Finishes the round that was begun, once every token before it is on the host, and submits it."""
         begun, self._begun = self._begun, None
         assert begun is not None
-        drafts = _host(begun.block.drafts)
+        drafts = _host(self._settled(begun.block.drafts))
         drafts = [own[:length] for own, length in zip(drafts, begun.decision.lengths, strict=True)]
         with self.span("adjust", rows=len(self.rows)):
             adjustments = self._adjustments(self.rows, drafts)
@@ -294,7 +296,7 @@ class Engine:
             next_lengths: Draft lengths of the round that was submitted in the meantime.
         """
         with self.span("wait and read"):
-            reports = [_host(it.report) for it in self._in_flight]
+            reports = [_host(self._settled(it.report)) for it in self._in_flight]
             scored = [it.logprobs.host() if it.logprobs else {} for it in self._in_flight]
         before, self._read_at = self._read_at, time.perf_counter()
         in_flight, self._in_flight = self._in_flight, []
@@ -312,6 +314,12 @@ class Engine:
                     # It counts only if both rounds cost about the same.
                     own = before and len(in_flight) == 1 and same_cost(done.decision.lengths, next_lengths)
                     self._policy.observe(done.decision, accepted, self._read_at - before if before and own else None)
+
+    def _settled(self, result: mx.array) -> mx.array:
+        """A result that the host will wait for; a trace first records the work up to it."""
+        if self.trace:
+            self.trace.settle(result)
+        return result
 
     def _max_written(self, row: Row) -> int:
         """Upper bound of the row's written positions once every submitted round has run."""
@@ -351,6 +359,6 @@ class Engine:
         )  # fmt: skip
 
 
-def _host(report: mx.array) -> list[list[int]]:
-    """Waits for a report. While rows decode, the host reads from the device only here."""
-    return cast("list[list[int]]", report.tolist())
+def _host(result: mx.array) -> list[list[int]]:
+    """Waits for a report, or for drafts. While rows decode, the host reads token ids from the device only here."""
+    return cast("list[list[int]]", result.tolist())

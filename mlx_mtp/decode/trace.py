@@ -74,9 +74,14 @@ class Trace:
             yield
         self._work.append((name, result, begun, facts))
 
-    def settle(self, result: mx.array) -> None:
-        """Waits for the submitted work up to the one with this result, on the thread that submitted it."""
-        count = next((i for i, work in enumerate(self._work, 1) if work[1] is result), 0)
+    def settle(self, result: mx.array | None = None) -> None:
+        """Waits for submitted work, on the thread that submitted it.
+
+        Args:
+            result: The result of the last work to wait for; None for all work.
+        """
+        last = len(self._work) if result is None else 0
+        count = next((i for i, work in enumerate(self._work, 1) if work[1] is result), last)
         for name, own, submitted, facts in [self._work.popleft() for _ in range(count)]:
             mx.eval(own)
             done = time.perf_counter()
@@ -84,7 +89,7 @@ class Trace:
             self._free = done
 
     def close(self) -> None:
-        """Writes the file, without the work that is still under way.
+        """Writes the file, without the work that wasn't waited for.
 
         Raises:
             OSError: The file can't be written.
