@@ -231,7 +231,7 @@ def test_statistics_add_up(pair: Pair):
 @pytest.mark.parametrize("mode", ["early", "late"])
 def test_rounds_copy_no_buffers(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Whenever they are handed over; what holds a buffer on purpose shows that copies would be seen."""
-    monkeypatch.setenv(engine_module.SWITCH, mode)
+    monkeypatch.setenv(in_flight.SWITCH, mode)
     scheduler = Scheduler(*deep_pair(tmp_path))
     row = scheduler.submit(Request(prompt(), 100, draft_length=2))
     while not row.unread:

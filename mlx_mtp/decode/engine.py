@@ -295,6 +295,8 @@ class Engine:
         Args:
             next_lengths: Draft lengths of the round that was submitted in the meantime.
         """
+        if not self._in_flight:
+            return  # between the two parts of a round, whose time goes on
         with self.span("wait and read"):
             reports = [_host(self._settled(it.report)) for it in self._in_flight]
             scored = [it.logprobs.host() if it.logprobs else {} for it in self._in_flight]
