@@ -12,7 +12,6 @@ import pytest
 
 from mlx_mtp.checkpoint.description import read_target
 from mlx_mtp.checkpoint.load import load_target
-from mlx_mtp.decode import engine as engine_module
 from mlx_mtp.decode import in_flight
 from mlx_mtp.decode.draft_length import DraftLengthPolicy
 from mlx_mtp.decode.prefill import prefill
