@@ -22,7 +22,7 @@ from .checkpoint.description import DrafterDescription, TargetDescription
 from .checkpoint.load import check_fits
 from .checkpoint.pair import find_pair
 from .decode.inspect import logits_after, proposal
-from .decode.sampling import row_seed as row_seed
+from .decode.noise import row_seed as row_seed
 from .decode.scheduler import MAX_ROWS
 from .errors import MTPError
 from .files import expanded
@@ -91,7 +91,7 @@ def load(
     check_arguments(target, drafter, drafter_position, cache_bytes)
     pair = find_pair(target, drafter, quantize, dtype, quantize_drafter, check=check_fits)
     adapter = None if adapter is None else expanded(adapter)
-    tuned = profiles.chosen(profile, *pair, adapter)
+    tuned = profiles.profile_for(profile, *pair, adapter)
     if drafter_position == "auto":
         drafter_position = (tuned and tuned.drafter_position) or "committed"
     return MTPModel(*pair, drafter_position, cache_bytes, tuned, adapter)

@@ -1,11 +1,10 @@
-"""What a checkpoint's config.json says about the two models, as frozen dataclasses.
+"""The models' configurations: config.json parsed into frozen dataclasses.
 
-Reads both spellings that are in circulation: the one Google published (`global_head_dim`,
-`num_global_key_value_heads` at the top of the text config) and the one newer transformers versions write when they
-save a model again (`per_layer_config`). Everything that differs from layer to layer is resolved here, once, into
-`LayerConfig`, so that the models contain no rules about layer indices.
+Two forms of config.json exist. Google's has `global_head_dim` and `num_global_key_value_heads` at the top of the text
+config; newer transformers versions write `per_layer_config` when they save a model again. Everything that differs from
+layer to layer is resolved here, once, into `LayerConfig`, so that the models contain no rules about layer indices.
 
-Knows nothing of files, weights or quantisation.
+Not here: files, weights, quantisation.
 """
 
 from __future__ import annotations
@@ -20,22 +19,24 @@ from .errors import CheckpointError, PairingError
 TARGET_TYPES = ("gemma4", "gemma4_unified", "gemma4_text", "gemma4_unified_text")
 DRAFTER_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 SLIDING, FULL = "sliding_attention", "full_attention"
+"""The kinds of layer in the config field `layer_types`."""
 
 MERGED_FIELDS = ("mtp_assistant_config", "mtp_num_hidden_layers")
-"""Fields of a target's text config if a drafter's tensors were merged into its files; the first is its config.json."""
+"""Fields of a target's text config if a drafter is merged into its files; the first holds the drafter's config.json."""
 
 _OVERRIDES = ("head_dim", "num_key_value_heads")
-"""Fields that `per_layer_config` gives to some layers."""
+"""The fields that `per_layer_config` may set for a layer."""
 
 _LARGEST_WIDTH = 2**20
-"""Bound of rows and columns of matrices, and of layers and experts: thirty times what the largest model has, and with
-that far below what MLX can count (31 bits)."""
+"""Largest matrix width, and number of experts, that is accepted: thirty times the largest model's, and far below MLX's
+limit of 31 bits."""
 
 _LARGEST_COUNT = 2**31 - 1
-"""Bound of what is only counted up to: positions."""
+"""Largest number of positions that is accepted."""
 
 _MOST_LAYERS = 1_000
-"""Ten times those of the deepest model. Making a model takes time for each, before its files are looked at."""
+"""Most layers that are accepted, ten times the deepest model's: making a model takes time for each, even without
+weights."""
 
 Json = Mapping[str, Any]
 
@@ -46,7 +47,7 @@ class RopeConfig:
 
     Attributes:
         theta: Base of the frequencies.
-        rotated: Share of the head that is rotated; the rest has frequency zero (`partial_rotary_factor`).
+        rotated: Share of the head that is rotated (`partial_rotary_factor`); the rest stays as it is.
     """
 
     theta: float
@@ -61,8 +62,8 @@ class LayerConfig:
         sliding: Whether attention sees only the last `sliding_window` positions.
         head_dim: Size of one attention head.
         kv_heads: Number of key/value heads.
-        k_eq_v: Whether values are the (differently normalised) key projection, without weights of their own.
-        kv_owner: Index of the layer whose keys and values this one attends to; its own index if it has its own.
+        k_eq_v: Whether values are the key projection (normalised differently), without a projection of their own.
+        kv_owner: Index of the layer whose keys and values this layer attends to; its own index if it makes its own.
         intermediate_size: Width of the dense MLP.
     """
 
@@ -76,14 +77,14 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The decoder stack that target and drafter have in common.
+    """A decoder stack, of a target or a drafter.
 
     Attributes:
         vocab_size: Number of token ids.
         hidden_size: Width of the residual stream.
         num_heads: Number of query heads.
         layers: The layers, bottom first.
-        sliding_window: Number of positions, its own included, that a sliding layer sees.
+        sliding_window: Number of positions that a sliding layer's query sees, its own included.
         rms_norm_eps: Epsilon of every RMSNorm.
         rope: Rotary embedding by kind of layer (`SLIDING`, `FULL`).
         logit_softcap: Logits become cap * tanh(logits / cap); None for no cap.
@@ -91,9 +92,9 @@ class TextConfig:
         ple_vocab_size: Rows of the per-layer embedding table.
         tied_head: Whether the output head is the embedding table.
         num_experts: Experts per layer; 0 for a dense model.
-        experts_per_token: Experts that each token is sent to.
+        experts_per_token: Experts that process each token.
         expert_size: Width of one expert's MLP.
-        max_positions: Longest context the model was made for, in tokens.
+        max_positions: Longest context that the model was made for, in tokens.
     """
 
     vocab_size: int
@@ -113,7 +114,7 @@ class TextConfig:
     max_positions: int
 
     def kv_source_layer(self, sliding: bool) -> int:
-        """Index of the last layer of a kind that owns its KV: the one whose KV the drafter reads."""
+        """Index of the layer whose KV the drafter reads: the last one of a kind that makes its own."""
         return max(i for i, layer in enumerate(self.layers) if layer.sliding == sliding and layer.kv_owner == i)
 
 
@@ -187,31 +188,33 @@ def drafter_config(config: Json) -> DrafterConfig:
 
 
 def merged_drafter(config: Json) -> Any:
-    """What a target's config.json says of a drafter that is merged into its files; None if there is none."""
+    """The config.json of a drafter that is merged into a target's files, unchecked; None if there is none."""
     text = config.get("text_config", config)
     return text.get(MERGED_FIELDS[0]) if isinstance(text, Mapping) else None
 
 
 def check_pair(target: TargetConfig, drafter: DrafterConfig) -> None:
-    """Checks that a drafter was made for a target, or for one to which tokens were added since.
+    """Checks that a drafter fits a target.
+
+    The target may have a larger vocabulary: a fine-tune may have added tokens, which are then never drafted.
 
     Raises:
-        PairingError: With every size that clashes.
+        PairingError: Sizes clash; the message names all of them.
     """
     t, d = target.text, drafter.text
     clashes = []
     if drafter.backbone_hidden_size != t.hidden_size:
         clashes.append(f"hidden size {drafter.backbone_hidden_size}, the target has {t.hidden_size}")
-    if d.vocab_size > t.vocab_size:  # a smaller one is of before tokens were added: these are never drafted
+    if d.vocab_size > t.vocab_size:
         clashes.append(f"vocabulary {d.vocab_size}, the target has {t.vocab_size}")
     for sliding in {layer.sliding for layer in d.layers}:
-        mine = next(layer for layer in d.layers if layer.sliding == sliding)
-        lent = t.layers[t.kv_source_layer(sliding)]
+        reader = next(layer for layer in d.layers if layer.sliding == sliding)
+        source = t.layers[t.kv_source_layer(sliding)]
         name = "sliding" if sliding else "full"
-        if (mine.head_dim, mine.kv_heads) != (lent.head_dim, lent.kv_heads):
+        if (reader.head_dim, reader.kv_heads) != (source.head_dim, source.kv_heads):
             clashes.append(
-                f"{name} layers with {mine.kv_heads} KV heads of {mine.head_dim}, "
-                f"the target has {lent.kv_heads} of {lent.head_dim}"
+                f"{name} layers with {reader.kv_heads} KV heads of {reader.head_dim}, "
+                f"the target has {source.kv_heads} of {source.head_dim}"
             )
         if sliding and d.sliding_window != t.sliding_window:
             clashes.append(f"sliding window {d.sliding_window}, the target has {t.sliding_window}")
@@ -227,11 +230,11 @@ def _field(config: Json, name: str) -> Any:
 
 
 def _size(config: Json, name: str, least: int = 1, most: int = _LARGEST_WIDTH) -> int:
-    """A whole number; `least` and `most` are the bounds. Where 0 is allowed, a missing field is 0."""
+    """A whole number from `least` to `most`; if `least` is 0, a missing field counts as 0."""
     value = (config.get(name) or 0) if least == 0 else _field(config, name)
     if not isinstance(value, int) or not least <= value <= most:
         raise CheckpointError(f"config.json: {name} is {value!r}, expected a whole number from {least} to {most}")
-    return int(value)  # JSON's true is an int too
+    return int(value)  # JSON's true is an int, too
 
 
 def _positive(config: Json, name: str, default: float | None = None) -> float:
@@ -292,7 +295,7 @@ def _text_config(config: Json, own_kv: bool) -> TextConfig:
 
 
 def _check_widths(text: TextConfig) -> None:
-    """Checks what is as wide as two fields multiplied."""
+    """Checks widths that are the product of two fields."""
     for what, width in (
         ("attention heads", max(text.num_heads * layer.head_dim for layer in text.layers)),
         ("key/value heads", max(layer.kv_heads * layer.head_dim for layer in text.layers)),
@@ -311,10 +314,10 @@ def _layers(config: Json, own_kv: bool) -> tuple[LayerConfig, ...]:
     if not 0 < len(kinds) <= _MOST_LAYERS:
         raise CheckpointError(f"config.json has {len(kinds):,} layer_types, expected 1 to {_MOST_LAYERS:,}")
     if unknown := set(kinds) - {SLIDING, FULL}:
-        raise CheckpointError(f"layer type {sorted(unknown)[0]!r} isn't supported: expected {SLIDING} or {FULL}")
+        raise CheckpointError(f"layer type {min(unknown)!r} isn't supported: expected {SLIDING} or {FULL}")
     first_shared = len(kinds) - _size(config, "num_kv_shared_layers", least=0, most=len(kinds))
     if own_kv and not set(kinds) <= set(kinds[:first_shared]):
-        raise CheckpointError("config.json shares KV among layers of a kind none of which has KV of its own")
+        raise CheckpointError("config.json has layers that share KV, but no layer of their kind that makes it")
     k_eq_v = bool(config.get("attention_k_eq_v"))
     overrides = _overrides(config)
 
@@ -327,7 +330,7 @@ def _layers(config: Json, own_kv: bool) -> tuple[LayerConfig, ...]:
             kv_heads = (_size(config, "num_global_key_value_heads", least=0) if k_eq_v else 0) or kv_heads
         override = (overrides or {}).get(i, {})
         shared = i >= first_shared
-        # All layers of a drafter read the target's KV, so none of them has an owner in its own stack.
+        # All layers of a drafter read the target's KV, so none shares that of another drafter layer.
         owner = max(j for j in range(first_shared) if kinds[j] == kind) if shared and own_kv else i
         wide = 2 if shared and own_kv and config.get("use_double_wide_mlp") else 1
         layers.append(
@@ -344,12 +347,13 @@ def _layers(config: Json, own_kv: bool) -> tuple[LayerConfig, ...]:
 
 
 def _overrides(config: Json) -> dict[int, Json] | None:
-    """What `per_layer_config` says, by layer; None where the published fields say it."""
+    """The contents of `per_layer_config` by layer; None in Google's form, which doesn't have it."""
     given = config.get("per_layer_config")
     if given is None:
         return None
     try:
-        overrides = {int(i): dict(fields) for i, fields in given.items()}  # "04", if there is a layer 10
+        # Keys may have leading zeros: "04".
+        overrides: dict[int, Json] = {int(i): dict(fields) for i, fields in given.items()}
     except (TypeError, ValueError, AttributeError):
         raise CheckpointError(f"config.json: per_layer_config is {given!r}, expected objects by layer") from None
     for i, fields in overrides.items():
@@ -359,12 +363,22 @@ def _overrides(config: Json) -> dict[int, Json] | None:
 
 
 def in_published_fields(config: Json) -> dict[str, Any]:
-    """A text config without `per_layer_config`: the same in the fields of published ones, which every reader knows."""
+    """A text config in Google's form, which all readers know, instead of `per_layer_config`.
+
+    Args:
+        config: The text config in either form.
+
+    Returns:
+        The same in Google's form, or an unchanged copy if that form can't express it.
+
+    Raises:
+        CheckpointError: It can't be understood.
+    """
     new = {name: value for name, value in config.items() if name != "per_layer_config"}
     if overrides := _overrides(config):
         full = overrides.get(list(config["layer_types"]).index(FULL), {}) if FULL in config["layer_types"] else {}
         new["global_head_dim"] = full.get("head_dim", config["head_dim"])
         if config.get("attention_k_eq_v"):
             new["num_global_key_value_heads"] = full.get("num_key_value_heads", config["num_key_value_heads"])
-    # Published fields can't say everything: layers of a kind are alike there.
+    # Google's form can't express everything: there, all layers of a kind have the same sizes.
     return new if _layers(new, own_kv=False) == _layers(config, own_kv=False) else dict(config)

@@ -1,24 +1,24 @@
 """The package's exceptions.
 
-Every failure that a user can cause or cure is one of these, and its message is one line that says what to do. Anything
-else that is raised is a defect of the package.
+Every failure that a user can cause or fix raises one of these, with a message of one line that says what to do. Any
+other exception is a defect of the package.
 """
 
 from __future__ import annotations
 
 _LONGEST = 2_000
-"""Characters of a message: what the longest ones of ours need, and what a person reads."""
+"""Longest message, in characters: more than any of ours needs, and still readable."""
 
 
 class MTPError(Exception):
-    """Base of all errors the package raises on purpose.
+    """Base class of the package's exceptions.
 
-    Messages quote names and values from files of any origin. Whatever these hold, a message is one line of printable
-    characters: no line breaks, nothing that a terminal would obey, and never longer than a person reads.
+    Messages quote names and values from files of any origin, so they are made safe to print: one line of printable
+    characters without control sequences, cut if it is very long.
     """
 
-    def __init__(self, message: str):
-        """Takes the message."""
+    def __init__(self, message: str) -> None:
+        """Makes the message safe to print."""
         if not message.isprintable():
             message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message[: 2 * _LONGEST])
         super().__init__(message if len(message) <= _LONGEST else f"{message[:_LONGEST]}...")
@@ -45,5 +45,5 @@ class MemoryBudgetError(MTPError):
 
 
 def one_line(error: Exception) -> str:
-    """Kind and beginning of another library's error, for a message of ours."""
+    """The type and the beginning of another library's error, for use in a message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]

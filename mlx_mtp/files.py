@@ -16,22 +16,29 @@ from typing import Any
 from .errors import CheckpointError, MTPError
 
 LARGEST_JSON = 2**27
-"""Bytes. The largest that a checkpoint has is a tokenizer.json of 32 MB."""
+"""Largest JSON file that is read, in bytes; the largest of a checkpoint is a tokenizer.json of 32 MB."""
 
 _DEEPEST_JSON = 100
-"""Objects and lists in each other. Configs have five; what is read is copied and printed by functions that recurse."""
+"""Deepest nesting that is accepted: configs have five levels, and recursive functions copy and print what is read."""
 
 _SAMPLES, _SAMPLE_BYTES = 64, 2**12
-"""Places of a file that `sample` looks at, and what it takes of each: about what a disk reads for one byte."""
+"""Number of pieces that `sample` reads, and bytes of each: a disk reads at least that many for a single byte."""
 
 
 def read_json(path: Path, required: bool = True) -> dict[str, Any]:
-    """Reads a JSON object from a file; {} if the file is optional and missing.
+    """Reads a JSON object from a file of a checkpoint.
+
+    Args:
+        path: The file.
+        required: Whether a missing file is an error.
+
+    Returns:
+        The object; {} if the file is missing and not required.
 
     Raises:
-        CheckpointError: Missing, unreadable, or no JSON object.
+        CheckpointError: The file is missing, unreadable, or not a JSON object.
     """
-    if not os.path.isfile(path):  # False too if it mustn't be looked at
+    if not os.path.isfile(path):  # False too without the permission to look
         if required:
             raise CheckpointError(f"{path.parent} has no {path.name}: not a model folder, or not completely downloaded")
         return {}
@@ -42,31 +49,40 @@ def read_json(path: Path, required: bool = True) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
+        raise CheckpointError(f"{path} isn't a JSON object")
     return value
 
 
 def listed(folder: Path, pattern: str = "*") -> list[Path]:
-    """What a folder holds under names of a pattern, sorted.
+    """The entries of a folder whose names match a glob pattern, sorted.
 
-    Without "._NAME", which macOS puts beside every NAME on disks that can't hold its attributes.
+    Leaves out "._NAME", which macOS writes next to NAME on disks that can't store its attributes.
     """
     return sorted(path for path in folder.glob(pattern) if not path.name.startswith("._"))
 
 
-def parse_json(text: str, **hooks: Callable[..., Any]) -> Any:
-    """What a text says in JSON, if it isn't nested so deeply that somebody would stumble over it.
+def parse_json(
+    text: str,
+    object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
+    parse_float: Callable[[str], Any] | None = None,
+    parse_constant: Callable[[str], Any] | None = None,
+) -> Any:
+    """Parses JSON of limited depth, so that recursive functions can process the result.
 
     Args:
         text: The text.
-        **hooks: As for `json.loads`.
+        object_pairs_hook: As for `json.loads`.
+        parse_float: As for `json.loads`.
+        parse_constant: As for `json.loads`.
 
     Raises:
-        ValueError: It is no JSON, or nested too deeply.
+        ValueError: The text isn't JSON, or is nested too deeply.
     """
-    too_deep = f"lists and objects lie more than {_DEEPEST_JSON} deep in each other"
+    too_deep = f"lists and objects are nested more than {_DEEPEST_JSON} deep"
     try:
-        value = json.loads(text, **hooks)
+        value = json.loads(
+            text, object_pairs_hook=object_pairs_hook, parse_float=parse_float, parse_constant=parse_constant
+        )
     except RecursionError:
         raise ValueError(too_deep) from None
     level: list[Any] = [[value]]
@@ -79,10 +95,10 @@ def parse_json(text: str, **hooks: Callable[..., Any]) -> Any:
 
 
 def read_bytes(path: Path) -> bytes:
-    """All of a file, which must be a plain one (reading others may never end) and of a size that JSON can have.
+    """Reads a plain file of at most LARGEST_JSON bytes; others, such as pipes and devices, may never end.
 
     Raises:
-        OSError: It can't be read.
+        OSError: It can't be read, is too large, or isn't a plain file.
     """
     size = path.stat().st_size
     if not path.is_file():
@@ -93,7 +109,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def sample(path: Path) -> bytes:
-    """Some bytes from all over a file, its first ones included: other weights of the same shapes have others.
+    """Reads some bytes from all over a file, the first ones included: enough to tell different weights apart.
 
     Raises:
         OSError: It can't be read.
@@ -109,17 +125,21 @@ def sample(path: Path) -> bytes:
 
 @contextmanager
 def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
-    """A file to write beside `path`, whose place it takes when the block ends; after an error it is deleted.
+    """Writes a file completely or not at all.
 
-    Its name is its own, so that two processes that write the same file don't spoil each other's: the last one wins. A
-    file that is replaced hands on its permissions.
+    The `with` statement gives a temporary file in the same folder, which replaces `path` at the end; after an error it
+    is deleted. Its name is unique, so that two processes can write the same file: the last one wins. The permissions of
+    a replaced file are kept.
 
     Args:
-        path: The file that is wanted; links are followed.
-        suffix: How the other file's name must end.
+        path: The file to write; links are followed.
+        suffix: What the temporary file's name must end with.
+
+    Yields:
+        The temporary file, which exists and is empty.
 
     Raises:
-        OSError: About `path`, whichever of the two couldn't be written.
+        OSError: A file couldn't be written; always names `path`.
     """
     aside = None
     try:
@@ -140,14 +160,14 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
 
 
 def writable(path: Path) -> Path:
-    """Where a path leads to, if a file can stand there: there is none yet, or a plain one.
+    """Resolves a path at which a file can be written: nothing is there yet, or a plain file.
 
     Raises:
         OSError: Something else is there.
     """
     try:
         real = path.resolve()
-    except RuntimeError:  # what Python before 3.13 says of links that lead to themselves
+    except RuntimeError:  # Python before 3.13, for links that lead to themselves
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from None
     if real.exists() and not real.is_file():
         raise OSError(errno.EINVAL, "not a plain file", str(path))
@@ -155,7 +175,11 @@ def writable(path: Path) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """A file's SHA-256, in hexadecimal."""
+    """A file's SHA-256, in hexadecimal.
+
+    Raises:
+        OSError: It can't be read.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**22):
@@ -164,24 +188,31 @@ def sha256(path: Path) -> str:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with ~ and ~somebody replaced by their home folders.
+    """A path with ~ and ~USER replaced by home folders.
 
     Raises:
-        MTPError: It can't be one, or this machine doesn't know that user.
+        MTPError: It isn't a possible path, or there is no such user.
     """
     if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
-        raise MTPError(f"{path!r} is no path")
+        raise MTPError(f"{path!r} isn't a path")
     try:
         os.fsencode(path)
         return Path(path).expanduser()
-    except UnicodeEncodeError:  # as of half a surrogate pair
-        raise MTPError(f"{path!r} is no path") from None
+    except UnicodeEncodeError:  # half a surrogate pair, for instance
+        raise MTPError(f"{path!r} isn't a path") from None
     except RuntimeError as error:
         raise MTPError(f"can't use the path {path}: {error}") from None
 
 
 def published_name(folder: Path) -> str:
-    """The repository, OWNER/NAME, that an absolute path is a copy of, as far as the path tells."""
+    """The hub repository that a folder seems to be a copy of, by its path.
+
+    Args:
+        folder: An absolute path.
+
+    Returns:
+        OWNER/NAME.
+    """
     if folder.parent.name == "snapshots":  # the hub's cache: models--OWNER--NAME/snapshots/COMMIT
         return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
     return "/".join(folder.parts[-2:]).lstrip("/")

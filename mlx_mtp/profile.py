@@ -1,7 +1,7 @@
-"""Profiles: what the tuner measured for a pair on this machine, kept in the user's data folder.
+"""Profiles: the tuner's measurements of a pair on this machine, stored in the user's data folder.
 
-A profile holds for the same files, quantisation of both models and type on the same device, with the same versions of
-MLX and of this package. Anything else that a file may hold is no profile: it is left alone, and measured again.
+A profile is valid for the same model files, quantisation and dtype on the same device, with the same versions of MLX
+and of this package. A saved profile that isn't valid is ignored, with a warning.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from annotated_types import Ge, Interval, MinLen
 
 from .checkpoint import adapters
 from .checkpoint.description import DrafterDescription, TargetDescription
-from .decode.draft_length import Prices
 from .decode.objective import Objective
+from .decode.round_cost import Prices
 from .errors import ProfileError, one_line
 from .files import expanded, listed, parse_json, published_name, read_bytes, replacing, sample
 from .models.drafter import Position
@@ -35,22 +35,22 @@ from .system.version import VERSION
 log = logging.getLogger(__name__)
 
 SCHEMA = 2
-"""Version of the file's form. The first one had prices of whole rounds, and didn't say how precise the drafter was."""
+"""Version of the file format. Version 1 had prices of whole rounds, and no precision of the drafter."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """What a profile holds for.
+    """What a profile is valid for.
 
     Attributes:
-        model: The target's repository, or the end of its path; for people.
+        model: The target's repository, or the end of its path.
         files: Fingerprint of both folders: their config.json, and names, sizes and a sample of their weights.
-        quantize: Bits that `load` quantises to, or None.
-        drafter: The format that it quantises the drafter to, for people; None for the drafter as stored.
-        dtype: As `load` takes it.
+        quantize: Bits to which `api.load` quantises the target, or None.
+        drafter: The format to which `api.load` quantises the drafter, in words; None for the drafter as stored.
+        dtype: `api.load`'s argument.
         device: Name of the chip, and whether the CPU or the GPU computes.
         mlx: MLX's version.
-        mlx_mtp: This package's.
+        mlx_mtp: This package's version.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -66,24 +66,25 @@ class Key:
 
     @property
     def name(self) -> str:
-        """Name of the profile's file. The versions aren't part of it: a newer profile replaces an older one."""
+        """Name of the profile's file. It doesn't depend on the versions, so that a new profile replaces an old one."""
         text = json.dumps([self.files, self.quantize, self.drafter, self.dtype, self.device])
         return f"{self.model.replace('/', '--')}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What load and the batch take from a measurement.
+    """Measured prices of rounds and acceptance, and the settings chosen from them.
 
     Attributes:
-        key: What it holds for.
-        costs: By rows, what rounds take.
-        acceptance: By kind of text and position, the chance that a draft is kept if those before it were.
-        rows: Rows of a batch, as chosen for `objective`.
-        drafts: Draft length chosen with it; the online control begins with the costs and may choose another.
-        objective: One of `tuning.OBJECTIVES`.
+        key: What it is valid for.
+        costs: Prices of rounds, by the number of rows.
+        acceptance: By kind of text, for each position of a draft the probability that it is accepted if all drafts
+            before it were.
+        rows: Number of rows chosen for `objective`.
+        drafts: Draft length chosen for `objective`; while decoding, the draft-length policy may choose another.
+        objective: One of `decode.objective.OBJECTIVES`.
         drafter_position: See `api.load`; None without a drafter.
-        measured: When, as ISO 8601 in UTC.
+        measured: When it was measured, as ISO 8601 in UTC.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -98,7 +99,7 @@ class Profile:
     measured: str
 
     def prices(self, rows: int) -> Prices:
-        """What rounds of any number of rows take: between two that were measured, on the line."""
+        """Prices for any number of rows, interpolated between the measured ones."""
         below = max((b for b in self.costs if b <= rows), default=min(self.costs))
         above = min((b for b in self.costs if b >= rows), default=max(self.costs))
         share = (rows - below) / (above - below) if above > below else 0.0
@@ -115,14 +116,15 @@ class Profile:
 
 
 def key_of(target: TargetDescription, drafter: DrafterDescription | None, adapter: Path | None = None) -> Key:
-    """What a profile of a pair would hold for, now and here.
+    """The key of a pair on this machine.
 
     Args:
-        target, drafter: The pair as it is loaded.
+        target: The target as it is loaded.
+        drafter: The drafter as it is loaded; None without one.
         adapter: As for `api.load`.
 
     Raises:
-        OSError: A file of theirs can't be read.
+        OSError: A file of the models can't be read.
     """
     digest = hashlib.sha256()
     parts = [(target.folder, "config.json"), (drafter.folder if drafter else None, "config.json")]
@@ -146,7 +148,7 @@ def machine() -> dict[str, Any]:
 
 
 def device() -> str:
-    """The chip's name, and what computes."""
+    """Name of the chip, and whether the CPU or the GPU computes."""
     kind = "GPU" if mx.default_device() == mx.gpu else "CPU"
     name = platform.processor() or platform.machine()
     if kind == "GPU":
@@ -160,7 +162,7 @@ def device() -> str:
 
 
 def profile_folder() -> Path:
-    """Where profiles are: MLX_MTP_PROFILES, or the user's data folder."""
+    """The folder of saved profiles: MLX_MTP_PROFILES if it is set, else in the user's data folder."""
     if given := os.environ.get("MLX_MTP_PROFILES"):
         return expanded(given)
     if sys.platform == "darwin":
@@ -169,10 +171,10 @@ def profile_folder() -> Path:
 
 
 def save_profile(profile: Profile) -> Path:
-    """Writes a profile to its place, and returns that.
+    """Writes a profile to the profile folder and returns the file's path.
 
     Raises:
-        OSError: It can't be written.
+        OSError: The file can't be written.
     """
     path = profile_folder() / profile.key.name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +187,7 @@ def load_profile(path: Path) -> Profile:
     """Reads a profile from a file.
 
     Raises:
-        ProfileError: There is none in it.
+        ProfileError: The file can't be read, or isn't a profile of this version.
     """
     from pydantic import (  # takes a tenth of a second, and only pairs with a profile need it
         TypeAdapter,
@@ -195,7 +197,7 @@ def load_profile(path: Path) -> Profile:
     try:
         content = parse_json(read_bytes(path).decode())
         if not isinstance(content, dict) or content.pop("schema", None) != SCHEMA:
-            raise ValueError("another version of this package has written it, or something else")
+            raise ValueError("it wasn't written by this version of the package")
         profile = TypeAdapter(Profile).validate_json(json.dumps(content), strict=True)
         if not all(1 in prices.verify for prices in profile.costs.values()):
             raise ValueError("costs of plain decoding are missing")
@@ -203,22 +205,23 @@ def load_profile(path: Path) -> Profile:
         raise ProfileError(f"{path} can't be read: {error.strerror}") from error
     except ValueError as error:
         why = _first(error.errors()) if isinstance(error, ValidationError) else one_line(error)
-        raise ProfileError(f"{path} is no profile: {why}; delete it, and run mlx-mtp tune") from error
+        raise ProfileError(f"{path} isn't a valid profile: {why}; delete it, and run mlx-mtp tune") from error
     return profile
 
 
 def _first(errors: Sequence[Mapping[str, Any]]) -> str:
-    """The first of pydantic's errors in a few words: which field, and what is wrong with it."""
+    """The first of pydantic's errors, in words: which field, and what is wrong with it."""
     first = errors[0]
     name = ".".join(map(str, first["loc"])).replace(".[key]", "")
     return one_line(ValueError(f"{name}: {first['msg'][:1].lower()}{first['msg'][1:]}"))
 
 
 def saved_profile(key: Key) -> Profile | None:
-    """The saved profile that holds for a key.
+    """The saved profile for a key; None if there is no valid one.
 
-    None if there is none; with a warning, if there is one that doesn't hold any more, or holds for another device: on
-    Linux the commands compute with OpenBLAS, and Python only does so if it was loaded first (see system/blas.py).
+    Logs a warning if there is one that is damaged or outdated, or one for another device. The latter can happen on a
+    single machine: on Linux the commands compute with OpenBLAS, Python programs only if they load it first (see
+    system/blas.py).
     """
     path = profile_folder() / key.name
     if not path.is_file():
@@ -237,16 +240,25 @@ def saved_profile(key: Key) -> Profile | None:
     return profile
 
 
-def chosen(
+def profile_for(
     wanted: str | Path | None,
     target: TargetDescription,
     drafter: DrafterDescription | None,
     adapter: Path | None = None,
 ) -> Profile | None:
-    """The profile that `api.load` is to use for a pair; `wanted` is its argument `profile`.
+    """The profile that `api.load` uses for a pair.
+
+    Args:
+        wanted: `api.load`'s argument `profile`.
+        target: The target as it is loaded.
+        drafter: The drafter as it is loaded; None without one.
+        adapter: As for `api.load`.
+
+    Returns:
+        The profile; None if none is wanted or "auto" finds no valid one.
 
     Raises:
-        ProfileError: The one that was asked for is damaged, or was measured with something else.
+        ProfileError: `wanted` is a file that isn't a valid profile of this pair on this machine.
     """
     if wanted is None:
         return None
@@ -255,7 +267,7 @@ def chosen(
     try:
         key = key_of(target, drafter, adapter)
     except OSError:
-        return None  # a file is missing: reading the checkpoint says which
+        return None  # a file is missing: loading the models raises an error that names it
     if wanted == "auto":
         return saved_profile(key)
     path = expanded(wanted)
@@ -265,10 +277,15 @@ def chosen(
 
 
 def check_profile(profile: Profile, key: Key, path: Path) -> None:
-    """Checks that a profile holds for a key.
+    """Checks that a profile is valid for a key.
+
+    Args:
+        profile: The profile.
+        key: The key.
+        path: The profile's file, for the message.
 
     Raises:
-        ProfileError: It doesn't.
+        ProfileError: It isn't.
     """
     for what, name in (
         ("files", "other model files"), ("quantize", "another quantisation"),

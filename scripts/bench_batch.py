@@ -1,16 +1,16 @@
-"""Total tokens per second of batches, as ratios measured in one run.
+"""Measures total tokens per second of batches, as ratios within one run.
 
     plain    our plain decoding / mlx-lm's BatchGenerator on the same target
     MTP      our decoding with the drafter / our plain decoding, at the same batch size
     mlx-vlm  our decoding with the drafter / mlx-vlm's, same pair and draft length (with --mlx-vlm, see peer_mlx_vlm.py)
-    rounds   tokens a row gets out of a round, and the same over what these prompts get one by one
+    rounds   tokens per row and round, and their ratio to that of the same prompts one by one
 
-In these batches all rows begin together, and all have the same length, past the end of their texts: plain decoding runs
-in step from the first token to the last. The queue is how it is used: 40 prompts, 8 at a time, each to its own end.
+In these batches all rows begin together and have the same length, stop tokens ignored, so that the rows of plain
+decoding stay in step. The part "queue" is closer to real use: 40 prompts, 8 at a time, each to its own end.
 
-Pairs: the embedded one on chat prompts, and two of medium size, dense and mixture of experts, on random prompts; their
-weights are made such that the drafter is right now and then (medium_pair.py). Every ratio is the median over
-repetitions in which all variants take turns.
+Pairs: the embedded one on chat prompts, and two of medium size, dense and mixture of experts, on random prompts. Their
+weights are constructed so that some drafts are accepted (medium_pair.py). Every ratio is the median over repetitions
+in which all variants take turns.
 
     python scripts/bench_batch.py [--repeats 5] [--draft-length 4] [--mlx-vlm PYTHON] [--part queue] [--json]
 """
@@ -59,7 +59,7 @@ PROMPTS = (
 
 
 class MlxVlm:
-    """mlx-vlm in a process of its own, which runs a batch when asked and waits otherwise."""
+    """mlx-vlm in a process of its own, which runs batches on request."""
 
     def __init__(self, python: Path, target: Path, drafter: Path, prompts: list[list[int]]) -> None:
         script = Path(__file__).with_name("peer_mlx_vlm.py")
@@ -91,12 +91,12 @@ class MlxVlm:
 
 
 def begun(name: str, repeat: int, repeats: int, facts: str = "") -> None:
-    """Says how far it is: some parts take many minutes."""
+    """Reports progress: some parts take many minutes."""
     print(f"{name}{facts}: " + (f"repetition {repeat} of {repeats}" if repeat else "warming up"), file=sys.stderr)
 
 
 def ours(lm: mlx_mtp.MTPModel, prompts: Sequence[list[int]], draft_length: int | str) -> tuple[float, float]:
-    """Tokens per second of a batch, prefill included, and tokens a row got out of a round."""
+    """Tokens per second of a batch, prefill included, and tokens per row and round."""
     started = time.perf_counter()
     results = lm.generate_batch(
         prompts, len(prompts), max_tokens=TOKENS, temperature=0, draft_length=draft_length, ignore_eos=True
@@ -162,7 +162,7 @@ def measure(
 
 
 def queue(prompts: list[list[int]], k: int, repeats: int) -> dict[str, list[float]]:
-    """Ratios for the embedded pair with prompts that wait for a free row, and texts of their own lengths."""
+    """Ratios for the embedded pair with prompts that wait for a free row, and texts of different lengths."""
     rows: dict[str, list[float]] = {}
     waiting = 5 * prompts
     Random(0).shuffle(waiting)

@@ -1,7 +1,7 @@
-"""From how many token-expert pairs does sorting them by expert pay? For `SORT_FROM` in mlx_mtp/models/moe.py.
+"""Measures from how many token-expert pairs sorting them by expert is faster (`SORT_FROM` in mlx_mtp/models/moe.py).
 
-One layer's experts of 26B-A4B with random weights, tokens that choose experts independently; microseconds of a call,
-unsorted and sorted, medians.
+Runs the experts of one layer of 26B-A4B with random weights, for tokens that choose experts independently. Prints
+median microseconds per call, unsorted and sorted.
 
     python scripts/bench_expert_sort.py [--bits 4]
 """
@@ -26,7 +26,7 @@ CALLS, LAPS = 10, 8
 
 
 def microseconds(experts: moe.Experts, x: mx.array, chosen: mx.array, weights: mx.array, sort: bool) -> float:
-    """Of a call, in the median of some laps."""
+    """Median microseconds of a call."""
     moe.SORT_FROM = moe.SORT_FROM_CUDA = 0 if sort else 10**9
     laps = []
     for _ in range(LAPS):

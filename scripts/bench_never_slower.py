@@ -1,18 +1,18 @@
-"""Is automatic draft length ever slower than plain decoding, or than the best fixed length? Ratios in one run.
+"""Compares automatic draft length with plain decoding and with the best fixed length, as ratios within one run.
 
-    wrong      a drafter that is always wrong
-    right      one that is always right
-    switching  right for 200 tokens, wrong for the next 200; the rows of a batch don't do so at the same time
-    mixed      right for 7 tokens of 10, at random and for each row at other ones, so that rows go on at their own pace
-    different  rows of the kinds above, one after the other, so that some are done long before others
-    queue      texts of these kinds, four to a place and about a quarter as long; who is done makes room for the next
+    wrong      the drafter is always wrong
+    right      the drafter is always right
+    switching  right for 200 tokens, wrong for the next 200; the rows of a batch switch at different times
+    mixed      right for 7 tokens of 10 at random, different ones in each row, so that rows advance at different speeds
+    different  rows of the kinds above, so that some finish long before others
+    queue      texts of these kinds, four per place and about a quarter as long; a finished one makes room for the next
 
-On this machine, with the embedded pair, one of medium size (`--pair MoE`, see medium_pair.py), or one of a
-published size with random weights (`--pair 26B-A4B`, in `--bits` 4 or 8 or else in bfloat16). The drafter does all its
-work, but what it proposes is replaced by the right or a wrong token, so that its price is real and its luck isn't.
-Every variant has a scheduler of its own, which knows nothing of costs when it begins.
+Runs on this machine with the embedded pair, one of medium size (`--pair MoE`, see medium_pair.py), or a published
+size with random weights (`--pair 26B-A4B`, in `--bits` 4 or 8, by default bfloat16). The drafter does all its work, but
+its proposals are replaced by right or wrong tokens: so its cost is real and its acceptance is scripted. Every variant
+has a scheduler of its own, which knows no costs at the start.
 
-The same on a simulated clock, at many prices of rounds: simulate_draft_length.py.
+simulate_draft_length.py does the same on a simulated clock, for many costs of rounds.
 
     python scripts/bench_never_slower.py [--tokens 2000] [--repeats 1] [--text wrong] [--pair 26B-A4B --bits 4] [--json]
 """
@@ -55,25 +55,25 @@ FIXED = (2, 4, 7)
 BATCHES = (1, 2, 4, 8)
 KINDS = ("wrong", "right", "switching", "mixed", "different", "queue")
 QUEUED = 4
-"""Texts to a place of a queue."""
+"""Texts per place of the queue."""
 PAIRS = {"dense": "31b", "MoE": "26b"}
-"""Of medium size, by name."""
+"""Architectures of the pairs of medium size, by name."""
 AHEAD = 9
-"""Tokens that a row's prompt has more than that of the one before: in use no two have the same length, and rows that
-decode in step, which a batch without a drafter would, are faster."""
+"""Difference in tokens between the prompts of neighbouring rows. Prompts of real use differ in length; rows in step, as
+equal prompts give without a drafter, would be faster."""
 SLICE = 50
-"""Tokens of a row after which the next variant has its turn."""
+"""Tokens of a row in one turn of a variant."""
 
 
 class Oracle:
-    """A drafter that works as the one it has, and then proposes what a script says.
+    """A drafter that does the work of a real one, and then proposes the tokens of a script.
 
     Attributes:
-        rows: Those that it drafts for and those that wait, in the order of their scripts.
+        rows: The rows that it drafts for and those that wait, in the order of their scripts.
     """
 
     def __init__(self, drafter: Drafter, scripts: Sequence[Sequence[int]]) -> None:
-        """Takes a script for each row: token ids by absolute position, the prompt's included."""
+        """Takes a script for each row: token ids by absolute position, including the prompt."""
         self.rows: list[Row] = []
         self._drafter, self._scripts = drafter, mx.array([list(script) for script in scripts], dtype=mx.int32)
         self._step, self._lengths, self._running = 0, self._scripts, self._scripts
@@ -86,7 +86,7 @@ class Oracle:
         return self._drafter.shared_kv(kv, lengths)
 
     def __call__(self, embedded: mx.array, hidden: mx.array, lent: SharedKV) -> tuple[mx.array, mx.array, mx.array]:
-        """Proposes one token, as the only candidate, once the drafter's own scores are there."""
+        """Proposes the script's token as the only candidate, after computing the drafter's scores."""
         self._step += 1
         logits, _, hidden = self._drafter(embedded, hidden, lent)
         at = (self._lengths + self._step)[:, None] % self._scripts.shape[1]
@@ -96,10 +96,10 @@ class Oracle:
 
 
 class Told(Target):
-    """A target that does all its work, and then says what `after` makes of the token before.
+    """A target that does all its work, and then chooses a token that depends only on the token before, see `after`.
 
-    What a random one would say depends on the last bits of its scores. The token is passed on to the head in the first
-    entries of the hidden state, in digits that every dtype holds exactly.
+    The choice of a random target would depend on the last bits of its scores. The token is passed to the head in the
+    first entries of the hidden state, in digits that every dtype represents exactly.
     """
 
     _BASE, _DIGITS = 64, 3
@@ -107,25 +107,25 @@ class Told(Target):
     def __call__(
         self, tokens: mx.array, lengths: mx.array, kv: KVBuffers, packing: RaggedBlock | None = None
     ) -> mx.array:
-        """As that of any target, but for the digits."""
+        """As `Target.__call__`, with the digits of the tokens in the hidden states."""
         hidden = super().__call__(tokens, lengths, kv, packing)
         digits = mx.stack([tokens // self._BASE**i % self._BASE for i in range(self._DIGITS)], axis=-1)
         return mx.concatenate([digits.astype(hidden.dtype), hidden[..., self._DIGITS :]], axis=-1)
 
     def raw_logits(self, hidden: mx.array) -> mx.array:
-        """Its own, but for the best."""
+        """As `Target.raw_logits`, except that the chosen token is the best."""
         digits = hidden[..., : self._DIGITS].astype(mx.int32)
         token = (digits * mx.array([self._BASE**i for i in range(self._DIGITS)])).sum(axis=-1, keepdims=True)
         logits = super().raw_logits(hidden)
         return mx.put_along_axis(logits, self.after(token), mx.array(1e4, logits.dtype), axis=-1)
 
     def after(self, token: Any) -> Any:
-        """The token after one, or after each of several."""
+        """The token that follows each of the given tokens."""
         return (5 * token + 1) % self.config.vocab_size
 
 
 def scripts(kind: str, text: Sequence[int], start: int, vocab: int, rows: int) -> list[list[int]]:
-    """What the drafter proposes, by row, from the text that the target writes; before `start` it is the prompt."""
+    """The drafter's proposals by row, made from the target's text; positions before `start` belong to the prompt."""
     rng = Random(0)
     good = {
         "right": lambda row, i: True,
@@ -154,12 +154,11 @@ def race(
     tokens: Sequence[int],
     places: int,
 ) -> dict[int | str, float]:
-    """Tokens per second, from the first token on, of a row for each script, by draft length.
+    """Tokens per second after the first token, by draft length, for one row per script.
 
-    Each has its prompt and number of tokens. Some of them decode together and the others wait for a place.
+    Each row has its prompt and number of tokens. Some rows decode together, and the others wait for a place.
 
-    All run side by side, a slice of the text each in turn, so that a moment in which the machine has other work to do
-    is nobody's alone.
+    The variants take turns, a slice of the text each, so that a disturbance of the machine affects all of them.
     """
     total, runs = sum(tokens), dict[int | str, tuple[Scheduler, list[Row]]]()
     for length in (0, *FIXED, "auto"):
@@ -175,7 +174,7 @@ def race(
     seconds: dict[int | str, float] = dict.fromkeys(runs, 0.0)
     rng, order = Random(0), [*runs]
     for end in range(SLICE * places, total + SLICE * places, SLICE * places):
-        rng.shuffle(order)  # none always comes after the same other one
+        rng.shuffle(order)  # no variant always follows the same other one
         for length in order:
             scheduler, rows = runs[length]
             begun = time.perf_counter()
@@ -189,7 +188,7 @@ def race(
 def pair_and_text(
     stack: ExitStack, pair: str, bits: int | None, tokens: int
 ) -> tuple[Target, Drafter, list[int], list[int]]:
-    """Target, drafter, a prompt, and the text that the target writes: the prompt and so many tokens after it."""
+    """Target, drafter, a prompt, and the target's text: the prompt and the given number of tokens after it."""
     if pair in KNOWN_MODELS:
         target, drafter = random_pair(pair, bits, Told)
         text = [*accumulate(range(1, 40 + tokens), lambda token, _: target.after(token), initial=7)]
@@ -207,7 +206,7 @@ def pair_and_text(
 def measured(
     pair: str, bits: int | None, tokens: int, repeats: int, kinds: Sequence[str], batches: Sequence[int]
 ) -> dict[str, dict[str, list[float]]]:
-    """Ratios on this machine, by text and batch: automatic over plain, and over the best fixed length."""
+    """Ratios by text and batch: automatic over plain, and over the best fixed length."""
     results: dict[str, dict[str, list[float]]] = {}
     with ExitStack() as stack:
         longest = tokens + AHEAD * QUEUED * max(BATCHES)
@@ -220,13 +219,13 @@ def measured(
             found = results.setdefault(label, {"auto / plain": [], "auto / best fixed": []})
             prompts = [text[: len(prompt) + AHEAD * row] for row in range(len(told))]
             for _ in range(repeats):
-                # In a queue each has another length, so that no variant's rows begin and end together.
+                # In a queue all lengths differ, so that rows don't begin and end together.
                 few, rng = tokens // QUEUED, Random(0)
                 each = [rng.randint(few // 2, 3 * few // 2) if name == "queue" else tokens for _ in told]
                 speeds = race(target, own, told, prompts, each, rows)
                 found["auto / plain"].append(speeds["auto"] / speeds[0])
                 found["auto / best fixed"].append(speeds["auto"] / max(speeds[k] for k in (0, *FIXED)))
-                # It takes more than an hour in all: here is how far it is.
+                # Progress: all cases together take more than an hour.
                 so_far = ", ".join(f"{facts} {ratios[-1]:.3f}" for facts, ratios in found.items())
                 print(f"{label}: {so_far}", file=sys.stderr)
     return results

@@ -1,10 +1,10 @@
-"""What it gains to build a round while the one before it runs, as a ratio measured in one run.
+"""Measures the gain from building a round while the previous one runs, as a ratio within one run.
 
     serial       build a round, run it, read its tokens, build the next
-    pipelined    build a round while the one before it runs, hand it over, then read the one before
+    pipelined    build a round while the previous one runs, submit it, then read the previous one
 
-The target is tiny but has 35 layers, so that building the graph takes about as long as running it: on a fast GPU with a
-real model it is the same, for the other reason. Needs two cores; takes turns, and gives the median.
+The target is tiny but has 35 layers, so that building the graph takes about as long as running it, as with a real model
+on a fast GPU. Needs two cores. The variants take turns, and the ratio is the median.
 
     python scripts/bench_pipeline.py [--repeats 7] [--draft-length 3] [--json]
 """

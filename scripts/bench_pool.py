@@ -1,8 +1,8 @@
-"""What MLX keeps of freed memory beside the KV of a long prompt, and what giving it back costs.
+"""Measures MLX's pool of freed buffers during the prefill of a long prompt, and the cost of bounding it.
 
-On a Mac MLX keeps freed buffers up to about the machine's memory; here its limit is raised to as much. A prompt is
-prefilled with the pool bounded, as decoding does it, and without, taking turns. Shown are the largest pool after any
-chunk as a ratio to the KV's size, and the time with the bound as a ratio to the time without.
+On a Mac, MLX pools freed buffers up to about the machine's memory; this script raises the limit to the same. It
+prefills a prompt with the pool bounded, as decoding does, and unbounded, in turns. Prints the largest pool after any
+chunk relative to the KV's size, and the time with the bound relative to the time without.
 
     python scripts/bench_pool.py [--tokens 16000] [--repeats 3] [--json]
 """
@@ -31,11 +31,11 @@ from mlx_mtp.models.target import Target
 from tests.support.deep_pair import LAYERS, deep_pair
 
 _LIMIT = 2**35
-"""Bytes: more than this can ever fill, as on a Mac."""
+"""Limit of the pool in bytes; never reached here, as on a Mac."""
 
 
 def run(target: Target, tokens: int) -> tuple[float, float]:
-    """Prefills a prompt: seconds, and the largest pool after a chunk by the KV's size."""
+    """Prefills a prompt; returns the seconds, and the largest pool after a chunk relative to the KV's size."""
     mx.clear_cache()
     pools: list[int] = []
     started = time.perf_counter()

@@ -1,8 +1,8 @@
-"""Speed of prefill beside mlx-lm's, on the same weights in the same run.
+"""Compares the speed of prefill with mlx-lm's, on the same weights in the same run.
 
-Prompts of several lengths go through the medium pairs' targets (random weights of a dense and of a mixture-of-experts
-architecture), ours and mlx-lm's taking turns, each from an empty cache to the first token. Every figure is the median
-of the turns' ratios, mlx-lm's seconds by ours: above 1 ours is faster.
+Prompts of several lengths are prefilled by the medium pairs' targets (random weights of a dense and of a
+mixture-of-experts architecture). Ours and mlx-lm's take turns, each from an empty cache to the first token. Every
+figure is the median ratio of mlx-lm's seconds to ours: above 1, ours is faster.
 
     python scripts/bench_prefill.py [--repeats 5] [--lengths 512,2000,8000] [--kinds 31b,26b] [--json]
 """
@@ -39,7 +39,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def ratios(kind: str, length: int, repeats: int) -> list[float]:
-    """mlx-lm's seconds to the first token by ours, turn by turn."""
+    """Ratios of mlx-lm's seconds to the first token to ours, one per turn."""
     prompt = [5 + (i * 7919) % (VOCAB - 10) for i in range(length)]
     with tempfile.TemporaryDirectory() as folder:
         target, _ = make_medium_pair(kind, Path(folder))

@@ -1,9 +1,9 @@
-"""Speed of one row on the embedded pair, as ratios measured in one run.
+"""Measures the speed of one row on the embedded pair, as ratios within one run.
 
     plain        our plain decoding / mlx-lm's generate_step on the same target
     MTP          our decoding with the drafter / our plain decoding, on chat prompts
     efficiency   measured speed-up / ideal speed-up; the ideal is tokens per round * plain step / (verify + drafts)
-                 with each of the three timed on its own
+                 with each of the three times measured separately
 
 Every ratio is the median over repetitions in which all variants take turns.
 
@@ -65,14 +65,14 @@ def decode(lm: mlx_mtp.MTPModel, prompt: list[int], draft_length: int | str) -> 
 
 
 def mlx_lm_seconds(model: object, prompt: list[int], tokens: int) -> float:
-    """Seconds mlx-lm takes from the first to the last of `tokens` tokens."""
+    """Seconds of mlx-lm from the first to the last of `tokens` tokens."""
     steps = generate_step(mx.array(prompt), model, max_tokens=tokens)
     next(steps)
     return seconds(lambda: list(steps))
 
 
 def timed_parts(lm: mlx_mtp.MTPModel, prompt: list[int], k: int, repeats: int) -> tuple[float, float, float]:
-    """Median seconds of a plain step, of a verify pass over k + 1 tokens, and of k draft steps, each on its own."""
+    """Median seconds of a plain step, of a verify pass over k + 1 tokens, and of k draft steps, timed separately."""
     with lm.models() as (target, drafter):
         return _timed_parts(target, drafter, prompt, k, repeats)
 

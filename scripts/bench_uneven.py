@@ -1,12 +1,12 @@
-"""What a verify pass costs whose rows have different draft lengths, next to passes in which all have the same.
+"""Measures verify passes over rows with different draft lengths, compared with passes over equal ones.
 
     even K   K drafts in every row
     half K   K drafts in every other row, none in the rest
     one K    K drafts in one row, none in the others
     spread   7, 6, 5, 4, 2, 1, 1 and 0 drafts in eight rows; every other of these in four
 
-With `--model`, of a published size: real shapes, random weights, in `--bits` 4 or 8 or else in bfloat16. Without, of
-the pairs of medium size that bench_batch.py has (float32): dense and MoE.
+With `--model`, uses a published size: real shapes, random weights, in `--bits` 4 or 8, by default bfloat16. Without it,
+uses the pairs of medium size of bench_batch.py (float32): dense and MoE.
 
     python scripts/bench_uneven.py [--model 26B-A4B --bits 4] [--rows 8] [--json]
 """
@@ -57,7 +57,7 @@ def patterns(rows: int) -> dict[str, list[int]]:
 
 
 def measure(target: Target, drafter: Drafter, rows: int, repeats: int) -> tuple[dict[str, list[float]], list[float]]:
-    """Seconds of verify passes by pattern, and of a step of the drafter; all in a random order."""
+    """Seconds of verify passes by pattern, and of a step of the drafter, measured in random order."""
     texts = mx.random.randint(0, target.config.vocab_size, (rows, CONTEXT + WIDEST), key=mx.random.key(0))
     prefilled = [prefill(target, text[:CONTEXT]) for text in texts.tolist()]
     kv = BatchKV.of([own for own, _ in prefilled], CONTEXT + WIDEST)

@@ -1,11 +1,11 @@
-"""Compares the cost model with figures that others published for their machines; prints a table in Markdown.
+"""Compares the cost model with published measurements of other machines; prints a Markdown table.
 
     python scripts/check_cost_model.py                  # fit, table, summary
     python scripts/check_cost_model.py --plots docs     # and the plots of docs/cost_model.md (pip install '.[plot]')
 
-Nothing here was measured by this project. Rows marked "fit" determine the free parameters, "check" is the check, and
-"other" is from another engine or rests on a guess, and doesn't count.
-Texts and acceptance behind most figures are unknown: PUBLISHED_ACCEPTANCE stands in for all of them.
+This project measured none of these figures. Rows marked "fit" determine the free parameters, rows marked "check" test
+the predictions, and rows marked "other" don't count: they are from another engine, or depend on a guess. The texts and
+acceptance of most figures are unknown; PUBLISHED_ACCEPTANCE is assumed for all of them.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from mlx_mtp.simulate.report import choices
 from scripts.cost_model_fit import Step, fit_steps, share_of_peak, tile_share
 
 CONTEXT = 500
-"""Tokens of context where a source states none."""
+"""Context in tokens for sources that don't state it."""
 
 MLX_VLM = "mlx-vlm #1166"
 PLAIN_1166 = {"26B-A4B": (84.7, 212.2), "31B": (24.9, 44.8), "E4B": (94.7, 225.6), "E2B": (135.6, 378.1)}
-"""Tokens a second at batch 1 and 4, all with 5 bits. The chip isn't stated and taken as an M3 Ultra: of the others only
-an M2 Ultra could be it, since with 5 bits 31B reads 525 GB/s, and an M1 Ultra is known to be slower (mlxcel #216)."""
+"""Tokens per second at batch 1 and 4, all with 5 bits. The chip isn't stated; an M3 Ultra is assumed. 31B with 5 bits
+reads 525 GB/s, which otherwise only an M2 Ultra could do: an M1 Ultra is known to be slower (mlxcel #216)."""
 
 DRAFTED_1166 = {"26B-A4B": (112.3, 193.8), "31B": (33.8, 61.6), "E4B": (121.5, 257.4), "E2B": (171.3, 383.5)}
-"""The same with drafts: blocks of 3, of which the drafter makes 2."""
+"""The same with 2 drafts in a round."""
 
 KERNEL_BANDWIDTH = 0.9
-"""Share of the nominal bandwidth that a single large product reads with, where kernels are timed alone: between those
-of an M3 Ultra (0.80, mlx #4265, 16-bit) and an M3 Max (0.97, mlx #3863)."""
+"""Share of the nominal bandwidth that a large product reaches when kernels are timed alone: between the values of an
+M3 Ultra (0.80, mlx #4265, 16-bit) and an M3 Max (0.97, mlx #3863)."""
 
 MULTI_ROW = {2: 1.74, 4: 3.12, 5: 3.82, 9: 6.13}
-"""By width, a verify pass of 26B-A4B with 4 bits on an M2 Pro, in plain steps: Rapid-MLX."""
+"""Time of a verify pass by block width, in plain steps: 26B-A4B with 4 bits on an M2 Pro; source: Rapid-MLX."""
 
 WIDE_KERNEL = (("M4 Pro", 4.25, 8, 2.84), ("M4 Pro", 4.5, 8, 2.69), ("M4 Pro", 4.5, 8, 2.46), ("M5 Max", 4.5, 8, 2.20))
 """Chip, bits with scales, rows, time in units of one row: mlx #3852, #3839 (two shapes), #3791 (a whole 70B model)."""
 
 CONTRADICTORY = "E4B, bf16, M3 Max"
-"""Four rows that contradict each other: a step of 4 rows takes 101 ms and one of 8 rows 74 ms; a round that verifies 16
-tokens of 4 rows takes 201 ms, and one that verifies 16 tokens of 8 rows 133 ms."""
+"""Four figures that contradict each other: a step of 4 rows takes 101 ms and one of 8 rows 74 ms; a round that verifies
+16 tokens in 4 rows takes 201 ms, and one that verifies 16 tokens in 8 rows 133 ms."""
 
 UNUSED = (
     ("31B, vLLM on an H100", "not a Metal GPU; the kernels are others"),
@@ -60,7 +60,7 @@ UNUSED = (
 
 @dataclass(frozen=True)
 class Row:
-    """One published figure and its prediction."""
+    """A published figure and its prediction."""
 
     use: str
     what: str
@@ -71,11 +71,12 @@ class Row:
 
     @property
     def error(self) -> float:
+        """Relative error of the prediction."""
         return self.predicted / self.published - 1
 
 
 def fit() -> model.Calibration:
-    """The free parameters from the rows marked "fit"."""
+    """Fits the free parameters to the rows marked "fit"."""
     ultra = chip("M3 Ultra")
     steps = [
         Step(ultra, _pair(name, 5), batch, 1, CONTEXT, batch / speed, _copies(batch, 1))
@@ -86,16 +87,16 @@ def fit() -> model.Calibration:
         share_of_peak(c.fp32_tflops, KERNEL_BANDWIDTH * c.bandwidth, bits, rows, relative)
         for c, bits, rows, relative in ((chip(name), *rest) for name, *rest in WIDE_KERNEL)
     )
-    # 16-bit products of 2 to 8 rows cost two of a single row (mlx #4265).
+    # A 16-bit product of 2 to 8 rows takes as long as two of a single row (mlx #4265).
     tile = tile_share(ultra.fp16_tflops, KERNEL_BANDWIDTH * ultra.bandwidth, 16, 2.0)
     found = replace(fit_steps(steps, model.FITTED), wide=wide, matrix=tile)
-    # No closed form: tried in steps of a hundredth of what the other chips have.
+    # There is no closed form: search in steps of a hundredth of the other chips' value.
     early = [replace(found, vector_early=found.vector * i / 100) for i in range(10, 101)]
     return min(early, key=lambda c: sum((cost / MULTI_ROW[width] - 1) ** 2 for width, cost in _widths(c).items()))
 
 
 def _widths(calibration: model.Calibration) -> dict[int, float]:
-    """What the model says of `MULTI_ROW`."""
+    """The model's predictions for `MULTI_ROW`."""
     where, pair, old = chip("M2 Pro"), _pair("26B-A4B", 4), replace(calibration, wide=None)
     step, *wide = (
         model.verify_seconds(where, pair, 1, width, CONTEXT, fit=old, ours=False) for width in (1, *MULTI_ROW)
@@ -104,10 +105,10 @@ def _widths(calibration: model.Calibration) -> dict[int, float]:
 
 
 def host_gap(calibration: model.Calibration) -> float:
-    """Seconds that a GPU waits for mlx-vlm's host after each read of a round, from its four drafted rows at batch 1.
+    """Seconds that the GPU waits for mlx-vlm's host after each read of a round, fitted to four drafted rows at batch 1.
 
-    It reads every draft, the tokens that were kept, and the next hidden state before it goes on, and builds each next
-    graph only then. Least squares on the relative error.
+    mlx-vlm reads every draft, the accepted tokens and the next hidden state, and builds the next graph only after each
+    read. Least squares on the relative error.
     """
     old = replace(calibration, wide=None)
     accepted = model.acceptance_for(2)
@@ -121,7 +122,7 @@ def host_gap(calibration: model.Calibration) -> float:
 
 
 def _reads(drafts: int) -> int:
-    """How often mlx-vlm reads from the GPU in a round with drafts."""
+    """Number of reads from the GPU in a round of mlx-vlm with drafts."""
     return drafts + 2
 
 
@@ -169,7 +170,7 @@ def rows(calibration: model.Calibration) -> Iterable[Row]:  # noqa: C901 - a tab
             yield Row("check", what, "omlx #2748", "tok/s", published, predicted)
 
     m3, m5 = chip("M3 Max"), chip("M5 Max")
-    # Plain speeds are those that the stated gains imply; two of them are doubtful (a gain of 3.94x and one of 2.29x).
+    # Plain speeds follow from the stated gains, of which two are doubtful (3.94x and 2.29x).
     for name, batch, drafts, published in (
         ("26B-A4B", 4, 2, 85.5), ("26B-A4B", 8, 0, 106.5), ("26B-A4B", 8, 2, 165.1),
         ("31B", 4, 2, 17.1), ("31B", 8, 0, 15.2), ("31B", 8, 1, 21.4),
@@ -187,7 +188,7 @@ def rows(calibration: model.Calibration) -> Iterable[Row]:  # noqa: C901 - a tab
     dense = _pair("31B", 4)
     step = model.verify_seconds(ultra, dense, 1, 1, CONTEXT, fit=calibration)
     for block in (2, 4, 8):
-        # The source's own line through its measurements: 0.83 + 0.170 x block.
+        # The source fits its measurements by 0.83 + 0.170 x block.
         cost = model.round_seconds(ultra, dense, 1, block - 1, CONTEXT, fit=calibration, ours=False) / step
         what = f"31B, 4 bits, M3 Ultra, a round of block {block}"
         yield Row("check", what, "mlxcel #1217", "plain steps", 0.83 + 0.170 * block, cost)
@@ -221,7 +222,7 @@ def rows(calibration: model.Calibration) -> Iterable[Row]:  # noqa: C901 - a tab
 
 
 def moe_by_batch() -> Iterable[str]:
-    """Lines of a table: what a round of 26B-A4B costs, and what drafting gains, by batch."""
+    """Lines of a table: seconds of a round of 26B-A4B, and the gain from drafting, by batch."""
     batches = (1, 2, 4, 8)
     yield "| chip, weights | " + " | ".join(f"B={batch}" for batch in batches) + " |"
     yield "|---|" + "---|" * len(batches)
@@ -241,12 +242,12 @@ def moe_by_batch() -> Iterable[str]:
 
 @cache
 def _pair(name: str, bits: int | None, drafter_bits: int | None = None) -> model.Pair:
-    """A size with its drafter; what others published is taken to be with drafters in 16 bits, as they are published."""
+    """A size with its drafter, which is assumed to have 16 bits, as published."""
     return model.pair(*known_pair(name), *(Format(it) if it else None for it in (bits, drafter_bits)))
 
 
 def _copies(batch: int, length: int) -> float:
-    """The overlap of a batch whose rows hold the same text, and so ask for the same experts.
+    """The `overlap` of a batch whose rows hold the same text, and so are routed to the same experts.
 
     mlx-vlm's figures are from one prompt at temperature 0, sent once for each row.
     """
@@ -255,11 +256,12 @@ def _copies(batch: int, length: int) -> float:
 
 
 def _clamped(drafts: int, batch: int) -> tuple[float, ...]:
-    # A batch that keeps the shortest acceptance keeps a draft if all rows do.
+    # In a batch that accepts as much as its worst row, a draft is accepted if all rows accept it.
     return tuple(chance**batch for chance in model.acceptance_for(drafts))
 
 
 def main() -> None:
+    """Command line."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--plots", type=Path, metavar="FOLDER", help="write the plots there")
     folder = arguments.parse_args().plots

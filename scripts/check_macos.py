@@ -1,10 +1,10 @@
-"""Resolve the project's wheel for macOS arm64 on each supported Python, from binaries only, on any machine.
+"""Checks on any machine that the project's wheel can be installed on macOS arm64 from binaries, for every Python.
 
 pip can choose files for another platform, but it evaluates environment markers (`sys_platform == "darwin"`) for the
-machine it runs on. So pip is asked, without dependencies, only which file it would take for each requirement; the
-requirements of that file are evaluated here for macOS, and so on until nothing new turns up. Nothing is installed.
+machine it runs on. So pip is asked, without dependencies, only which file it would choose for each requirement. This
+script evaluates that file's requirements for macOS, and repeats until there are no new ones. Nothing is installed.
 
-Not proved: that the files run. That needs a Mac; the CI workflow has one.
+Not checked: whether the files work, which needs a Mac; the CI workflow has one.
 """
 
 from __future__ import annotations
@@ -24,11 +24,15 @@ PLATFORM = "macosx_14_0_arm64"
 
 
 class UnresolvedError(Exception):
-    """pip found no binary for some requirement; the message is pip's own last error line."""
+    """pip found no binary for a requirement; the message is pip's last error line."""
 
 
 def pip(*arguments: str) -> str:
-    """Run pip and return its standard output; raises UnresolvedError when it fails."""
+    """Runs pip and returns its standard output.
+
+    Raises:
+        UnresolvedError: pip failed.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments], capture_output=True, text=True
     )
@@ -39,7 +43,7 @@ def pip(*arguments: str) -> str:
 
 
 def build_wheel(folder: Path) -> Path:
-    """Build the project's wheel into `folder` and return its path."""
+    """Builds the project's wheel in `folder` and returns its path."""
     pip("wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT))
     (wheel,) = folder.glob("*.whl")
     return wheel
@@ -63,7 +67,7 @@ def mac_markers(python: str) -> dict[str, str]:
 
 
 def needs(metadata: dict, extras: set[str], python: str) -> list[Requirement]:
-    """What a distribution requires on a Mac when asked for with `extras`."""
+    """Requirements of a distribution with `extras` on a Mac."""
     markers = mac_markers(python)
     return [
         requirement
@@ -74,7 +78,7 @@ def needs(metadata: dict, extras: set[str], python: str) -> list[Requirement]:
 
 
 def choose(requirements: list[str], python: str, scratch: str) -> list[dict]:
-    """The files pip would take for `requirements` on that Python and macOS arm64: its report's "install" entries."""
+    """The files that pip would choose on macOS arm64 for that Python: the "install" entries of its report."""
     report = pip(
         "install", "--dry-run", "--quiet", "--ignore-installed", "--no-deps", "--only-binary=:all:",
         "--platform", PLATFORM, "--python-version", python, "--implementation", "cp",
@@ -84,7 +88,11 @@ def choose(requirements: list[str], python: str, scratch: str) -> list[dict]:
 
 
 def resolve(wheel: Path, python: str, scratch: str) -> dict[str, str]:
-    """Name -> file name of all that an installation of `wheel` needs; raises UnresolvedError if that fails."""
+    """File names of everything that an installation of `wheel` needs, by distribution.
+
+    Raises:
+        UnresolvedError: A requirement has no binary.
+    """
     asked: dict[str, Requirement] = {}
     while True:
         chosen = choose([str(wheel), *sorted(asked)], python, scratch)
@@ -101,7 +109,7 @@ def resolve(wheel: Path, python: str, scratch: str) -> dict[str, str]:
 
 
 def main() -> int:
-    """Print one line per Python and what was chosen; 0 when all resolve."""
+    """Prints a line for each Python and a table of the chosen versions; returns the exit code, 0 if all resolve."""
     failed = False
     with tempfile.TemporaryDirectory() as folder:
         wheel = build_wheel(Path(folder))

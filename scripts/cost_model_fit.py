@@ -16,15 +16,15 @@ from mlx_mtp.simulate.kernels import TILE_ROWS, Calibration
 
 @dataclass(frozen=True)
 class Step:
-    """A measured step of a quantised target on the vector kernel of M3 and later, without the wide one.
+    """A measured step of a quantised target that runs on the vector kernel, on M3 or later.
 
     Attributes:
-        chip: Where.
+        chip: The chip.
         pair: The models.
         batch: Rows.
         length: Tokens of each row.
         context: Committed tokens of each row.
-        seconds: What it took.
+        seconds: The measured time.
         overlap: See `cost_model.distinct_experts`.
     """
 
@@ -38,15 +38,22 @@ class Step:
 
 
 def fit_steps(steps: Sequence[Step], start: Calibration) -> Calibration:
-    """`start` with the bandwidth, vector and launch that explain the steps best.
+    """Fits the parameters bandwidth, vector and launch.
 
-    Where reading takes longer than a row's arithmetic, a step's time is linear in launch and in the reciprocals of the
-    two shares, so there is one solution and no search.
+    If reading takes longer than a row's arithmetic, the time of a step is linear in launch and in the reciprocals of
+    the two shares. So there is a unique solution, which needs no search.
+
+    Args:
+        steps: Measured steps.
+        start: The other parameters.
+
+    Returns:
+        `start` with the fitted parameters.
 
     Raises:
-        MTPError: The steps can't tell the parameters apart, or contradict the model (a cost below zero).
+        MTPError: The steps can't tell the parameters apart, or contradict the model (a negative cost).
     """
-    # The other parameters free of cost, what remains is one column; arithmetic is what it adds to reading.
+    # A column is the time with the other parameters at no cost; for arithmetic, the time that it adds to reading.
     reading = Calibration(bandwidth=1, vector=inf, vector_early=inf, wide=None, matrix=inf, launch=0)
     launching = replace(reading, bandwidth=inf, launch=1)
 
@@ -72,19 +79,19 @@ def fit_steps(steps: Sequence[Step], start: Calibration) -> Calibration:
 
 
 def share_of_peak(tflops: float, bandwidth: float, bits_per_weight: float, rows: int, relative: float) -> float:
-    """Share of the arithmetic peak that a kernel reaches, from its time relative to one row's.
+    """Share of the arithmetic peak that a kernel reaches, from its time relative to that of one row.
 
     Args:
-        tflops: The peak it is a share of.
-        bandwidth: GB/s that the single row's product reads with.
-        bits_per_weight: As stored, scales included.
-        rows: Rows that the kernel works on; `TILE_ROWS` for a tile.
-        relative: Its time in units of the single row's, large enough that arithmetic is what takes the time.
+        tflops: The peak.
+        bandwidth: Bandwidth in GB/s at which the product of a single row reads the weight.
+        bits_per_weight: Bits as stored, scales included.
+        rows: Rows that the kernel computes; `TILE_ROWS` for a tile.
+        relative: Its time in units of the single row's. It must be so large that arithmetic limits the kernel.
     """
     one_row = bits_per_weight / 8 / (bandwidth * 1e9)
     return rows * 2 / (relative * one_row * tflops * 1e12)
 
 
 def tile_share(tflops: float, bandwidth: float, bits_per_weight: float, relative: float) -> float:
-    """`share_of_peak` for one tile of a matrix kernel, which costs the same for every number of rows in it."""
+    """`share_of_peak` for a tile of a matrix kernel, whose time doesn't depend on the rows in it."""
     return share_of_peak(tflops, bandwidth, bits_per_weight, TILE_ROWS, relative)

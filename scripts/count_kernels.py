@@ -1,7 +1,7 @@
-"""Kernels that a GPU is given for a round, counted from the graph without a GPU, for every published size.
+"""Counts the GPU kernels of a round for every published size, from the graph and without a GPU.
 
-Per size: a plain step, a round with 3 drafts, and both with Gemma's own sampling (temperature 1, top-k 64, top-p 0.95).
-Batch 1, a target in 4 bits, a drafter in bfloat16. What is counted and what isn't: tests/support/dispatches.py.
+For each size: a plain step, a round with 3 drafts, and both with Gemma's default sampling (temperature 1, top-k 64,
+top-p 0.95). Batch 1, target in 4 bits, drafter in bfloat16. tests/support/dispatches.py says what is counted.
 
     python scripts/count_kernels.py [--json]
 """
@@ -25,7 +25,7 @@ DRAFTS = 3
 
 
 def main(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Counts, and prints a table."""
+    """Counts the kernels and prints a table."""
     found = {}
     for name in KNOWN_MODELS:
         with pytest.MonkeyPatch.context() as patch, dispatches.compiling():

@@ -1,6 +1,6 @@
-"""Answers a few prompts with the embedded pair, with and without its drafter: same text, other speed.
+"""Answers some prompts with the embedded pair, with and without its drafter, and compares text and speed.
 
-Run by scripts/demo. Exits with 1 if a text differs.
+scripts/demo runs it. Exits with 1 if a text differs.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ PROMPTS = (
 )
 MAX_TOKENS = 200
 REPEATS = 3
-"""Runs of each prompt with MTP off and on, in turn. The fastest of each counts: other programs only slow a run down."""
+"""Runs of each prompt with MTP off and on, in turn. The fastest counts, since other programs only slow a run down."""
 
 
 def answer(lm: mlx_mtp.MTPModel, prompt: str, draft_length: int | str) -> mlx_mtp.Generation:
-    """One greedy answer."""
+    """Generates a greedy answer."""
     result = lm.generate(prompt, max_tokens=MAX_TOKENS, temperature=0, draft_length=draft_length)
     assert isinstance(result, mlx_mtp.Generation)
     return result
@@ -41,10 +41,10 @@ def seconds(result: mlx_mtp.Generation) -> float:
 
 
 def by_position(accepted: list[int], draft_lengths: dict[int, int]) -> str:
-    """Share of the first, second, ... drafts of a round that were kept, of those that were drafted."""
-    tried = [sum(n for k, n in draft_lengths.items() if k > j) for j in range(max(draft_lengths, default=0))]
-    kept = accepted + [0] * (len(tried) - len(accepted))
-    return " ".join(f"{k / n:.0%}" for k, n in zip(kept, tried, strict=True) if n) or "nothing drafted"
+    """Share of the first, second, ... drafts of the rounds that were accepted."""
+    drafted = [sum(n for k, n in draft_lengths.items() if k > j) for j in range(max(draft_lengths, default=0))]
+    accepted = accepted + [0] * (len(drafted) - len(accepted))
+    return " ".join(f"{k / n:.0%}" for k, n in zip(accepted, drafted, strict=True) if n) or "nothing drafted"
 
 
 def main() -> int:

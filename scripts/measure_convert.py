@@ -1,11 +1,11 @@
-"""Measures conversion: the memory it takes, whatever the model's size, and what 4 bits do to a drafter.
+"""Measures conversion: its peak memory for a size of checkpoint, and the effect of 4 bits on a drafter's acceptance.
 
-    python scripts/measure_convert.py memory --folder DIR --gigabytes 8      # needs as much room, and half again
+    python scripts/measure_convert.py memory --folder DIR --gigabytes 8      # needs 1.5 times the space
     python scripts/measure_convert.py acceptance
 
-`memory` writes a checkpoint of random weights in shards, converts it in a process of its own and prints that process's
-peak memory; then the checkpoint and the result are deleted. `acceptance` converts the embedded pair and evaluates it on
-texts like those that it was trained on, and on pages that weren't; it needs the project's extra `test`.
+`memory` writes a checkpoint of random weights in shards, converts it in a separate process, prints that process's peak
+memory, and deletes the checkpoint and the result. `acceptance` converts the embedded pair and evaluates it on texts
+like those of its training and on other pages; it needs the project's extra `test`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from weights_convert.converter import convert
 
 SHARD_BYTES = 3 * 10**9
 RANDOM_BYTES = 2**26
-"""Random weights are made once, this many bytes, and repeated: their values don't matter."""
+"""Bytes of random weights that are generated once and repeated: their values don't matter."""
 
 
 def main() -> None:
@@ -90,7 +90,7 @@ def measure_memory(folder: Path, size: int, bits: list[int]) -> None:
 
 
 def convert_here(source: Path, destination: Path, bits: int) -> dict[str, float]:
-    """Converts in this process and says what it took."""
+    """Converts in this process, and prints time and peak memory."""
     before, start = _peak_rss(), time.perf_counter()
     convert(source, destination, Scheme(Format(bits)))
     seconds = time.perf_counter() - start
@@ -98,7 +98,7 @@ def convert_here(source: Path, destination: Path, bits: int) -> dict[str, float]
 
 
 def _peak_rss() -> int:
-    """Most memory this process has had, in bytes."""
+    """Peak memory of this process, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

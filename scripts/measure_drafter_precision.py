@@ -1,11 +1,11 @@
-"""Drafts accepted a round with the drafter in several precisions, beside a target in 4 bits.
+"""Measures accepted drafts per round with the drafter in several precisions and the target in 4 bits.
 
     python scripts/measure_drafter_precision.py [--tokens 200] [--draft-length 4]
 
 Pairs: the embedded one on chat prompts, and two of medium size (medium_pair.py), dense and mixture of experts, on
-random prompts. Everything is greedy, so each text is the same whatever the drafter's precision, which is checked. The
-target has the values that 4 bits leave, and computes with them in float32: a CPU takes many times as long for products
-that are quantised, and they differ by rounding only.
+random prompts. Decoding is greedy, so the text must not depend on the drafter's precision; this is checked. The
+target's weights are quantised to 4 bits and expanded to float32: quantised products take a CPU many times as long, and
+differ only by rounding.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CHOICES: tuple[Any, ...] = ("none", 8, 6, 5, 4, 3, 2)
 
 
 def measure(folders: tuple[Path, Path], prompts: Sequence[Any], tokens: int, draft_length: int) -> list[float]:
-    """Drafts accepted a round, for each of `CHOICES`.
+    """Accepted drafts per round (bonus token not counted), for each of `CHOICES`.
 
     Raises:
         AssertionError: A text depends on the drafter's precision.
@@ -58,7 +58,7 @@ def measure(folders: tuple[Path, Path], prompts: Sequence[Any], tokens: int, dra
 
 
 def in_floats(model: nn.Module) -> None:
-    """Gives a quantised model layers that aren't, with the same values."""
+    """Replaces quantised layers by unquantised ones with the same values."""
     plain = {nn.QuantizedLinear: nn.Linear, nn.QuantizedEmbedding: nn.Embedding, QuantizedExpertLinear: ExpertLinear}
     new = []
     for path, module in model.named_modules():

@@ -1,12 +1,10 @@
-"""Pairs of medium size for benchmarks: random weights, and yet a drafter that is right about three times out of four.
+"""Pairs of medium size for benchmarks: random weights, and about three of four drafts are accepted.
 
-A random drafter never guesses what a random target says, so nothing could be learnt from it about drafting. Here the
-vocabulary consists of rings of tokens, and the target mostly says the next one of the ring: the embedding of a ring's
-next token is the last one's, rolled by one entry, and the MLP of the target's last layer rolls what it reads. Its other
-layers are random and add enough to make it say something else now and then, which depends on all of the text. The
-drafter knows of the rings, and of nothing else. Both do all of the work that their architecture asks for.
-
-A helper for scripts, which import it by path.
+A drafter with purely random weights would never predict a random target. Here the vocabulary consists of rings of
+tokens, and the target mostly chooses the next token of the ring: the embedding of that token is the current one's,
+rolled by one entry, and the MLP of the target's last layer rolls its input. The other layers are random, and strong
+enough to change the choice now and then, depending on the whole text. The drafter knows only the rings. Both models do
+all the work of their architecture.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ _NOISE, _ROLL = {"31b": 0.56, "26b": 0.4}, 4.0
 
 
 def make_medium_pair(kind: str, folder: Path) -> tuple[Path, Path]:
-    """Writes a target of 20 to 50 million parameters and its drafter, of a size's architecture ("31b" or "26b")."""
+    """Writes a target of 20 to 50 million parameters and its drafter, with the architecture of "31b" or "26b"."""
     target, drafter = make_pair(kind, folder)
     rings = mx.random.normal((VOCAB // HIDDEN, HIDDEN), key=mx.random.key(5)) * HIDDEN**-0.5
     embedding = mx.stack([mx.roll(rings, i, axis=1) for i in range(HIDDEN)], axis=1).reshape(VOCAB, HIDDEN)
@@ -76,7 +74,7 @@ def make_medium_pair(kind: str, folder: Path) -> tuple[Path, Path]:
 
 
 def _random(model: nn.Module, seed: int) -> dict[str, mx.array]:
-    """Weights that map inputs of size 1 to outputs of size 1; norms as the model has them."""
+    """Weights that map inputs of magnitude 1 to outputs of magnitude 1; norms stay as they are."""
     weights = {}
     for i, (name, value) in enumerate(tree_flatten(model.parameters())):
         key = mx.random.split(mx.random.key(seed), i + 1)[-1]

@@ -4,9 +4,9 @@
     /tmp/mlx-vlm/bin/pip install "mlx[cpu]" mlx-vlm==0.7.10 scipy-openblas32==0.3.23.293.2
     python scripts/bench_batch.py --mlx-vlm /tmp/mlx-vlm/bin/python
 
-Reads a line of JSON with the folders and prompts and answers {"blas": ...}, what multiplies here; then a line a run,
-{"rows": 4, "draft_length": 4}, 0 for plain decoding, and answers {"tps": ...}. mlx-vlm can't load a checkpoint that has
-no vision tower, so its language model is made and filled here; generation is its own code from there on.
+Reads a line of JSON with folders and prompts, and answers {"blas": ...}, its BLAS. Then reads a line for each run,
+{"rows": 4, "draft_length": 4} with 0 for plain decoding, and answers {"tps": ...}. mlx-vlm can't load a checkpoint
+without a vision tower, so this script builds its language model and loads the weights; generation is mlx-vlm's code.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ class NeverStops:
         self.tokenizer = self.stopping_criteria = self
 
     def add_eos_token_ids(self, _: object) -> None:
-        """Takes no notice."""
+        """Ignores them."""
 
     def __call__(self, _: object) -> bool:
+        """Never stops a row."""
         return False
 
 
@@ -55,7 +56,7 @@ def load_target(folder: Path) -> LanguageModel:
 
 
 def embed(model: LanguageModel, ids: mx.array) -> dict[str, mx.array]:
-    """What a vision and language model would hand to its language model."""
+    """The embeddings that a vision-language model would pass to its language model."""
     inputs = {"inputs_embeds": model.model.embed_tokens(ids) * model.model.embed_scale}
     if model.config.hidden_size_per_layer_input:
         inputs["per_layer_inputs"] = model.model.get_per_layer_inputs(ids)
@@ -63,7 +64,7 @@ def embed(model: LanguageModel, ids: mx.array) -> dict[str, mx.array]:
 
 
 def run(model: LanguageModel, drafter: Any, prompts: list[list[int]], tokens: int, k: int) -> float:
-    """Tokens per second of one batch, greedily, prefill included."""
+    """Tokens per second of a greedy batch, prefill included."""
     started = time.perf_counter()
     drafting = {"draft_model": drafter, "draft_kind": "mtp", "draft_block_size": k + 1} if k else {}
     rows = len(prompts)

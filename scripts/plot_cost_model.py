@@ -1,4 +1,4 @@
-"""The plots of docs/cost_model.md; `scripts/check_cost_model.py --plots docs` writes them. All of it is predicted."""
+"""The plots of docs/cost_model.md, all of them predictions; `scripts/check_cost_model.py --plots docs` writes them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_plots(folder: Path) -> None:
     """Writes batch.png and experts.png.
 
     Args:
-        folder: Where; made if missing.
+        folder: Folder of the plots; created if it is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _batch(folder / "cost_model_batch.png")

@@ -1,6 +1,6 @@
-"""Fills models of real shapes with random weights, quantised or not, without ever holding a table in other bits.
+"""Fills models of real shapes with random weights, created directly in their format to save memory.
 
-They say what work costs and whether it runs; nothing about acceptance, nor about the text.
+Such models show whether the code runs and how long it takes, but nothing about acceptance or text.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from mlx_mtp.simulate.known_models import known_pair
 
 
 def random_pair(name: str, bits: int | None, kind: type[Target] = Target) -> tuple[Target, Drafter]:
-    """The pair of a published size, with the same weights each time.
+    """The pair of a published size, with the same random weights each time.
 
     Args:
         name: See `known_pair`.
         bits: See `with_random_weights`; None for bfloat16.
-        kind: What to make of the target.
+        kind: Class of the target.
 
     Raises:
-        MTPError: Unknown name.
+        MTPError: There is no such size.
     """
     target_config, drafter_config = known_pair(name)
     pair = kind(target_config.text), Drafter(drafter_config, "committed")
@@ -38,15 +38,15 @@ def random_pair(name: str, bits: int | None, kind: type[Target] = Target) -> tup
 
 
 def with_random_weights(model: nn.Module, bits: int | None, dtype: mx.Dtype) -> None:
-    """Gives a model that holds nothing yet weights that keep activations at their size.
+    """Fills a model with random weights that preserve the magnitude of activations.
 
     Args:
-        model: A target or a drafter, as constructed.
-        bits: Bits of its matrices, in groups of 64 (the router: 8), or None for `dtype`.
-        dtype: Of everything else, and of the activations.
+        model: A newly constructed target or drafter.
+        bits: Bits of its matrices, in groups of 64 (8 bits for the router); None for `dtype`.
+        dtype: Type of everything else, and of the activations.
     """
     if bits:
-        # Lazily: what it makes of nothing is never computed.
+        # Lazy: the quantised placeholders are never computed.
         nn.quantize(model, class_predicate=Scheme(Format(bits)).rule())
     random = np.random.default_rng(0)
     for module in model.modules():
@@ -55,7 +55,7 @@ def with_random_weights(model: nn.Module, bits: int | None, dtype: mx.Dtype) -> 
             if not isinstance(old, mx.array) or name.startswith("_") or old.dtype == mx.int32:
                 continue
             if own is None:
-                # The same spread as of quantised ones, and outputs as large as inputs.
+                # The same distribution as that of quantised weights, with outputs as large as inputs.
                 bound = (3 / old.shape[-1]) ** 0.5
                 module[name] = (
                     mx.ones(old.shape, dtype) if old.ndim == 1 else mx.random.uniform(-bound, bound, old.shape, dtype)
@@ -63,7 +63,7 @@ def with_random_weights(model: nn.Module, bits: int | None, dtype: mx.Dtype) -> 
             elif name == "weight":
                 module[name] = mx.array(random.integers(0, 2**32, old.shape, dtype=np.uint32))
             else:
-                # Evenly spread codes around 0.
+                # Codes distributed uniformly around 0.
                 codes, inputs = 2**own, old.shape[-1] * cast(Any, module).group_size
                 step = (12 / inputs) ** 0.5 / codes
                 module[name] = mx.full(old.shape, step if name == "scales" else -step * (codes - 1) / 2, dtype)

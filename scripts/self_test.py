@@ -1,8 +1,8 @@
-"""Checks the kernels of MLX that every Gemma 4 size uses, in their real shapes; needs no checkpoint.
+"""Checks MLX's kernels in the shapes of every Gemma 4 size; needs no checkpoint.
 
-Of each size a layer of each kind and a whole drafter, with random weights in 4 bits, and the embedded pair as it is.
-Prints what is wrong; exits with 1 if anything is. Smaller than in the real thing are only the target's vocabulary and,
-in E2B and E4B, the projection to all layers' embeddings. Meant for a GPU: on a CPU it takes minutes a size.
+Checks a layer of each kind and a whole drafter of each size, with random weights in 4 bits, and the embedded pair.
+Prints the findings; exits with 1 if there are any. Only the target's vocabulary and, for E2B and E4B, the projection to
+all per-layer embeddings are smaller than the real ones. Meant for a GPU: on a CPU it takes minutes per size.
 
     scripts/self_test [SIZE ...]      # E2B E4B 12B 26B-A4B 31B demo; all without arguments
 """
@@ -32,11 +32,11 @@ from scripts.random_weights import with_random_weights
 
 BITS = 4
 VOCAB = 8192
-"""The target's. MLX's kernels don't ask whether a matrix is larger than 4,096 by more than that."""
+"""Vocabulary of the target. MLX chooses its kernels by whether a side exceeds 4,096, not by how much."""
 
 
 def one_of_each(text: TextConfig) -> TextConfig:
-    """The config with one layer of each kind: sliding or full, with KV of its own or another's, of each MLP's size."""
+    """The config with one layer of each kind: sliding or full, own or shared KV, each width of the MLP."""
     kept: dict[tuple[bool, bool, int], int] = {}
     for i, layer in enumerate(text.layers):
         kept.setdefault((layer.sliding, layer.kv_owner == i, layer.intermediate_size), i)
@@ -47,7 +47,7 @@ def one_of_each(text: TextConfig) -> TextConfig:
 
 
 def findings(size: str) -> list[Finding]:
-    """What the self-test finds for a size, or for the embedded pair."""
+    """Findings of the self-test for a size, or for the embedded pair."""
     if size == "demo":
         with mlx_mtp.load(profile=None) as lm, lm.models() as (target, drafter):
             return self_test(target, drafter)
@@ -60,7 +60,7 @@ def findings(size: str) -> list[Finding]:
 
 
 def main(sizes: list[str]) -> int:
-    """Checks sizes, or all; returns the exit code."""
+    """Checks the given sizes, or all; returns the exit code."""
     known = [*KNOWN_MODELS, "demo"]
     if unknown := set(sizes) - set(known):
         raise SystemExit(f"unknown sizes {', '.join(sorted(unknown))}: use {', '.join(known)}")

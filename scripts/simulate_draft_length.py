@@ -1,7 +1,7 @@
-"""Automatic draft length on a simulated clock, against plain decoding and every fixed length, and its host time.
+"""Compares automatic draft length with plain decoding and every fixed length on a simulated clock.
 
-Prices of rounds and texts are those of tests/support/simulated_cases.py (sources there): a development part, on which
-constants were chosen, and a held-out part, on which none was. For each cell, the means over some seeds.
+Costs of rounds and texts are those of tests/support/simulated_cases.py, which names their sources: a development part,
+used to choose constants, and a held-out part. Every cell is a mean over seeds. Also measures the policy's host time.
 
     python scripts/simulate_draft_length.py [--seeds 4] [--part both] [--save docs/measurements/draft_length.json]
 """
@@ -27,11 +27,11 @@ from tests.support.simulated_clock import Case, against_fixed, by_hand, cases
 GROUPS = ("one row", "rows that go on", "rows that end", "prices of real sizes")
 CELLS = list(cases())
 PRICE = BATCH_COSTS["kernel step"]
-"""What rounds take while the host's time is measured."""
+"""Costs of rounds while the host time is measured."""
 
 
 def group(case: Case) -> str:
-    """Which of `GROUPS` a cell belongs to."""
+    """The one of `GROUPS` that a cell belongs to."""
     price = case.name.split(": ")[0]
     if price in COSTS:
         return GROUPS[0] if len(case.chances) == 1 else GROUPS[1]
@@ -39,7 +39,7 @@ def group(case: Case) -> str:
 
 
 def cell(job: tuple[int, int]) -> dict[str, Any]:
-    """The figures of a cell, by its place and the number of seeds."""
+    """The figures of a cell, given its index and the number of seeds."""
     case = CELLS[job[0]]
     of_plain, of_best, best = against_fixed(DraftLengthPolicy, case, job[1])
     part = "held out" if case.held_out else "development"
@@ -48,7 +48,7 @@ def cell(job: tuple[int, int]) -> dict[str, Any]:
 
 
 def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of some cells: geometric mean and worst, and the worst of drafts that are always wrong."""
+    """Geometric mean and worst case of some cells, and the worst of those with drafts that are always wrong."""
     wrong = [it["of_plain"] for it in found if it["cell"].endswith(": wrong")]
     return {
         "cells": len(found),
@@ -60,7 +60,7 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def host_microseconds(rows: int, kept: float, waiting: bool, rounds: int = 1000) -> float:
-    """Microseconds of the host that choosing and learning take a round, the simulation's own few included."""
+    """Host microseconds per round for choosing and learning, including the little of the simulation itself."""
     batch = [Row(Request([0], 10**6), Stats(), 10**6) for _ in range(rows)]
     best = float("inf")
     for _ in range(3):

@@ -1,12 +1,12 @@
-"""Runs the real shapes of every Gemma 4 size, with random 4-bit weights: does it work, what does it take?
+"""Runs the real shapes of every Gemma 4 size with random 4-bit weights; prints a Markdown table of time and memory.
 
-    layers   of each size a sliding and a full decoder layer (E2B and E4B: also one of each that shares KV; 26B: all 128
-             experts): prefill of 128 tokens, a step, a verify block of 5, which must agree with 5 steps
-    pair     all of E2B with its 262,144 tokens and a drafter of its real size decode through the scheduler; with and
-             without drafts the tokens must be the same
+    layers   a sliding and a full decoder layer of each size (E2B and E4B: also one of each that shares KV; 26B: all 128
+             experts): prefill of 128 tokens, a step, and a verify block of 5, which must agree with 5 steps
+    pair     a whole E2B with its vocabulary of 262,144 and its drafter decode through the scheduler; the tokens must be
+             the same with and without drafts
 
-Weights are made quantised, tensor by tensor, so that no table is ever held in 16 bits. Random weights say nothing about
-acceptance, nor about the text. Prints a Markdown table.
+Weights are created quantised, tensor by tensor, so that none is ever held in 16 bits. Random weights show nothing about
+acceptance or text.
 
     python scripts/smoke_real_size.py [PART ...]      # e2b e4b 12b 26b 31b pair; all without arguments
 """
@@ -73,14 +73,14 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def text_config(size: str, layers: str, shared: int, vocab: int) -> TextConfig:
-    """A size's configuration with other layers ("s" sliding, "f" full; the last `shared` ones share KV)."""
+    """A size's config with other layers ("s" sliding, "f" full; the last `shared` layers share KV)."""
     return target_config(
         {**COMMON, **SIZES[size], **_kinds(layers, shared), "vocab_size": vocab, "vocab_size_per_layer_input": vocab}
     ).text
 
 
 def e2b_drafter() -> DrafterConfig:
-    """The drafter of E2B: 2048 clusters, of which 32 are read."""
+    """The config of E2B's drafter: 2048 clusters, of which 32 are read."""
     text = {
         **COMMON, **_kinds("sssf", 4), "final_logit_softcapping": None, "hidden_size": 256, "intermediate_size": 2048,
         "num_attention_heads": 4, "num_key_value_heads": 1, "sliding_window": 512, "max_position_embeddings": 131_072,
@@ -127,7 +127,7 @@ def layers(size: str) -> None:
     kv = KVBuffers(config, 1, target.dtype)
     prefill, _ = seconds(lambda: prefill_block(target, kv, [tokens[:PREFILL]], 0, None))
     verify, block = seconds(lambda: run(target, kv, tokens[PREFILL:], PREFILL))
-    # The same positions again, one by one: what the block wrote there isn't seen, and is overwritten.
+    # The same positions again, one by one; they overwrite the block's KV without seeing it.
     steps = [seconds(lambda n=n: run(target, kv, [tokens[n]], n)) for n in range(PREFILL, PREFILL + VERIFY)]
     apart = mx.abs(block - mx.concatenate([hidden for _, hidden in steps], axis=1)).max().item()
     if not apart < 1e-3 * mx.abs(block).max().item():  # NaN fails too
@@ -178,7 +178,7 @@ def row(what: str, weights: int, prefill: float, step: float | None, verify: flo
 
 
 def main(parts: list[str]) -> None:
-    """Runs the parts asked for, or all."""
+    """Runs the given parts, or all."""
     known = [*SIZES, "pair"]
     if unknown := set(parts) - set(known):
         raise SystemExit(f"unknown parts {', '.join(sorted(unknown))}: use {', '.join(known)}")

@@ -1,9 +1,9 @@
-"""Makes the embedded pair from nothing: text, tokeniser, target, drafter, evaluation, model card.
+"""Trains the embedded pair from scratch: text, tokenizer, target, drafter, evaluation, model card.
 
     python scripts/train_demo_pair.py --out mlx_mtp/demo
 
-Needs the project's extra `test` (torch, transformers). A run that was stopped goes on from its checkpoints. How long
-it takes and what comes out is in the model card, mlx_mtp/demo/README.md.
+Needs the project's extra `test` (torch, transformers). An interrupted run continues from its checkpoints. The model
+card, mlx_mtp/demo/README.md, has the time it takes and the results.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from scripts.demo_pair.tokenizer import train as train_tokenizer
 
 
 def make_tokenizer(seed: int, state: Path) -> Tokenizer:
-    """Trains the tokeniser, or takes the one in `state`."""
+    """Trains the tokenizer, or takes the one in `state`."""
     file = state / "tokenizer.json"
     if not file.exists():
         documents = [*conversations(seed, 3000), *prose(held_out=False)]
@@ -37,7 +37,7 @@ def make_tokenizer(seed: int, state: Path) -> Tokenizer:
 
 
 def make_own_texts(tokenizer: Tokenizer, folder: Path, count: int, seed: int, state: Path) -> list[list[int]]:
-    """Lets the exported target write `count` texts, or takes those in `state`."""
+    """Generates `count` texts with the exported target, or takes those in `state`."""
     file = state / "own_texts.json"
     if not file.exists():
         prompts = own_texts.prompts(tokenizer, seed + 2, count)
@@ -63,7 +63,7 @@ def main() -> None:
     tokenizer = make_tokenizer(seed, state)
     model, target_runs = target.train(tokenizer, options.target_steps, seed, state)
     export.rounded(model)
-    # The drafter is trained on what will be published, and on texts that come from it.
+    # The drafter is trained for the exported target, on texts that this target generated.
     export.export(state / "pair", tokenizer, model, Drafter(config.DRAFTER))
     texts = make_own_texts(tokenizer, state / "pair" / "target", options.own_texts, seed, state)
     assistant, drafter_run = drafter.train(tokenizer, model, texts, options.drafter_steps, seed, state)

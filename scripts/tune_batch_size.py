@@ -1,4 +1,4 @@
-"""Measures which batch and draft length suit this machine and a model: `mlx-mtp tune`, as a script.
+"""Measures which batch size and draft length suit a model on this machine: `mlx-mtp tune` as a script.
 
 python scripts/tune_batch_size.py MODEL [--quantize 4] [--objective throughput] [--plot FILE.png] [--json]
 """

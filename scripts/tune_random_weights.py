@@ -1,9 +1,9 @@
-"""Runs the tuner for a published Gemma 4 size without its weights: real shapes, filled at random.
+"""Runs the tuner for a published Gemma 4 size with random weights instead of its own.
 
-What verify passes, drafts and prefill cost is measured as `mlx-mtp tune` does. Random weights accept nothing, and a
-router of random weights spreads tokens evenly: so acceptance is assumed, as it was published for 26B-A4B
-(`mlx_mtp.simulate.cost_model.PUBLISHED_ACCEPTANCE`, further drafts continued), and the experts are those of independent
-tokens. A real model must be tuned with its own weights; nothing is saved for it here.
+Verify passes, drafts and prefill are timed as by `mlx-mtp tune`. With random weights no draft would be accepted, so
+acceptance is assumed: that published for 26B-A4B (`mlx_mtp.simulate.cost_model.PUBLISHED_ACCEPTANCE`, its last value
+repeated). A random router spreads tokens evenly, as if they chose experts independently. No profile is saved: a real
+model must be tuned with its own weights.
 
     python scripts/tune_random_weights.py 26B-A4B --bits 4 [--json FILE] [--plot FILE]
 """
@@ -35,7 +35,7 @@ from mlx_mtp.tuning.plot import check_plot, write_plot
 from scripts.random_weights import random_pair
 
 SAMPLING = SamplingOptions(temperature=1.0, top_k=64, top_p=0.95)
-"""As generation_config.json of the published models has it."""
+"""Sampling options of the published models' generation_config.json."""
 
 TEXTS, TOKENS = 12, 4096
 

@@ -12,6 +12,7 @@ import pytest
 
 from mlx_mtp.checkpoint.sizes import row_bytes
 from mlx_mtp.decode import engine as engine_module
+from mlx_mtp.decode import in_flight
 from mlx_mtp.decode.prefill import CHUNK
 from mlx_mtp.decode.request import Request, Row
 from mlx_mtp.decode.sampling import SamplingOptions
@@ -112,7 +113,7 @@ def test_the_only_running_row_is_cancelled_during_a_step(e2b: Pair, monkeypatch:
 
 
 def test_large_buffers_are_handed_over_late(e2b: Pair, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(engine_module, "COPY_LIMIT", 0)
+    monkeypatch.setattr(in_flight, "COPY_LIMIT", 0)
     rng = Random(3)
     requests = [draw(rng) for _ in range(10)]
     scheduler = Scheduler(*e2b, max_rows=4)

@@ -165,7 +165,7 @@ def test_chat_over_a_pipe(tmp_path: Path):
     for answer in (talk[2], talk[4]):
         assert answer["content"] in done.stdout
     assert done.stderr.count("tok/s") == 4  # three status lines, and /stats
-    assert "prompt tokens kept" in done.stderr
+    assert "prompt tokens cached" in done.stderr
     assert "unknown command '/nonsense'" in done.stderr and "no answer yet" in done.stderr
     assert f"error: not saved: {tmp_path}/no/such/folder.json: No such file" in done.stderr
     assert list(tmp_path.iterdir()) == [saved]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +163,7 @@ def test_the_output_stays_what_it_was(tmp_path: Path):
     assert same.returncode == 1 and "is the input" in same.stderr and source.read_text() == before
     for device in ("/dev/null", "/dev/stdout", "-"):
         refused = start(*command(source, Path(device)))
-        assert refused.returncode == 1 and "no plain file" in refused.stderr and not refused.stdout
+        assert refused.returncode == 1 and "isn't a plain file" in refused.stderr and not refused.stdout
     assert Path("/dev/null").is_char_device()
     # Answers to another input, and a model that isn't there: nothing is lost.
     kept = real.read_text()
@@ -182,3 +184,9 @@ def test_wrong_use(tmp_path: Path):
     source.write_bytes(b"\xff\xfe")
     assert batch(source, tmp_path / "out.jsonl").returncode == 1
     assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+def test_the_help_names_every_option_that_a_line_may_have():
+    options = {field.name for field in fields(mlx_mtp.GenerationOptions)} - {"cancel", "logits_processors"}
+    shown = run("batch", "--help").stdout
+    assert options <= set(re.findall(r"\w+", shown.partition("A line of OUT.jsonl")[0]))

@@ -272,10 +272,10 @@ def test_what_cannot_be_converted(tmp_path: Path):
     (tmp_path / "file").touch()
     for wrong, culprit in (
         (lambda: convert(converted, tmp_path / "again", scheme(4)), "quantised already"),
-        (lambda: convert(source, tmp_path / "new"), "exists already"),
-        (lambda: convert(source, tmp_path / "new", scheme(8)), "exists already"),
-        (lambda: convert(source, tmp_path / "file"), "exists already"),
-        (lambda: convert(source, source), "exists already"),
+        (lambda: convert(source, tmp_path / "new"), "isn't the result of this conversion"),
+        (lambda: convert(source, tmp_path / "new", scheme(8)), "isn't the result of this conversion"),
+        (lambda: convert(source, tmp_path / "file"), "isn't the result of this conversion"),
+        (lambda: convert(source, source), "isn't the result of this conversion"),
         (lambda: convert(source, source / "inside"), "lies in the folder"),
         (lambda: convert(source, tmp_path / "file" / "x"), f"{tmp_path / 'file' / 'x'} can't be read or written"),
         (lambda: convert(source, "/proc/nowhere/x"), "can't be read or written"),
@@ -402,7 +402,7 @@ def test_a_target_without_a_drafter(tmp_path: Path):
     drafter.rename(tmp_path / "other")
     done = run("convert", source, tmp_path / "new", "--bits", "4", "--drafter-bits", "8")
     assert done.returncode == 0 and done.stdout == f"{tmp_path / 'new'}\n"
-    assert "no drafter beside it" in done.stderr and done.stderr.count("\n") == 1
+    assert "no drafter found" in done.stderr and done.stderr.count("\n") == 1
     assert run("convert", source, tmp_path / "alone", "--no-draft").stderr == ""
     drafter_bits = run("convert", tmp_path / "other", tmp_path / "small", "--drafter-bits", "4")
     assert drafter_bits.returncode == 2 and "is a drafter itself" in drafter_bits.stderr

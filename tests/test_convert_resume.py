@@ -82,7 +82,7 @@ def test_going_on(
     expected = contents(convert(source, tmp_path / "expected", Scheme(Format(4))))
     with monkeypatch.context() as patched:
         fail_at(patched, 4, fail)
-        with pytest.raises(error, match="No space left.*the same command goes on" if fail is disk_full else None):
+        with pytest.raises(error, match="No space left.*the same command continues" if fail is disk_full else None):
             convert(source, tmp_path / "new", Scheme(Format(4)))
     aside = tmp_path / "new.partial"
     assert not (tmp_path / "new").exists() and len(list(aside.glob("*.safetensors"))) == 3
@@ -102,7 +102,7 @@ def test_nothing_is_left_when_nothing_was_finished(source: Path, tmp_path: Path,
     fail_at(monkeypatch, 1, disk_full)
     with pytest.raises(CheckpointError, match="No space left") as caught:
         convert(source, tmp_path / "new")
-    assert "goes on" not in str(caught.value) and not list(tmp_path.glob("new*"))
+    assert "continues" not in str(caught.value) and not list(tmp_path.glob("new*"))
 
 
 @pytest.mark.usefixtures("small_files")
@@ -161,7 +161,7 @@ def test_ctrl_c_and_kill(source: Path, tmp_path: Path):
         convert(source, tmp_path / "new", Scheme(Format(4)))
     os.kill(running.pid, signal.SIGINT)
     _, errors = running.communicate(timeout=60)
-    assert running.returncode == 130 and errors == "interrupted: the same command goes on where this one stopped\n"
+    assert running.returncode == 130 and errors == "interrupted: the same command continues\n"
 
     running = start(source, tmp_path / "new")
     os.kill(running.pid, signal.SIGKILL)

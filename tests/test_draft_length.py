@@ -11,9 +11,10 @@ from statistics import geometric_mean
 
 import pytest
 
-from mlx_mtp.decode.draft_length import DraftLengthPolicy, Prices
+from mlx_mtp.decode.draft_length import DraftLengthPolicy
 from mlx_mtp.decode.limits import MAX_DRAFT_LENGTH
 from mlx_mtp.decode.request import Request, Row, Stats
+from mlx_mtp.decode.round_cost import Prices
 from tests.support.simulated_cases import BATCH_COSTS, COSTS, GPU, TEXTS, BatchCost, curve, mixed_rows
 from tests.support.simulated_clock import Case, against_fixed, by_hand, cases, fixed_speeds, one_row, run, speed
 

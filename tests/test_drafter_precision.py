@@ -13,7 +13,7 @@ from mlx_mtp import profile as profiles
 from mlx_mtp.checkpoint.quantization import Format, Scheme
 from mlx_mtp.checkpoint.sizes import weight_bytes
 from mlx_mtp.cli.info import describe
-from mlx_mtp.decode.draft_length import Prices
+from mlx_mtp.decode.round_cost import Prices
 from mlx_mtp.errors import CheckpointError, MTPError, ProfileError
 from mlx_mtp.models.drafter import Drafter
 from tests.support.command_line import run
@@ -127,7 +127,7 @@ def test_a_profile_holds_for_one_precision(pairs: dict[str, Path], tmp_path: Pat
     old = json.loads(path.read_text()) | {"schema": 1}
     del old["key"]["drafter"]
     path.write_text(json.dumps(old))
-    with pytest.raises(ProfileError, match="another version of this package"):
+    with pytest.raises(ProfileError, match="wasn't written by this version"):
         mlx_mtp.load(*folders, profile=path)
 
 

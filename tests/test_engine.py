@@ -12,7 +12,7 @@ import pytest
 
 from mlx_mtp.checkpoint.description import read_target
 from mlx_mtp.checkpoint.load import load_target
-from mlx_mtp.decode import engine as engine_module
+from mlx_mtp.decode import in_flight
 from mlx_mtp.decode.draft_length import DraftLengthPolicy
 from mlx_mtp.decode.prefill import prefill
 from mlx_mtp.decode.request import INVARIANT_WIDTH, Request, Stats
@@ -171,7 +171,7 @@ def test_a_cancelled_request_leaves_the_engine_usable(pair: Pair):
 
 def test_large_buffers_are_written_in_place_and_give_the_same_text(pair: Pair, monkeypatch: pytest.MonkeyPatch):
     early, _ = run(Scheduler(*pair), prompt(), draft_length=3)
-    monkeypatch.setattr(engine_module, "COPY_LIMIT", 0)
+    monkeypatch.setattr(in_flight, "COPY_LIMIT", 0)
     late, _ = run(Scheduler(*pair), prompt(), draft_length=3)
     assert late == early
     # A text that ends leaves a round behind that was built and must be forgotten.
@@ -230,7 +230,7 @@ def test_statistics_add_up(pair: Pair):
 @pytest.mark.parametrize("mode", ["early", "late"])
 def test_rounds_copy_no_buffers(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Whenever they are handed over; what holds a buffer on purpose shows that copies would be seen."""
-    monkeypatch.setenv(engine_module.SWITCH, mode)
+    monkeypatch.setenv(in_flight.SWITCH, mode)
     scheduler = Scheduler(*deep_pair(tmp_path))
     row = scheduler.submit(Request(prompt(), 100, draft_length=2))
     while not row.unread:
@@ -269,7 +269,7 @@ def test_requests_out_of_range(wrong: dict[str, object], culprit: str):
 @pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
 def test_automatic_length_is_told_what_rounds_take(pair: Pair, late: bool, monkeypatch: pytest.MonkeyPatch):
     """Also where a round is handed over late, which on a CPU is when it runs."""
-    monkeypatch.setattr(engine_module, "COPY_LIMIT", 0 if late else 2**40)
+    monkeypatch.setattr(in_flight, "COPY_LIMIT", 0 if late else 2**40)
     told, observe = [], DraftLengthPolicy.observe
     monkeypatch.setattr(
         DraftLengthPolicy, "observe", lambda self, *args: (told.append(args[2]), observe(self, *args))[1]

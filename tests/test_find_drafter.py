@@ -160,7 +160,7 @@ def test_of_several_that_fit_the_most_like_named_is_taken_and_named(
         put(made[1], tmp_path / name)
     with caplog.at_level(logging.INFO):
         assert found(target) == tmp_path / "Gemma-4-E2B-draft"
-    (line,) = (record.getMessage() for record in caplog.records if "drafters beside" in record.getMessage())
+    (line,) = (record.getMessage() for record in caplog.records if "drafters next to" in record.getMessage())
     assert line.startswith("3 drafters") and line.endswith("taking Gemma-4-E2B-draft")
 
 
@@ -226,7 +226,7 @@ def test_one_line_says_what_was_looked_for(made: tuple[Path, ...], tmp_path: Pat
     (warning,) = warnings(caplog)
     for name in (f"{SIZE}-8bit-assistant", f"{SIZE}-assistant-8bit", f"{SIZE}-assistant"):
         assert name in warning
-    assert "no drafter beside it" in warning and "--drafter" in warning and "\n" not in warning
+    assert "no drafter found" in warning and "--drafter" in warning and "\n" not in warning
 
 
 def test_options_that_are_wrong_are_not_said_of_the_drafter(made: tuple[Path, ...], caplog: pytest.LogCaptureFixture):

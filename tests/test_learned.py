@@ -103,22 +103,22 @@ def test_the_command_learns_a_target_and_rounds_its_drafter(tmp_path: Path):
     assert again.returncode == 0 and "is there already" in again.stderr
     text.write_text(text.read_text() + "more")
     other = run("convert", source, folder, *options)
-    assert other.returncode == 1 and "exists already, from something else" in other.stderr
+    assert other.returncode == 1 and "exists and isn't the result of this conversion" in other.stderr
 
 
 @pytest.mark.parametrize("options, code, culprit", [
     (["--bits", "4", "--method", "awq"], 2, "--method: mlx-lm's AWQ doesn't support Gemma 4"),
     (["--bits", "4", "--method", "magic"], 2, "--method: there is no method 'magic': use gptq or dwq"),
-    (["--method", "gptq"], 2, "--method: gptq quantises: say to how many bits"),
-    (["--mode", "mxfp4", "--method", "dwq"], 2, "--method: dwq has affine quantisation only, not mxfp4"),
+    (["--method", "gptq"], 2, "--method: gptq quantises: give the number of bits"),
+    (["--mode", "mxfp4", "--method", "dwq"], 2, "--method: dwq supports affine quantisation only, not mxfp4"),
     (["--bits", "3", "--method", "gptq"], 2, "--method: gptq quantises to 2, 4 or 8 bits, not to 3"),
-    (["--bits", "8", "--method", "dwq"], 2, "--method: dwq trains scales of fewer than 8 bits"),
+    (["--bits", "8", "--method", "dwq"], 2, "--method: dwq learns nothing at 8 bits"),
     (["--bits", "4", "--method", "dwq"], 2, "--calibration: dwq learns from text"),
     (["--bits", "4", "--calibration", "text.txt"], 2, "--calibration: only --method learns"),
     (["--bits", "4", "--method", "gptq", "--calibration", "missing.txt"], 1, "missing.txt can't be read: No such file"),
-    (["--bits", "4", "--method", "gptq", "--calibration", "binary.txt"], 1, "binary.txt is no text in UTF-8"),
+    (["--bits", "4", "--method", "gptq", "--calibration", "binary.txt"], 1, "binary.txt isn't UTF-8 text"),
     (["--bits", "4", "--method", "gptq", "--calibration", "short.txt"], 1, "short.txt has 4 tokens of text"),
-    (["--bits", "4", "--group-size", "128", "--method", "gptq", "--calibration", "text.txt"], 1, "take smaller groups"),
+    (["--bits", "4", "--group-size", "128", "--method", "gptq", "--calibration", "text.txt"], 1, "use smaller groups"),
 ])  # fmt: skip
 def test_wrong_options(options: list[str], code: int, culprit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     source, _, _ = make("31b", tmp_path)
@@ -136,7 +136,7 @@ def test_wrong_sources(tmp_path: Path):
     quantised = convert(source, tmp_path / "quantised", Scheme(Format(4)))
     for folder, code, culprit in (
         (quantised, 1, "is quantised already: convert the original"),
-        (drafter, 2, "is a drafter, and those are rounded"),
+        (drafter, 2, "is a drafter, which can only be rounded"),
     ):  # fmt: skip
         done = run("convert", folder, tmp_path / "new", "--no-draft", *options)
         assert done.returncode == code and culprit in done.stderr, done.stderr

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from mlx_mtp.decode import engine
-from mlx_mtp.decode.draft_length import DraftLengthPolicy, Prices
+from mlx_mtp.decode import draft_length
+from mlx_mtp.decode.draft_length import DraftLengthPolicy
 from mlx_mtp.decode.limits import MAX_AUTO_LENGTH
 from mlx_mtp.decode.request import Request, Row, Stats
+from mlx_mtp.decode.round_cost import Prices
 from mlx_mtp.models.attention import longest_fused
 from mlx_mtp.simulate.known_models import KNOWN_MODELS, known_pair
 
@@ -17,10 +18,10 @@ from mlx_mtp.simulate.known_models import KNOWN_MODELS, known_pair
 @pytest.mark.parametrize("gpu", [True, False])
 @pytest.mark.parametrize("name", KNOWN_MODELS)
 def test_of_each_size(name: str, gpu: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(engine, "on_gpu", lambda: gpu)
+    monkeypatch.setattr(draft_length, "on_gpu", lambda: gpu)
     text = known_pair(name)[0].text
     assert longest_fused(text) == (4 if name == "E2B" else 8)
-    assert engine.longest_auto(text) == (3 if gpu and name == "E2B" else MAX_AUTO_LENGTH)
+    assert draft_length.longest_auto(text) == (3 if gpu and name == "E2B" else MAX_AUTO_LENGTH)
 
 
 def drafted(policy: DraftLengthPolicy, rows: int, seconds: Callable[[int], float], rounds: int = 150) -> set[int]:

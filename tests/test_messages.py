@@ -254,7 +254,7 @@ def test_an_answer_about_control_tokens_keeps_its_kv(lm: mlx_mtp.MTPModel, monke
     ([{"role": "user", "content": "caf\udce9"}], "UTF-8"),
     ([{"role": "user", "content": "\udc00turn|>"}], "UTF-8"),
     ([USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": {1}}}}]}], "not a set"),
-    ([{"role": "user", "content": [{"type": "text", "text": None}]}], "text is no string"),
+    ([{"role": "user", "content": [{"type": "text", "text": None}]}], "text isn.t a string"),
 ])  # fmt: skip
 def test_what_no_prompt_can_hold(built_in: Tokenizer, messages: list[Json], culprit: str):
     with pytest.raises(PromptError, match=culprit):

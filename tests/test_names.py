@@ -196,7 +196,7 @@ def test_a_drafter_with_more_than_it_needs() -> None:
     "extra, culprit",
     [
         ({"language_model.model.norm.weight": (4,)}, "are the same tensor"),
-        ({"model.layers.0.experts.3.down_proj.weight": (4, 4)}, "stored one by one too"),
+        ({"model.layers.0.experts.3.down_proj.weight": (4, 4)}, "stored one by one as well"),
         ({"model.layers.7.experts.1.down_proj.weight": (4, 4)}, "expert 0 is missing"),
     ],
 )

@@ -13,7 +13,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from mlx_mtp.decode.sampling import Sampler, SamplingOptions, best_few, gumbel, noise_of_bits, row_seed, seed_key
+from mlx_mtp.decode.noise import gumbel, noise_of_bits, row_seed, seed_key
+from mlx_mtp.decode.sampling import Sampler, SamplingOptions, best_few
 from mlx_mtp.errors import PromptError
 
 VOCAB = 50

@@ -126,7 +126,7 @@ def test_attention_that_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     }
     assert texts(lm, 0, 1, 2, 3, 4) == [expected] * 5
     said = "\n".join(record.getMessage() for record in caplog.records)
-    for words in ("tokens: 3", "heads of 128", "off by 1", "Too many threads in this", "no finite numbers"):
+    for words in ("tokens: 3", "heads of 128", "off by 1", "Too many threads in this", "aren't finite numbers"):
         assert words in said
     assert "please report" in said and {record.levelno for record in caplog.records} == {logging.WARNING}
     assert {it.avoided for it in findings(lm) if it.wrong} == {True}

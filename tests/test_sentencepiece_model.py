@@ -138,9 +138,9 @@ def test_a_tokenizer_json_comes_first(folder: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("options, culprit", [
-    ({"model_type": "unigram", "vocab_size": 330}, "no BPE"), ({"byte_fallback": False}, "byte fallback"),
+    ({"model_type": "unigram", "vocab_size": 330}, "a BPE model"), ({"byte_fallback": False}, "byte fallback"),
     ({"add_dummy_prefix": True}, "space before"), ({"remove_extra_whitespaces": True}, "removes spaces"),
-    ({"normalization_rule_name": "nfkc"}, "changes characters"),
+    ({"normalization_rule_name": "nfkc"}, "normalizes characters"),
 ])  # fmt: skip
 def test_others_than_gemmas_are_refused(tmp_path: Path, options: dict[str, Any], culprit: str):
     train(tmp_path, **options)

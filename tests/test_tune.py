@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 import mlx_mtp
 from mlx_mtp import profile
 from mlx_mtp.cli import app
-from mlx_mtp.decode.draft_length import Prices
 from mlx_mtp.decode.objective import OBJECTIVES
+from mlx_mtp.decode.round_cost import Prices
 from mlx_mtp.errors import MemoryBudgetError, MTPError, ProfileError, PromptError
 from mlx_mtp.models.moe import Router
 from mlx_mtp.tuning import acceptance, choose, costs
@@ -158,10 +158,10 @@ def test_a_damaged_profile_is_ignored(damage: str, caplog: pytest.LogCaptureFixt
         assert lm.profile is None
     assert "profile ignored" in caplog.text and len(caplog.text.strip().splitlines()) == 1
     assert "__init__" not in caplog.text
-    with pytest.raises(ProfileError, match="is no profile"):
+    with pytest.raises(ProfileError, match="isn't a valid profile"):
         mlx_mtp.load(drafter=False, profile=path)
     (listed,) = json.loads(tune("--list", "--json").stdout)
-    assert not listed["usable"] and "is no profile" in listed["why"]
+    assert not listed["usable"] and "isn't a valid profile" in listed["why"]
 
 
 @pytest.mark.parametrize("change, named", [
@@ -185,7 +185,7 @@ def test_what_is_wrong_in_a_profile_is_named(change: dict[str, Any], named: str,
     path = profile.save_profile(whole)
     assert profile.load_profile(path) == whole, "and what was written comes back"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ProfileError, match=f"is no profile: .*{re.escape(named)}.*; delete it") as raised:
+    with pytest.raises(ProfileError, match=f"isn't a valid profile: .*{re.escape(named)}.*; delete it") as raised:
         profile.load_profile(path)
     assert "\n" not in str(raised.value)
 

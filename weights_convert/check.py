@@ -1,6 +1,6 @@
-"""Compares a converted model with its source, on sample text: how much has quantisation changed?
+"""Measures on sample text how a converted model differs from its source.
 
-A target's logits are compared; of a drafter it matters how many of its drafts the target accepts.
+For a target, compares the distributions of the next token; for a drafter, how many of its drafts the target accepts.
 """
 
 from __future__ import annotations
@@ -16,16 +16,25 @@ import mlx_mtp
 from mlx_mtp.errors import CheckpointError, MemoryBudgetError
 
 SAMPLES = (
-    "A river that has carried snow down from the mountains all summer is lowest in the first weeks of autumn. Then the "
-    "gravel banks lie open, herons stand in the shallows, and children walk across without getting their knees wet.",
-    "def median(values):\n    ordered = sorted(values)\n    middle = len(ordered) // 2\n    if len(ordered) % 2:\n"
-    "        return ordered[middle]\n    return (ordered[middle - 1] + ordered[middle]) / 2\n",
-    "Question: a train leaves at 9:40 and arrives at 13:05. How long does the journey take?\nAnswer: from 9:40 to "
-    "13:00 are 3 hours and 20 minutes, and 5 minutes more make 3 hours and 25 minutes.",
-    "Die Bibliothek ist montags geschlossen. La bibliothèque est ouverte jusqu'à dix-huit heures. "
-    "La biblioteca tiene tres salas de lectura. 図書館は駅の近くにあります。",
+    (
+        "A river that has carried snow down from the mountains all summer is lowest in the first weeks of autumn. "
+        "Then the gravel banks lie open, herons stand in the shallows, and children walk across without getting their "
+        "knees wet."
+    ),
+    (
+        "def median(values):\n    ordered = sorted(values)\n    middle = len(ordered) // 2\n    if len(ordered) % 2:\n"
+        "        return ordered[middle]\n    return (ordered[middle - 1] + ordered[middle]) / 2\n"
+    ),
+    (
+        "Question: a train leaves at 9:40 and arrives at 13:05. How long does the journey take?\nAnswer: from 9:40 to "
+        "13:00 are 3 hours and 20 minutes, and 5 minutes more make 3 hours and 25 minutes."
+    ),
+    (
+        "Die Bibliothek ist montags geschlossen. La bibliothèque est ouverte jusqu'à dix-huit heures. "
+        "La biblioteca tiene tres salas de lectura. 図書館は駅の近くにあります。"
+    ),
 )
-"""Prose, code, arithmetic, and other languages."""
+"""Texts to compare targets on: prose, code, arithmetic, and several languages."""
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -35,22 +44,22 @@ QUESTIONS = (
     "What does a drafter do in speculative decoding?",
     "How many minutes are 2 hours?",
 )
-"""What drafters are tried on."""
+"""Prompts to compare drafters on."""
 
 DRAFTS = 4
-"""Drafts a round when drafters are compared."""
+"""Draft length at which drafters are compared."""
 
-_LONGEST_ANSWER = 64
+_ANSWER_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How closely a converted target follows its source.
+    """How closely a converted target agrees with its source.
 
     Attributes:
-        tokens: Positions compared.
-        kl: Mean Kullback-Leibler divergence of the next token's distribution from the source's, in nats a token.
-        top1: Share of positions at which both have the same most likely token.
+        tokens: Number of positions compared.
+        kl: Mean Kullback-Leibler divergence KL(source || converted) for the next token, in nats per token.
+        top1: Share of positions at which both have the same most probable token.
     """
 
     tokens: int
@@ -62,9 +71,9 @@ def compare(source: Path, result: Path, samples: tuple[str, ...] = SAMPLES) -> A
     """Compares two targets, one after the other in memory.
 
     Args:
-        source: Folder of the original; it needs a tokenizer.
-        result: Folder of the converted one.
-        samples: Texts.
+        source: Folder of the original, with a tokenizer.
+        result: Folder of the converted target.
+        samples: Texts to compare them on.
 
     Raises:
         CheckpointError: There is no tokenizer, or a model can't be loaded.
@@ -72,8 +81,8 @@ def compare(source: Path, result: Path, samples: tuple[str, ...] = SAMPLES) -> A
     """
     with closing(_original(source, drafter=False)) as original:
         if original.tokenizer is None:
-            raise CheckpointError(f"{source} has no tokenizer.json: there is no text to compare models on")
-        # All that Gemma has learnt from begins with this token; without it models are far from what they do in use.
+            raise CheckpointError(f"{source} has no tokenizer.json: models can't be compared on text")
+        # Every text that Gemma was trained on begins with this token; without it predictions are unusually poor.
         begin = original.tokenizer.encode("<bos>") if original.tokenizer.token_id("<bos>") is not None else []
         texts = [begin + original.tokenizer.encode(text) for text in samples]
         expected = [_log_probabilities(original, tokens) for tokens in texts]
@@ -88,23 +97,28 @@ def compare(source: Path, result: Path, samples: tuple[str, ...] = SAMPLES) -> A
 
 
 def acceptance(target: Path, drafter: Path, questions: tuple[str, ...] = QUESTIONS) -> float:
-    """Drafts of DRAFTS that a target accepts a round, on its greedy answers to some questions.
+    """Accepted drafts per round (bonus token not counted) at draft length DRAFTS, on greedy answers.
+
+    Args:
+        target: Folder of the target.
+        drafter: Folder of the drafter.
+        questions: Prompts.
 
     Raises:
         CheckpointError: A model can't be loaded.
-        PairingError: They are no pair.
+        PairingError: The drafter was made for another target.
         MemoryBudgetError: The target doesn't fit in memory.
     """
     with closing(_original(target, drafter)) as lm:
-        options = {"max_tokens": _LONGEST_ANSWER, "temperature": 0, "draft_length": DRAFTS}
-        stats = [answer.stats for answer in lm.generate_batch(list(questions), **options)]
+        answers = lm.generate_batch(list(questions), max_tokens=_ANSWER_TOKENS, temperature=0, draft_length=DRAFTS)
+        stats = [answer.stats for answer in answers]
     return sum(s.accepted for s in stats) / max(1, sum(s.rounds for s in stats))
 
 
 def _original(folder: Path, drafter: Path | Literal[False]) -> mlx_mtp.MTPModel:
     try:
         return mlx_mtp.load(folder, drafter)
-    except MemoryBudgetError as error:  # whose advice is for those who want to use the model
+    except MemoryBudgetError as error:  # its advice, to quantise, doesn't apply here
         raise MemoryBudgetError(f"{folder} doesn't fit in memory here, so nothing can be compared with it") from error
 
 

@@ -1,8 +1,8 @@
-"""A Hugging Face folder becomes an MLX folder, quantised or not, that mlx_mtp and (a target) mlx-lm load.
+"""Converts a Hugging Face folder to an MLX folder, quantised or not. mlx-lm can load a converted target too.
 
-Weights are read, converted and written some rows at a time, so memory doesn't grow with the model. The result is made
-in `DST.partial` and renamed when it is complete: a folder of the wanted name is never half a model. What an
-interrupted conversion has finished stays there, and the same conversion goes on with it.
+Weights are read, converted and written in chunks of rows, so memory doesn't grow with the model. The result is written
+to `DST.partial` and renamed when it is complete, so that DST is never incomplete. After an interruption the finished
+files stay there, and the same conversion continues with them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .plan import FINGERPRINT, Plan, check_original, file_bytes, make_plan
 log = logging.getLogger("mlx_mtp.convert")
 
 Progress = Callable[[str, int, int], None]
-"""Told a parameter's name, the bytes written so far, and the bytes that there will be."""
+"""Called with a parameter's name, the bytes written so far, and the bytes in total."""
 
 _JOURNAL = "conversion.json"
 _COPIED = (
@@ -41,16 +41,16 @@ _COPIED = (
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion that can be made; from `prepare`.
+    """A checked conversion, ready to run; made by `prepare`.
 
     Attributes:
         source: Folder of the original.
-        destination: Folder to make.
-        plan: What it will hold.
-        done: Whether it is there already.
-        learning: How the weights are learnt; None if they are rounded plainly.
-        scheme: How matrices are quantised.
-        dtype: As for `prepare`.
+        destination: Folder to create.
+        plan: Its contents.
+        done: Whether the destination is already complete.
+        learning: How the quantised weights are learnt; None if they are rounded to nearest.
+        scheme: Quantisation of the matrices, or None.
+        dtype: See `prepare`.
     """
 
     source: Path
@@ -63,11 +63,11 @@ class Conversion:
 
     @property
     def aside(self) -> Path:
-        """Where it is made before it is renamed."""
+        """The folder in which the result is written before it is renamed."""
         return self.destination.with_name(f"{self.destination.name}.partial")
 
-    def run(self, progress: Progress = lambda name, written, total: None) -> Path:
-        """Makes it, or goes on where it was interrupted.
+    def run(self, progress: Progress | None = None) -> Path:
+        """Runs the conversion, or continues an interrupted one.
 
         Args:
             progress: Called while weights are written.
@@ -85,34 +85,34 @@ class Conversion:
             with _locked(self.aside):
                 self._run(progress)
         except OSError as error:
-            culprit, kept = error.filename or self.destination, ""
+            culprit, resume = error.filename or self.destination, ""
             if Path(culprit).is_relative_to(self.aside):
-                culprit = self.destination  # nobody asked for what it is made in
+                culprit = self.destination  # the user doesn't know the partial folder
             if os.path.isdir(self.aside):
-                kept = "; the same command goes on where this one stopped"
-            raise CheckpointError(f"{culprit} can't be read or written: {error.strerror or error}{kept}") from error
+                resume = "; the same command continues"
+            raise CheckpointError(f"{culprit} can't be read or written: {error.strerror or error}{resume}") from error
         return self.destination
 
-    def _run(self, progress: Progress) -> None:
+    def _run(self, progress: Progress | None) -> None:
         aside, plan = self.aside, self.plan
         finished = _finished_files(aside, plan)
         try:
             if self.learning and len(finished) < len(plan.files):
-                finished.clear()  # what is learnt belongs together
+                finished.clear()  # all learnt weights must come from the same run
                 plan = self._learned(self.learning)
             _check_space(aside, plan, finished)
             _write_weights(aside, plan, finished, progress)
             _write_rest(aside, self.plan, self.source, finished)
         finally:
             if not finished:
-                shutil.rmtree(aside, ignore_errors=True)  # nothing in it is worth going on with
+                shutil.rmtree(aside, ignore_errors=True)  # there is nothing to continue with
         if self.destination.exists():
             self.destination.rmdir()
         aside.rename(self.destination)
         (self.destination / _JOURNAL).unlink()
 
     def _learned(self, learning: Learning) -> Plan:
-        """The plan with learnt weights. For that an unquantised conversion lies beside the destination meanwhile."""
+        """The plan with learnt weights. Makes a temporary unquantised conversion beside the destination."""
         assert self.scheme is not None
         data = learning.sequences(self.source)
         beside = self.destination.with_name(f"{self.destination.name}.unquantised")
@@ -133,29 +133,29 @@ def prepare(
     merged: bool = False,
     learning: Learning | None = None,
 ) -> Conversion:
-    """Plans the conversion of a target or a drafter, and checks that it can be made.
+    """Plans the conversion of a target or a drafter, and checks that it can be run.
 
     Args:
-        source: Folder or hub repository.
-        destination: Folder to make; it must not exist yet, be empty, or be what this very conversion made.
-        scheme: How matrices are quantised; None leaves all as it is.
-        dtype: Type of what isn't quantised, "float32", "bfloat16" or "float16"; None keeps the stored one.
-        merged: Of a target that has its drafter merged into it, convert the drafter and not the target.
-        learning: How a target's quantised weights are learnt; None to round them plainly.
+        source: Folder or hub repository; its weights are downloaded.
+        destination: Folder to create. It must not exist, be empty, or be the result of the same conversion.
+        scheme: Quantisation of the matrices; None quantises nothing.
+        dtype: Type of unquantised weights, "float32", "bfloat16" or "float16"; None keeps the stored type.
+        merged: Whether to convert the drafter that is merged into the source, instead of the target.
+        learning: How a target's quantised weights are learnt; None rounds them to nearest.
 
     Raises:
-        CheckpointError: The source can't be used, or the destination is something else or a part of the source.
+        CheckpointError: The source can't be used, or the destination is another folder or lies in the source.
     """
     if learning:
         learning.check(scheme)
     destination = expanded(destination)
     taken = os.path.lexists(destination) and (not os.path.isdir(destination) or bool(listed(destination)))
-    in_the_way = CheckpointError(f"{destination} exists already, from something else: choose another name")
+    in_the_way = CheckpointError(f"{destination} exists and isn't the result of this conversion: choose another name")
     if taken and not os.path.isfile(destination / files.SUMS):
-        raise in_the_way  # before anything is downloaded
+        raise in_the_way  # fail before downloading anything
     place = hub.find(source)
     described = read_drafter(place.folder) if merged else read(place.folder)
-    check_original(described)  # before its weights are downloaded
+    check_original(described)  # fail before downloading the weights
     folder = place.fetch_weights()
     plan = make_plan(described, scheme, dtype)
     if learning and scheme:
@@ -163,7 +163,7 @@ def prepare(
     done = _is_result(destination, plan)
     if taken and not done:
         raise in_the_way
-    if Path(os.path.realpath(destination)).is_relative_to(folder.resolve()):  # `resolve` stumbles over odd links
+    if Path(os.path.realpath(destination)).is_relative_to(folder.resolve()):  # `resolve` raises for circular links
         raise CheckpointError(f"{destination} lies in the folder that is to be converted: choose another place")
     return Conversion(folder, destination, plan, done, learning, scheme, dtype)
 
@@ -176,7 +176,7 @@ def convert(
 
 
 def _is_result(destination: Path, plan: Plan) -> bool:
-    """Whether a folder is what this plan makes."""
+    """Whether a folder is the complete result of a plan."""
     if not os.path.isfile(destination / files.SUMS):
         return False
     ours = read_json(destination / "config.json").get("mlx_mtp")
@@ -185,7 +185,11 @@ def _is_result(destination: Path, plan: Plan) -> bool:
 
 @contextmanager
 def _locked(aside: Path) -> Iterator[None]:
-    """Makes the folder, and keeps other conversions out of it."""
+    """Creates the folder, and holds a lock on it.
+
+    Raises:
+        CheckpointError: Another process holds the lock.
+    """
     aside.mkdir(parents=True, exist_ok=True)
     handle = os.open(aside, os.O_RDONLY)
     try:
@@ -199,21 +203,25 @@ def _locked(aside: Path) -> Iterator[None]:
 
 
 def _finished_files(aside: Path, plan: Plan) -> dict[str, str]:
-    """Files that an interrupted conversion has finished, with their checksums. All others are deleted."""
+    """The files that an interrupted conversion has finished, with their checksums. Deletes all other files.
+
+    Raises:
+        CheckpointError: The folder isn't that of a conversion.
+    """
     if listed(aside) and not (aside / _JOURNAL).is_file():
-        raise CheckpointError(f"{aside} is in the way, and holds no interrupted conversion: move it")
+        raise CheckpointError(f"{aside} is in the way, and isn't an interrupted conversion: move it")
     journal = read_json(aside / _JOURNAL, required=False)
     done: dict[str, str] = {}
     if journal.get("fingerprint") == plan.fingerprint:
-        # Of a journal that is damaged nothing is taken up: its files are made again.
-        noted = journal.get("files")
+        # If the journal is damaged, all files are written again.
+        recorded = journal.get("files")
         for name in plan.files:
-            digest = noted.get(name) if isinstance(noted, dict) else None
+            digest = recorded.get(name) if isinstance(recorded, dict) else None
             if digest and (aside / name).is_file() and sha256(aside / name) == digest:
                 done[name] = digest
-        log.info("going on with %s: %d of %d files are there", aside, len(done), len(plan.files))
+        log.info("continuing %s: %d of %d files are complete", aside, len(done), len(plan.files))
     elif journal:
-        log.warning("%s is of another source, or of other options: starting again", aside)
+        log.warning("%s is from another source or other options: starting again", aside)
     _write_journal(aside, plan, done)
     for path in listed(aside):
         if path.name != _JOURNAL and path.name not in done:
@@ -230,18 +238,19 @@ def _check_space(aside: Path, plan: Plan, done: dict[str, str]) -> None:
     needed = sum(file_bytes(parameters) for name, parameters in plan.files.items() if name not in done)
     if needed > (free := shutil.disk_usage(aside).free):
         raise CheckpointError(
-            f"{format_bytes(needed)} are to be written, and {aside.parent} has {format_bytes(free)} free"
+            f"{format_bytes(needed)} are to be written, and {aside.parent} has {format_bytes(free)} free: make room"
         )
 
 
-def _write_weights(aside: Path, plan: Plan, done: dict[str, str], progress: Progress) -> None:
-    """Writes all files that aren't there, and enters each in `done` and in the journal when it is complete."""
+def _write_weights(aside: Path, plan: Plan, done: dict[str, str], progress: Progress | None) -> None:
+    """Writes the missing weight files, and adds each complete one to `done` and to the journal."""
     written = 0
 
     def step(name: str, added: int) -> None:
         nonlocal written
         written += added
-        progress(name, written, plan.total)
+        if progress:
+            progress(name, written, plan.total)
 
     for name, parameters in plan.files.items():
         if name in done:
@@ -254,7 +263,7 @@ def _write_weights(aside: Path, plan: Plan, done: dict[str, str], progress: Prog
 
 
 def _write_rest(aside: Path, plan: Plan, folder: Path, done: dict[str, str]) -> None:
-    """Writes all files but the weights, then the checksums of all."""
+    """Writes all files except the weights, then the checksums of all files."""
     _write_json(aside / "config.json", plan.config)
     if len(plan.files) > 1:
         weight_map = {

@@ -1,6 +1,6 @@
 """Writes safetensors files, and writes and verifies checksums.
 
-Checksums are kept as `sha256sum` has them, in SHA256SUMS: `sha256sum -c SHA256SUMS` verifies a folder too.
+Checksums are in SHA256SUMS, in the format of sha256sum: `sha256sum -c SHA256SUMS` verifies a folder too.
 """
 
 from __future__ import annotations
@@ -26,34 +26,35 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_safetensors(path: Path, parameters: list[Parameter], progress: Callable[[str, int], None]) -> str:
-    """Writes parameters to a file, some rows at a time. What isn't written yet is never more than these rows.
+    """Writes parameters to a file in chunks of rows; only one chunk is in memory at a time.
 
     Args:
         path: The file.
-        parameters: What it holds.
+        parameters: The parameters to write.
         progress: Called with a parameter's name and the number of bytes just written.
 
     Returns:
-        The file's SHA-256, in hexadecimal.
+        The file's SHA-256 in hexadecimal.
 
     Raises:
-        OSError: It can't be written.
+        OSError: The file can't be written.
+        CheckpointError: A source file is truncated.
     """
     with path.open("wb") as file:
         entries = (entry for parameter in parameters for entry in parameter.entries())
         file.write(header := header_of((it.name, _NAMES[it.dtype], it.shape, it.nbytes) for it in entries))
         offset = len(header)
         for parameter in parameters:
-            # A chunk has rows of the weight, its scales and its biases, and each of them lies in a place of its own.
-            places = []
+            # A chunk has rows of the weight, its scales and its biases, which are stored apart.
+            offsets = []
             for entry in parameter.entries():
-                places.append(offset)
+                offsets.append(offset)
                 offset += entry.nbytes
             for chunk in parameter.chunks():
                 mx.eval(*chunk)
                 for i, part in enumerate(chunk):
-                    file.seek(places[i])
-                    places[i] += file.write(_bytes(part))
+                    file.seek(offsets[i])
+                    offsets[i] += file.write(_bytes(part))
                     progress(parameter.name, part.nbytes)
             mx.clear_cache()
         file.flush()
@@ -62,18 +63,23 @@ def write_safetensors(path: Path, parameters: list[Parameter], progress: Callabl
 
 
 def write_sums(folder: Path, sums: dict[str, str]) -> None:
-    """Writes SHA256SUMS of a folder, from the checksums of its files."""
+    """Writes a folder's SHA256SUMS.
+
+    Args:
+        folder: The folder.
+        sums: SHA-256 in hexadecimal, by file name.
+    """
     (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
 
 
 def verify_sums(folder: Path) -> int:
-    """Reads all files of a converted folder and compares their checksums.
+    """Verifies the checksums of all files of a converted folder.
 
     Returns:
         The number of files.
 
     Raises:
-        CheckpointError: One is missing or differs, or there are no checksums.
+        CheckpointError: A file is missing or damaged, or there are no checksums.
     """
     again = f"delete the folder {folder} and convert again"
     try:
@@ -89,12 +95,12 @@ def verify_sums(folder: Path) -> int:
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {SUMS}: it isn't a folder that mlx-mtp converted") from None
     except ValueError:
-        raise CheckpointError(f"{folder / SUMS} is damaged, it holds no checksums: {again}") from None
+        raise CheckpointError(f"{folder / SUMS} is damaged, it doesn't hold checksums: {again}") from None
     except OSError as error:
         raise CheckpointError(f"{folder} can't be read: {error}") from error
     return len(sums)
 
 
 def _bytes(array: mx.array) -> memoryview:
-    """An array's bytes, without a copy where it can be."""
+    """The bytes of an array, without a copy if possible."""
     return np.ascontiguousarray(np.array(array.view(_PLAIN[array.dtype.size]), copy=None)).reshape(-1).data.cast("B")

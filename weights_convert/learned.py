@@ -1,15 +1,15 @@
-"""Quantised weights that are learnt from text, by mlx-lm: GPTQ and DWQ.
+"""Learns quantised weights from a calibration text with mlx-lm: GPTQ or DWQ.
 
-    gptq   rounds a matrix's columns one after the other; each makes up for the errors of those before it, as far as the
-           inputs that the matrix sees on the text allow
-    dwq    rounds plainly, then trains the scales, and whatever isn't quantised, until the model predicts on the text
-           what the unquantised one predicts
+    gptq   rounds the columns of a matrix one after the other; each compensates for the errors of the earlier ones on
+           the inputs that the matrix gets from the text
+    dwq    rounds to nearest, then trains the scales and the unquantised parameters, so that the model predicts on the
+           text what the unquantised model predicts
 
-Both need the whole unquantised model in memory. They run on an unquantised conversion, which mlx-lm loads, and only the
-values of the new weights are theirs: which matrices are quantised, and how, is the plan's. Mlx-lm's third one, AWQ, has
-a table of architectures without Gemma 4's, and hands layers neither per-layer inputs nor the KV that they share.
+Both need the whole unquantised model in memory. mlx-lm loads an unquantised conversion and learns the values of the new
+weights; the plan decides which matrices are quantised, and in which format. mlx-lm's AWQ isn't offered: its table of
+architectures lacks Gemma 4's, and it passes layers neither per-layer inputs nor shared KV.
 
-Mlx-lm is imported when something is learnt, not before.
+mlx-lm is imported only when weights are learnt.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -36,19 +36,19 @@ from .plan import FINGERPRINT, Parameter, Plan
 METHODS = ("gptq", "dwq")
 
 GPTQ_BITS = (2, 4, 8)
-"""What mlx-lm's GPTQ can pack."""
+"""Bits that mlx-lm's GPTQ can pack."""
 
 LENGTH = 512
-"""Tokens of a sequence of calibration text, mlx-lm's default."""
+"""Tokens in a sequence of calibration text; mlx-lm's default."""
 
 _SHORTEST, _FEWEST = 32, 8
-"""Tokens of a sequence, and sequences, that a calibration text has to have at least: of fewer nothing is learnt."""
+"""Fewest tokens in a sequence, and fewest sequences; a shorter calibration text is refused."""
 
 _BATCH = 4
-"""Sequences at a time; mlx-lm's default for DWQ."""
+"""Batch size in sequences; mlx-lm's default for DWQ."""
 
 _RATE = 1e-6
-"""Learning rate of DWQ, mlx-lm's default."""
+"""Learning rate of DWQ; mlx-lm's default."""
 
 _SEED = 123
 
@@ -59,7 +59,10 @@ class Learning:
 
     Attributes:
         method: One of METHODS.
-        calibration: File with text like that which the model is for.
+        calibration: UTF-8 file with text similar to the model's use.
+
+    Raises:
+        CheckpointError: There is no such method.
     """
 
     method: str
@@ -74,32 +77,32 @@ class Learning:
             raise CheckpointError(f"there is no method {self.method!r}: use {' or '.join(METHODS)}")
 
     def check(self, scheme: Scheme | None) -> None:
-        """Checks that the method can quantise so.
+        """Checks that the method can learn weights in a scheme's common format.
 
         Raises:
-            CheckpointError: It can't.
+            CheckpointError: It can't; the message says why.
         """
         if scheme is None:
-            raise CheckpointError(f"{self.method} quantises: say to how many bits")
+            raise CheckpointError(f"{self.method} quantises: give the number of bits")
         if scheme.common.mode != "affine":
-            raise CheckpointError(f"{self.method} has affine quantisation only, not {scheme.common.mode}")
+            raise CheckpointError(f"{self.method} supports affine quantisation only, not {scheme.common.mode}")
         if self.method == "gptq" and scheme.common.bits not in GPTQ_BITS:
             raise CheckpointError(f"gptq quantises to 2, 4 or 8 bits, not to {scheme.common.bits}: use dwq")
         if self.method == "dwq" and scheme.common.bits == 8:
-            raise CheckpointError("dwq trains scales of fewer than 8 bits, and leaves 8 as they are: use gptq or none")
+            raise CheckpointError("dwq learns nothing at 8 bits: use fewer bits, gptq or no method")
 
     def planned(self, plan: Plan, scheme: Scheme) -> Plan:
-        """A plain conversion's plan, told apart from it.
+        """A plan with a fingerprint that depends on the method and the text.
 
         Raises:
-            CheckpointError: A matrix doesn't fit the groups, or the text can't be read.
+            CheckpointError: A matrix isn't divisible into groups, or the text can't be read.
         """
         for parameters in plan.files.values():
             for it in parameters:
                 if it.format and it.shape[-1] % scheme.common.group_size:
                     raise CheckpointError(
                         f"{self.method} needs all matrices in groups of {scheme.common.group_size}, and {it.name} has "
-                        f"{it.shape[-1]} weights a row: take smaller groups"
+                        f"{it.shape[-1]} weights per row: use smaller groups"
                     )
         how = f"{plan.fingerprint} {self.method}".encode() + hashlib.sha256(self._text().encode()).digest()
         fingerprint = hashlib.sha256(how).hexdigest()
@@ -107,10 +110,10 @@ class Learning:
         return replace(plan, config=plan.config | {"mlx_mtp": ours}, fingerprint=fingerprint)
 
     def sequences(self, folder: Path) -> mx.array:
-        """The text in tokens of a model, int32, [sequences, at most LENGTH].
+        """The tokenized text, int32 [sequences, length] with length at most LENGTH.
 
         Args:
-            folder: The model's.
+            folder: A folder with the model's tokenizer.
 
         Raises:
             CheckpointError: The text can't be read or is too short, or the model has no tokenizer.
@@ -121,8 +124,8 @@ class Learning:
         length = min(LENGTH, len(tokens) // _FEWEST)
         if length < _SHORTEST:
             raise CheckpointError(
-                f"{self.calibration} has {len(tokens)} tokens of text: {self.method} needs {_SHORTEST * _FEWEST} at "
-                f"least, and more than {LENGTH * 100} for a model of use"
+                f"{self.calibration} has {len(tokens)} tokens of text: {self.method} needs at least "
+                f"{_SHORTEST * _FEWEST}, and more than {LENGTH * 100} for a good result"
             )
         return mx.array(tokens[: len(tokens) // length * length], dtype=mx.int32).reshape(-1, length)
 
@@ -144,24 +147,24 @@ class Learning:
         except OSError as error:
             raise CheckpointError(f"{self.calibration} can't be read: {error.strerror or error}") from error
         except UnicodeDecodeError as error:
-            raise CheckpointError(f"{self.calibration} is no text in UTF-8: {error}") from error
+            raise CheckpointError(f"{self.calibration} isn't UTF-8 text: {error}") from error
 
 
 def learn(plan: Plan, plain: Path, data: mx.array, method: str, common: Format) -> Plan:
-    """The plan with the weights that were learnt.
+    """A plan with learnt values.
 
     Args:
-        plan: Of a target, quantised.
-        plain: Folder with the same target, unquantised.
-        data: From `Learning.sequences`.
+        plan: Plan of a quantised target.
+        plain: Folder with an unquantised conversion of the same target.
+        data: Token ids from `Learning.sequences`.
         method: One of METHODS.
-        common: Format of all that has none of its own; with gptq, what has keeps what plain rounding makes of it.
+        common: The scheme's common format. gptq learns only matrices of this format; others are rounded to nearest.
 
     Raises:
-        CheckpointError: Mlx-lm can't load the model.
+        CheckpointError: mlx-lm can't load the model.
     """
-    with redirect_stdout(sys.stderr):  # mlx-lm reports there
-        learnt = (_gptq if method == "gptq" else _dwq)(plan, plain, data, common)
+    with redirect_stdout(sys.stderr):  # mlx-lm prints its progress
+        learnt = _gptq(plan, plain, data, common) if method == "gptq" else _dwq(plan, plain, data)
 
     def with_values(parameter: Parameter) -> Parameter:
         entries = parameter.entries()
@@ -190,18 +193,18 @@ def _gptq(plan: Plan, plain: Path, data: mx.array, common: Format) -> dict[str, 
         _load(plain), data, common.bits, common.group_size,
         fallback_bits=common.bits, fallback_group_size=common.group_size, batch_size=_BATCH,
     )  # fmt: skip
-    # Embeddings, which it rounds plainly, and what the plan has in another format are written as ever.
+    # GPTQ rounds embeddings to nearest, and knows one format only: the rest is converted as without it.
     wanted = {it.name.removesuffix(".weight") for group in plan.files.values() for it in group if it.format == common}
-    modules = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+    modules = dict(tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))
     return {
         f"{path}.{name}": value
-        for path, module in modules
+        for path, module in modules.items()
         if path in wanted and not isinstance(module, nn.QuantizedEmbedding)
         for name, value in module.parameters().items()
     }
 
 
-def _dwq(plan: Plan, plain: Path, data: mx.array, common: Format) -> dict[str, mx.array]:
+def _dwq(plan: Plan, plain: Path, data: mx.array) -> dict[str, mx.array]:
     from mlx.optimizers import Adam
     from mlx_lm.quant.dwq import dwq_quantize
 
@@ -209,10 +212,14 @@ def _dwq(plan: Plan, plain: Path, data: mx.array, common: Format) -> dict[str, m
     formats = {it.name.removesuffix(".weight"): asdict(it.format) for it in parameters if it.format}
     teacher, student = _load(plain), _load(plain)
     nn.quantize(student, class_predicate=lambda path, _: formats.get(path, False))
-    samples = [(tokens, 0) for tokens in data.tolist()]
+    samples = [(tokens, 0) for tokens in cast("list[list[int]]", data.tolist())]
+
+    def predict(batch: mx.array, *_: Any, split: str) -> Any:  # noqa: ARG001 - dwq_quantize names it
+        return teacher(batch)
+
     held_out = max(1, len(samples) // 8)
     dwq_quantize(
-        student, lambda batch, *_, split: teacher(batch), Adam(_RATE, bias_correction=True),
+        student, predict, Adam(_RATE, bias_correction=True),
         samples[held_out:], samples[:held_out], min(_BATCH, held_out), data.shape[1], _SEED,
         dtype=next(it.dtype for it in parameters if it.name.endswith("norm.weight")),
     )  # fmt: skip

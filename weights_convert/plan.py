@@ -1,6 +1,6 @@
-"""What a converted checkpoint will hold, known before anything of it is written.
+"""Plans a conversion: the tensors, files and config.json of the new checkpoint.
 
-Which of the source's rows make up each new tensor, its type and format, and the file it goes to. Reads headers only.
+For each new tensor: the rows of the source that it consists of, its type and format, and its file. Reads only headers.
 """
 
 from __future__ import annotations
@@ -27,19 +27,18 @@ from mlx_mtp.files import sample
 from .source import Tensor, find_tensors
 
 FILE_BYTES = 2**30
-"""Tensors are gathered into files of about this size: what an interruption can cost."""
+"""Approximate size of a weight file, and so the most that an interruption loses."""
 
 CHUNK_BYTES = 2**26
-"""About how much of a tensor is in memory at a time."""
-
+"""Approximate size of a chunk, the part of a tensor that is in memory at a time."""
 
 FINGERPRINT = "conversion"
-"""Key of the new config.json's section "mlx_mtp" that has the plan's fingerprint."""
+"""Key of the plan's fingerprint, in the section "mlx_mtp" of the new config.json."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a new file: its name, type, shape, and so its size."""
+    """A tensor of a new file."""
 
     name: str
     dtype: mx.Dtype
@@ -47,24 +46,23 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Its size in bytes."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.size
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of the new checkpoint; one tensor, or the two or three of a quantised one.
+    """A parameter of the new checkpoint: one tensor, or two or three if it is quantised.
 
     Attributes:
         name: Its new name.
-        shape: Its shape before it is quantised.
-        dtype: The type it is converted to.
-        format: How it is quantised, or None.
-        sources: Stored tensors whose rows make it up, one after the other.
+        shape: Its shape before quantisation.
+        dtype: The type to convert it to.
+        format: Its quantisation, or None.
+        sources: Tensors of the source whose rows it consists of, concatenated.
         half: See `tensor_names.Source`.
-        order: A tensor that says in which order the rows go, or None for the stored one.
-        values: What is stored for it, one array for each of `entries`, if that was learnt (learned.py) and isn't made
-            of the sources.
+        order: A tensor with the order of the rows, or None for the stored order.
+        values: Learnt values, one array for each of `entries` (learned.py); None to compute them from the sources.
     """
 
     name: str
@@ -77,7 +75,7 @@ class Parameter:
     values: tuple[mx.array, ...] | None = None
 
     def entries(self) -> list[Entry]:
-        """The tensors that are stored for it."""
+        """The tensors that are stored for it: the weight, and its scales and biases if it is quantised."""
         if self.format is None:
             return [Entry(self.name, self.dtype, self.shape)]
         *outer, width = self.shape
@@ -89,7 +87,7 @@ class Parameter:
         return [weight, *(Entry(f"{module}.{part}", self.dtype, groups) for part in ("scales", "biases"))]
 
     def chunks(self) -> Iterator[tuple[mx.array, ...]]:
-        """What is stored for it, some rows at a time: matrices, one for each of `entries`."""
+        """Yields its values in chunks of rows: tuples of matrices, one for each of `entries`."""
         if self.values is not None:
             yield self.values
             return
@@ -99,7 +97,7 @@ class Parameter:
             yield tuple(mx.quantize(rows, **asdict(self.format))) if self.format else (rows,)
 
     def _rows(self) -> Iterator[mx.array]:
-        if self.order is not None:  # only drafters' heads, which are small
+        if self.order is not None:  # only heads of drafters, which are small
             (tensor,) = self.sources
             yield tensor.read(0, tensor.rows)[self.order.read(0, 1)[0]]
             return
@@ -111,7 +109,7 @@ class Parameter:
 
 
 def _ranges(tensor: Tensor, half: int | None) -> list[tuple[int, int]]:
-    """The rows of a tensor that are wanted."""
+    """Ranges of a tensor's rows: all of them, or the first (0) or second (1) half of each block."""
     if half is None:
         return [(0, tensor.rows)]
     block = tensor.shape[-2]
@@ -121,13 +119,13 @@ def _ranges(tensor: Tensor, half: int | None) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion.
+    """The contents of a new checkpoint.
 
     Attributes:
-        files: File name -> the parameters it will hold, in the order in which they are written.
-        modules: Our names of the matrices, which a `Scheme` may quantise.
+        files: Parameters by file name, in the order in which they are written.
+        modules: This package's names of the matrices, which a `Scheme` may quantise.
         config: The new config.json.
-        fingerprint: Differs for other sources and other options.
+        fingerprint: A hash of the source and the options.
     """
 
     files: dict[str, list[Parameter]]
@@ -142,7 +140,7 @@ class Plan:
 
 
 def file_bytes(parameters: list[Parameter]) -> int:
-    """Bytes of the tensors that are stored for some parameters."""
+    """Bytes of all tensors of some parameters."""
     return sum(entry.nbytes for parameter in parameters for entry in parameter.entries())
 
 
@@ -151,7 +149,8 @@ def make_plan(source: AnyDescription, scheme: Scheme | None, dtype: str | None) 
 
     Args:
         source: The original.
-        scheme, dtype: As for `converter.prepare`.
+        scheme: Quantisation of the matrices; None quantises nothing.
+        dtype: Type of unquantised weights; None keeps the stored type.
 
     Raises:
         CheckpointError: The source can't be used.
@@ -168,7 +167,7 @@ def make_plan(source: AnyDescription, scheme: Scheme | None, dtype: str | None) 
     for name, group in files.items():
         digest.update(f"{name} {[str(entry) for parameter in group for entry in parameter.entries()]}".encode())
     for file in weight_files(source.folder):
-        # Which bytes are which tensor is said in the header alone, of which a sample may miss a part.
+        # The sample may not include all of the header, which alone assigns bytes to tensors.
         digest.update(f"{read_header(file)}".encode() + sample(file))
     fingerprint = digest.hexdigest()
     ours = new_config.get("mlx_mtp")
@@ -183,14 +182,18 @@ def check_original(source: AnyDescription) -> None:
     """Checks that a checkpoint isn't a conversion itself.
 
     Raises:
-        CheckpointError: It is quantised, so that what it was made of is the better source.
+        CheckpointError: It is quantised; its original is the better source.
     """
     if source.stored:
         raise CheckpointError(f"{source.folder} is quantised already: convert the original")
 
 
 def _parameters(source: AnyDescription, scheme: Scheme | None, dtype: str | None) -> dict[str, Parameter]:
-    """What will be stored, by our names."""
+    """The new parameters by this package's names.
+
+    Raises:
+        CheckpointError: A tensor is missing, unknown, or of the wrong shape.
+    """
     found = find_tensors(source.folder)
     stored = of_merged_drafter(found) if source.merged else found
     layout = source.table.layout(stored)
@@ -205,7 +208,7 @@ def _parameters(source: AnyDescription, scheme: Scheme | None, dtype: str | None
         stored_dtype = parts[0].dtype
         matrix = _is_matrix(ours, shape, stored_dtype)
         return Parameter(
-            # Nobody but us loads converted drafters: they keep Google's names.
+            # Only this package loads converted drafters, so they keep Google's names.
             name=part.names[0] if drafter else mlx_lm_name(ours, "text_config" in source.raw),
             shape=shape,
             dtype=DTYPES[dtype] if dtype and mx.issubdtype(stored_dtype, mx.floating) else stored_dtype,
@@ -238,7 +241,7 @@ def _in_files(parameters: list[Parameter]) -> dict[str, list[Parameter]]:
 
 
 def _alignment(parameter: Parameter) -> int:
-    """Sorts tensors of wide types first in a file, so that all are aligned."""
+    """Sort key that puts wide types first in a file, so that all tensors are aligned."""
     return -max(entry.dtype.size for entry in parameter.entries())
 
 
@@ -254,10 +257,10 @@ def _new_config(
         new["text_config"] = in_published_fields(new["text_config"])
     else:
         new = in_published_fields(new)
-    for field in MERGED_FIELDS:  # a merged drafter is a folder of its own from here on
+    for field in MERGED_FIELDS:  # a converted drafter isn't merged any more
         new.get("text_config", new).pop(field, None)
     if scheme:
-        # Entries name what isn't as all others; mlx-lm takes them as they are.
+        # Entries for matrices that differ from the common format, in the form that mlx-lm reads.
         special = {
             p.name.removesuffix(".weight"): asdict(p.format) if p.format else False
             for ours, p in parameters.items()
@@ -277,15 +280,15 @@ def _new_config(
 
 
 def _for_mlx_lm(config: dict[str, Any]) -> None:
-    """Says in a target's config.json what mlx-lm reads there, or would take for granted."""
+    """Adds to a target's config.json what mlx-lm needs to load it."""
     text = config.get("text_config", config)
-    # Its defaults are E2B's; ours, as transformers', are that a model hasn't what its config doesn't name.
+    # mlx-lm's defaults are E2B's values; here, as in transformers, a missing field means that there is no such feature.
     for field, value in (
         ("num_kv_shared_layers", 0), ("use_double_wide_mlp", False), ("hidden_size_per_layer_input", 0),
         ("final_logit_softcapping", None),
     ):  # fmt: skip
         text.setdefault(field, value)
     if text is not config:
-        config["vocab_size"] = text["vocab_size"]  # it has 262,144 tokens otherwise, whatever text_config says
+        config["vocab_size"] = text["vocab_size"]  # otherwise mlx-lm assumes 262,144 tokens
     elif config["model_type"] == "gemma4_unified_text":
-        config["model_type"] = "gemma4_text"  # the same decoder, under the one name that it knows
+        config["model_type"] = "gemma4_text"  # the same decoder under the name that mlx-lm knows

@@ -1,7 +1,7 @@
-"""Reads rows of tensors straight from safetensors files.
+"""Reads ranges of rows of tensors from safetensors files.
 
-MLX reads a tensor as a whole; the largest ones of Gemma 4 have more than 5 GB. A tensor is taken here as a matrix whose
-rows lie one after the other: all axes but the last are one.
+MLX can only read whole tensors, and the largest of Gemma 4 have more than 5 GB. A tensor is read here as a matrix: all
+axes except the last are flattened into rows.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Tensor:
 
     Attributes:
         name: Its name.
-        file: Where it is.
-        offset: Its first byte there.
+        file: The file.
+        offset: Offset of its first byte in the file.
         dtype: Its type.
         shape: Its shape.
     """
@@ -42,7 +42,7 @@ class Tensor:
 
     @property
     def width(self) -> int:
-        """Length of a row: the last axis."""
+        """Elements in a row, the length of the last axis."""
         return self.shape[-1] if self.shape else 1
 
     @property
@@ -51,11 +51,11 @@ class Tensor:
         return math.prod(self.shape[:-1])
 
     def read(self, start: int, stop: int) -> mx.array:
-        """Rows from `start` to before `stop`, as a matrix.
+        """Reads rows `start` to `stop`, without the last, as a matrix [stop - start, width].
 
         Raises:
-            CheckpointError: The file has become shorter.
-            OSError: It can't be read.
+            CheckpointError: The file is truncated.
+            OSError: The file can't be read.
         """
         count = (stop - start) * self.width
         with self.file.open("rb") as file:
@@ -67,10 +67,10 @@ class Tensor:
 
 
 def find_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, by name; reads the headers of its files only.
+    """All tensors of a folder by name; reads only the headers of its files.
 
     Raises:
-        CheckpointError: A file is missing, truncated or corrupt, or holds a type that isn't supported.
+        CheckpointError: A file is missing, truncated or corrupt, or has a tensor of an unsupported type.
     """
     found = {}
     for file in weight_files(folder):
@@ -78,7 +78,7 @@ def find_tensors(folder: Path) -> dict[str, Tensor]:
         for name, it in header.tensors.items():
             if it.type not in DTYPES:
                 raise CheckpointError(
-                    f"{file}: {name} is of type {it.type}, which can't be converted: take the original"
+                    f"{file}: {name} is of type {it.type}, which can't be converted: use the original"
                 )
             found[name] = Tensor(name, file, header.start + it.begin, DTYPES[it.type], it.shape)
     return found

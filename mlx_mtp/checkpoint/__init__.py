@@ -1,4 +1,4 @@
-"""Checkpoints: where they are, what they hold, and models made of them. Below decoding, tuning and the interfaces.
+"""Checkpoints: finding them, reading what they contain, and making models from them.
 
-Modules are imported by name; nothing is imported here, since what waits for no model should start without MLX.
+Nothing is imported here, so that parts that need no model can be used without loading MLX.
 """

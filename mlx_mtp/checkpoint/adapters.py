@@ -1,10 +1,10 @@
-"""LoRA adapters: small matrices that a fine-tune adds to a target's own, as mlx-lm writes them, and PEFT.
+"""LoRA adapters: small matrices that a fine-tune adds to a target's weights, in the formats of mlx-lm and PEFT.
 
-They stay apart from the weights, which may be quantised: a linear map becomes x W + scale (x A) B. So an adapter costs
-two thin products a layer, and the same base serves any number of them.
+They aren't merged into the weights, which may be quantised: a linear map becomes x W + scale (x A) B. So an adapter
+costs two thin products per map, and the same weights can be used with any adapter.
 
-    adapter_config.json    what kind it is, its rank and its scale
-    adapters.safetensors   A and B of every map that has them, under mlx-lm's names (adapter_model.safetensors: PEFT's)
+    adapter_config.json    the kind of adapter, its rank and its scale
+    adapters.safetensors   A and B of each adapted map, in mlx-lm's format (adapter_model.safetensors in PEFT's)
 
 Not here: fine-tuning, and merging an adapter into the weights (`mlx_lm.fuse`).
 """
@@ -36,54 +36,53 @@ _PART = re.compile(r"(.+)\.lora_(a|b|A|B)(?:\.weight)?")
 _FUSE = "merge it with the tool that made it (mlx_lm.fuse), and load the result"
 
 
-class LoRALinear(nn.Module):
-    """A linear map with an adapter: base(x) + scale (x A) B.
+class _LoRA(nn.Module):
+    """A module with an adapter.
 
     Attributes:
-        base: The map itself.
-        lora_a: A, [in, rank].
-        lora_b: B, [rank, out].
+        base: The module itself, which may be quantised.
+        lora_a: A; the subclasses give the shapes.
+        lora_b: B.
     """
 
-    def __init__(self, base: nn.Module, a: mx.array, b: mx.array, scale: float):
+    def __init__(self, base: nn.Module, a: mx.array, b: mx.array, scale: float) -> None:
+        """Adds an adapter to a module; arguments as the attributes."""
         super().__init__()
         self.base, self.lora_a, self.lora_b, self._scale = base, a, b, scale
 
+
+class LoRALinear(_LoRA):
+    """A linear map with an adapter, A [in, rank] and B [rank, out]: base(x) + scale (x A) B."""
+
     def __call__(self, x: mx.array) -> mx.array:
-        y = self.base(x)
+        """Maps x [..., in] to [..., out]."""
+        y: mx.array = self.base(x)
         return y + (self._scale * ((x @ self.lora_a) @ self.lora_b)).astype(y.dtype)
 
 
-class LoRAExperts(nn.Module):
-    """The same for one linear map per expert, A [experts, rank, in] and B [experts, out, rank]."""
-
-    def __init__(self, base: nn.Module, a: mx.array, b: mx.array, scale: float):
-        super().__init__()
-        self.base, self.lora_a, self.lora_b, self._scale = base, a, b, scale
+class LoRAExperts(_LoRA):
+    """One linear map per expert with an adapter, A [experts, rank, in] and B [experts, out, rank]."""
 
     def __call__(self, x: mx.array, experts: mx.array, in_order: bool, rows: mx.array | None = None) -> mx.array:
         """As `ExpertLinear`."""
-        y = self.base(x, experts, in_order, rows)
+        y: mx.array = self.base(x, experts, in_order, rows)
         own = None if rows is None else counting(experts.size, np.uint32).reshape(experts.shape)
         z = mx.gather_mm(x, self.lora_a.swapaxes(-1, -2), rows, experts, sorted_indices=in_order)
         z = mx.gather_mm(z, self.lora_b.swapaxes(-1, -2), own, experts, sorted_indices=in_order)
         return y + (self._scale * z).astype(y.dtype)
 
 
-class LoRAEmbedding(nn.Module):
-    """The same for a table of embeddings, A [tokens, rank] and B [rank, size], which may be the output head too."""
-
-    def __init__(self, base: nn.Module, a: mx.array, b: mx.array, scale: float):
-        super().__init__()
-        self.base, self.lora_a, self.lora_b, self._scale = base, a, b, scale
+class LoRAEmbedding(_LoRA):
+    """An embedding with an adapter, A [tokens, rank] and B [rank, size]; it may also be the output head."""
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        y = self.base(tokens)
+        """Embeddings [..., size] of token ids [...]."""
+        y: mx.array = self.base(tokens)
         return y + (self._scale * (self.lora_a[tokens] @ self.lora_b)).astype(y.dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """Scores of all tokens, as `nn.Embedding.as_linear`."""
-        y = self.base.as_linear(x)
+        """Logits [..., tokens] of hidden states [..., size], as `nn.Embedding.as_linear`."""
+        y: mx.array = self.base.as_linear(x)
         return y + (self._scale * ((x @ self.lora_b.T) @ self.lora_a.T)).astype(y.dtype)
 
 
@@ -92,10 +91,10 @@ class Adapter:
     """An adapter as it is stored.
 
     Attributes:
-        folder: Where it lies.
-        scale: What its products are multiplied by.
-        rank: Its rank as adapter_config.json has it.
-        parts: A and B by stored module name, oriented as in the classes above.
+        folder: Its folder.
+        scale: Factor of its products.
+        rank: Its rank according to adapter_config.json.
+        parts: A and B by stored module name, with the axes of `LoRALinear`, `LoRAExperts` and `LoRAEmbedding`.
     """
 
     folder: Path
@@ -108,25 +107,24 @@ def read_adapter(folder: Path) -> Adapter:
     """Reads an adapter's files; its arrays are read when they are evaluated.
 
     Raises:
-        CheckpointError: It is missing or damaged, or none that can be run beside the weights.
+        CheckpointError: It is missing or damaged, or is of a kind that must be merged into the weights.
     """
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}: give one with {CONFIG} and {WEIGHTS}")
     if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder} has no {CONFIG}: it holds no adapter, or not all of it")
+        raise CheckpointError(f"{folder} has no {CONFIG}: it isn't an adapter's folder, or is incomplete")
     config = read_json(folder / CONFIG)
     peft = "peft_type" in config
     scale, rank = _peft_facts(folder, config) if peft else _facts(folder, config)
     path = folder / (PEFT_WEIGHTS if peft else WEIGHTS)
     found: dict[str, dict[str, mx.array]] = {}
-    for name, array in load(path).items():
+    for name, stored in load(path).items():
         match = _PART.fullmatch(name)
         if not match:
             raise CheckpointError(
-                f"{path}: {name} is no part of a LoRA adapter that can run beside the weights: {_FUSE}"
+                f"{path}: {name} isn't part of a LoRA adapter that can run without being merged: {_FUSE}"
             )
-        array = array.T if peft and array.ndim == 2 else array
-        found.setdefault(match[1], {})[match[2].lower()] = array
+        found.setdefault(match[1], {})[match[2].lower()] = stored.T if peft and stored.ndim == 2 else stored
     if not found:
         raise CheckpointError(f"{path} is empty")
     for name, parts in found.items():
@@ -136,46 +134,45 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def apply(adapter: Adapter, target: Target, table: RenameTable) -> None:
-    """Puts an adapter beside a target's weights; to be called before these are prepared for running.
+    """Adds an adapter to a target; must be called before the target's weights are prepared (`load._materialize`).
 
     Args:
         adapter: The adapter.
-        target: The target, quantised if it is to be.
-        table: What stored names mean.
+        target: The target, already quantised if it is to be.
+        table: The names of the target's tensors.
 
     Raises:
         CheckpointError: The adapter was made for another model.
     """
-    modules = dict(target.named_modules())
+    modules: dict[str, nn.Module] = dict(target.named_modules())
     used = 0
     for stored, (a, b) in adapter.parts.items():
-        about = f"the adapter in {adapter.folder} doesn't fit: {stored}"
-        name = re.sub(r"^base_model\.model\.", "", stored)
-        ours = table.modules(name)
-        if not ours:  # such as those of vision, and of keys that no layer has of its own
+        problem = f"the adapter in {adapter.folder} doesn't fit: {stored}"
+        names = table.modules(re.sub(r"^base_model\.model\.", "", stored))
+        if not names:  # a module of vision, or keys of a layer that reads another's
             continue
-        if len(ours) > 1:
-            raise CheckpointError(f"{about} stands for {' and '.join(ours)} here: {_FUSE}")
-        base = modules.get(ours[0])
-        if not isinstance(base, tuple(_KINDS)):
-            raise CheckpointError(f"{about} is nothing that this model has")
-        kind = next(new for old, new in _KINDS.items() if isinstance(base, old))
+        if len(names) > 1:
+            raise CheckpointError(f"{problem} stands for {' and '.join(names)} here: {_FUSE}")
+        base = modules.get(names[0])
+        kind = next((new for old, new in _KINDS.items() if isinstance(base, old)), None)
+        if base is None or kind is None:
+            raise CheckpointError(f"{problem} doesn't exist in this model")
         expected_a, expected_b = _shapes(kind, base, a)
         if (a.shape, b.shape) != (expected_a, expected_b):
             raise CheckpointError(
-                f"{about} has A {list(a.shape)} and B {list(b.shape)} instead of {list(expected_a)} and "
+                f"{problem} has A {list(a.shape)} and B {list(b.shape)} instead of {list(expected_a)} and "
                 f"{list(expected_b)}"
             )
         if a.shape[1] != adapter.rank:
-            raise CheckpointError(f"{about} has rank {a.shape[1]}, {CONFIG} says {adapter.rank}")
-        parent, _, last = ours[0].rpartition(".")
+            raise CheckpointError(f"{problem} has rank {a.shape[1]}, {CONFIG} says {adapter.rank}")
+        parent, _, last = names[0].rpartition(".")
         modules[parent][last] = kind(base, a, b, adapter.scale)
         used += 1
     if not used:
         raise CheckpointError(f"the adapter in {adapter.folder} has nothing for the text model: {VISION_AND_AUDIO}")
 
 
-_KINDS: dict[type[nn.Module], type[LoRALinear] | type[LoRAExperts] | type[LoRAEmbedding]] = {
+_KINDS: dict[type[nn.Module], type[_LoRA]] = {
     nn.Linear: LoRALinear,
     nn.QuantizedLinear: LoRALinear,
     ExpertLinear: LoRAExperts,
@@ -186,23 +183,23 @@ _KINDS: dict[type[nn.Module], type[LoRALinear] | type[LoRAExperts] | type[LoRAEm
 
 
 def _facts(folder: Path, config: Mapping[str, Any]) -> tuple[float, int]:
-    """Scale and rank of an adapter that mlx-lm has made."""
+    """Scale and rank from mlx-lm's adapter_config.json."""
     kind = config.get("fine_tune_type", "lora")
     if kind != "lora":
-        raise CheckpointError(f"{folder} holds a fine-tune of the type {kind!r}, and only LoRA runs apart: {_FUSE}")
+        raise CheckpointError(f"{folder} has a fine-tune of the type {kind!r}, not lora: {_FUSE}")
     parameters = config.get("lora_parameters")
     parameters = parameters if isinstance(parameters, Mapping) else {}
     return _number(folder, "lora_parameters.scale", parameters.get("scale")), _whole(folder, parameters.get("rank"))
 
 
 def _peft_facts(folder: Path, config: Mapping[str, Any]) -> tuple[float, int]:
-    """The same for PEFT, whose scale is alpha by rank, or by its root."""
+    """Scale and rank from PEFT's adapter_config.json; its scale is alpha / rank, or alpha / sqrt(rank)."""
     if config["peft_type"] != "LORA":
-        raise CheckpointError(f"{folder} holds an adapter of the type {config['peft_type']!r}, not LORA: {_FUSE}")
+        raise CheckpointError(f"{folder} has an adapter of the type {config['peft_type']!r}, not LORA: {_FUSE}")
     special = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "target_parameters")
     for name in special:
         if config.get(name):
-            raise CheckpointError(f"{folder} holds an adapter with {name}, which can't run apart: {_FUSE}")
+            raise CheckpointError(f"{folder} has an adapter with {name}, which can't run without being merged: {_FUSE}")
     rank, alpha = _whole(folder, config.get("r")), _number(folder, "lora_alpha", config.get("lora_alpha"))
     return alpha / (rank**0.5 if config.get("use_rslora") else rank), rank
 
@@ -220,7 +217,7 @@ def _whole(folder: Path, value: Any) -> int:
 
 
 def _shapes(kind: type[nn.Module], base: nn.Module, a: mx.array) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes that A and B must have beside a module, with the rank that A has."""
+    """The shapes that A and B must have for a module, with the rank that A has."""
     *first, outputs, inputs = base.weight.shape
     if hasattr(base, "bits"):
         inputs = inputs * 32 // base.bits

@@ -1,6 +1,6 @@
-"""Where the drafter of a target may be: names under which drafters are published, and folders beside a target's.
+"""Candidates for the drafter of a target: the names under which drafters are published, and folders near a target's.
 
-Knows names and folders only; whether what is there can be used is for pair.py to find out.
+Looks at names and folders only; pair.py checks whether a candidate can be used.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 
 from ..files import published_name
@@ -19,10 +20,13 @@ _SIZE = re.compile(rf"(?:^|/)gemma-4-({'|'.join(_SIZES)})-it(?![a-z])", re.IGNOR
 
 
 def drafter_names(target: str) -> list[str]:
-    """Names under which the drafter of a target is published, the likeliest first.
+    """Names under which the drafter of a target may be published, the likeliest first.
 
-    Google appends "-assistant"; mlx-community puts it before the suffix that tells the format, and has some drafters
-    in bfloat16 only. A copy of a published size under any other name goes with Google's drafter.
+    Google appends "-assistant". mlx-community puts it before the suffix for the format, and has some drafters in
+    bfloat16 only. The last candidate is Google's drafter for the target's size, if its name contains one.
+
+    Args:
+        target: Name of the target's repository.
     """
     names = [f"{target}-assistant"]
     if stored := _FORMAT.fullmatch(target):
@@ -34,13 +38,13 @@ def drafter_names(target: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def names_beside(path: Path) -> list[str]:
-    """Names of folders that are looked for beside a target's folder and in the hub's cache."""
+def folder_names(path: Path) -> list[str]:
+    """Folder names that are looked for next to a target's folder and in the hub's cache."""
     return list(dict.fromkeys(name.rpartition("/")[2] for place in _places(path) for name in _names(place)))
 
 
 def _places(path: Path) -> list[Path]:
-    """A folder as it was given and, if there are links in its path, where these lead; not the root folder."""
+    """A folder's path as given and, if it differs, with links resolved; without the root folder."""
     return [place for place in dict.fromkeys([Path(os.path.abspath(path)), path.resolve()]) if place.name]
 
 
@@ -48,8 +52,8 @@ def _names(place: Path) -> list[str]:
     return drafter_names(published_name(place))
 
 
-def named(path: Path) -> Iterator[Path]:
-    """Folders on this machine that have a name of a target's drafter, each once, the likeliest first."""
+def on_this_machine(path: Path) -> Iterator[Path]:
+    """Folders on this machine with a name from `drafter_names`, each once, the likeliest first."""
     seen = set()
     for folder in _with_names(_places(path)):
         if os.path.isdir(folder) and (real := folder.resolve()) not in seen:
@@ -61,7 +65,7 @@ def _with_names(places: list[Path]) -> Iterator[Path]:
     for place in places:
         yield from _children(place.parent, [name.rpartition("/")[2] for name in _names(place)])
     wanted = [(place, name.rpartition("/")) for place in places for name in _names(place)]
-    for place, (owner, _, model) in wanted:  # as LM Studio has them: OWNER/NAME
+    for place, (owner, _, model) in wanted:  # LM Studio's folders: OWNER/NAME
         for folder in _children(place.parent.parent, [owner]):
             yield from _children(folder, [model])
     from huggingface_hub import constants
@@ -74,22 +78,24 @@ def _with_names(places: list[Path]) -> Iterator[Path]:
 
 
 def _children(parent: Path, names: Iterable[str]) -> Iterator[Path]:
-    """What a folder holds under some names in upper or lower case, name by name; what is written alike comes first."""
-    there: dict[str, list[Path]] = {}
+    """A folder's entries with these names, ignoring case; for each name the exact match first."""
+    entries: dict[str, list[Path]] = {}
     with suppress(OSError):
         for path in sorted(parent.iterdir()):
-            there.setdefault(path.name.lower(), []).append(path)
+            entries.setdefault(path.name.lower(), []).append(path)
     for name in names:
-        yield from sorted(there.get(name.lower(), []), key=lambda path: path.name != name)
+        yield from sorted(entries.get(name.lower(), []), key=lambda path: path.name != name)
 
 
-def beside(path: Path) -> list[Path]:
-    """All model folders beside a folder; those first whose names begin most like its own."""
-    alike: dict[Path, int] = {}
+def neighbours(path: Path) -> list[Path]:
+    """All model folders next to a folder; first those whose names have the longest prefix in common with its name."""
+    common: dict[Path, int] = {}
     for place in _places(path):
         with suppress(OSError):
             for folder in sorted(place.parent.iterdir()):
-                if folder != place and os.path.isfile(folder / "config.json"):  # False too if it mustn't be looked at
-                    common = os.path.commonprefix([folder.name.lower(), place.name.lower()])
-                    alike[folder] = max(len(common), alike.get(folder, 0))
-    return sorted(alike, key=lambda folder: -alike[folder])
+                # False too without the permission to look.
+                if folder != place and os.path.isfile(folder / "config.json"):
+                    pairs = zip(folder.name.lower(), place.name.lower(), strict=False)
+                    length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+                    common[folder] = max(length, common.get(folder, 0))
+    return sorted(common, key=lambda folder: -common[folder])

@@ -1,7 +1,7 @@
-"""What a folder says of the model that it holds, and how that is to be loaded: read once, handed on whole.
+"""Descriptions: everything known about a checkpoint before its weights are read, and how it is to be loaded.
 
-A `Description` is all that sizes, pairing, loading, conversions and profiles need to know before weights are read. It
-comes from config.json alone; the weights needn't be there.
+Sizes, pairing, loading, conversions and profiles take a `Description`. It is read once, from config.json alone; the
+weights needn't be there.
 """
 
 from __future__ import annotations
@@ -24,27 +24,32 @@ from .quantization import Format, Rule, Scheme, Stored
 from .tensor_names import RenameTable, drafter_table, target_table
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+"""The types that models can run in, by name."""
 
 CLUSTER_ORDER = "cluster_order"
-"""Key of config.json's section "mlx_mtp": a clustered head's embedding is stored cluster by cluster already."""
+"""Key in config.json's section "mlx_mtp": whether a clustered head's embedding is stored cluster by cluster."""
 
 Config = TypeVar("Config", bound=TargetConfig | DrafterConfig, covariant=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description(Generic[Config]):
-    """A checkpoint of one model.
+    """The description of one model's checkpoint.
 
     Attributes:
-        folder: Where it lies.
-        raw: Its config.json; of a merged drafter the part that would be its own.
-        config: The same, understood.
-        table: What the names of its tensors mean.
-        stored: How its weights are quantised; None if they aren't.
-        quantize: What they are quantised to while loading; None to take them as they are. Never with `stored`.
-        dtype: A name of DTYPES for activations and unquantised weights. None for the checkpoint's own type; on the
-            CPU, where 16-bit matmuls are slower than 32-bit ones, float32.
-        merged: Whether this is a drafter whose tensors lie among its target's, in the target's folder.
+        folder: Its folder.
+        raw: Its config.json as read; for a merged drafter the part that would be its own config.json.
+        config: The parsed config.
+        table: Maps the names of stored tensors to parameters.
+        stored: How its weights are quantised in the files; None if they aren't.
+        quantize: The format to which they are quantised while loading; None to leave them as stored. Never together
+            with `stored`.
+        dtype: A name of DTYPES for activations and unquantised weights. None for the checkpoint's own type, or float32
+            on a CPU, where 16-bit matrix products are slower.
+        merged: Whether this is a drafter whose tensors are in its target's files.
+
+    Raises:
+        CheckpointError: The dtype is unknown, or both `stored` and `quantize` are given.
     """
 
     folder: Path
@@ -68,35 +73,35 @@ class Description(Generic[Config]):
 
     @property
     def format(self) -> Format | None:
-        """How most of its matrices are quantised once it is loaded; None if they aren't."""
+        """The format of most of its matrices once it is loaded; None if they aren't quantised."""
         return self.stored.common if self.stored else self.quantize
 
     @property
     def rule(self) -> Rule | None:
-        """How each of them is, as `mlx.nn.quantize` and `sizes` take it; None if none is."""
+        """The format of each matrix once it is loaded, for `mlx.nn.quantize` and `sizes`; None if none is quantised."""
         if self.stored:
             return self.stored.rule()
         return Scheme(self.quantize).rule() if self.quantize else None
 
     @property
     def stated_dtype(self) -> str | None:
-        """The type that config.json names for what isn't quantised."""
+        """The type of unquantised weights according to config.json; None if it doesn't say."""
         text = self.raw.get("text_config", {})
         named = self.raw.get("dtype") or self.raw.get("torch_dtype") or text.get("dtype")
         return named if isinstance(named, str) else None
 
     @property
     def dtype_bytes(self) -> int:
-        """Bytes of an unquantised parameter once it is loaded here, by what config.json says."""
+        """Bytes of an unquantised parameter once it is loaded, according to config.json."""
         return self.dtype_here(DTYPES.get(self.stated_dtype or "", mx.bfloat16)).size
 
     def dtype_here(self, stored: mx.Dtype) -> mx.Dtype:
-        """In which type it runs here, if its weights are stored in `stored`."""
+        """The type of activations on this machine, if the weights are stored as `stored`."""
         return DTYPES[self.dtype] if self.dtype else activation_dtype(stored)
 
     @property
     def holds_drafter(self) -> bool:
-        """Whether this is a target that, by its config.json, has a drafter merged into its files."""
+        """Whether this is a target that has a drafter merged into its files, according to config.json."""
         return configs.merged_drafter(self.raw) is not None
 
     @property
@@ -112,26 +117,27 @@ AnyDescription = Description[TargetConfig | DrafterConfig]
 
 
 def read_target(folder: Path, quantize: Format | None = None, dtype: str | None = None) -> TargetDescription:
-    """Reads what describes a target.
+    """Reads the description of a target.
 
     Args:
         folder: Its folder.
-        quantize, dtype: See `Description`.
+        quantize: See `Description`.
+        dtype: See `Description`.
 
     Raises:
-        CheckpointError: config.json is missing, or none of a target; the weights are quantised in a way that can't be
-            used, or are and `quantize` is given; there is no such dtype.
+        CheckpointError: config.json is missing or isn't a target's; the weights are quantised in an unknown way, or are
+            quantised although `quantize` is given; or the dtype is unknown.
     """
     return _target(folder, _config(folder), quantize, dtype)
 
 
 def read_drafter(folder: Path, quantize: Format | None = None, dtype: str | None = None) -> DrafterDescription:
-    """The same for a drafter: in a folder of its own, or merged into a target's."""
+    """Reads the description of a drafter, in its own folder or merged into a target; see `read_target`."""
     return _drafter(folder, _config(folder), quantize, dtype)
 
 
 def read(folder: Path) -> AnyDescription:
-    """The same for what a folder is by itself: a target, or a drafter that isn't merged into one."""
+    """Reads the description of a folder's model, a target or a drafter that isn't merged; errors as `read_target`."""
     raw = _config(folder)
     return (_drafter if raw.get("model_type") in configs.DRAFTER_TYPES else _target)(folder, raw)
 
@@ -173,20 +179,20 @@ def check_dtype(dtype: str | None) -> None:
     """Checks an argument `dtype`.
 
     Raises:
-        CheckpointError: There is no such type.
+        CheckpointError: It is neither None nor a name of DTYPES.
     """
     if dtype not in (None, *DTYPES):
         raise CheckpointError(f"dtype {dtype!r} isn't supported: expected one of {', '.join(DTYPES)}")
 
 
 def activation_dtype(stored: mx.Dtype) -> mx.Dtype:
-    """The type in which a checkpoint of some type runs here, unless told otherwise."""
+    """The default type of activations on this machine, for weights stored as `stored`."""
     return stored if on_gpu() else mx.float32
 
 
 @contextmanager
 def errors_name(folder: Path) -> Iterator[None]:
-    """Names the folder in errors of what reads a config.json or names without knowing where they come from."""
+    """Adds the folder's name to every CheckpointError of the block, whose code doesn't know it."""
     try:
         yield
     except CheckpointError as error:

@@ -1,9 +1,9 @@
 """Downloads files of hub repositories into the cache of huggingface_hub.
 
-The library does it, over Xet where a repository has it, and shows progress. But it begins a file that was broken off
-from its start again, and a model's files have up to 50 GB. So a first attempt is the library's alone; after one that
-was broken off weights are fetched here, over plain HTTP, into a file beside the place where the library looks for them;
-attempts after that go on with it.
+The library downloads the files, over Xet if the repository has it, and shows progress. But after an interruption it
+starts a file from its beginning, and a model's files have up to 50 GB. So only the first attempt uses the library.
+After an interrupted attempt this module downloads the weights, over plain HTTP, to a partial file in the library's
+cache, and later attempts resume it.
 """
 
 from __future__ import annotations
@@ -22,42 +22,42 @@ from ..errors import CheckpointError, one_line
 from ..files import sha256
 
 _LARGEST = 50 * 10**9
-"""What hubs send over plain HTTP; larger files are left to huggingface_hub."""
+"""Largest file, in bytes, that hubs send over plain HTTP; larger ones are left to huggingface_hub."""
 
 _BELOW = ["*/*"]
-"""Patterns match across folders, and those below hold the model in other formats."""
+"""Matches files in subfolders, which have the model in other formats; without it, patterns match in all folders."""
 
 
 def description(repository: str) -> Path:
-    """The local copy of a repository, with what describes the model.
+    """Downloads a repository's files except the weights, and returns its local folder.
 
     Raises:
-        CheckpointError: It can't be had.
+        CheckpointError: The download failed.
     """
     with _clear_errors(repository):
-        # Of the folders, whose files would match as well, none but the one of chat templates: "ad...".
+        # Leaves out all subfolders except "ad...", which has additional chat templates.
         return _snapshot(repository, None, ["*.json", "*.jinja", "tokenizer.model"], ["[!a]*/*", "?[!d]*/*"])
 
 
 def weights(repository: str, folder: Path, patterns: list[str]) -> None:
-    """Adds those files of a repository's top folder that match one of the patterns.
+    """Downloads the files of a repository's top folder that match one of the patterns.
 
     Args:
         repository: The repository.
-        folder: Its local copy, from `description`.
-        patterns: File names, or patterns of them.
+        folder: Its local folder, from `description`.
+        patterns: File names, or glob patterns of them.
 
     Raises:
-        CheckpointError: They can't be had. What came of them is kept.
+        CheckpointError: The download failed; another call resumes it.
     """
-    commit = folder.name  # of the files that are there now
+    commit = folder.name  # the same commit as the files that are there
     begun = folder.parents[1] / f"{commit}.mlx-mtp.begun"
     with _clear_errors(repository):
         library = _library() if begun.exists() else None
         if library:
             for name in _missing(repository, folder, patterns):
                 _fetch(library, repository, commit, name)
-        with suppress(OSError):  # a cache that may only be read
+        with suppress(OSError):  # the cache may be read-only
             begun.touch()
         _snapshot(repository, commit, patterns)
         with suppress(OSError):
@@ -66,7 +66,7 @@ def weights(repository: str, folder: Path, patterns: list[str]) -> None:
 
 @dataclass(frozen=True)
 class _Library:
-    """Functions of huggingface_hub that have no promise to stay."""
+    """Functions of huggingface_hub that aren't part of its stable interface."""
 
     http_get: Callable[..., None]
     repo_folder_name: Callable[..., str]
@@ -74,10 +74,10 @@ class _Library:
 
 
 def _library() -> _Library | None:
-    """Those functions, or None if a version of the library hasn't them: it does all by itself then."""
+    """These functions; None if this version of the library doesn't have them: then only the library downloads."""
     try:
         from huggingface_hub.file_download import http_get, repo_folder_name
-        from huggingface_hub.utils import build_hf_headers
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # the package has no __all__
     except ImportError:
         return None
     wanted = {"resume_size", "headers", "expected_size", "displayed_filename"}
@@ -93,7 +93,7 @@ def _snapshot(repository: str, commit: str | None, patterns: list[str], ignored:
 
 
 def _missing(repository: str, folder: Path, patterns: list[str]) -> list[str]:
-    """Names of the files that match and aren't there."""
+    """Names of matching files that haven't been downloaded."""
     from huggingface_hub import constants, list_repo_files
 
     if constants.HF_HUB_OFFLINE:
@@ -101,20 +101,20 @@ def _missing(repository: str, folder: Path, patterns: list[str]) -> list[str]:
     names = patterns
     if any("*" in pattern for pattern in patterns):
         if any(path.exists() for pattern in patterns for path in folder.glob(pattern)):
-            return []  # without an index there is one file
+            return []  # without an index, a model has a single file
         files = list_repo_files(repository, revision=folder.name)
         names = [name for name in files if "/" not in name and any(fnmatchcase(name, p) for p in patterns)]
     return [name for name in names if not (folder / name).exists()]
 
 
 def _fetch(library: _Library, repository: str, commit: str, name: str) -> None:
-    """Brings a file into the cache, going on with what an earlier attempt has left."""
+    """Downloads a file to the cache, resuming an earlier attempt."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 
     url, headers = hf_hub_url(repository, name, revision=commit), library.build_hf_headers()
     known = get_hf_file_metadata(url, headers=headers)
     etag = known.etag or ""
-    # It becomes the name of a file, and mirrors may send anything.
+    # The etag becomes a file name, and mirrors may send anything.
     if not re.fullmatch(r"[0-9a-f]{40,64}", etag) or known.size is None or known.size > _LARGEST:
         return
     blobs = Path(constants.HF_HUB_CACHE) / library.repo_folder_name(repo_id=repository, repo_type="model") / "blobs"
@@ -122,7 +122,7 @@ def _fetch(library: _Library, repository: str, commit: str, name: str) -> None:
     whole, partial = blobs / etag, blobs / f"{etag}.mlx-mtp.incomplete"
     with partial.open("ab") as file:
         with suppress(OSError):  # some file systems have no locks
-            fcntl.flock(file, fcntl.LOCK_EX)  # another process may be at it
+            fcntl.flock(file, fcntl.LOCK_EX)  # another process may be downloading it
         if whole.exists():
             partial.unlink(missing_ok=True)
             return
@@ -135,12 +135,12 @@ def _fetch(library: _Library, repository: str, commit: str, name: str) -> None:
         file.flush()
         if not _has_checksum(partial, etag):
             partial.unlink()
-            raise CheckpointError(f"{repository}: {name} has come damaged, its checksum is wrong: download it again")
+            raise CheckpointError(f"{repository}: {name} arrived damaged, its checksum is wrong: download it again")
         partial.rename(whole)
 
 
 def _has_checksum(path: Path, etag: str) -> bool:
-    """Whether a file has the contents that an etag names; those of large files are their SHA-256."""
+    """Whether a file's contents match its etag, which for large files is their SHA-256; others aren't checked."""
     if not re.fullmatch(r"[0-9a-f]{64}", etag):
         return True
     return sha256(path) == etag
@@ -148,7 +148,7 @@ def _has_checksum(path: Path, etag: str) -> bool:
 
 @contextmanager
 def _clear_errors(repository: str) -> Iterator[None]:
-    """Says in one line what went wrong with a repository."""
+    """Turns errors of a download into a CheckpointError of one line."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -162,17 +162,17 @@ def _clear_errors(repository: str) -> Iterator[None]:
         raise
     except GatedRepoError:
         raise CheckpointError(
-            f"{repository} wants its terms accepted: do so on its page on the hub, then log in with `hf auth login`"
+            f"{repository} has terms to accept: do so on its page on the hub, then log in with `hf auth login`"
         ) from None
     except RepositoryNotFoundError:
         raise CheckpointError(f"{repository} is neither a folder nor a repository you can read on the hub") from None
     except HFValidationError:
         raise CheckpointError(f"there is no folder {repository!r}, and no repository can have this name") from None
-    except LocalEntryNotFoundError:  # it wasn't found out what there is, for whatever reason
+    except LocalEntryNotFoundError:  # the hub couldn't be reached
         raise CheckpointError(
             f"{repository} is not a folder, and there is no connection to the hub: check the network or give a folder"
         ) from None
-    except Exception as error:  # its own, and those of two HTTP clients and of the file system
+    except Exception as error:  # the library's other errors, those of two HTTP clients, and the file system's
         raise CheckpointError(
-            f"{repository} is not a folder, and can't be downloaded ({one_line(error)}); what has come is kept"
+            f"{repository} is not a folder, and can't be downloaded ({one_line(error)}); another attempt resumes it"
         ) from None

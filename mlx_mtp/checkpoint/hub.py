@@ -1,7 +1,7 @@
-"""Where a checkpoint lies: a folder, or the local copy of a hub repository.
+"""Finds a checkpoint's folder: the user's own, or the local copy of a hub repository.
 
-Of a repository only what is used is downloaded, in two steps: what describes the model, then, if the caller finds
-nothing to say against it, those safetensors files that hold a tensor of the text model. How: download.py.
+A repository is downloaded in two steps, so that the caller can check the model in between: first the files that
+describe it, then those safetensors files that have a tensor of the text model. The download itself is in download.py.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from .safetensors_files import INDEX, weight_files
 
 @dataclass(frozen=True)
 class Place:
-    """Where a checkpoint lies.
+    """The place of a checkpoint.
 
     Attributes:
-        folder: Its folder; of a repository the local copy, which has at least what describes the model.
-        repository: The repository; None for a folder of the user's own, whose files are what they are.
+        folder: Its folder; for a repository the local copy, which has at least the files that describe the model.
+        repository: The repository; None for the user's own folder.
     """
 
     folder: Path
     repository: str | None = None
 
     def fetch_weights(self) -> Path:
-        """Downloads a repository's weights, as far as they aren't here, and returns the folder.
+        """Downloads a repository's weights, if they aren't there already, and returns the folder.
 
         Raises:
-            CheckpointError: They can't be had.
+            CheckpointError: The download failed.
         """
         if self.repository is None:
             return self.folder
@@ -41,29 +41,30 @@ class Place:
             download.weights(self.repository, self.folder, names)
             return self.folder
         download.weights(self.repository, self.folder, ["model*.safetensors"])
-        if not any(self.folder.glob("model*.safetensors")):  # else others are copies in another layout
+        # If there are model*.safetensors, other safetensors files are copies in another layout.
+        if not any(self.folder.glob("model*.safetensors")):
             download.weights(self.repository, self.folder, ["*.safetensors"])
         return self.folder
 
 
 def find(name: str | Path) -> Place:
-    """Where a checkpoint lies: `name` itself, or the local copy of the hub repository of that name.
+    """Finds a checkpoint. If it is in a hub repository, everything but its weights is downloaded.
 
     Args:
-        name: Folder or repository. Of a repository everything but the weights is downloaded.
+        name: A folder, or a repository OWNER/NAME.
 
     Raises:
-        CheckpointError: No such folder, or a repository that can't be had.
+        CheckpointError: There is no such folder, and no such repository or no access to it.
     """
     try:
         path = Path(name).expanduser()
-    except RuntimeError as error:  # "~somebody" whom this machine doesn't know
+    except RuntimeError as error:  # ~USER with an unknown user
         raise CheckpointError(f"there is no folder {name}: {error}") from None
-    # Both are False too for what mustn't be looked at, or can't be a path.
+    # Both are False too without the permission to look, or if it can't be a path.
     if os.path.isdir(path) and str(name):
         return Place(path)
     if os.path.exists(path) and str(name):
-        raise CheckpointError(f"{path} is a file: give the folder it lies in")
+        raise CheckpointError(f"{path} is a file: give the folder that contains it")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
         raise CheckpointError(f"there is no folder {str(name)!r}")
     return Place(download.description(str(name)), str(name))

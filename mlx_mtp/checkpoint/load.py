@@ -1,8 +1,8 @@
-"""Makes models of checkpoints: a description becomes a `Target` or a `Drafter`.
+"""Loads models: turns a description and its weights into a `Target` or a `Drafter`.
 
-Loads Hugging Face folders as they are published (config.json, model.safetensors or shards with an index) and MLX
-conversions of them. Weights are mapped by name, checked against the model's own parameters before any is used, and
-read lazily. Only safetensors are read and nothing from a checkpoint is run. Not here: which folder that is (hub.py).
+Loads Hugging Face folders as published (config.json, model.safetensors or shards with an index) and MLX conversions.
+Weights are mapped by name, checked against the model's parameters before any is used, and read lazily. Only safetensors
+files are read, and no code from a checkpoint is run. Not here: finding the folder (hub.py).
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ def load_target(target: TargetDescription, adapter: Path | None = None) -> Targe
     """Loads a target.
 
     Args:
-        target: What is known of it.
-        adapter: Folder of a LoRA adapter to put beside the weights, see adapters.py.
+        target: Its description.
+        adapter: Folder of a LoRA adapter to add, see adapters.py.
+
+    Returns:
+        The target, with its weights in memory.
 
     Raises:
         CheckpointError: See `errors.CheckpointError`.
@@ -53,12 +56,15 @@ def load_target(target: TargetDescription, adapter: Path | None = None) -> Targe
 
 
 def load_drafter(drafter: DrafterDescription, target: TargetConfig, position: str) -> Drafter:
-    """Loads a drafter and checks that it belongs to a target.
+    """Loads a drafter and checks that it fits a target.
 
     Args:
-        drafter: What is known of it; its dtype should be what the target runs in.
+        drafter: Its description; the dtype should be the target's.
         target: The target's config.
         position: One of `models.drafter.POSITIONS`.
+
+    Returns:
+        The drafter, with its weights in memory.
 
     Raises:
         CheckpointError: See `errors.CheckpointError`.
@@ -71,7 +77,7 @@ def load_drafter(drafter: DrafterDescription, target: TargetConfig, position: st
 
 
 def open_drafter(drafter: DrafterDescription, target: TargetConfig, position: str = POSITIONS[0]) -> Drafter:
-    """`load_drafter` up to the point where weights would be read: whether it can be loaded is known then."""
+    """As `load_drafter`, but reads no weights yet: it only shows whether the drafter can be loaded."""
     check_pair(target, drafter.config)
     model = Drafter(drafter.config, position)
     stored = stored_tensors(drafter)
@@ -82,13 +88,15 @@ def open_drafter(drafter: DrafterDescription, target: TargetConfig, position: st
 
 
 def empty_model(described: AnyDescription) -> Target | Drafter:
-    """A model without weights, to compare with or to count."""
+    """A model with empty weights, for its parameters' names and shapes."""
     config = described.config
     return Drafter(config, POSITIONS[0]) if isinstance(config, DrafterConfig) else Target(config.text)
 
 
 def stored_tensors(described: AnyDescription) -> dict[str, mx.array]:
-    """The tensors of a folder, lazily; of a merged drafter its own, under the names they have in one of its own.
+    """The tensors of a checkpoint by stored name, lazily.
+
+    A merged drafter's tensors have the names that they would have in its own folder.
 
     Raises:
         CheckpointError: A file is missing or damaged.
@@ -98,10 +106,14 @@ def stored_tensors(described: AnyDescription) -> dict[str, mx.array]:
 
 
 def check_memory(needed: int, folder: Path) -> None:
-    """Checks that weights of `needed` bytes fit in this machine's memory.
+    """Checks that weights fit in this machine's memory.
+
+    Args:
+        needed: Bytes of the weights.
+        folder: The model's folder, for the message.
 
     Raises:
-        MemoryBudgetError: They don't.
+        MemoryBudgetError: They don't fit.
     """
     if needed > (have := sizes.memory_for_models()):
         raise MemoryBudgetError(
@@ -111,31 +123,36 @@ def check_memory(needed: int, folder: Path) -> None:
 
 
 def check_fits(described: AnyDescription) -> None:
-    """`check_memory` for what config.json says, which is worth knowing before weights are downloaded."""
+    """As `check_memory`, with the size that follows from config.json, so that it can be checked before a download."""
     check_memory(sizes.of(described).weights, described.folder)
 
 
 def check_ordering(ordering: mx.array, vocab: int, folder: Path) -> None:
-    """Checks that a clustered head's token_ordering has every token once.
+    """Checks that a clustered head's token_ordering contains every token id once.
+
+    Args:
+        ordering: The tensor.
+        vocab: Number of token ids.
+        folder: The model's folder, for the message.
 
     Raises:
         CheckpointError: It doesn't.
     """
     everything = mx.arange(vocab, dtype=mx.int32)
     if ordering.shape != (vocab,) or not mx.array_equal(mx.sort(ordering.astype(mx.int32)), everything).item():
-        raise CheckpointError(f"{folder}: masked_embedding.token_ordering is no permutation of {vocab} token ids")
+        raise CheckpointError(f"{folder}: masked_embedding.token_ordering isn't a permutation of {vocab} token ids")
 
 
 def _sort_by_cluster(stored: dict[str, mx.array], drafter: DrafterDescription) -> None:
-    """Checks a clustered head's ordering, and brings the rows of its embedding into this order if they aren't yet."""
+    """Checks a clustered head's ordering, and sorts the rows of its embedding by cluster unless they are stored so."""
     vocab, sources = drafter.text.vocab_size, drafter.table.layout(stored).sources
     if "head.token_ordering" not in sources:
-        return  # `assign` will say that it is missing
+        return  # `assign` will raise an error
     name = sources["head.token_ordering"].names[0]
     check_ordering(stored[name], vocab, drafter.folder)
     stored[name] = ordering = stored[name].astype(mx.int32)
-    for ours, source in sources.items():
-        if ours.startswith("head.embedding.") and not drafter.in_cluster_order:
+    for parameter, source in sources.items():
+        if parameter.startswith("head.embedding.") and not drafter.in_cluster_order:
             name = source.names[0]
             if stored[name].shape[0] != vocab:
                 raise CheckpointError(f"{drafter.folder}: {name} has {stored[name].shape[0]} rows for {vocab} tokens")
@@ -146,9 +163,9 @@ def assign(model: nn.Module, stored: dict[str, mx.array], described: AnyDescript
     """Gives a model its weights, after checking that names and shapes are exactly the model's. Evaluates nothing.
 
     Args:
-        model: The model, not quantised.
-        stored: The tensors under their stored names; emptied.
-        described: What they are.
+        model: The model with empty weights, not quantised.
+        stored: The tensors by stored name. Is emptied, so that the model alone holds them.
+        described: The checkpoint's description.
 
     Raises:
         CheckpointError: See `errors.CheckpointError`.
@@ -157,12 +174,12 @@ def assign(model: nn.Module, stored: dict[str, mx.array], described: AnyDescript
     with errors_name(folder):
         layout = described.table.layout(stored)
         shapes = {name: tensor.shape for name, tensor in stored.items()}
-        found = {ours: source.shape(shapes) for ours, source in layout.sources.items()}
+        found = {parameter: source.shape(shapes) for parameter, source in layout.sources.items()}
     if layout.skipped:
         reasons = set(layout.skipped.values())
         loss = VISION_AND_AUDIO in reasons or (MERGED_DRAFTER in reasons and not described.holds_drafter)
         log.log(logging.INFO if loss else logging.DEBUG, "%s: left out: %s", folder.name, layout.left_out())
-    weights = {ours: _gather(source, stored) for ours, source in layout.sources.items()}
+    weights = {parameter: _gather(source, stored) for parameter, source in layout.sources.items()}
     stored.clear()
     if described.stored:
         nn.quantize(model, class_predicate=described.stored.rule(weights))
@@ -171,15 +188,15 @@ def assign(model: nn.Module, stored: dict[str, mx.array], described: AnyDescript
 
     own = weights["norm.weight"].dtype
     model.load_weights(list(weights.items()))
-    # The model alone holds the weights now, so that what is replaced below is let go at once.
+    # From here on only the model holds the weights, so that those replaced below are freed at once.
     weights.clear()
-    if described.quantize:  # in the stored type, as a conversion does it
+    if described.quantize:  # before the change of dtype, as in a conversion
         nn.quantize(model, class_predicate=Scheme(described.quantize).rule())
     model.set_dtype(described.dtype_here(own))
 
 
 def _check_types(model: nn.Module, weights: dict[str, mx.array], folder: Path) -> None:
-    """Checks that numbers are numbers, and packed bits and indices are integers."""
+    """Checks that tensors are floating-point or integer as the model's are."""
     for name, own in _parameters(model):
         dtype = weights[name].dtype
         if mx.issubdtype(dtype, mx.floating) != mx.issubdtype(own.dtype, mx.floating):
@@ -189,14 +206,14 @@ def _check_types(model: nn.Module, weights: dict[str, mx.array], folder: Path) -
 
 
 def _materialize(model: nn.Module, folder: Path) -> None:
-    """Reads the weights that a model was assigned, and brings them into the form they run in."""
-    # Nothing has been read so far: sizes are known, weights aren't in memory.
+    """Reads the assigned weights into memory, and prepares the model's layers for running."""
+    # So far nothing has been read, but sizes are known.
     check_memory(sum(array.nbytes for _, array in _parameters(model)), folder)
     for part in model.modules():
         if hasattr(part, "prepare"):
             part.prepare()
             mx.eval(part.parameters())
-    # One by one: what is quantised while loading is in memory unquantised for a moment.
+    # One by one, because a layer that is quantised while loading is in memory unquantised for a moment.
     for part in model.modules():
         if not part.children():
             mx.eval(part.parameters())
@@ -216,10 +233,15 @@ def _parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
 
 
 def check_complete(model: nn.Module, found: dict[str, tuple[int, ...]], folder: Path) -> None:
-    """Checks that tensors of these names and shapes are exactly a model's.
+    """Checks that a model's parameters have been found, with the right shapes, and no others.
+
+    Args:
+        model: The model.
+        found: Shapes by parameter name.
+        folder: The checkpoint's folder, for the message.
 
     Raises:
-        CheckpointError: With the first that are missing, unknown, or of the wrong shape.
+        CheckpointError: Parameters are missing, unknown, or of the wrong shape; the message names the first ones.
     """
     expected = {name: value.shape for name, value in _parameters(model)}
     problems = []

@@ -1,4 +1,4 @@
-"""Which pair is meant: a target, and the drafter that was named for it or is found beside it."""
+"""Finds a pair: a target, and the drafter that was given or that belongs to it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,12 @@ log = logging.getLogger(__name__)
 DEMO = Path(__file__).parents[1] / "demo"
 """The embedded demo pair: folders `target` and `drafter`."""
 
-Check = Callable[[AnyDescription], object]
-"""Raises what speaks against a model, before its weights are downloaded."""
+Check = Callable[[AnyDescription], None]
+"""Raises an MTPError if a model can't be used; called before its weights are downloaded."""
+
+
+def _no_check(_: AnyDescription) -> None:
+    """Accepts every model."""
 
 
 def find_pair(
@@ -33,21 +37,28 @@ def find_pair(
     dtype: str | None = None,
     quantize_drafter: int | str | None = None,
     weights: bool = True,
-    check: Check = lambda described: None,
+    check: Check = _no_check,
 ) -> tuple[TargetDescription, DrafterDescription | None]:
-    """A target and its drafter, as `load` takes them; both lie in one folder if one is merged into the other.
+    """Finds a target and its drafter.
 
-    A drafter that wasn't asked for is one that can be loaded, or there is none and one line is logged that says why.
+    If no drafter is given, the first candidate that can be loaded is taken. If there is none, a warning says why.
 
     Args:
-        target, drafter, quantize, dtype, quantize_drafter: As for `load`.
-        weights: Whether a repository's weights are wanted, or only what describes them.
-        check: Asked about every model before its weights are downloaded, and about drafters that are only found.
+        target: As for `api.load`.
+        drafter: As for `api.load`.
+        quantize: As for `api.load`.
+        dtype: As for `api.load`.
+        quantize_drafter: As for `api.load`.
+        weights: Whether to download a repository's weights, or only the files that describe the model.
+        check: Called with the description of each model before its weights are downloaded, and of each candidate.
+
+    Returns:
+        The descriptions of target and drafter as they are to be loaded; both have the same folder if the drafter is
+        merged into the target.
 
     Raises:
-        CheckpointError: The target, or the drafter that was asked for, can't be had or can't be used, or an option is
-            wrong.
-        MTPError: What `check` raises.
+        CheckpointError: The target or the given drafter can't be found or can't be used, or an option is wrong.
+        MTPError: From `check`.
     """
     check_dtype(dtype)
     common = Format(quantize) if quantize else None
@@ -56,22 +67,22 @@ def find_pair(
         target, drafter = DEMO / "target", DEMO / "drafter" if drafter is None else drafter
     place = hub.find(target)
     described = read_target(place.folder, common, dtype)
-    _complete(place, described, weights, check)
+    _check_and_fetch(place, described, weights, check)
     if drafter is False:
         return described, None
     if drafter is not None:
-        with way_out():
+        with suggest_no_draft():
             place = hub.find(drafter)
-            own = drafter_precision.beside(read_drafter(place.folder, dtype=dtype), described, quantize_drafter)
-            _complete(place, own, weights, check)
+            own = drafter_precision.for_target(read_drafter(place.folder, dtype=dtype), described, quantize_drafter)
+            _check_and_fetch(place, own, weights, check)
             return described, own
 
     def usable(candidate: str | Path) -> DrafterDescription:
-        """A drafter as it is stored, if it can be loaded."""
+        """Describes a candidate as it is stored; raises an error if it can't be loaded."""
         place = hub.find(candidate)
         found = read_drafter(place.folder, dtype=dtype)
         check_pair(described.config, found.config)
-        check(found if found.stored else drafter_precision.beside(found, described, quantize_drafter))
+        check(found if found.stored else drafter_precision.for_target(found, described, quantize_drafter))
         if weights:
             place.fetch_weights()
         if weights or _is_complete(found.folder):
@@ -81,66 +92,66 @@ def find_pair(
     found = _first_usable(target, usable, described.folder if described.holds_drafter else None)
     if found is None:
         return described, None
-    with way_out():
-        return described, drafter_precision.beside(found, described, quantize_drafter)
+    with suggest_no_draft():
+        return described, drafter_precision.for_target(found, described, quantize_drafter)
 
 
-def _complete(place: hub.Place, described: AnyDescription, weights: bool, check: Check) -> None:
-    """Downloads what is wanted of a repository, unless something speaks against it."""
+def _check_and_fetch(place: hub.Place, described: AnyDescription, weights: bool, check: Check) -> None:
+    """Checks a model and downloads its weights, if it is in a repository and weights are wanted."""
     if weights and place.repository:
         check(described)
         place.fetch_weights()
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether all weights of a folder are there, which needn't be before they are wanted."""
+    """Whether all of a folder's weight files are there."""
     return bool(listed(folder, "*.safetensors")) and all(path.is_file() for path in weight_files(folder))
 
 
 def _first_usable(
     target: str | Path, usable: Callable[[str | Path], DrafterDescription], merged: Path | None
 ) -> DrafterDescription | None:
-    """The drafter that belongs to a target: the first one that is usable; None, with a warning that says why, for none.
+    """The first usable drafter of a target; None, with a warning that says why, if there is none.
 
-    One that is merged into the target comes first, then those with a name that a drafter of this target has. A
-    repository's are looked for on the hub; a folder's beside it and in the hub's cache, and nothing is downloaded.
-    Whatever the names, any other drafter beside a folder is better than none.
+    A drafter merged into the target comes first, then those with the name of a drafter of this target. For a repository
+    they are looked for on the hub; for a folder next to it and in the hub's cache, without a download. Last comes any
+    other drafter next to the target's folder.
 
     Args:
         target: Folder or repository.
-        usable: Describes a drafter; raises what speaks against it.
-        merged: Folder of the target, if it holds a drafter.
+        usable: Describes a candidate; raises an error if it can't be used.
+        merged: Folder of the target, if a drafter is merged into it.
     """
-    why: dict[str, str] = {}
+    failures: dict[str, str] = {}
 
     def first(named: Iterable[str | Path]) -> DrafterDescription | None:
         for candidate in named:
             try:
                 return usable(candidate)
             except (MTPError, OSError) as error:
-                why[str(candidate)] = str(error)
+                failures[str(candidate)] = str(error)
         return None
 
     path = Path(target).expanduser()
     local = path.is_dir()
     if merged and (found := first([merged])):
         return found
-    if found := first(candidates.named(path) if local else candidates.drafter_names(str(target))):
+    if found := first(candidates.on_this_machine(path) if local else candidates.drafter_names(str(target))):
         return found
-    if local and (fitting := list(_all_usable(candidates.beside(path), usable))):
+    if local and (fitting := list(_all_usable(candidates.neighbours(path), usable))):
         if len(fitting) > 1:
             name = fitting[0].folder.name
-            log.info("%d drafters beside %s fit it: taking %s", len(fitting), path, name)
+            log.info("%d drafters next to %s fit it: taking %s", len(fitting), path, name)
         return fitting[0]
-    if why:
-        reason = next(iter(why.values()))
+    if failures:
         log.warning(
-            "no drafter, going on without one: tried %s; %s; --drafter (drafter=) names another", ", ".join(why), reason
-        )
+            "no drafter can be used, decoding without one: tried %s; %s; choose another with --drafter (drafter=)",
+            ", ".join(failures), next(iter(failures.values())),
+        )  # fmt: skip
     else:
         log.warning(
-            "%s has no drafter beside it, going on without one: looked there and in the hub's cache for %s, and there "
-            "for any that fits; --drafter (drafter=) names one", path, ", ".join(candidates.names_beside(path)),
+            "no drafter found for %s, decoding without one: looked next to it for any that fits, and in the hub's "
+            "cache for %s; choose one with --drafter (drafter=)", path, ", ".join(candidates.folder_names(path)),
         )  # fmt: skip
     return None
 
@@ -154,9 +165,9 @@ def _all_usable(
 
 
 @contextmanager
-def way_out() -> Iterator[None]:
-    """Adds to what speaks against a drafter that was asked for how to do without it."""
+def suggest_no_draft() -> Iterator[None]:
+    """Adds to the errors of a drafter that the user can also decode without one."""
     try:
         yield
     except MTPError as error:
-        raise type(error)(f"{error}; --no-draft (drafter=False) goes without a drafter") from error
+        raise type(error)(f"{error}; or decode without a drafter: --no-draft (drafter=False)") from error

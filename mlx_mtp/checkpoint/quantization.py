@@ -1,7 +1,8 @@
-"""Which weights are quantised, and how: the one rule for loading, converting, and estimating sizes.
+"""Which weights are quantised, and how: the same rules for loading, converting and estimating sizes.
 
-A `Scheme` says how weights are to be quantised; `Stored` says how a checkpoint's config.json states that they are.
-Both answer for a module's path (our name, without ".weight") and the width of its weight's last axis.
+A `Scheme` says how weights are to be quantised; `Stored` says how a checkpoint's weights are quantised, according to
+its config.json. Both give a format for a module's path (the parameter's name without ".weight") and the width of its
+weight's last axis.
 """
 
 from __future__ import annotations
@@ -18,23 +19,26 @@ from ..errors import CheckpointError
 from .tensor_names import RenameTable
 
 MODES: Mapping[str, tuple[int, int] | None] = {"affine": None, "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
-"""Quantisation modes of MLX; for all but affine, bits and group size are given."""
+"""MLX's quantisation modes, with bits and group size where the mode fixes them."""
 
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (128, 64, 32)
-"""What the affine mode has."""
+"""Bits and group sizes of the affine mode."""
 
 Rule = Callable[[str, nn.Module], "bool | dict[str, Any]"]
-"""For `mlx.nn.quantize`: False, or bits, group_size and mode of a module."""
+"""The argument `class_predicate` of `mlx.nn.quantize`: gives False, or bits, group_size and mode of a module."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a matrix is stored.
+    """A format of quantised matrices.
 
     Attributes:
-        bits: Bits of a weight.
-        group_size: Neighbouring weights that share a scale.
+        bits: Bits per weight.
+        group_size: Number of neighbouring weights that share a scale.
         mode: One of MODES.
+
+    Raises:
+        CheckpointError: MLX has no such format.
     """
 
     bits: int = 4
@@ -46,8 +50,8 @@ class Format:
             raise CheckpointError(f"unknown quantisation mode {self.mode!r}: use one of {', '.join(MODES)}")
         fixed = MODES[self.mode]
         if fixed and (self.bits, self.group_size) != fixed:
-            raise CheckpointError(f"{self.mode} has {fixed[0]} bits in groups of {fixed[1]}, and no others")
-        # Not by `in` alone: 4.0 is equal to 4.
+            raise CheckpointError(f"{self.mode} has {fixed[0]} bits in groups of {fixed[1]}, and nothing else")
+        # The types are checked because 4.0 == 4.
         whole = isinstance(self.bits, int) and isinstance(self.group_size, int)
         if not fixed and not (whole and self.bits in BITS and self.group_size in GROUPS):
             raise CheckpointError(
@@ -60,16 +64,21 @@ class Format:
 
     @classmethod
     def make(cls, mode: str = "affine", bits: int | None = None, group_size: int | None = None) -> Format:
-        """A format with what isn't given at the mode's default: for affine 4 bits in groups of 64.
+        """A format with the mode's defaults for what isn't given: for affine 4 bits in groups of 64.
+
+        Args:
+            mode: One of MODES.
+            bits: Bits per weight; None for the default.
+            group_size: Weights per group; None for the default.
 
         Raises:
-            CheckpointError: There is no such format.
+            CheckpointError: MLX has no such format.
         """
         default = MODES.get(mode) or (4, 64)
         return cls(default[0] if bits is None else bits, default[1] if group_size is None else group_size, mode)
 
     def fitting(self, width: int) -> Format | None:
-        """This format for rows of `width` weights, in smaller groups if these fit only; None if none fits."""
+        """This format for rows of `width` weights, with smaller groups if necessary; None if no group size fits."""
         if width % self.group_size == 0:
             return self
         smaller = (g for g in GROUPS if g < self.group_size and width % g == 0)
@@ -78,17 +87,20 @@ class Format:
 
 
 ROUTER = ("*.router.proj", 8)
-"""The router of a mixture of experts decides which weights are read at all, and is small."""
+"""Pattern and bits of routers, which are small and decide which experts are used."""
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How weights are to be quantised: every matrix alike, but for the router and what `overrides` say.
+    """How weights are to be quantised: all matrices in one format, except the router's and the overrides.
 
     Attributes:
-        common: Format of all others.
-        overrides: Patterns of module paths (as in file names: `*` for anything) with their bits, affine, or None for
-            "not at all". The last one that matches counts.
+        common: The format of all other matrices.
+        overrides: Patterns of module paths (`*` matches anything), each with the bits of the affine mode, or None to
+            leave the matrix unquantised. The last pattern that matches counts.
+
+    Raises:
+        CheckpointError: MLX has no such bits.
     """
 
     common: Format = field(default_factory=Format)
@@ -100,7 +112,15 @@ class Scheme:
                 raise CheckpointError(f"can't quantise {pattern} to {bits!r} bits: use 2, 3, 4, 5, 6, 8 or none")
 
     def format(self, path: str, width: int) -> Format | None:
-        """The format of a module's weight, whose last axis has `width` weights; None to leave it as it is."""
+        """The format of a module's weight.
+
+        Args:
+            path: The module's path.
+            width: Size of the weight's last axis.
+
+        Returns:
+            The format; None to leave it unquantised.
+        """
         chosen: Format | None = self.common
         for pattern, bits in (ROUTER, *self.overrides):
             if fnmatchcase(path, pattern):
@@ -115,11 +135,11 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Stored:
-    """How the weights of a checkpoint are quantised, as its config.json says.
+    """How the weights of a checkpoint are quantised, according to its config.json.
 
     Attributes:
-        common: Format of all that isn't named.
-        special: By module path, the format of those that are; None for "not quantised".
+        common: The format of all modules that aren't in `special`.
+        special: Formats by module path; None for modules that aren't quantised.
     """
 
     common: Format
@@ -130,43 +150,47 @@ class Stored:
         return self.special.get(path, self.common if width % self.common.group_size == 0 else None)
 
     def rule(self, tensors: Mapping[str, mx.array] | None = None) -> Rule:
-        """What is quantised, for `mlx.nn.quantize`.
+        """The formats for `mlx.nn.quantize`.
 
         Args:
-            tensors: The stored tensors under our names, if they are at hand: modules without scales aren't
-                quantised, and for those that config.json doesn't name, shapes say more than its common format.
+            tensors: The stored tensors by parameter name; None if they aren't known. With them the rule is more
+                precise: modules without scales aren't quantised, and the format of modules that config.json doesn't
+                name follows from their shapes.
         """
         if tensors is None:
             return _rule(self.format)
 
-        def look(path: str, width: int) -> Format | None:
+        def from_tensors(path: str, width: int) -> Format | None:
             scales = tensors.get(f"{path}.scales")
             if scales is None:
                 return None
             return self.special.get(path) or _format_of(width, tensors[f"{path}.weight"], scales) or self.common
 
-        return _rule(look)
+        return _rule(from_tensors)
 
 
 def stored(config: Mapping[str, Any], table: RenameTable) -> Stored | None:
-    """Reads a config.json's section on quantisation; None if there is none.
+    """Reads the quantisation section of a config.json.
 
     Args:
         config: The parsed file.
-        table: The names of this kind of model; sections name modules as the tensors are named.
+        table: The names of this kind of model; the section names modules like the stored tensors.
+
+    Returns:
+        The formats; None if there is no such section.
 
     Raises:
-        CheckpointError: The section describes none of MLX's formats.
+        CheckpointError: The section has a format that MLX doesn't have.
     """
     text = config.get("text_config")
-    places = [config, text] if isinstance(text, Mapping) else [config]
-    section = next((p[key] for p in places for key in ("quantization", "quantization_config") if p.get(key)), None)
+    parts = [config, text] if isinstance(text, Mapping) else [config]
+    section = next((p[key] for p in parts for key in ("quantization", "quantization_config") if p.get(key)), None)
     if section is None:
         return None
     if isinstance(section, Mapping) and "bits" not in section and "quant_method" in section:
         raise CheckpointError(
-            f"the weights are quantised by {section['quant_method']}, which MLX can't run: take the original, or an "
-            "MLX conversion"
+            f"the weights are quantised by {section['quant_method']}, which MLX can't run: use the original model, or "
+            "an MLX conversion of it"
         )
     try:
         common = _parse(section)
@@ -182,14 +206,14 @@ def stored(config: Mapping[str, Any], table: RenameTable) -> Stored | None:
 
 
 def _parse(entry: Mapping[str, Any]) -> Format:
-    """One entry. As in MLX, an entry that names no mode is affine, whatever the common one."""
+    """Parses an entry of the section. As in MLX, an entry without a mode is affine, even if the common mode isn't."""
     if not isinstance(entry["bits"], int):
         raise TypeError(f"bits is {entry['bits']!r}")
     return Format.make(entry.get("mode") or "affine", entry["bits"], entry.get("group_size"))
 
 
 def _format_of(width: int, weight: mx.array, scales: mx.array) -> Format | None:
-    """The format that a quantised weight must have, by its shapes; None if they are no format's."""
+    """The format of a quantised weight, from the shapes of weight and scales; None if they fit no format."""
     bits, group = weight.shape[-1] * 32 // width, width // max(scales.shape[-1], 1)
     modes = (
         [mode for mode, fixed in MODES.items() if fixed == (bits, group)] if scales.dtype == mx.uint8 else ["affine"]

@@ -1,7 +1,7 @@
-"""safetensors files: which ones a folder has, what is in them, and their tensors.
+"""safetensors files: which ones a folder has, their headers, and their tensors.
 
-A file's header is checked against the file before anything of it is used, as strictly as the format demands: known
-types, shapes and places that fit each other, no gaps, nothing that overlaps. So what MLX is given to read is sound.
+A file's header is checked as strictly as the format demands before MLX reads the file: types are known, shapes fit the
+tensors' bytes, and tensors fill the file without gaps or overlaps.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ from ..files import listed, parse_json, read_json
 from .tensor_names import RenameTable, of_vision_or_audio
 
 INDEX = "model.safetensors.index.json"
+"""Name of the file that lists the shards of a model."""
 
 TYPES: Mapping[str, mx.Dtype] = {
     "BOOL": mx.bool_, "U8": mx.uint8, "I8": mx.int8, "U16": mx.uint16, "I16": mx.int16, "F16": mx.float16,
     "BF16": mx.bfloat16, "U32": mx.uint32, "I32": mx.int32, "F32": mx.float32, "U64": mx.uint64, "I64": mx.int64,
     "C64": mx.complex64, "F8_E4M3": mx.uint8, "F8_E8M0": mx.uint8,
 }  # fmt: skip
-"""The format's names of types, and what MLX reads them as."""
+"""The format's names of types, and the types as which MLX reads them."""
 
 _LONGEST_HEADER = 100_000_000
-"""Bytes; the format's own limit."""
+"""Longest header, in bytes; the format's limit."""
 
 _ROWS_COMPARED = 64
-"""Of a head and an embedding that should be the same: fine-tuning changes all rows."""
+"""Rows to compare of a head and an embedding that should be equal; training would have changed all rows."""
 
 _MOST_AXES = 64
-"""As NumPy has it; tensors of Gemma 4 have up to four."""
+"""Most axes of a tensor that are accepted, as in NumPy; Gemma 4's have up to four."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Stored:
     Attributes:
         type: One of TYPES.
         shape: Its shape.
-        begin, end: Its bytes, counted from the end of the header.
+        begin: Offset of its first byte, from the end of the header.
+        end: Offset after its last byte.
     """
 
     type: str
@@ -58,12 +60,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says it holds.
+    """The header of a file.
 
     Attributes:
-        start: Where the header ends and the tensors begin, in bytes from the file's beginning.
-        tensors: By name.
-        metadata: Texts by name.
+        start: Offset of the tensors, in bytes from the file's beginning.
+        tensors: The tensors by name.
+        metadata: The metadata, texts by name.
     """
 
     start: int
@@ -72,7 +74,13 @@ class Header:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those that its index names and that hold more than vision and audio, or all.
+    """The safetensors files of a model, sorted by name.
+
+    With an index these are the files in it, except those with nothing but vision and audio. Without one, they are all
+    that match "model*.safetensors", or else all safetensors files.
+
+    Args:
+        folder: The model's folder.
 
     Raises:
         CheckpointError: There are none, or the index can't be used.
@@ -83,7 +91,7 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CheckpointError(f"{folder / INDEX} has no weight_map: download it again")
         if odd := [file for file in weight_map.values() if not is_file_name(file)]:
-            raise CheckpointError(f"{folder / INDEX} names {odd[0]!r:.80}, which is no name of a file in its folder")
+            raise CheckpointError(f"{folder / INDEX} names {odd[0]!r:.80}, which isn't a file name in its folder")
         files = [
             folder / file
             for file in sorted({file for name, file in weight_map.items() if not of_vision_or_audio(name)})
@@ -96,7 +104,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether this is the name of a file, and leads nowhere else."""
+    """Whether a name is a plain file name, which can't lead to another folder."""
     if not name.isprintable() or set(name) & {"/", "\\"}:
         return False
     return name not in ("", ".", "..") and len(name.encode()) <= 255
@@ -105,17 +113,20 @@ def is_file_name(name: str) -> bool:
 def tensors(folder: Path) -> Iterator[tuple[str, mx.array]]:
     """All tensors of a folder's safetensors files, lazily.
 
+    Yields:
+        Name and tensor. Nothing else holds the tensor, so it can be freed after it has been evaluated and used.
+
     Raises:
         CheckpointError: A file is missing or damaged.
     """
     for path in weight_files(folder):
-        held = load(path)
-        for name in sorted(held):
-            yield name, held.pop(name)  # once evaluated, a tensor that is held here would stay in memory
+        found = load(path)
+        for name in sorted(found):
+            yield name, found.pop(name)
 
 
 def load(path: Path) -> dict[str, mx.array]:
-    """The tensors of a file, lazily: they are read when they are evaluated.
+    """The tensors of a file by name; they are read when they are evaluated.
 
     Raises:
         CheckpointError: See `read_header`.
@@ -128,45 +139,56 @@ def load(path: Path) -> dict[str, mx.array]:
 
 
 def read_header(path: Path) -> Header:
-    """Checks that a file is whole and sound, without reading its tensors.
+    """Reads and checks the header of a file, without reading its tensors.
 
     Raises:
-        CheckpointError: Missing, truncated, or not a safetensors file that MLX can read.
+        CheckpointError: The file is missing, truncated, or not a safetensors file that MLX can read.
     """
-    if not os.path.isfile(path):  # False too if it mustn't be looked at
+    if not os.path.isfile(path):  # False too without the permission to look
         raise CheckpointError(f"{path} is missing: the download is incomplete")
+    content, size = _header_bytes(path)
+    try:
+        # Stricter than Python's JSON, as MLX is.
+        header = parse_json(content.decode(), object_pairs_hook=_no_name_twice, parse_constant=_refuse)
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata  # MLX writes null if there is none
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("metadata that isn't text")
+        stored = {name: _stored(entry) for name, entry in header.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is corrupt: its header can't be read; download it again") from error
+    end = _check_bytes(path, stored)
+    if (whole := 8 + len(content) + end) != size:
+        raise CheckpointError(f"{path} is truncated or damaged: {size:,} bytes instead of {whole:,}; download it again")
+    return Header(8 + len(content), stored, metadata)
+
+
+def _header_bytes(path: Path) -> tuple[bytes, int]:
+    """The header's text, and the size of the file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little") if size >= 8 else size
             if length > min(size - 8, _LONGEST_HEADER):
-                raise CheckpointError(f"{path} is truncated or no safetensors file: delete it and download it again")
-            content = file.read(length)
+                raise CheckpointError(f"{path} is truncated or not a safetensors file: delete it and download it again")
+            return file.read(length), size
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
-    try:
-        # Not every JSON that Python reads is one for MLX.
-        header = parse_json(content.decode(), object_pairs_hook=_no_name_twice, parse_constant=_refuse)
-        metadata = header.pop("__metadata__", None)
-        metadata = {} if metadata is None else metadata  # MLX writes null where there is none
-        if not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("metadata that is no text")
-        stored = {name: _stored(entry) for name, entry in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} is corrupt: its header can't be read; download it again") from error
+
+
+def _check_bytes(path: Path, stored: Mapping[str, Stored]) -> int:
+    """Checks that tensors have known types and lie next to each other; returns the offset after the last one."""
     end = 0
     for name, tensor in sorted(stored.items(), key=lambda it: (it[1].begin, it[1].end)):
         if tensor.type not in TYPES:
-            raise CheckpointError(f"{path} is corrupt, or MLX can't read it: {name} is of the type {tensor.type}")
+            raise CheckpointError(f"{path} is corrupt, or MLX can't read it: {name} has the type {tensor.type}")
         if tensor.begin != end or math.prod(tensor.shape) * TYPES[tensor.type].size != tensor.end - tensor.begin:
             raise CheckpointError(
                 f"{path} is corrupt: {name} is said to have the bytes {tensor.begin:,} to {tensor.end:,} and the shape "
                 f"{list(tensor.shape)}; download it again"
             )
         end = tensor.end
-    if (whole := 8 + length + end) != size:
-        raise CheckpointError(f"{path} is truncated or damaged: {size:,} bytes instead of {whole:,}; download it again")
-    return Header(8 + length, stored, metadata)
+    return end
 
 
 def _rows(path: Path, header: Header, name: str, indices: Iterable[int]) -> mx.array:
@@ -183,31 +205,35 @@ def _rows(path: Path, header: Header, name: str, indices: Iterable[int]) -> mx.a
 
 
 def check_tied(folder: Path, table: RenameTable) -> None:
-    """Checks that an output head beside a tied embedding is the embedding: it won't be used.
+    """Checks that a stored output head equals the embedding, if config.json ties them: then the head isn't used.
 
-    Compares some rows, which is enough to tell a head that was trained on its own.
+    Compares some rows, which is enough to notice a head that was trained separately.
+
+    Args:
+        folder: The model's folder.
+        table: The names of the model's tensors.
 
     Raises:
-        CheckpointError: It is another one.
+        CheckpointError: They differ.
     """
     places = {}
     for path in weight_files(folder):
         header = read_header(path)
         for name in header.tensors:
-            if (ours := table.bare(name)) in ("lm_head.weight", "embed_tokens.weight"):
-                places[ours] = path, header, name
+            if (bare := table.bare(name)) in ("lm_head.weight", "embed_tokens.weight"):
+                places[bare] = path, header, name
     if len(places) < 2:
         return
     head, embedding = places["lm_head.weight"], places["embed_tokens.weight"]
     shapes = [header.tensors[name].shape for _, header, name in (head, embedding)]
-    alike = shapes[0] == shapes[1] and len(shapes[0]) == 2
-    if alike:
+    equal = shapes[0] == shapes[1] and len(shapes[0]) == 2
+    if equal:
         some = range(0, shapes[0][0], max(1, shapes[0][0] // _ROWS_COMPARED))
         one, other = (_rows(*place, some) for place in (head, embedding))
-        # Numbers may have been rounded differently; packed bits are the same or not.
+        # Floats may have been rounded differently; quantised weights must be identical.
         close = all(mx.issubdtype(it.dtype, mx.floating) for it in (one, other))
-        alike = bool((mx.allclose(one, other, rtol=1e-2, atol=1e-6) if close else mx.array_equal(one, other)).item())
-    if not alike:
+        equal = bool((mx.allclose(one, other, rtol=1e-2, atol=1e-6) if close else mx.array_equal(one, other)).item())
+    if not equal:
         raise CheckpointError(
             f"{folder}: {head[2]} isn't the embedding, though config.json ties them: set tie_word_embeddings to false "
             "there to use it, or delete the tensor"
@@ -215,10 +241,13 @@ def check_tied(folder: Path, table: RenameTable) -> None:
 
 
 def header_of(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
-    """The beginning of a file that holds some tensors, one after the other.
+    """Makes the header of a file.
 
     Args:
-        tensors: Name, type (one of TYPES), shape and number of bytes of each.
+        tensors: Name, type (one of TYPES), shape and number of bytes of each tensor, in the order of the file.
+
+    Returns:
+        The header's length in 8 bytes, and the header; the tensors' bytes follow.
     """
     header: dict[str, object] = {"__metadata__": {"format": "mlx"}}
     offset = 0
@@ -232,25 +261,25 @@ def header_of(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes
 
 def _stored(entry: Mapping[str, Any]) -> Stored:
     kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    # Exactly ints: JSON's true is one too.
+    # `type` instead of isinstance, because JSON's true is an int, too.
     if (
         not isinstance(kind, str)
         or not isinstance(shape, list)
         or not all(type(n) is int for n in (begin, end, *shape))
     ):
-        raise TypeError("a tensor that isn't described as the format says")
-    # MLX has sizes of 31 bits; and what has no more axes than this is multiplied in no time.
+        raise TypeError("a tensor's description doesn't follow the format")
+    # MLX's sizes have 31 bits. The number of axes is limited so that their product is computed quickly.
     if not 0 <= begin <= end or len(shape) > _MOST_AXES or not all(0 <= n < 2**31 for n in shape):
-        raise ValueError("places or sizes that there can't be")
+        raise ValueError("a tensor has impossible offsets or sizes")
     return Stored(kind, tuple(shape), begin, end)
 
 
 def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("the same name twice")
+        raise ValueError("a name occurs twice")
     return found
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} isn't JSON")

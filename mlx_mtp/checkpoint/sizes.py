@@ -1,6 +1,6 @@
-"""How large a model is and what a token costs in memory traffic, from its configuration alone.
+"""Sizes of models and KV, and memory traffic per decoding step, from a model's config alone.
 
-Counts the parameters of the very modules that would be loaded; nothing is allocated for it. Figures are in bytes.
+Counts the parameters of the modules that would be loaded, without allocating them. Sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from .description import AnyDescription
 from .quantization import Rule
 
 ABOVE = 2 * LONGEST_VERIFY
-"""Positions above a row's last token that drafts may be written to: those of a round, and of the one before it whose
-tokens haven't been read yet."""
+"""Positions after a row's last token to which drafts may be written: those of two rounds, since a round is submitted
+before the tokens of the one before are read."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of one model.
+    """The sizes of a model.
 
     Attributes:
         parameters: Number of parameters.
         weights: Bytes of the weights in memory.
-        read_per_token: Bytes of weights that one decoding step of one row reads.
+        read_per_token: Bytes of weights that a decoding step of one row reads.
     """
 
     parameters: int
@@ -45,11 +45,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class ReadPerStep:
-    """Weights that a step reads together.
+    """What a decoding step of one row reads of some weights.
 
     Attributes:
-        bytes: What one decoding step of one row reads of them.
-        parameters: The parameters among these bytes: a row costs two operations for each.
+        bytes: Bytes.
+        parameters: The same as a number of parameters; each costs two operations per row.
     """
 
     bytes: float
@@ -58,12 +58,12 @@ class ReadPerStep:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one decoding step of one row reads, by the way it grows when a step has more rows.
+    """What a decoding step of one row reads, in parts that grow differently with the number of rows.
 
     Attributes:
-        body: Everything but head and experts; the same for every number of rows.
+        body: Everything except head and experts; doesn't depend on the number of rows.
         head: The output head.
-        experts: The experts of one token, all layers together; more rows reach further experts.
+        experts: One token's experts in all layers; more rows use more experts.
     """
 
     body: ReadPerStep
@@ -72,7 +72,7 @@ class Traffic:
 
 
 def of(described: AnyDescription) -> Sizes:
-    """Sizes of a checkpoint's model once it is loaded here."""
+    """The sizes of a checkpoint's model once it is loaded on this machine."""
     config = described.config
     if isinstance(config, DrafterConfig):
         return drafter_sizes(config, described.dtype_bytes, described.rule)
@@ -80,46 +80,60 @@ def of(described: AnyDescription) -> Sizes:
 
 
 def target_sizes(config: TextConfig, dtype_bytes: int, rule: Rule | None = None) -> Sizes:
-    """Sizes of a target.
+    """The sizes of a target.
 
     Args:
-        config: Its configuration.
+        config: Its config.
         dtype_bytes: Bytes of an unquantised parameter.
         rule: How it is quantised; None if it isn't.
     """
-
     return _sizes(Target(config), dtype_bytes, rule, _target_share(config))
 
 
 def drafter_sizes(config: DrafterConfig, dtype_bytes: int, rule: Rule | None = None) -> Sizes:
-    """The same for a drafter; its step reads only the best clusters of a clustered head."""
+    """The sizes of a drafter, see `target_sizes`; a step reads only the best clusters of a clustered head."""
     return _sizes(Drafter(config, "committed"), dtype_bytes, rule, _drafter_share(config))
 
 
 def target_traffic(config: TextConfig, dtype_bytes: int, rule: Rule | None = None) -> Traffic:
-    """What a step of a target reads; the parts add up to `target_sizes(...).read_per_token`. Arguments as there."""
+    """What a decoding step of a target reads, see `target_sizes`; the parts add up to its `read_per_token`."""
     head = "embed_tokens." if config.tied_head else "lm_head."
     return _traffic(Target(config), dtype_bytes, rule, _target_share(config), head)
 
 
 def drafter_traffic(config: DrafterConfig, dtype_bytes: int, rule: Rule | None = None) -> Traffic:
-    """The same for a drafter."""
+    """What a draft step reads, see `drafter_sizes`."""
     return _traffic(Drafter(config, "committed"), dtype_bytes, rule, _drafter_share(config), "head.")
 
 
 def row_bytes(config: TextConfig, tokens: int, dtype_bytes: int) -> int:
-    """Bytes of KV that a row needs to grow to `tokens` tokens, with the drafts that are written above them."""
+    """KV bytes of a row of `tokens` tokens and the drafts after them.
+
+    Args:
+        config: The target's.
+        tokens: Full length of the row.
+        dtype_bytes: Bytes of a key's or value's number.
+    """
     return rows_bytes(config, [tokens], dtype_bytes)
 
 
 def rows_bytes(config: TextConfig, tokens: Sequence[int], dtype_bytes: int) -> int:
-    """The same for rows that decode together."""
+    """KV bytes of a batch, see `row_bytes`; `tokens` has the full length of each row."""
     return batch_bytes(config, [count + ABOVE for count in tokens], dtype_bytes)
 
 
 def longest_context(config: TextConfig, memory: int, dtype_bytes: int) -> int:
-    """Tokens that a row can grow to in `memory` bytes of KV, at most the model's context; 0 if there is no room."""
-    # A full context is followed by one token more, which is never read.
+    """Longest context of a single row, in tokens.
+
+    Args:
+        config: The target's.
+        memory: Bytes for its KV.
+        dtype_bytes: Bytes of a key's or value's number.
+
+    Returns:
+        At most the model's context; 0 if there isn't room for any token.
+    """
+    # After a full context one more token can be generated, which is never read.
     if row_bytes(config, config.max_positions + 1, dtype_bytes) <= memory:
         return config.max_positions
     steps = range(config.max_positions // CAPACITY_STEP + 1)
@@ -128,9 +142,14 @@ def longest_context(config: TextConfig, memory: int, dtype_bytes: int) -> int:
 
 
 def kv_read_bytes(config: TextConfig, tokens: int, dtype_bytes: int) -> int:
-    """Bytes of keys and values that one step reads for one row with `tokens` committed tokens.
+    """KV bytes that a decoding step of one row reads.
 
-    Counts every layer that attends, also one that borrows its KV; sliding layers see their window only.
+    Layers that share the KV of another layer read it as well and are counted; sliding layers read only their window.
+
+    Args:
+        config: The target's.
+        tokens: Committed tokens of the row.
+        dtype_bytes: Bytes of a key's or value's number.
     """
     return sum(
         2 * (min(tokens, config.sliding_window) if layer.sliding else tokens) * layer.kv_heads * layer.head_dim
@@ -139,13 +158,13 @@ def kv_read_bytes(config: TextConfig, tokens: int, dtype_bytes: int) -> int:
 
 
 def weight_bytes(*models: nn.Module | None) -> int:
-    """Bytes of loaded models in memory."""
+    """Bytes of loaded models' weights in memory; None counts nothing."""
     parameters = [model.parameters() for model in models if model is not None]
     return sum(array.nbytes for _, array in cast("list[tuple[str, mx.array]]", tree_flatten(parameters)))
 
 
 def memory_for_models() -> int:
-    """Bytes that models may take: on a Mac what Metal recommends, with CUDA the GPU's memory, else the machine's."""
+    """Bytes that models and KV may take: on a Mac what Metal recommends, with CUDA the GPU's memory, else all of it."""
     if sys.platform == "darwin" and mx.metal.is_available():
         return int(mx.device_info()["max_recommended_working_set_size"])
     if mx.default_device() == mx.gpu and "total_memory" in (gpu := mx.device_info()):
@@ -154,19 +173,22 @@ def memory_for_models() -> int:
 
 
 def kv_budget(weights: int, cache_bytes: int | None = None) -> tuple[int, int]:
-    """How the memory beside the models is shared: bytes of KV for running rows, and for what is kept of finished texts.
+    """Divides the memory that the models leave between running rows and the prompt cache.
 
     Args:
-        weights: Bytes of the models.
-        cache_bytes: What is to be kept of finished texts; None for a quarter of what there is.
+        weights: Bytes of the models' weights.
+        cache_bytes: Bytes of the prompt cache; None for a quarter of what there is.
+
+    Returns:
+        Bytes of KV for running rows, and for the prompt cache.
     """
-    spare = max(0, (memory_for_models() - weights) * 7 // 8)  # an eighth is for what rounds compute
-    kept = spare // 4 if cache_bytes is None else cache_bytes
-    return max(0, spare - kept), kept
+    spare = max(0, (memory_for_models() - weights) * 7 // 8)  # an eighth is left for temporary arrays
+    cached = spare // 4 if cache_bytes is None else cache_bytes
+    return max(0, spare - cached), cached
 
 
 def format_bytes(count: int) -> str:
-    """A number of bytes for people."""
+    """A number of bytes in words, such as "1.50 GB"; units are powers of ten."""
     for unit, one in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= one:
             return f"{count / one:.2f} {unit}"
@@ -174,7 +196,7 @@ def format_bytes(count: int) -> str:
 
 
 def _target_share(config: TextConfig) -> Callable[[str], float]:
-    """Which share of a tensor one decoding step of one row reads."""
+    """The share of each tensor that a decoding step of one row reads, by parameter name."""
 
     def share(name: str) -> float:
         if name.startswith("embed_tokens_per_layer."):
@@ -214,7 +236,7 @@ def _traffic(
 
 
 def _tensors(model: nn.Module, dtype_bytes: int, rule: Rule | None) -> Iterator[tuple[str, int, int]]:
-    """Name, number of parameters (none for indices) and bytes of every tensor."""
+    """Name, number of parameters (0 for indices) and bytes of each tensor."""
     for path, module in model.named_modules():
         if module.children():
             own = {name: value for name, value in module.parameters().items() if isinstance(value, mx.array)}
@@ -229,6 +251,6 @@ def _tensors(model: nn.Module, dtype_bytes: int, rule: Rule | None) -> Iterator[
 
 
 def _quantized_bytes(size: int, how: Mapping[str, Any], dtype_bytes: int) -> int:
-    # Affine groups have a scale and a bias of the model's type, the mx and nv formats a scale of one byte.
+    # An affine group has a scale and a bias in the model's type; mx and nv formats have a scale of one byte.
     per_group = 2 * dtype_bytes if how.get("mode", "affine") == "affine" else 1
     return size * int(how["bits"]) // 8 + size // int(how.get("group_size", 64)) * per_group

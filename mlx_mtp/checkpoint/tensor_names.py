@@ -1,10 +1,10 @@
-"""Which stored tensors make up which of our parameters: the names of Gemma 4 checkpoints that are in circulation.
+"""Names of tensors: which stored tensors make up which of a model's parameters, in all known Gemma 4 checkpoints.
 
-One table for targets and one for drafters. They cover Google's files, conversions by mlx-lm and by mlx-vlm, and
-experts that are stacked, stacked in pairs, or one by one. Our own names are Google's without prefix, with experts
-stacked under `experts.{gate,up,down}_proj`.
+There is one table for targets and one for drafters. They cover Google's files, conversions by mlx-lm and by mlx-vlm,
+and experts that are stacked, stacked with gate and up in one tensor, or stored one by one. The models' parameters have
+Google's names without prefix, with experts stacked under `experts.{gate,up,down}_proj`.
 
-Knows names only: not shapes, files or values.
+Not here: shapes, files and values.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RenameRule:
-    """One row of a table. The first row whose pattern matches a whole name decides what becomes of the tensor.
+    """A rule of a `RenameTable`. The first rule whose pattern matches the whole name applies to a tensor.
 
     Attributes:
-        pattern: Regular expression for names without prefix.
-        parameter: The parameter's name, with the pattern's groups as in `re.sub`. Two names: its first and second
-            half of rows. None: the tensor isn't used. If the pattern has a group `expert`, the tensor is that
-            expert's part of the parameter.
-        reason: Why it isn't used.
+        pattern: Regular expression for names without prefix. If it has a group `expert`, the tensor is that expert's
+            part of the parameter.
+        parameter: The parameter's name, with the pattern's groups as in `re.sub`. Two names if the first half of the
+            tensor's rows is one parameter and the second half another. None if the tensor isn't used.
+        reason: Why the tensor isn't used.
     """
 
     pattern: str
@@ -40,12 +40,12 @@ class RenameRule:
 
 @dataclass(frozen=True)
 class Source:
-    """Where one of our parameters comes from.
+    """The stored tensors that make up a parameter.
 
     Attributes:
-        names: Stored tensors: one, or one for each expert, which are to be stacked.
-        half: 0 or 1 if it is the first or second half of the stored tensor's rows (axis -2), else None.
-        stacked: Whether there is a tensor for each expert.
+        names: Names of the stored tensors: one, or one for each expert.
+        half: 0 or 1 if the parameter is the first or second half of the stored rows (axis -2); None if it is all.
+        stacked: Whether the tensors of all experts are stacked.
     """
 
     names: tuple[str, ...]
@@ -53,10 +53,13 @@ class Source:
     stacked: bool = False
 
     def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-        """Our parameter's shape, given those of the stored tensors.
+        """The parameter's shape.
+
+        Args:
+            shapes: Shapes of the stored tensors by name.
 
         Raises:
-            CheckpointError: Tensors to be stacked differ in shape, or there are no two halves.
+            CheckpointError: The experts' tensors differ in shape, or a tensor can't be split in halves.
         """
         shape = shapes[self.names[0]]
         for name in self.names:
@@ -64,18 +67,18 @@ class Source:
                 raise CheckpointError(f"{name} is {list(shapes[name])}, but {self.names[0]} is {list(shape)}")
         if self.half is not None:
             if len(shape) < 2 or shape[-2] % 2:
-                raise CheckpointError(f"{self.names[0]} is {list(shape)}: it can't be cut into gate and up")
+                raise CheckpointError(f"{self.names[0]} is {list(shape)}: it can't be split into gate and up")
             shape = (*shape[:-2], shape[-2] // 2, shape[-1])
         return (len(self.names), *shape) if self.stacked else shape
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What becomes of the tensors of a checkpoint.
+    """How the tensors of a checkpoint are used.
 
     Attributes:
-        sources: By our name, in the order of the stored ones.
-        skipped: Stored names that aren't used, with the reason.
+        sources: By parameter name, the stored tensors; in the order of the stored names.
+        skipped: By stored name, why a tensor isn't used.
     """
 
     sources: dict[str, Source]
@@ -87,19 +90,28 @@ class Layout:
 
 
 class RenameTable:
-    """Rows, ready to be asked.
+    """Maps the names of stored tensors to parameters.
 
     Attributes:
-        rows: The rows.
+        rules: The rules, in order; the last one matches every name.
     """
 
-    def __init__(self, prefix: str, rows: Iterable[RenameRule]):
-        self.rows = tuple(rows)
+    def __init__(self, prefix: str, rules: Iterable[RenameRule]) -> None:
+        """Makes a table.
+
+        Args:
+            prefix: Regular expression of the prefix to remove from names before the rules apply.
+            rules: The rules, in order; the last one must match every name.
+        """
+        self.rules = tuple(rules)
         self._prefix = re.compile(prefix)
-        self._patterns = [re.compile(row.pattern) for row in self.rows]
+        self._patterns = [re.compile(rule.pattern) for rule in self.rules]
 
     def layout(self, stored: Iterable[str]) -> Layout:
-        """Sorts the names of a checkpoint. Names that nothing is known of are taken to be ours.
+        """Assigns the tensors of a checkpoint to parameters; unknown names stay as they are.
+
+        Args:
+            stored: The names of the stored tensors.
 
         Raises:
             CheckpointError: Two tensors are the same parameter, an expert is missing, or an adapter isn't merged.
@@ -112,60 +124,69 @@ class RenameTable:
                 raise CheckpointError(
                     f"{name} is part of a LoRA adapter that isn't merged: merge it, or load it as adapter= (--adapter)"
                 )
-            row, match = self._find(name)
-            if row.parameter is None:
-                skipped[name] = row.reason
+            rule, match = self._find(name)
+            if rule.parameter is None:
+                skipped[name] = rule.reason
                 continue
             expert = match.groupdict().get("expert")
-            for parameter, half in _halves(row, match):
+            for parameter, half in _halves(rule, match):
                 if expert is not None:
                     experts.setdefault(parameter, {})[int(expert)] = (name, half)
                 elif parameter in sources:
-                    raise CheckpointError(f"{name} and {sources[parameter].names[0]} are the same tensor: one must go")
+                    raise CheckpointError(
+                        f"{name} and {sources[parameter].names[0]} are the same tensor: delete one of them"
+                    )
                 else:
                     sources[parameter] = Source((name,), half)
         for parameter, parts in experts.items():
             if parameter in sources:
                 raise CheckpointError(
-                    f"{sources[parameter].names[0]} holds all experts, but some are stored one by one too"
+                    f"{sources[parameter].names[0]} has all experts, but some are stored one by one as well: delete "
+                    "either"
                 )
-            if max(parts) >= len(parts):
-                missing = next(i for i in range(len(parts)) if i not in parts)
-                raise CheckpointError(f"{parameter}: expert {missing} is missing: the download is incomplete")
-            names = tuple(parts[i][0] for i in range(len(parts)))
-            sources[parameter] = Source(names, parts[0][1], stacked=True)
+            sources[parameter] = _stacked(parameter, parts)
         return Layout(sources, skipped)
 
     def modules(self, stored: str) -> tuple[str, ...]:
-        """Our names of a module, whose stored name may be anything that its weight could be stored under."""
-        row, match = self._find(f"{stored}.weight")
-        return tuple(parameter.removesuffix(".weight") for parameter, _ in _halves(row, match)) if row.parameter else ()
+        """The paths of a module in the model, by the name that it has in a checkpoint; () if it isn't used."""
+        rule, match = self._find(f"{stored}.weight")
+        if not rule.parameter:
+            return ()
+        return tuple(parameter.removesuffix(".weight") for parameter, _ in _halves(rule, match))
 
     def bare(self, stored: str) -> str:
-        """A stored name without what stands before all names, and what fine-tuning leaves in them."""
+        """A stored name without prefix, and without the parts that a merged adapter has left in it."""
         return self._prefix.sub("", stored.replace(_LEFT_OVER, "."), count=1)
 
     def _find(self, stored: str) -> tuple[RenameRule, re.Match[str]]:
         name = self.bare(stored)
-        for row, pattern in zip(self.rows, self._patterns, strict=True):
+        for rule, pattern in zip(self.rules, self._patterns, strict=True):
             if match := pattern.fullmatch(name):
-                return row, match
-        raise AssertionError("the last row matches everything")
+                return rule, match
+        raise AssertionError("the last rule matches everything")
 
 
-def _halves(row: RenameRule, match: re.Match[str]) -> list[tuple[str, int | None]]:
-    if isinstance(row.parameter, tuple):
-        return [(match.expand(name), half) for half, name in enumerate(row.parameter)]
-    assert row.parameter is not None
-    return [(match.expand(row.parameter), None)]
+def _stacked(parameter: str, parts: Mapping[int, tuple[str, int | None]]) -> Source:
+    """The source of a parameter whose experts are stored one by one, given by their numbers."""
+    if max(parts) >= len(parts):
+        missing = next(i for i in range(len(parts)) if i not in parts)
+        raise CheckpointError(f"{parameter}: expert {missing} is missing: the download is incomplete")
+    return Source(tuple(parts[i][0] for i in range(len(parts))), parts[0][1], stacked=True)
 
 
-VISION_AND_AUDIO = "belong to vision and audio, which a text decoder does without"
+def _halves(rule: RenameRule, match: re.Match[str]) -> list[tuple[str, int | None]]:
+    if isinstance(rule.parameter, tuple):
+        return [(match.expand(name), half) for half, name in enumerate(rule.parameter)]
+    assert rule.parameter is not None
+    return [(match.expand(rule.parameter), None)]
+
+
+VISION_AND_AUDIO = "belong to vision and audio, which this text decoder doesn't have"
 MERGED_DRAFTER = "belong to a drafter"
 
 _PREFIX = r"^(?:base_model\.model\.)?(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)"
 _LEFT_OVER = ".base_layer."
-"""What PEFT puts into the names of maps with an adapter; like `base_model.model.` it may be left when it is merged."""
+"""PEFT adds this to the names of layers with an adapter; like `base_model.model.` it may remain after merging."""
 _ADAPTER = re.compile(r"\.lora_(?:a|b|A|B|embedding_[AB]|magnitude_vector)(?:\.|$)")
 _PART = r"\.(weight|scales|biases)"
 _TOWERS = RenameRule(
@@ -176,25 +197,25 @@ _TOWERS = RenameRule(
 _MERGED = RenameRule(r"mtp\.(.*)", None, MERGED_DRAFTER)
 _UNKNOWN = RenameRule(r"(?s:.*)", r"\g<0>")
 _COMPUTED = RenameRule(r".*rotary_emb\..*", None, "are computed from config.json")
-_BOUNDS = RenameRule(r".*\.(?:input|output)_(?:min|max)", None, "bound activations, which no text layer does")
+_BOUNDS = RenameRule(r".*\.(?:input|output)_(?:min|max)", None, "are bounds of activations, which text layers lack")
 
 
 def target_table(config: TextConfig) -> RenameTable:
-    """The table for a target."""
-    rows = [_TOWERS, _MERGED, _COMPUTED, _BOUNDS]
+    """The table of a target with this config."""
+    rules = [_TOWERS, _MERGED, _COMPUTED, _BOUNDS]
     if config.tied_head:
-        rows.append(RenameRule(r"lm_head\..*", None, "repeat the embedding table, which is the output head"))
+        rules.append(RenameRule(r"lm_head\..*", None, "repeat the embedding table, which is the output head"))
     if shared := [str(i) for i, layer in enumerate(config.layers) if layer.kv_owner != i]:
         layers = "|".join(shared)
-        rows.append(
+        rules.append(
             RenameRule(
                 rf"layers\.(?:{layers})\.self_attn\.(?:k_proj|v_proj|k_norm|v_norm)\..*",
                 None,
-                "are keys and values of layers that read those of a lower one",
+                "are keys and values of layers that use another layer's",
             )
         )
     bank = r"(layers\.\d+\.experts)\.(?:switch_glu\.)?"
-    rows += [
+    rules += [
         RenameRule(bank + r"gate_up_proj", (r"\1.gate_proj.weight", r"\1.up_proj.weight")),
         RenameRule(bank + r"gate_up_proj" + _PART, (r"\1.gate_proj.\2", r"\1.up_proj.\2")),
         RenameRule(bank + r"(down|gate|up)_proj", r"\1.\2_proj.weight"),
@@ -202,47 +223,54 @@ def target_table(config: TextConfig) -> RenameTable:
         RenameRule(bank + r"(?P<expert>\d{1,6})\.(down|gate|up)_proj" + _PART, r"\1.\3_proj.\4"),
         _UNKNOWN,
     ]
-    return RenameTable(_PREFIX, rows)
+    return RenameTable(_PREFIX, rules)
 
 
 def of_vision_or_audio(stored: str) -> bool:
-    """Whether a target's tensor of this name can't belong to the text model."""
+    """Whether a target's tensor belongs to vision or audio, by its stored name."""
     return bool(re.fullmatch(_TOWERS.pattern, re.sub(_PREFIX, "", stored, count=1)))
 
 
 def of_merged_drafter(stored: Mapping[str, T]) -> dict[str, T]:
-    """Of a target's tensors those of a drafter that is merged in, under the names they have in a drafter's folder."""
+    """The tensors of a drafter that is merged into a target.
+
+    Args:
+        stored: The target's tensors, or anything else, by stored name.
+
+    Returns:
+        Those of the drafter, under the names that they would have in a drafter's own folder.
+    """
     names = {name: re.fullmatch(_MERGED.pattern, re.sub(_PREFIX, "", name, count=1)) for name in stored}
     return {match[1]: stored[name] for name, match in names.items() if match}
 
 
 def drafter_table(config: DrafterConfig) -> RenameTable:
-    """The table for a drafter."""
-    rows = [
+    """The table of a drafter with this config."""
+    rules = [
         _COMPUTED,
         RenameRule(r"lm_head\..*", None, "repeat the embedding table, which is the output head"),
         RenameRule(
             r"layers\.\d+\.self_attn\.(?:k_proj|v_proj|k_norm|v_norm)\..*",
             None,
-            "are keys and values of a drafter, which reads the target's",
+            "are keys and values of a drafter, which uses the target's",
         ),
     ]
     if config.num_clusters:
-        rows += [
+        rules += [
             RenameRule(r"masked_embedding\.(token_ordering|centroids\..*)", r"head.\1"),
             RenameRule(r"embed_tokens\.(.*)", r"head.embedding.\1"),
         ]
     else:
-        rows.append(RenameRule(r"masked_embedding\..*", None, "are clusters of a head that config.json says is dense"))
-    return RenameTable(r"^model\.", [*rows, _UNKNOWN])
+        rules.append(RenameRule(r"masked_embedding\..*", None, "are clusters, but config.json says the head is dense"))
+    return RenameTable(r"^model\.", [*rules, _UNKNOWN])
 
 
 def mlx_lm_name(name: str, multimodal: bool) -> str:
-    """Under which name mlx-lm expects a parameter (or module) of a target.
+    """The name of a target's parameter or module in mlx-lm's conversions.
 
     Args:
-        name: Our name.
-        multimodal: Whether the config.json has the text model's fields in a `text_config`.
+        name: The parameter's name here.
+        multimodal: Whether config.json has the text model's fields in a `text_config`.
     """
     name = re.sub(r"^(layers\.\d+\.experts)\.", r"\1.switch_glu.", name)
     inner = name if name.startswith("lm_head") else f"model.{name}"

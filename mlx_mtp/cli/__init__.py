@@ -1,7 +1,7 @@
-"""The command line: `mlx-mtp`, one module per command.
+"""The command line `mlx-mtp`: one module per command.
 
-Commands import MLX when they run, so that `--help` is quick and a faster BLAS can be loaded before.
-Exit codes: 0 done, 1 the work failed, 2 wrong use, 130 interrupted.
+Commands import MLX only when they run, so that `--help` is fast and a faster BLAS can be loaded first.
+Exit codes: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..errors import MTPError
 from . import batch, chat, convert, generate, info, tune
 from . import options as o
 
-# What typer raises for wrong use; it has no public name for it.
+# The base class of typer's errors of usage, for which it has no public name.
 _UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
@@ -35,7 +35,7 @@ app.command(name="batch", short_help="Answers the prompts of a file, several at 
 app.command(name="chat")(chat.chat)
 app.command(name="convert")(convert.convert)
 app.command(name="generate")(generate.generate)
-app.command(name="info", short_help="Shows what a model is, and whether it fits in memory.")(info.info)
+app.command(name="info", short_help="Shows a model's sizes, and whether it fits in memory.")(info.info)
 app.command(name="tune", short_help="Measures which batch and draft length suit this machine.")(tune.tune)
 
 
@@ -48,7 +48,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     context: typer.Context,
-    version: Annotated[
+    version: Annotated[  # noqa: ARG001 - its callback prints it
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
@@ -58,20 +58,10 @@ def _options(
 
 
 def main() -> None:
-    """Runs the command line."""
-    # A stream that is closed is None, and what is printed to None goes to stdout.
-    if sys.stdin is None:
-        sys.stdin = open(os.devnull)
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")
+    """Runs the command line, and exits."""
+    _prepare_streams()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("mlx_mtp").setLevel(logging.INFO)
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments; the tokenizer refuses what isn't UTF-8
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that isn't UTF-8 lacks characters
     try:
         sys.exit(app(standalone_mode=False))
     except (MTPError, _UsageError) as error:
@@ -80,7 +70,7 @@ def main() -> None:
         print(f"error: {_message(error)}", file=sys.stderr)
         sys.exit(1 if isinstance(error, MTPError) else 2)
     except typer.Abort:  # Ctrl-C outside an answer
-        # At once: the interpreter would wait for the thread that is just loading a model.
+        # A normal exit would wait for a thread that may be loading a model.
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):
                 stream.flush()
@@ -88,16 +78,30 @@ def main() -> None:
     except OSError as error:
         if "--debug" in sys.argv:
             raise
-        # What stdout still holds can't be written (its reader has gone, or its disk is full): the interpreter must
-        # not try again at exit.
+        # The buffer of stdout can't be written (closed pipe, full disk): keep the interpreter from trying it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             print(f"error: {o.os_message(error)}", file=sys.stderr)
         sys.exit(1)
 
 
+def _prepare_streams() -> None:
+    """Makes the standard streams usable whatever they are."""
+    # A closed stream is None, and print(file=None) prints to stdout.
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115 - open until the process ends
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as for arguments; the tokenizer refuses invalid UTF-8
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that isn't UTF-8 can't show all characters
+
+
 def _message(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The message of an error in one line."""
     if not isinstance(error, _UsageError):
         return str(error)
     command = error.ctx.command_path if error.ctx else "mlx-mtp"

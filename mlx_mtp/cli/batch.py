@@ -1,7 +1,7 @@
 """`mlx-mtp batch`: answers the prompts of a JSONL file.
 
-Every answer is written when it is there, so a run that was killed goes on where it stopped: lines whose answer is in
-the output already are left out. When all are there, the output is put into the order of the input.
+Each answer is written as soon as it is finished. So after an interruption the same command continues: it skips lines
+whose answers are in the output. In the end, the output is sorted in the order of the input.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from ..errors import MTPError, PromptError
 from ..files import parse_json, replacing, writable
 from . import options as o
 from . import render
+from .generation import generating
 
 if TYPE_CHECKING:
     from ..api import MTPModel
     from ..session.options import GenerationOptions
 
 
-@o.generating()
+@generating()
 def batch(
     source: Annotated[
         Path, typer.Argument(metavar="IN.jsonl", help='Lines such as {"prompt": "...", "max_tokens": 100}.')
@@ -45,15 +46,16 @@ def batch(
     quantize: o.Quantize = None,
     quantize_drafter: o.QuantizeDrafter = "auto",
     trace: o.TraceFile = None,
-    debug: o.Debug = False,
+    debug: o.Debug = False,  # noqa: ARG001 - `main` reads it
 ) -> None:
     """Answers the prompts of a file, several at a time; can be stopped and run again.
 
     A line of IN.jsonl has "prompt" (text, messages or token ids), and may have "id" and options of its own:
     max_tokens, temperature, top_k, top_p, min_p, seed, draft_length, exactness, stop, stop_token_ids, thinking, tools,
-    ignore_eos, sanitize, chat_template.
-    A line of OUT.jsonl has its "index" and "id", and text, tokens, finish_reason and stats, or "error"; lines with an
-    error are tried again by the next run, and answers stay, with whatever options they were made.
+    tool_choice, thinking_budget, repetition_penalty, presence_penalty, frequency_penalty, logit_bias, logprobs,
+    response_format, prediction, ignore_eos, sanitize, chat_template.
+    A line of OUT.jsonl has "index" and "id", and either text, tokens, finish_reason and stats, or "error". The next
+    run tries lines with an error again, and keeps answers, even if its options differ.
     """
     size = _size(batch_size)
     try:
@@ -61,16 +63,16 @@ def batch(
     except UnicodeDecodeError:
         raise PromptError(f"{source} isn't UTF-8") from None
     if str(output) == "-" or (output.exists() and not output.is_file()):
-        raise PromptError(f"{output} is no plain file, which it takes to go on after a stop: name one for the answers")
-    output = writable(output)  # a link stays one
+        raise PromptError(f"{output} isn't a plain file: give one for the answers")
+    output = writable(output)  # the file behind a link, so that the link stays
     if output == source.resolve():
         raise PromptError(f"{output} is the input: choose another name for the answers")
-    # What went wrong may have been the model's or an option's fault.
+    # Errors may be due to the model or an option, so their lines are tried again.
     done = {i: answer for i, answer in _finished(output, lines).items() if "error" not in answer}
     todo = [i for i, line in enumerate(lines) if line.strip() and i not in done]
     generation = replace(generation, chat_template=not raw)
     try:
-        output.open("a").close()  # before anything takes long
+        output.open("a").close()  # fail before the model is loaded
         with (
             o.load(model, drafter, no_draft, quantize, quantize_drafter, adapter=adapter) as lm,
             o.tracing(lm, trace),
@@ -84,18 +86,18 @@ def batch(
                     file.flush()
                     report(number)
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on: {len(done)} answers are in {output}", file=sys.stderr)
+        print(f"\nstopped: {len(done)} answers are in {output}; the same command continues", file=sys.stderr)
         raise typer.Exit(o.INTERRUPTED) from None
     _only(output, dict(sorted(done.items()))).close()
     if failed := sum("error" in answer for answer in done.values()):
-        raise MTPError(f'{failed} of {len(done)} lines couldn\'t be answered: see their "error" in {output}')
+        raise MTPError(f'{failed} of {len(done)} lines have no answer: see their "error" in {output}')
 
 
 def _answers(
     lm: MTPModel, lines: list[str], todo: list[int], size: int | Literal["auto"], generation: GenerationOptions
 ) -> Iterator[dict[str, Any]]:
-    """The answers to some lines, as they are finished."""
-    from ..decode.sampling import row_seed
+    """Yields the answers to the lines `todo`, as they are finished."""
+    from ..decode.noise import row_seed
 
     bad: list[dict[str, Any]] = []
     sent: list[int] = []
@@ -128,7 +130,7 @@ def _parse(line: str) -> dict[str, Any]:
     """A line's prompt and options.
 
     Raises:
-        PromptError: It is no JSON object with a prompt.
+        PromptError: The line isn't a JSON object with a prompt.
     """
     try:
         item = parse_json(line, parse_constant=_no_constant)
@@ -141,7 +143,7 @@ def _parse(line: str) -> dict[str, Any]:
 
 
 def _head(index: int, line: str) -> dict[str, Any]:
-    """What identifies an answer: its line's number from 0, the line's own id, and a hash of the line."""
+    """The fields that identify an answer: its line's index from 0, the line's own id, and a hash of the line."""
     try:
         name = parse_json(line, parse_constant=_no_constant).get("id")
     except (ValueError, AttributeError):
@@ -150,21 +152,21 @@ def _head(index: int, line: str) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> None:
-    """NaN and the infinities, which Python reads and JSON doesn't have."""
-    raise ValueError(f"{name} is no JSON value")
+    """Refuses NaN and infinities, which Python's parser accepts."""
+    raise ValueError(f"{name} isn't a JSON value")
 
 
 def _finished(output: Path, lines: list[str]) -> dict[int, dict[str, Any]]:
-    """Answers of an earlier run to lines that are the same now.
+    """Answers of an earlier run to lines that haven't changed.
 
     Raises:
-        PromptError: The file holds something else.
+        PromptError: The file isn't the output of an earlier run on this input.
     """
     if not output.exists():
         return {}
     done = {}
     text = output.read_text("utf-8", errors="replace")
-    whole, _, rest = text.rpartition("\n")  # a killed run may have left half a line
+    whole, _, rest = text.rpartition("\n")  # a killed run may have left an incomplete line
     for line in whole.split("\n") if whole else ():
         try:
             answer = parse_json(line)
@@ -176,12 +178,12 @@ def _finished(output: Path, lines: list[str]) -> dict[int, dict[str, Any]]:
     if rest and not whole and not rest.startswith('{"index"'):
         raise PromptError(f"{output} exists and isn't the output of this command: choose another name")
     if whole and not done:
-        raise PromptError(f"{output} has answers to other lines than those of this input: choose another name")
+        raise PromptError(f"{output} has the answers of another input: choose another name")
     return done
 
 
 def _only(output: Path, answers: Mapping[int, dict[str, Any]]) -> IO[str]:
-    """Leaves nothing but these answers in the file, and opens it for more."""
+    """Reduces the file to these answers, and opens it for appending."""
     with replacing(output) as aside:
         aside.write_text("".join(map(_line, answers.values())), "utf-8")
     return output.open("a", encoding="utf-8")
@@ -190,7 +192,7 @@ def _only(output: Path, answers: Mapping[int, dict[str, Any]]) -> IO[str]:
 def _line(answer: dict[str, Any]) -> str:
     try:
         return json.dumps(answer, ensure_ascii=False).encode().decode() + "\n"
-    except UnicodeEncodeError:  # half of a surrogate pair, in an id
+    except UnicodeEncodeError:  # a lone surrogate in an id
         return json.dumps(answer) + "\n"
 
 

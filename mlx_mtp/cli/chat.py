@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MTPError
 from ..files import replacing
 from . import options as o
+from .generation import generating
 
 if TYPE_CHECKING:
     from ..chat import Chat
@@ -20,17 +22,17 @@ QUOTES = '"""'
 
 HELP = """\
 /help              show this list
-/reset             forget the conversation
-/system [TEXT]     set the system prompt, or remove it
+/reset             clear the conversation
+/system [TEXT]     set or remove the system prompt
 /think [on|off]    let the model think before it answers
-/stats             figures of the latest answer
+/stats             statistics of the latest answer
 /save FILE         write the conversation to a JSON file
 /quit              leave (or Ctrl-D)
-A line that ends with \\ goes on in the next one; a text of several lines may stand between \"\"\" and \"\"\".
-Ctrl-C ends the answer that is running."""
+A \\ at the end continues a line in the next one. Put text of several lines between \"\"\" and \"\"\".
+Ctrl-C ends the running answer."""
 
 
-@o.generating(max_tokens=2048)
+@generating(max_tokens=2048)
 def chat(
     model: o.Model = None,
     drafter: o.Drafter = None,
@@ -43,7 +45,7 @@ def chat(
     quantize: o.Quantize = None,
     quantize_drafter: o.QuantizeDrafter = "auto",
     trace: o.TraceFile = None,
-    debug: o.Debug = False,
+    debug: o.Debug = False,  # noqa: ARG001 - `main` reads it
 ) -> None:
     """Chats with a model; /help lists the commands."""
     with o.load(model, drafter, no_draft, quantize, quantize_drafter, adapter=adapter) as lm, o.tracing(lm, trace):
@@ -56,7 +58,7 @@ def chat(
                     _answer(conversation, text, generation)
                 elif not _command(conversation, text):
                     return
-            except MTPError as error:  # the conversation goes on: it can be reset, or shortened
+            except MTPError as error:  # the chat continues: the user can reset or shorten it
                 print(f"error: {error}", file=sys.stderr)
 
 
@@ -70,8 +72,8 @@ def _answer(conversation: Chat, text: str, generation: GenerationOptions) -> Non
         print(" [stopped]", end="", file=sys.stderr)
     print(flush=True)
     if stats := conversation.stats:
-        kept = f", {stats.cached_tokens} of {stats.prompt_tokens} prompt tokens kept" if stats.cached_tokens else ""
-        print(f"[{o.status(stats)}{kept}]", file=sys.stderr)
+        cached = f", {stats.cached_tokens} of {stats.prompt_tokens} prompt tokens cached" if stats.cached_tokens else ""
+        print(f"[{o.status(stats)}{cached}]", file=sys.stderr)
 
 
 def _command(conversation: Chat, line: str) -> bool:
@@ -84,32 +86,27 @@ def _command(conversation: Chat, line: str) -> bool:
         print(HELP, file=sys.stderr)
     elif name == "/reset":
         conversation.reset()
-        print("forgotten", file=sys.stderr)
+        print("conversation cleared", file=sys.stderr)
     elif name == "/system":
         conversation.system = rest or None
         print("system prompt set" if rest else "no system prompt", file=sys.stderr)
     elif name == "/think":
-        if rest not in ("", "on", "off"):
-            print("use /think, /think on or /think off", file=sys.stderr)
-            return True
-        conversation.thinking = not conversation.thinking if not rest else rest == "on"
-        print(f"thinking {'on' if conversation.thinking else 'off'}", file=sys.stderr)
+        _set_thinking(conversation, rest)
     elif name == "/stats":
         _print_stats(conversation)
     elif name == "/save":
-        if not rest:
-            print("use /save FILE", file=sys.stderr)
-            return True
-        try:
-            _save(conversation, Path(rest).expanduser())
-            print(f"saved to {rest}", file=sys.stderr)
-        except OSError as error:
-            print(f"error: not saved: {o.os_message(error)}", file=sys.stderr)
-        except (RuntimeError, ValueError) as error:  # "~somebody" unknown here; a NUL in the name
-            print(f"error: not saved: {error}", file=sys.stderr)
+        _save_to(rest, conversation)
     else:
         print(f"unknown command {line!r}; /help lists the commands", file=sys.stderr)
     return True
+
+
+def _set_thinking(conversation: Chat, value: str) -> None:
+    if value not in ("", "on", "off"):
+        print("use /think, /think on or /think off", file=sys.stderr)
+        return
+    conversation.thinking = value == "on" if value else not conversation.thinking
+    print(f"thinking {'on' if conversation.thinking else 'off'}", file=sys.stderr)
 
 
 def _print_stats(conversation: Chat) -> None:
@@ -118,7 +115,7 @@ def _print_stats(conversation: Chat) -> None:
         print("no answer yet", file=sys.stderr)
         return
     print(
-        f"prompt       {stats.prompt_tokens} tokens, {stats.cached_tokens} kept from before, "
+        f"prompt       {stats.prompt_tokens} tokens, {stats.cached_tokens} cached, "
         f"{stats.prompt_seconds:.2f} s\n"
         f"answer       {o.status(stats)}\n"
         f"accepted     {stats.accepted} of {stats.drafted} drafts; by position {stats.accepted_by_position}\n"
@@ -128,11 +125,25 @@ def _print_stats(conversation: Chat) -> None:
     )
 
 
+def _save_to(name: str, conversation: Chat) -> None:
+    if not name:
+        print("use /save FILE", file=sys.stderr)
+        return
+    try:
+        _save(conversation, Path(name).expanduser())
+        print(f"saved to {name}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: not saved: {o.os_message(error)}", file=sys.stderr)
+    except (RuntimeError, ValueError) as error:  # a home folder that doesn't exist ("~name"); a NUL in the name
+        print(f"error: not saved: {error}", file=sys.stderr)
+
+
 def _save(conversation: Chat, path: Path) -> None:
-    """Writes aside and renames, so that an older file isn't lost if this one can't be written.
+    """Writes the conversation as JSON; if that fails, an older file stays as it is.
 
     Raises:
-        OSError, ValueError: It can't be written there.
+        OSError: The file can't be written.
+        ValueError: The name can't be one of a file.
     """
     messages: list[dict[str, Any]] = [{"role": "system", "content": conversation.system}] if conversation.system else []
     with replacing(path) as aside:
@@ -140,12 +151,10 @@ def _save(conversation: Chat, path: Path) -> None:
 
 
 def _line_reader() -> Callable[[str], str]:
-    """Reads a line, raising EOFError at the end; from a terminal with editing, from a pipe without a prompt."""
+    """A function that reads a line and raises EOFError at the end: with editing in a terminal, else without prompt."""
     if sys.stdin.isatty():
-        try:
+        with suppress(ImportError):
             import readline  # noqa: F401 - gives input() editing and history
-        except ImportError:
-            pass
         return input
 
     def read(_: str) -> str:
@@ -158,11 +167,14 @@ def _line_reader() -> Callable[[str], str]:
 
 
 def inputs(read: Callable[[str], str], stoppable: bool) -> Iterator[tuple[str, bool]]:
-    """What the user enters, lines that belong together as one text, and whether it was quoted: then it's no command.
+    """Yields the texts that the user enters, joining continued lines.
 
     Args:
         read: Shows a prompt and reads a line; raises EOFError at the end.
-        stoppable: Whether Ctrl-C drops what is being entered; else it ends the program.
+        stoppable: Whether Ctrl-C drops the text that is being entered; else it ends the program.
+
+    Yields:
+        A text, and whether it was quoted, so that it can't be a command.
     """
     ended = False
     while not ended:
@@ -183,7 +195,7 @@ def inputs(read: Callable[[str], str], stoppable: bool) -> Iterator[tuple[str, b
             print(file=sys.stderr)
             continue
         except EOFError:
-            ended = True  # what was entered before it counts
+            ended = True  # after the text entered so far
         if quoted:
             text = text.rstrip().removesuffix(QUOTES).strip("\n")
         if text.strip():

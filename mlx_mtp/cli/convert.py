@@ -1,4 +1,4 @@
-"""`mlx-mtp convert`: a checkpoint and its drafter become MLX folders."""
+"""`mlx-mtp convert`: converts a checkpoint and its drafter to MLX folders."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..checkpoint.quantization import Scheme
 
 EMBEDDINGS = ("embed_tokens*", "lm_head", "head.embedding")
-"""Modules whose rows belong to tokens."""
+"""Modules that --embeddings-bits applies to."""
 
 
 def _override(value: str) -> tuple[str, int | None]:
@@ -34,7 +34,7 @@ def _override(value: str) -> tuple[str, int | None]:
 
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder or repository of a target or a drafter.")],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to create.")],
     bits: Annotated[
         int | None, typer.Option(help="Bits of quantised weights: 2, 3, 4, 5, 6 or 8. Default: don't quantise.")
     ] = None,
@@ -50,7 +50,7 @@ def convert(
         typer.Option(
             metavar="PATTERN=BITS",
             help="Bits, or none, of matrices with matching names, as in '*.mlp.down_proj=6'. May be repeated; the last "
-            "that matches counts. The router of a mixture of experts has 8 bits unless it is named here.",
+            "match counts. The router of a mixture of experts has 8 bits unless it is named here.",
         ),
     ] = None,
     dtype: Annotated[
@@ -60,13 +60,13 @@ def convert(
         str | None,
         typer.Option(
             help="gptq or dwq: mlx-lm learns the target's quantised weights from the text of --calibration. Needs the "
-            "unquantised model in memory, and as much disk space again meanwhile. Default: round plainly.",
+            "unquantised model in memory, and temporarily the same space on disk. Default: round to nearest.",
             show_default=False,
         ),
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Text (UTF-8) that --method learns from, like what the model is for."),
+        typer.Option(metavar="FILE", help="Text (UTF-8) that --method learns from, similar to the model's use."),
     ] = None,
     drafter: o.Drafter = None,
     no_draft: Annotated[bool, typer.Option("--no-draft", help="Convert the target alone.")] = False,
@@ -77,15 +77,15 @@ def convert(
         bool,
         typer.Option(
             "--check",
-            help="Compare the result with its source on sample text, and verify its checksums. An earlier result of "
-            "the same command isn't made again.",
+            help="Compare the result with its source on sample text, and verify its checksums. If an earlier run of "
+            "the same command has finished, its result is checked.",
         ),
     ] = False,
-    debug: o.Debug = False,
+    debug: o.Debug = False,  # noqa: ARG001 - `main` reads it
 ) -> None:
-    """Converts a checkpoint to DST, and its drafter to DST-assistant. Goes on after an interruption.
+    """Converts a checkpoint to DST, and its drafter to DST-assistant. Continues after an interruption.
 
-    A target also loads in mlx-lm.
+    A converted target also loads in mlx-lm.
     """
     o.check_loading(drafter, no_draft, None)
     use_openblas()  # --check runs the models
@@ -107,7 +107,7 @@ def convert(
 
 @contextmanager
 def _value_of(option: str) -> Iterator[None]:
-    """What is found to be wrong here is wrong use of an option."""
+    """Turns a CheckpointError of the block into an error of usage."""
     try:
         yield
     except CheckpointError as error:
@@ -162,7 +162,11 @@ def _learning(method: str | None, calibration: Path | None, scheme: Scheme | Non
 
 
 def _check_overrides(overrides: list[str], modules: tuple[str, ...]) -> None:
-    """Each has to match something: a name with a slip in it would change nothing, unnoticed."""
+    """Checks that each pattern matches a module; a misspelt one would silently change nothing.
+
+    Raises:
+        typer.BadParameter: One matches nothing.
+    """
     for pattern, _ in map(_override, overrides):
         if not any(fnmatchcase(module, pattern) for module in modules):
             raise typer.BadParameter(
@@ -180,11 +184,11 @@ def _prepare(
     drafter_bits: int | None,
     learning: Learning | None,
 ) -> list[Conversion]:
-    """What is to be done: the conversion of the model itself, and that of its drafter."""
+    """The conversion of the model itself, and of its drafter if there is one."""
     from weights_convert import Format, Scheme, prepare
     from weights_convert.plan import check_original
 
-    from ..checkpoint.pair import find_pair, way_out
+    from ..checkpoint.pair import find_pair, suggest_no_draft
 
     bits = (4 if scheme else None) if drafter_bits is None else drafter_bits
     with _value_of("--drafter-bits"):
@@ -192,14 +196,14 @@ def _prepare(
     conversions = [prepare(source, destination, scheme, dtype, learning=learning)]
     if _is_drafter(conversions[0]):
         if learning:
-            raise typer.BadParameter(f"{source} is a drafter, and those are rounded plainly", param_hint="--method")
+            raise typer.BadParameter(f"{source} is a drafter, which can only be rounded", param_hint="--method")
         if drafter or drafter_bits is not None:
             raise typer.BadParameter(f"{source} is a drafter itself: it takes --bits, not --drafter or --drafter-bits")
         return conversions
     _, own = find_pair(source, drafter, check=check_original)
     if own:
         sibling = destination.with_name(f"{destination.name}-assistant")
-        with way_out():
+        with suggest_no_draft():
             conversions.append(prepare(own.folder, sibling, drafter_scheme, dtype, merged=own.merged))
     return conversions
 
@@ -211,44 +215,51 @@ def _is_drafter(conversion: Conversion) -> bool:
 
 
 def _run(conversion: Conversion) -> None:
-    """One conversion, with a progress bar."""
+    """Runs a conversion with a progress bar."""
     try:
         name, total = conversion.destination.name, conversion.plan.total
         with render.progress(name, total, in_bytes=True, announce=False) as report:
-            conversion.run(lambda name, written, total: report(written))
+            conversion.run(lambda _name, written, _total: report(written))
     except KeyboardInterrupt:
-        kept = conversion.aside.exists()
-        more = "the same command goes on where this one stopped" if kept else "nothing was finished"
+        resumable = conversion.aside.exists()
+        more = "the same command continues" if resumable else "nothing was finished"
         print(f"interrupted: {more}", file=sys.stderr)
         raise typer.Exit(o.INTERRUPTED) from None
 
 
 def _compared(conversion: Conversion, target: Path | None) -> str:
-    """What comparing a result with its source says, in one line.
+    """Checks a result, and compares it with its source.
 
     Args:
-        conversion: What was made.
+        conversion: The finished conversion.
         target: Folder of the original target; None if a drafter was converted alone.
+
+    Returns:
+        The findings, in one line.
+
+    Raises:
+        CheckpointError: A file of the result is missing or damaged.
+        MemoryBudgetError: The models don't fit in memory; the message has the other findings.
     """
     from weights_convert.files import verify_sums
 
     made = conversion.destination
-    whole = f"{made}: {verify_sums(made)} files as they were written"
+    checked = f"{made}: {verify_sums(made)} files as they were written"
     try:
-        return f"{whole}; {_difference(conversion, target)}"
+        return f"{checked}; {_difference(conversion, target)}"
     except MemoryBudgetError as error:
-        raise MemoryBudgetError(f"{whole}; {error}") from error
+        raise MemoryBudgetError(f"{checked}; {error}") from error
 
 
 def _difference(conversion: Conversion, target: Path | None) -> str:
-    """What has become of the model; arguments as for `_compared`."""
+    """How a result differs from its source; arguments as for `_compared`."""
     from weights_convert.check import DRAFTS, acceptance, compare
 
     made = conversion.destination
     if not _is_drafter(conversion):
         found = compare(conversion.source, made)
         return (
-            f"KL divergence {found.kl:.4f} nats a token, top-1 agreement {found.top1:.1%}, over {found.tokens} tokens"
+            f"KL divergence {found.kl:.4f} nats per token, top-1 agreement {found.top1:.1%}, over {found.tokens} tokens"
         )
     if target is None:
         return "convert it with its target to see how many drafts are accepted"

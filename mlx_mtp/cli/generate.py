@@ -1,24 +1,25 @@
-"""`mlx-mtp generate`: one prompt, one answer."""
+"""`mlx-mtp generate`: answers one prompt."""
 
 from __future__ import annotations
 
 import json
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import options as o
+from .generation import generating, json_file
 
 if TYPE_CHECKING:
     from ..session.options import GenerationOptions
 
 
-@o.generating()
+@generating()
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(help="Default: what stdin holds.", metavar="PROMPT", show_default=False)
+        str | None, typer.Argument(help="Default: read it from stdin.", metavar="PROMPT", show_default=False)
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Folder or repository. Default: the demo pair.", metavar="MODEL")
@@ -29,7 +30,16 @@ def generate(
     *,
     generation: GenerationOptions,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; may be given several times.", metavar="TEXT")
+        list[str] | None, typer.Option(help="End before this text; may be repeated.", metavar="TEXT")
+    ] = None,
+    tools: Annotated[
+        Any,
+        typer.Option(
+            help="JSON file with a list of tools, as in OpenAI's interface.", metavar="FILE", parser=json_file
+        ),
+    ] = None,
+    tool_choice: Annotated[
+        str | None, typer.Option(help="auto, none, required, or the name of a tool.", metavar="CHOICE")
     ] = None,
     system: o.System = None,
     think: o.Think = False,
@@ -38,9 +48,9 @@ def generate(
     quantize_drafter: o.QuantizeDrafter = "auto",
     as_json: o.Json = False,
     trace: o.TraceFile = None,
-    debug: o.Debug = False,
+    debug: o.Debug = False,  # noqa: ARG001 - `main` reads it
 ) -> None:
-    """Answers one prompt on stdout."""
+    """Answers one prompt, on stdout."""
     if stop and not all(stop):
         raise typer.BadParameter("an empty text would stop everything", param_hint="--stop")
     if prompt is None:
@@ -50,16 +60,18 @@ def generate(
     if not prompt.strip():
         raise typer.BadParameter("the prompt is empty", param_hint="PROMPT")
     if raw and (system or think):
-        raise typer.BadParameter("there is no system prompt and no thinking without a chat", param_hint="--raw")
+        raise typer.BadParameter("--system and --think need the chat template", param_hint="--raw")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     asked = prompt if raw else messages
-    generation = replace(generation, stop=stop, thinking=think, chat_template=not raw)
+    generation = replace(
+        generation, stop=stop, thinking=think, chat_template=not raw, tools=tools, tool_choice=tool_choice
+    )
     with o.load(model, drafter, no_draft, quantize, quantize_drafter, adapter=adapter) as lm, o.tracing(lm, trace):
         try:
             if as_json:
                 answer = lm.generate(asked, options=generation)
-                print(json.dumps(answer.as_dict()))  # ASCII, which is the same in every encoding
+                print(json.dumps(answer.as_dict()))  # ASCII, so that the encoding of stdout doesn't matter
                 return
             chunks = o.show(lm.stream(asked, options=generation))
         except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""`mlx-mtp info`: what a model is, what it needs, and whether this machine has it. Reads no weights."""
+"""`mlx-mtp info`: a model's sizes and memory, whether it fits here, and its predicted speed. Reads no weights."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ if TYPE_CHECKING:
     from ..simulate.chips import Chip
 
 _PREDICTED_AT = 1024
-"""Tokens of context that speeds are predicted for."""
+"""Context in tokens for which speeds are predicted."""
 
 _TYPICAL_ERROR = 0.15
 """Median error of the cost model against published figures, see docs/cost_model.md."""
 
-
 _FITS = "fits the target"
-"""What is said of a drafter that was made for the target."""
+"""Value of "pairing" for a drafter that was made for the target."""
 
 
 def info(
@@ -38,9 +37,9 @@ def info(
         typer.Option(help="Predict the speed for this Apple chip instead of this machine's.", metavar="CHIP"),
     ] = None,
     as_json: o.Json = False,
-    debug: o.Debug = False,
+    debug: o.Debug = False,  # noqa: ARG001 - `main` reads it
 ) -> None:
-    """Shows sizes, memory, pairing, whether it fits, and what speed to expect; downloads no weights."""
+    """Shows sizes, memory, pairing, whether a model fits, and its predicted speed; downloads no weights."""
     o.check_loading(drafter, no_draft, quantize, quantize_drafter)
     machine = _chip(chip)
     facts = describe(model, False if no_draft else drafter, quantize, machine, quantize_drafter)
@@ -60,14 +59,17 @@ def describe(
     """Facts about a pair, as `mlx-mtp info --json` prints them.
 
     Args:
-        model, drafter, quantize, quantize_drafter: As for `api.load`.
-        chip: What to predict the speed for; None for no prediction.
+        model: Folder or repository of the target; None for the embedded demo pair.
+        drafter: See `api.load`.
+        quantize: See `api.load`.
+        chip: Chip to predict the speed for; None for no prediction.
+        quantize_drafter: See `api.load`.
 
     Raises:
-        CheckpointError: A config.json is missing or isn't Gemma 4's, or weights that are here can't be loaded.
+        CheckpointError: A config.json is missing or isn't Gemma 4's, or downloaded weights can't be loaded.
     """
     from ..checkpoint import drafter_precision, sizes
-    from ..checkpoint.pair import find_pair, way_out
+    from ..checkpoint.pair import find_pair, suggest_no_draft
     from ..checkpoint.quantization import Format
     from ..config import check_pair
     from ..errors import PairingError
@@ -102,7 +104,7 @@ def describe(
         "drafter": None,
     }
     if own:
-        with way_out():
+        with suggest_no_draft():
             on_disk = _on_disk(own)
         size, clusters = sizes.of(own), own.config.num_clusters
         try:
@@ -125,12 +127,12 @@ def describe(
     have = sizes.memory_for_models()
 
     def fit(bits: int | None) -> dict[str, Any]:
-        """What the pair takes if it is quantised like this while loading."""
+        """Memory of the pair if it is quantised to `bits` while loading."""
         like = replace(target, quantize=Format(bits) if bits else None)
         size = sizes.of(like)
         needed = size.weights
         if own:
-            needed += sizes.of(drafter_precision.beside(own, like, quantize_drafter)).weights
+            needed += sizes.of(drafter_precision.for_target(own, like, quantize_drafter)).weights
         return {
             "quantize": bits,
             "needed": needed,
@@ -156,7 +158,7 @@ def describe(
 
 
 def _chip(name: str | None) -> Chip | None:
-    """A chip by its name, or this machine's; None if there are no figures for this one."""
+    """The chip with a name, or this machine's; None if there are no figures for this machine."""
     from ..simulate.chips import chip, this_chip
 
     try:
@@ -166,9 +168,10 @@ def _chip(name: str | None) -> Chip | None:
 
 
 def _expected(target: TargetDescription, drafter: DrafterDescription | None, chip: Chip) -> dict[str, Any]:
-    """What the cost model predicts for one row; half of the published figures lie in ranges as wide as these.
+    """The cost model's prediction for one row, as ranges.
 
-    Drafting has no speed of its own where there is no drafter, or where no draft length pays (0).
+    A range is the prediction within _TYPICAL_ERROR; half of the published figures lie outside theirs. `drafting_tps` is
+    None without a drafter, or if no draft length is faster than plain decoding; `draft_length` is then None or 0.
     """
     from ..simulate import cost_model, report
 
@@ -190,7 +193,7 @@ def _expected(target: TargetDescription, drafter: DrafterDescription | None, chi
 
 
 def _lengths(longest: int) -> list[int]:
-    """Context lengths to give sizes for."""
+    """Context lengths for which KV sizes are shown."""
     return [n for n in (1024, 8192, 32768, 131072) if n < longest] + [longest]
 
 
@@ -202,10 +205,10 @@ def _stored_as(it: AnyDescription) -> str:
 
 
 def _on_disk(described: AnyDescription) -> dict[str, Any]:
-    """Bytes of the weight files that are there, None for none, and the names of those that aren't.
+    """Bytes of the weight files that exist, None if there are none, and the names of missing files.
 
     Raises:
-        CheckpointError: What is there can't be loaded, by the files' headers.
+        CheckpointError: The headers show that the files can't be loaded.
     """
     from ..checkpoint import load, safetensors_files
     from ..files import listed
@@ -242,16 +245,16 @@ def _stored(facts: dict[str, Any]) -> str:
 
 def _table(facts: dict[str, Any]) -> list[tuple[str, str]]:
     t, d, m = facts["target"], facts["drafter"], facts["machine"]
-    experts = f", {t['experts_per_token']} of {t['experts']} experts a token" if t["experts"] else ""
+    experts = f", {t['experts_per_token']} of {t['experts']} experts per token" if t["experts"] else ""
     lines = [
         ("target", t["folder"]),
         ("  model", f"{t['model_type']}, {t['parameters'] / 1e6:,.1f} M parameters, {t['stored_as']}{experts}"),
-        ("  layers", f"{t['layers']}: {t['sliding_layers']} sliding over {t['window']} tokens, "
-                     f"{t['layers'] - t['sliding_layers']} full; {t['layers_with_kv']} with KV of their own"),
+        ("  layers", (f"{t['layers']}: {t['sliding_layers']} sliding over {t['window']} tokens, "
+                      f"{t['layers'] - t['sliding_layers']} full; {t['layers_with_kv']} with their own KV")),
         ("  vocabulary", f"{t['vocabulary']:,} tokens; context {t['context']:,} tokens"),
         ("  on disk", _stored(t)),
-        ("  in memory", f"{_size(t['bytes_in_memory'])} with {t['activation_bits']}-bit activations, "
-                        f"of which one token reads {_size(t['bytes_read_per_token'])}"),
+        ("  in memory", (f"{_size(t['bytes_in_memory'])} with {t['activation_bits']}-bit activations; "
+                         f"one token reads {_size(t['bytes_read_per_token'])}")),
         ("  KV", ", ".join(f"{_size(size)} at {int(n):,} tokens" for n, size in t["kv_bytes_at"].items())),
     ]  # fmt: skip
     if d:
@@ -267,9 +270,9 @@ def _table(facts: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("drafter", "none"))
     lines.append(("machine", f"{_size(m['memory'])} for models; {_fits(m, t['context'])}"))
     wired = (
-        f"what a model needs while it has rows, {_size(m['wired_at_most'])} at most (macOS 15 or later)"
+        f"the model's memory while it has rows, at most {_size(m['wired_at_most'])} (macOS 15 or later)"
         if m["wired_at_most"]
-        else "nothing: that is a matter of Macs"
+        else "nothing: only Macs wire memory"
     )
     lines.append(("  wired", wired))
     if e := facts["expected"]:
@@ -288,10 +291,10 @@ def _speed(expected: dict[str, Any]) -> str:
     if drafts := expected["draft_length"]:
         drafting = f"{_range(expected['drafting_tps'])} with {drafts} drafts a round"
     else:
-        drafting = "nothing gained by drafting" if drafts == 0 else "no drafter"
+        drafting = "no gain from drafting" if drafts == 0 else "no drafter"
     return (
-        f"PREDICTED, not measured: {plain}, {drafting}, one row at {expected['context']:,} tokens (half of the speeds "
-        "that others published lie outside such a range, see docs/cost_model.md)"
+        f"PREDICTED, not measured: {plain}, {drafting}, one row at {expected['context']:,} tokens (half of the "
+        "published speeds lie outside such a range, see docs/cost_model.md)"
     )
 
 
@@ -302,5 +305,5 @@ def _range(speeds: list[float]) -> str:
 def _fits(fit: dict[str, Any], context: int) -> str:
     needed, longest = f"{_size(fit['needed'])} needed", fit["longest_context"]
     if longest == context:
-        return f"{needed} without KV: fits, at full context too"
-    return f"{needed} without KV: fits, up to {longest:,} tokens" if longest else f"{needed}: does NOT fit"
+        return f"{needed} without KV: fits at full context"
+    return f"{needed} without KV: fits up to {longest:,} tokens" if longest else f"{needed}: does NOT fit"

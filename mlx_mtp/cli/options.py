@@ -1,18 +1,15 @@
-"""Options that several commands share, and how they become a model."""
+"""Options that several commands share, and loading the model that they describe."""
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..decode.limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH, MAX_TEMPERATURE
 from ..system.blas import use_openblas
 
 if TYPE_CHECKING:
@@ -23,15 +20,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 
 _BITS = (2, 3, 4, 5, 6, 8)
-"""`quantization.BITS`, which comes with MLX: options are read before that is imported."""
-
-
-def _draft_length(value: str) -> str | int:
-    if value == "auto":
-        return value
-    if not value.isdecimal() or int(value) > MAX_DRAFT_LENGTH:
-        raise typer.BadParameter(f"expected auto or a number from 0 to {MAX_DRAFT_LENGTH}")
-    return int(value)
+"""As `quantization.BITS`, whose module imports MLX; options are parsed before that."""
 
 
 def _quantize_drafter(value: str) -> str | int:
@@ -42,13 +31,11 @@ def _quantize_drafter(value: str) -> str | int:
     return int(value)
 
 
-def _inverted(flag: bool) -> bool:
-    return not flag
-
-
 Drafter = Annotated[
     str | None,
-    typer.Option(help="Folder or repository of the drafter. Default: what is found of the model's.", metavar="MODEL"),
+    typer.Option(
+        help="Folder or repository of the drafter. Default: the model's own, if one is found.", metavar="MODEL"
+    ),
 ]
 NoDraft = Annotated[bool, typer.Option("--no-draft", help="Plain decoding, without a drafter.")]
 Adapter = Annotated[
@@ -60,146 +47,30 @@ Quantize = Annotated[
 QuantizeDrafter = Annotated[
     Any,
     typer.Option(
-        help="Precision of the drafter: a quantised model's own (auto), as stored (none), or bits. Texts stay alike.",
+        help="Precision of the drafter: the model's (auto), as stored (none), or bits. Doesn't change the text.",
         metavar="auto|none|BITS",
         parser=_quantize_drafter,
     ),
 ]
 System = Annotated[str | None, typer.Option(help="System prompt.", metavar="TEXT")]
 Think = Annotated[bool, typer.Option("--think", help="Ask the model to think first.")]
-Raw = Annotated[bool, typer.Option("--raw", help="Complete the text as it is, without a chat template.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Complete the text as it is, without the chat template.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
 Model = Annotated[
     str | None,
     typer.Argument(help="Folder or repository. Default: the demo pair.", metavar="MODEL", show_default=False),
 ]
 TraceFile = Annotated[
-    Path | None, typer.Option("--trace", help="Write a Chrome trace of draft, verify and host here.", metavar="FILE")
+    Path | None,
+    typer.Option("--trace", help="Write a Chrome trace of draft, verify and host to this file.", metavar="FILE"),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")]
-
-
-@dataclass
-class _Generation:
-    """The options of every command that generates; names and meaning are those of `GenerationOptions`."""
-
-    draft_length: Annotated[
-        Any,
-        typer.Option(help="Tokens to draft in a round; 0 for plain decoding.", metavar="auto|N", parser=_draft_length),
-    ] = "auto"
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.", min=1, metavar="N")] = 256
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            help="0 is greedy. Default of this and the next three: the model's.",
-            min=0,
-            max=MAX_TEMPERATURE,
-            metavar="T",
-        ),
-    ] = None
-    top_k: Annotated[
-        int | None, typer.Option(help="Sample only from the K most probable tokens; 0 for all.", min=0, metavar="K")
-    ] = None
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            help="Sample only from the best tokens that together reach this probability.", min=0.001, max=1, metavar="P"
-        ),
-    ] = None
-    min_p: Annotated[
-        float | None,
-        typer.Option(
-            help="Sample only from tokens with at least this share of the best one's probability.",
-            min=0,
-            max=1,
-            metavar="P",
-        ),
-    ] = None
-    seed: Annotated[
-        int | None,
-        typer.Option(help="The same seed gives the same text. Default: a new one each time.", metavar="N"),
-    ] = None
-    sanitize: Annotated[
-        bool,
-        typer.Option(
-            "--no-sanitize", help="Encode special tokens' names in the text as special tokens.", callback=_inverted
-        ),
-    ] = False  # that of the flag; the callback makes it True
-    exactness: Annotated[
-        str,
-        typer.Option(
-            help="fast: what the verify pass chooses. invariant: the same text at any draft length on any device. "
-            "stepwise: bit for bit plain decoding, and no faster.",
-            metavar="fast|invariant|stepwise",
-        ),
-    ] = "fast"
-
-    def __post_init__(self) -> None:
-        """Checks what typer can't.
-
-        Raises:
-            typer.BadParameter: Exit code 2.
-        """
-        if self.exactness not in ("fast", "invariant", "stepwise"):
-            raise typer.BadParameter("expected fast, invariant or stepwise", param_hint="--exactness")
-        fixed = isinstance(self.draft_length, int)
-        if self.exactness == "invariant" and fixed and self.draft_length > MAX_AUTO_LENGTH:
-            raise typer.BadParameter(
-                f"with --exactness invariant at most {MAX_AUTO_LENGTH}", param_hint="--draft-length"
-            )
-
-
-def generating(max_tokens: int = 256) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorates a command that generates.
-
-    The command takes `generation: GenerationOptions`; its command line has the options of `_Generation` there.
-
-    Args:
-        max_tokens: The command's default of --max-tokens.
-    """
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        shared = [
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=max_tokens if field.name == "max_tokens" else field.default,
-                annotation=annotation,
-            )
-            for field, annotation in zip(fields(_Generation), _hints(_Generation), strict=True)
-        ]
-        parameters: list[inspect.Parameter] = []
-        for parameter, annotation in zip(inspect.signature(command).parameters.values(), _hints(command), strict=True):
-            own = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
-            parameters += shared if parameter.name == "generation" else [own]
-
-        def run(**given: Any) -> None:
-            checked = _Generation(**{parameter.name: given.pop(parameter.name) for parameter in shared})
-            use_openblas()  # before MLX is imported
-            from ..session.options import GenerationOptions
-
-            command(**given, generation=GenerationOptions(**vars(checked)))
-
-        # typer reads these.
-        run.__name__, run.__doc__ = command.__name__, command.__doc__
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # functions may have one
-        return run
-
-    return decorate
-
-
-def _hints(annotated: Any) -> list[Any]:
-    """The types of a command's parameters or of a class's fields, in order."""
-    # The module of `GenerationOptions` imports MLX, so it isn't there to be looked up.
-    hints = get_type_hints(annotated, localns={"GenerationOptions": object}, include_extras=True)
-    return [hint for name, hint in hints.items() if name != "return"]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def check_loading(
     drafter: str | None, no_draft: bool, quantize: int | None, quantize_drafter: str | int = "auto"
 ) -> None:
-    """Checks what typer can't of the options that say what to load.
+    """Checks options of loading whose values typer can't check.
 
     Raises:
         typer.BadParameter: Exit code 2.
@@ -242,7 +113,7 @@ def tracing(lm: MTPModel, file: Path | None) -> AbstractContextManager[None]:
 
 
 def show(chunks: Iterable[Chunk]) -> list[Chunk]:
-    """Prints an answer while it comes, thoughts on stderr; returns its chunks."""
+    """Prints an answer as it is generated, with its reasoning on stderr; returns its chunks."""
     seen, reasoning = [], ""
     for chunk in chunks:
         seen.append(chunk)
@@ -258,13 +129,13 @@ def show(chunks: Iterable[Chunk]) -> list[Chunk]:
 
 
 def os_message(error: OSError) -> str:
-    """What the operating system refused, in a user's words: the file and the reason."""
+    """The message of an error of the operating system: the file and the reason."""
     reason = error.strerror or str(error)
     return f"{error.filename}: {reason}" if error.filename else reason
 
 
 def status(stats: Stats) -> str:
-    """One line about a generation."""
+    """One line of statistics about a generation."""
     line = f"{stats.generated_tokens} tokens, {stats.generation_tps:.1f} tok/s"
     if stats.drafted:
         drafting = {k: n for k, n in stats.draft_lengths.items() if k}

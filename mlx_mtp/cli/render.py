@@ -1,9 +1,9 @@
-"""What commands show to people: tables on stdout and progress on stderr, both through rich.
+"""Prints tables on stdout and progress on stderr, both with rich.
 
-Where a stream is no terminal, tables keep their columns at any width, without colours, and no bar is drawn: what pipes
-and tests read stays the same. NO_COLOR switches colours off in a terminal too.
+If a stream isn't a terminal, tables have no colours and are never wrapped, and no progress bar is drawn, so that the
+output doesn't depend on the environment. In a terminal, NO_COLOR switches colours off.
 
-Rich is imported when something is shown, so that `--help` is quick.
+Rich is imported only when something is printed, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -20,16 +20,22 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Part = Union[str, "Table"]
-"""A paragraph, or a table of `table` or `pairs`."""
+"""A paragraph, or a table made by `table` or `pairs`."""
 
 _ENDLESS = 100_000
-"""Columns where nothing is wrapped."""
+"""Width of a console that never wraps."""
 
 _REFRESH_SECONDS = 0.1
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = ()) -> Table:
-    """A table of figures, flush right but for the columns `left`, which hold words."""
+    """A table of figures.
+
+    Args:
+        headers: Headers of the columns.
+        rows: Cells.
+        left: Indices of columns that hold words: flush left, and wrapped in a narrow terminal.
+    """
     made = _grid(show_header=True)
     for i, header in enumerate(headers):
         made.add_column(header, justify="left" if i in left else "right", no_wrap=i not in left, overflow="fold")
@@ -39,7 +45,12 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], left: Collectio
 
 
 def pairs(rows: Iterable[tuple[str, str]], width: int = 0) -> Table:
-    """A list of names, of `width` characters at least, and what is said of each, wrapped beside its name."""
+    """A table of names and their descriptions.
+
+    Args:
+        rows: Pairs of name and description; descriptions are wrapped in a narrow terminal.
+        width: Least width of the names, in characters.
+    """
     made = _grid(show_header=False)
     made.add_column(no_wrap=True, min_width=width)
     made.add_column(overflow="fold")
@@ -49,7 +60,7 @@ def pairs(rows: Iterable[tuple[str, str]], width: int = 0) -> Table:
 
 
 def plain(parts: Iterable[Part]) -> str:
-    """The parts as they look where there is no terminal."""
+    """The parts as text, as they are printed if stdout isn't a terminal."""
     stream = io.StringIO()
     _write(_console(stream, terminal=False), parts)
     return "\n".join(line.rstrip() for line in stream.getvalue().rstrip("\n").split("\n"))
@@ -67,23 +78,23 @@ def show(parts: Iterable[Part]) -> None:
 def progress(
     label: str, total: float, *, in_bytes: bool = False, announce: bool = True
 ) -> Iterator[Callable[[float], None]]:
-    """Shows on stderr how far something has come, if that is a terminal.
+    """Shows a progress bar on stderr if that is a terminal.
 
-    Nothing runs beside the work: the bar is drawn when it moves, ten times a second at most.
+    No thread is used: the bar is redrawn in the calls that report progress, at most ten times a second.
 
     Args:
-        label: What is done.
-        total: Where it ends.
-        in_bytes: Whether that is a number of bytes.
-        announce: Whether the label is printed where there is no terminal.
+        label: Name of the work.
+        total: Amount of work.
+        in_bytes: Whether `total` is a number of bytes.
+        announce: Whether to print the label if stderr isn't a terminal.
 
     Yields:
-        What is to be told how far it has come.
+        A function to call with the amount of work done so far.
     """
     if not sys.stderr.isatty():
         if announce:
             print(label, file=sys.stderr, flush=True)
-        yield lambda done: None
+        yield lambda _: None
         return
     from rich import progress as rich
 
@@ -119,7 +130,7 @@ def _grid(show_header: bool) -> Table:
 def _console(stream: IO[str], terminal: bool) -> Console:
     from rich.console import Console
 
-    # What is shown holds names of files and models, in which nothing is markup.
+    # Without markup, because brackets may occur in names of files and models.
     return Console(
         file=stream, force_terminal=terminal, width=None if terminal else _ENDLESS, markup=False, highlight=False,
         emoji=False, no_color=None if terminal else True,

@@ -1,7 +1,4 @@
-"""`mlx-mtp tune`: which batch and draft length suit this machine.
-
-With --simulate, what is to be expected of another one.
-"""
+"""`mlx-mtp tune`: measures which batch size and draft length suit this machine; --simulate predicts them for a chip."""
 
 from __future__ import annotations
 
@@ -42,25 +39,27 @@ def tune(
     objective: Annotated[
         str,
         typer.Option(
-            help="balanced: most tokens a second in all while a row keeps half of plain decoding alone. latency: the "
-            "fastest single row. throughput: most in all.",
+            help="balanced: most tokens per second in total, while each row keeps half the speed of plain decoding at "
+            "batch 1. latency: the fastest single row. throughput: most in total.",
             metavar="balanced|latency|throughput",
         ),
     ] = "balanced",
-    batch_sizes: Annotated[str, typer.Option(help="Batches to measure.", metavar="N,N,...")] = "1,2,4,6,8",
+    batch_sizes: Annotated[str, typer.Option(help="Batch sizes to measure.", metavar="N,N,...")] = "1,2,4,6,8",
     contexts: Annotated[
         str, typer.Option(help="Context lengths in tokens to measure at.", metavar="N,N,...")
     ] = "256,2048",
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="Prompts to measure acceptance on: .jsonl as for batch, or text, one a line.", metavar="FILE"
+            help="Prompts to measure acceptance on: .jsonl as for batch, or text with one prompt per line.",
+            metavar="FILE",
         ),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw total and per-row speed by batch (needs matplotlib).", metavar="FILE.png")
+        Path | None,
+        typer.Option(help="Plot total and per-row speed by batch size (needs matplotlib).", metavar="FILE.png"),
     ] = None,
-    show: Annotated[bool, typer.Option("--list", help="Show the profiles there are.")] = False,
+    show: Annotated[bool, typer.Option("--list", help="List the saved profiles.")] = False,
     simulate: Annotated[
         str | None,
         typer.Option(
@@ -70,9 +69,9 @@ def tune(
         ),
     ] = None,
     as_json: o.Json = False,
-    debug: o.Debug = False,
+    debug: o.Debug = False,  # noqa: ARG001 - `main` reads it
 ) -> None:
-    """Measures this machine with a model, and saves what suits it: batch and draft length."""
+    """Measures a model on this machine, and saves the best batch size and draft length."""
     if objective not in OBJECTIVES:
         raise typer.BadParameter(f"expected {', '.join(OBJECTIVES)}", param_hint="--objective")
     o.check_loading(drafter, no_draft, quantize, quantize_drafter)
@@ -124,14 +123,13 @@ def _tune(
                     progress=lambda _: done(next(steps_done)),
                 )  # fmt: skip
         except KeyboardInterrupt:
-            any_yet = found.steps or found.acceptance
-            so_far = "this is from what was measured so far" if any_yet else "nothing was measured yet"
+            so_far = "partial results" if found.steps or found.acceptance else "nothing was measured yet"
             print(f"\nstopped: {so_far}", file=sys.stderr)
         options = choose.options(found) if found.acceptance or not lm.drafter_config else []
         choices = [choose.choose(options, name) for name in OBJECTIVES] if options else []
         key = profile.key_of(lm.description, lm.drafter_description, lm.adapter)
         saved, failed = None, None
-        # What an interruption has left is better than nothing, but not than a whole measurement.
+        # A partial measurement never replaces a complete one.
         if options and (found.complete or profile.saved_profile(key) is None):
             chosen = next(choice for choice in choices if choice.objective == objective)
             steps = choose.comparable_steps(found)
@@ -147,7 +145,7 @@ def _tune(
             )
             try:
                 saved = profile.save_profile(new)
-            except OSError as error:  # what took minutes to measure is shown nevertheless
+            except OSError as error:  # show the results all the same: measuring took minutes
                 failed = error
         if as_json:
             print(json.dumps(facts(found, options, choices, saved, lm.config.text)))
@@ -156,7 +154,7 @@ def _tune(
         if saved and not as_json:
             print(f"\nsaved for {objective} in {saved}")
         elif options and not as_json and not failed:
-            print("\nnot saved: there is a profile from a whole measurement")
+            print("\nnot saved: there is a profile from a complete measurement")
         if plot and options:
             write_plot(options, plot, f"{lm.folder.name} on {profile.device()}")
         if failed:
@@ -178,7 +176,7 @@ def _read_prompts(path: Path) -> list[Any]:
     """The prompts of a file.
 
     Raises:
-        PromptError: There are none, or a line can't be understood.
+        PromptError: The file has no prompts, isn't UTF-8, or a line isn't a prompt.
     """
     try:
         lines = [line for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
@@ -193,7 +191,7 @@ def _read_prompts(path: Path) -> list[Any]:
         try:
             prompt = parse_json(line)["prompt"]
         except (ValueError, KeyError, TypeError):
-            raise PromptError(f'{path}: line {number} is no JSON object with "prompt"') from None
+            raise PromptError(f'{path}: line {number} isn\'t a JSON object with "prompt"') from None
         if not isinstance(prompt, str | list) or not prompt:
             raise PromptError(f"{path}: the prompt of line {number} is neither text, messages nor token ids")
         found.append(prompt)
@@ -207,7 +205,7 @@ def facts(
     saved: Path | None,
     config: TextConfig,
 ) -> dict[str, Any]:
-    """All that was measured and chosen, for JSON."""
+    """The measurements and choices as JSON values; `saved` is the profile's file, or None."""
     from ..simulate.cost_model import distinct_experts
     from ..tuning import choose
 
@@ -228,7 +226,7 @@ def facts(
 
 
 def _list(as_json: bool) -> None:
-    """Shows the saved profiles."""
+    """Lists the saved profiles."""
     use_openblas()
     from .. import profile
 
@@ -241,7 +239,7 @@ def _list(as_json: bool) -> None:
             row |= {"model": known.key.model, "quantize": known.key.quantize, "drafter": known.key.drafter,
                     "device": known.key.device, "objective": known.objective, "rows": known.rows,
                     "drafts": known.drafts, "measured": known.measured}  # fmt: skip
-            # What it holds for besides this can only be told with the model at hand.
+            # The rest of the key could only be checked with the model's files.
             profile.check_profile(known, replace(known.key, **profile.machine()), path)
         except ProfileError as error:
             row |= {"usable": False, "why": str(error)}
@@ -264,7 +262,7 @@ def _list(as_json: bool) -> None:
         if not row["usable"]:
             print(f"not usable: {row['why']}")
     if not rows:
-        print(f"no profiles in {profile.profile_folder()}: mlx-mtp tune makes one", file=sys.stderr)
+        print(f"no profiles in {profile.profile_folder()}: mlx-mtp tune saves one", file=sys.stderr)
 
 
 def _simulate(
@@ -279,10 +277,11 @@ def _simulate(
     batches: list[int],
     as_json: bool,
 ) -> None:
-    """Shows the prediction's tables, one for each context, or their JSON.
+    """Prints a prediction for each context, as tables or JSON.
 
     Raises:
-        typer.BadParameter: Unknown chip or size, where the message lists those there are; too long a context.
+        typer.BadParameter: The chip or the size is unknown (the message lists the known ones), or a context is too
+            long for the model.
     """
     from ..checkpoint.drafter_precision import drafter_format
     from ..checkpoint.quantization import Format
@@ -303,13 +302,13 @@ def _simulate(
             raise typer.BadParameter(str(error), param_hint="MODEL") from None
         if drafter:
             raise typer.BadParameter(
-                "a size has its own: give a folder or repository for another", param_hint="--drafter"
+                "a size has its own drafter: give a folder or repository as MODEL", param_hint="--drafter"
             )
         how = Format(quantize) if quantize else None
         drafter_how = drafter_format(own_drafter, how, bool(quantize), quantize_drafter)
     pair = cost_model.pair(target, None if no_draft else own_drafter, how, drafter_how)
     if max(contexts) > (longest := pair.target.max_positions):
-        raise typer.BadParameter(f"the model's own is {longest:,} tokens", param_hint="--contexts")
+        raise typer.BadParameter(f"the model's context is {longest:,} tokens", param_hint="--contexts")
     if as_json:
         predicted = [report.simulation_facts(machine, pair, context, batches, objective) for context in contexts]
         bits = how.bits if how else None
@@ -325,7 +324,7 @@ def _simulate(
 def _configs(
     model: str, drafter: str | None, no_draft: bool, quantize: int | None, quantize_drafter: str | int
 ) -> tuple[TargetConfig, DrafterConfig | None, Format | None, Format | None]:
-    """The configurations of a folder or repository and of its drafter, if it has one, and how both are quantised."""
+    """The configs of a folder's or repository's target and drafter, and the formats of both."""
     from ..checkpoint.pair import find_pair
 
     target, own = find_pair(

@@ -1,4 +1,4 @@
-"""The tables of `mlx-mtp tune`: what was measured and chosen, and what is predicted with --simulate."""
+"""The tables of `mlx-mtp tune`: measurements and choices, and the predictions of --simulate."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def tables(found: Measurement, options: list[Option], choices: list[Choice], config: TextConfig) -> list[Part]:
-    """All that was measured and chosen, for people."""
+    """The measurements and choices as tables and sentences."""
     from ..tuning import choose
 
     parts: list[Part] = []
     for part in (_seconds(found), _experts(found, config), _split(found, config), _acceptance(found), _speeds(options)):
         parts += [*part, ""] if part else []
-    parts += [f"left out: {what}" for what in found.skipped]
+    parts += [f"left out: {skipped}" for skipped in found.skipped]
     if why := choose.timing_anomaly(found.steps):
         parts += [f"The machine was busy with something else: {why}. Tune again when it is idle.", ""]
     return [*parts, *(f"{choice.objective:10} {choice.why}" for choice in choices)]
@@ -61,7 +61,7 @@ def _experts(found: Measurement, config: TextConfig) -> list[Part]:
             cells.append(f"{count:.1f} ({uniform:.1f})")
         rows.append(cells)
     return [
-        "Distinct experts that a layer is asked for, by block width, measured and (if tokens chose independently):",
+        "Distinct experts of a layer by block width: measured (expected if tokens chose independently):",
         table(["batch", *map(str, sorted(found.steps[0].experts))], rows),
     ]
 
@@ -72,10 +72,12 @@ def _split(found: Measurement, config: TextConfig) -> list[Part]:
     parts = choose.split(found.steps)
     if parts is None:
         return []
-    experts = f" + {parts.expert * 1e3:.3f} a distinct expert" if config.num_experts else ""
+    experts = f" + {parts.expert * 1e3:.3f} per distinct expert" if config.num_experts else ""
     return [
-        f"Verify at context {parts.context:,}, in ms: {parts.fixed * 1e3:.2f} in any case + "
-        f"{parts.dense * 1e3:.3f} a token{experts}; off by {parts.residual:.0%} on average."
+        (
+            f"Verify at context {parts.context:,}, in ms: {parts.fixed * 1e3:.2f} fixed + "
+            f"{parts.dense * 1e3:.3f} per token{experts}; mean error {parts.residual:.0%}."
+        )
     ]
 
 
@@ -84,11 +86,11 @@ def _acceptance(found: Measurement) -> list[Part]:
         return []
     longest = max(map(len, found.acceptance.values()))
     rows = [[kind, *(f"{chance:.2f}" for chance in chances)] for kind, chances in found.acceptance.items()]
-    why = "the usual one" if found.drafter_position == "committed" else "where clearly more are kept"
+    why = "the default" if found.drafter_position == "committed" else "where clearly more drafts are accepted"
     return [
-        "Chance that a draft is kept if those before it were, by position:",
+        "Probability that a draft is accepted if those before it were, by position:",
         table(["texts", *map(str, range(1, longest + 1))], rows, left=(0,)),
-        f"The drafter's queries sit at the {found.drafter_position} position, {why}.",
+        f"Position of the drafter's queries: {found.drafter_position}, {why}.",
     ]
 
 
@@ -99,13 +101,13 @@ def _speeds(options: list[Option]) -> list[Part]:
     for option in options:
         speeds.setdefault(option.rows, {})[option.drafts] = option.total_tps
     return [
-        "Expected tokens per second of all rows, by batch and draft length (* the best of the batch):",
+        "Expected tokens per second of all rows, by batch and draft length (* marks the best of a batch):",
         _by_draft_length(speeds),
     ]
 
 
 def _by_draft_length(speeds: dict[int, dict[int, float]]) -> Part:
-    """A table of speeds by batch, and in it by draft length; the best of each row is marked."""
+    """A table of speeds by batch (rows) and draft length (columns); the best of each row is marked."""
     lengths = sorted({drafts for row in speeds.values() for drafts in row})
     rows = []
     for batch, row in sorted(speeds.items()):
@@ -123,15 +125,15 @@ def simulation(
     batches: Sequence[int],
     objective: str = "balanced",
 ) -> list[Part]:
-    """What is predicted for a context, for people.
+    """The predictions for a context as tables and sentences.
 
     Args:
-        chip: Where.
-        name: What to call the model.
+        chip: The chip.
+        name: The name of the model.
         pair: The models.
         context: Committed tokens of each row.
-        batches: Which batches.
-        objective: One of `tuning.OBJECTIVES`.
+        batches: Batch sizes.
+        objective: One of `decode.objective.OBJECTIVES`.
     """
     from ..simulate.cost_model import PUBLISHED_ACCEPTANCE, tokens_per_second
     from ..simulate.report import choices, chosen
@@ -139,11 +141,13 @@ def simulation(
     stored = f"{pair.how.bits} bits" if pair.how else "16-bit"
     accepted = " ".join(f"{chance:.2f}" for chance in PUBLISHED_ACCEPTANCE)
     parts: list[Part] = [
-        f"PREDICTION, not a measurement: {name}, {stored}, on {chip.name} ({chip.bandwidth:.0f} GB/s, "
-        f"{chip.gpu_cores} GPU cores), {context:,} tokens of context",
+        (
+            f"PREDICTION, not a measurement: {name}, {stored}, on {chip.name} ({chip.bandwidth:.0f} GB/s, "
+            f"{chip.gpu_cores} GPU cores), {context:,} tokens of context"
+        ),
         (f"Assumed: drafts are accepted with {accepted} by position; " if pair.drafter else "Without a drafter; ")
         + "the largest configuration of the chip. Gain: best over plain in the same batch."
-        + (" Experts: distinct ones that a pass reads in a layer." if pair.target.num_experts else ""),
+        + (" Experts: distinct experts that a pass reads in a layer." if pair.target.num_experts else ""),
     ]
     found = choices(chip, pair, context, batches=batches)
     if not found:
@@ -157,7 +161,7 @@ def simulation(
     parts.append(table([*headers, "experts"] if found[0].experts else headers, rows))
     if pair.drafter:
         parts += [
-            "Tokens a second of all rows, by batch and draft length (* the best of the batch):",
+            "Tokens per second of all rows, by batch and draft length (* marks the best of a batch):",
             _by_draft_length({c.batch: dict(enumerate(c.speeds)) for c in found}),
         ]
     if left := sorted(set(batches) - {c.batch for c in found}):
@@ -166,7 +170,7 @@ def simulation(
     best = chosen(found, alone, objective)
     share = best.best / best.batch / alone
     parts.append(
-        f"{objective.capitalize()}: batch {best.batch}, draft length {best.drafts}; each row has {share:.0%} of plain "
-        "batch 1."
+        f"{objective.capitalize()}: batch {best.batch}, draft length {best.drafts}; each row has {share:.0%} of the "
+        "speed of plain decoding at batch 1."
     )
     return parts

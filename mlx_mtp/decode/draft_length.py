@@ -15,54 +15,28 @@ it has read the one before. Draft lengths change only speed, never the text.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field
 
 import numpy as np
-from annotated_types import Interval
 
-from .limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH
+from ..config import TextConfig
+from ..models.attention import longest_fused
+from ..system.fusing import on_gpu
+from .host_drafts import Offer
+from .limits import MAX_AUTO_LENGTH
 from .request import Row
+from .round_cost import DRIFT, MAX_AGE, Prices, RoundCost
 from .survival import Survival
 
-SLOPE, DRAFT = 0.2, 0.1
-"""Guesses until measured, as shares of a plain step: what a draft adds to a round, and the drafter's part of that."""
-UNKNOWN = 0.5
-"""A price measured less than twice may really be this share of it: the first round also builds kernels."""
-SHARED = 0.25
+ROW_SAVING = 0.25
 """The share of a row's estimated token cost that a batch of one row less is assumed to save, until that is measured."""
-DRIFT = 0.05
-"""How much an estimate may have drifted: the update step of a known price, the doubt about an old one, and the weight
-of the case that texts change and any row may be the last of a batch."""
-CLIP = 1.25
-"""A round counts for at most this times its expected time: the machine may pause."""
-SHARE, CREDIT = 0.01, 4.0
+TRIAL_SHARE, MAX_CREDIT = 0.01, 4.0
 """The token bucket of trials: their cost may be this share of all rounds, and this many rounds can be saved up."""
-APART, STALE = 8, 64
-"""Rounds between trials; and rounds after which a price is doubted, or drafts are tried in a row that had none."""
-EVERY = 2
-"""Rounds between choices in a batch, since choosing takes host time; times `APART` while nothing is drafted."""
-
-
-@dataclass(frozen=True)
-class Prices:
-    """Measured seconds of the parts of a round, for one number of rows.
-
-    Attributes:
-        verify: A verify pass, by block width from 1 on (tokens of each row).
-        draft: A draft step of all rows.
-        packing: The extra time of a pass over rows with different block widths.
-    """
-
-    verify: Mapping[int, Annotated[float, Interval(gt=0, le=sys.float_info.max)]]
-    draft: Annotated[float, Interval(ge=0, le=sys.float_info.max)]
-    packing: Annotated[float, Interval(ge=0, le=sys.float_info.max)]
-
-    def even(self) -> dict[int, float]:
-        """Seconds of a round in which all rows have the same draft length, by that length."""
-        return {width - 1: seconds + (width - 1) * self.draft for width, seconds in self.verify.items()}
+TRIAL_INTERVAL = 8
+"""Rounds between trials; and without drafts, those after which they are tried again."""
+CHOICE_INTERVAL = 2
+"""Rounds between choices in a batch, since choosing takes host time; times TRIAL_INTERVAL while nothing is drafted."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +49,7 @@ class Decision:
         trial: Whether the lengths are a trial, not the best known ones.
         cost: The cost estimate of such a batch; None without a drafter.
         best: Expected seconds of a round with the best known lengths, and its expected tokens per row.
+        given: By index of the row, drafts of the host's that the round takes in place of the drafter's.
     """
 
     rows: Sequence[Row]
@@ -82,105 +57,21 @@ class Decision:
     trial: bool = False
     cost: RoundCost | None = None
     best: tuple[float, float] = (1.0, 1.0)
-
-
-class RoundCost:
-    """Estimates the seconds of a round from its draft lengths, for one number of rows; learns from finished rounds.
-
-    Prices are ratios to a prior, interpolated for lengths that were never measured. They share a scale: if rounds get
-    slower with the context or with other work on the machine, lengths that weren't tried lately are scaled as well.
-    """
-
-    def __init__(self, prices: Prices | None = None, like: RoundCost | None = None) -> None:
-        """Begins with measured prices or a prior.
-
-        Args:
-            prices: Measured prices; None if there are none.
-            like: The estimate for another batch size, which is the prior; None for a guess.
-        """
-        guess = 1 + SLOPE * np.arange(MAX_DRAFT_LENGTH + 1)
-        self._prior = np.array([like.even(k) for k in range(len(guess))]) if like else guess
-        self._ratios = {k: seconds / self._prior[k] for k, seconds in prices.even().items()} if prices else {}
-        # By length, how many rounds were measured, and when the last one was; a tuner's median counts as several.
-        self._seen, self._last = dict.fromkeys(self._ratios, 4), dict.fromkeys(self._ratios, 0)
-        self._scale, self._now = 1.0, 0
-        # The price of every length; None if it must be computed again.
-        self._known_line: list[float] | None = None
-        self._draft: float = prices.draft if prices else like._draft if like else DRAFT
-        self._packing: float = prices.packing if prices else like._packing if like else 0.0
+    given: Mapping[int, Offer] = field(default_factory=dict)
 
     @property
-    def _line(self) -> list[float]:
-        if self._known_line is not None:
-            return self._known_line
-        known = sorted(self._ratios)
-        settled = [k for k in known if self.settled(k)] or known
-        usual = np.interp(known, settled, [self._ratios[k] for k in settled]) if known else []
-        ratios = [min(self._ratios[k], ratio / UNKNOWN) for k, ratio in zip(known, usual, strict=True)] or [1.0]
-        line = np.interp(range(len(self._prior)), known or [0], ratios) * self._prior
-        self._known_line = line.tolist()
-        return self._known_line
+    def steps(self) -> int:
+        """Steps of the drafter: the longest draft length of the rows that have its drafts."""
+        return max((length for i, length in enumerate(self.lengths) if i not in self.given), default=0)
 
-    def settled(self, length: int) -> bool:
-        """Whether a length was measured more than once: in a single round, the machine may have paused."""
-        return self._seen.get(length, 0) > 1
 
-    def doubt(self, length: int) -> float:
-        """The share by which rounds of a length may be faster than estimated."""
-        if not self.settled(length):
-            return UNKNOWN
-        # A price measured more often is trusted for longer.
-        patience = min(4.0, max(1.0, self._seen[length] / 2))
-        return DRIFT if self._now - self._last[length] > STALE * patience else 0.0
+def longest_auto(config: TextConfig) -> int:
+    """Longest draft length that "auto" chooses for a pair without a profile.
 
-    def even(self, length: int) -> float:
-        """Expected seconds of a round in which all rows have this draft length."""
-        return self._scale * self._line[length]
-
-    def token(self) -> float:
-        """Expected seconds that one more token of each row adds to a plain step."""
-        return max(0.0, self.even(1) - self.even(0) - self._scale * self._draft)
-
-    def seconds(self, steps: np.ndarray | float, mean: np.ndarray | float) -> np.ndarray:
-        """Expected seconds of rounds.
-
-        Args:
-            steps: The longest draft length of the rows, of any shape.
-            mean: The mean draft length of the rows, of a shape that broadcasts with it.
-
-        Returns:
-            Of the broadcast shape.
-        """
-        even = np.interp(mean, range(len(self._line)), self._line)
-        return np.asarray(self._scale * (even + (steps - mean) * self._draft + (steps > mean) * self._packing))
-
-    def observe(self, lengths: Sequence[int], seconds: float) -> None:
-        """Learns from a round.
-
-        Args:
-            lengths: Draft length of each row.
-            seconds: How long the round took.
-        """
-        self._now += 1
-        steps, mean = max(lengths), sum(lengths) / len(lengths)
-        if steps > mean or not self._ratios:
-            expected = float(self.seconds(np.array(steps), np.array(mean)))
-            change = min(seconds / expected, CLIP) - 1
-            if self._ratios:
-                self._packing = max(0.0, self._packing + DRIFT * change * expected / self._scale)
-            else:
-                # The first round sets the scale of the prior.
-                self._prior, self._draft = self._prior * seconds / expected, self._draft * seconds / expected
-        if steps == mean:
-            seen, ratio = self._seen.get(steps, 0), seconds / self._scale / self._prior[steps]
-            if seen < 2:
-                self._ratios[steps] = min(ratio, self._ratios.get(steps, ratio))
-            else:
-                change = min(ratio / self._ratios[steps], CLIP) - 1
-                self._ratios[steps] *= 1 + max(1 / (2 * seen), DRIFT) * change
-                self._scale *= 1 + (DRIFT * change if seen > 3 else 0.0)
-            self._seen[steps], self._last[steps] = seen + 1, self._now
-        self._known_line = None
+    On a GPU the verify block must fit the fused attention kernel: E2B, with 8 query heads per KV head, gets 3 drafts,
+    the other models 7. Wider blocks take clearly longer, and only a measurement can tell whether they pay.
+    """
+    return max(1, min(MAX_AUTO_LENGTH, longest_fused(config) - 1)) if on_gpu() else MAX_AUTO_LENGTH
 
 
 class DraftLengthPolicy:
@@ -198,28 +89,33 @@ class DraftLengthPolicy:
         self._cost, self._rows = RoundCost(), list[Row]()
         # Of the last choice: tokens by row and length, the best lengths, and their seconds and tokens per row.
         self._tokens, self._lengths, self._best = np.zeros((0, 0)), list[int](), (1.0, 1.0)
-        self._again: list[int] | None = None
+        self._repeat: list[int] | None = None
         # The token bucket, in rounds; rounds since the last trial, and rounds until the next choice.
-        self._bucket, self._since, self._until = CREDIT, 0, 0
+        self._credit, self._rounds_since_trial, self._rounds_to_choice = MAX_CREDIT, 0, 0
 
-    def next(self, rows: Sequence[Row], waiting: bool = False) -> Decision:
+    def next(self, rows: Sequence[Row], waiting: bool = False, drafting: bool = True) -> Decision:
         """Decides the draft lengths of the next round.
 
         Args:
             rows: The rows of the batch, at least one.
             waiting: Whether requests wait for a place in the batch.
+            drafting: Whether there is a drafter.
         """
+        if not drafting:
+            cost = self._cost_of(len(rows), rows[0].request.exactness)
+            return Decision(rows, [0] * len(rows), cost=cost, best=(cost.even(0), 1.0))
         given = [0 if row.done else row.draft_length for row in rows]
         others = [length for length in given if length is not None]
         auto = [row for row, length in zip(rows, given, strict=True) if length is None] if others else [*rows]
         cost = self._cost_of(len(rows), rows[0].request.exactness)
         if auto != self._rows or cost is not self._cost:
-            self._rows, self._cost, self._again, self._until = auto, cost, None, 0
-            self._survival.begin([row.number for row in auto])
-        trial, self._again = self._again, None
-        self._bucket, self._since = min(CREDIT, self._bucket + SHARE), self._since + 1
-        self._until -= 1
-        if auto and trial is None and self._until <= 0:
+            self._rows, self._cost, self._repeat, self._rounds_to_choice = auto, cost, None, 0
+            self._survival.set_rows([row.number for row in auto])
+        trial, self._repeat = self._repeat, None
+        self._credit = min(MAX_CREDIT, self._credit + TRIAL_SHARE)
+        self._rounds_since_trial += 1
+        self._rounds_to_choice -= 1
+        if auto and trial is None and self._rounds_to_choice <= 0:
             self._choose(others, waiting)
             trial = self._trial(others)
         chosen = iter(trial or self._lengths)
@@ -238,17 +134,19 @@ class DraftLengthPolicy:
         """
         assert decision.cost
         if seconds is not None:
-            decision.cost.observe(decision.lengths, seconds)
+            # Drafts of the host's cost no steps of the drafter, which the price of a length has in it.
+            saved = max(decision.lengths) - decision.steps
+            decision.cost.observe(decision.lengths, seconds + saved * decision.cost.draft_seconds)
         outcome = [
             (row.number, length, count)
-            for row, length, count in zip(decision.rows, decision.lengths, accepted, strict=True)
-            if count is not None and row.draft_length is None
+            for i, (row, length, count) in enumerate(zip(decision.rows, decision.lengths, accepted, strict=True))
+            if count is not None and row.draft_length is None and i not in decision.given
         ]
         if decision.trial and outcome:
             took = float(decision.cost.seconds(np.max(decision.lengths), float(np.mean(decision.lengths))))
             tokens = 1 + sum(count for _, _, count in outcome) / len(outcome)
-            self._bucket -= took / decision.best[0] - tokens / decision.best[1]
-            self._until = 0
+            self._credit -= took / decision.best[0] - tokens / decision.best[1]
+            self._rounds_to_choice = 0
         self._survival.observe({number: (length, count) for number, length, count in outcome if length})
 
     def _cost_of(self, size: int, exactness: str) -> RoundCost:
@@ -271,10 +169,12 @@ class DraftLengthPolicy:
         if size == 1:
             goodput = [many / cost.even(k) for k, many in enumerate(tokens[0].tolist())]
             self._lengths = [k] = [goodput.index(max(goodput))]
-            self._best, self._until = (cost.even(k), float(tokens[0, k])), 1 if k else EVERY * APART
+            self._best = cost.even(k), float(tokens[0, k])
+            self._rounds_to_choice = 1 if k else CHOICE_INTERVAL * TRIAL_INTERVAL
             return
         greedy, drafts, most = waiting or bool(others), sum(others), max(others, default=0)
-        # [K, slots by falling survival]: which slots are at most K long, and running sums of their number and tokens.
+        # [K, slots by falling survival]: which slots are among their row's first K drafts, and running sums of their
+        # number and tokens.
         order, ks = np.argsort(-survival, axis=None, kind="stable"), np.arange(longest + 1)[:, None]
         allowed = order % longest < ks
         gains = (allowed * survival.ravel()[order]).cumsum(axis=1)
@@ -290,7 +190,7 @@ class DraftLengthPolicy:
         seconds = cost.seconds(np.maximum(lengths.max(axis=1), most), (lengths.sum(axis=1) + drafts) / size)
         best = 0 if greedy else int((self._saved(many.T) / seconds).argmax())
         self._lengths, self._best = lengths[best].tolist(), (float(seconds[best]), float(many[best].mean()))
-        self._until = EVERY if any(self._lengths) else EVERY * APART
+        self._rounds_to_choice = CHOICE_INTERVAL if any(self._lengths) else CHOICE_INTERVAL * TRIAL_INTERVAL
 
     def _saved(self, tokens: np.ndarray) -> np.ndarray:
         """Seconds of plain decoding that a round saves: rollout with plain decoding as the base policy.
@@ -324,7 +224,7 @@ class DraftLengthPolicy:
         if self._prices and exactness == "fast":
             return np.array([self._cost_of(size, exactness).even(0) for size in sizes])
         own, found = self._cost.even(0), {size: self._costs.get((size, exactness)) for size in sizes}
-        alone = max(own / rows, own - SHARED * self._cost.token() * (rows - 1) / rows)
+        alone = max(own / rows, own - ROW_SAVING * self._cost.token() * (rows - 1) / rows)
         known = {1: alone} | {size: it.even(0) for size, it in found.items() if it and it.settled(0)} | {rows: own}
         return np.interp(sizes, [*known], [*known.values()])
 
@@ -339,11 +239,11 @@ class DraftLengthPolicy:
         Args:
             others: Draft lengths of the rows that don't ask for "auto".
         """
-        if self._since < APART:
+        if self._rounds_since_trial < TRIAL_INTERVAL:
             return None
         cost, (seconds, tokens), off = self._cost, self._best, not any(self._lengths)
         rate, lengths = tokens / seconds, range(self._longest, 0, -1)
-        idle = self._survival.idle >= (APART if off else STALE)
+        idle = self._survival.idle >= (TRIAL_INTERVAL if off else MAX_AGE)
         new = [own == 0 and bool(it) for own, it in zip(self._lengths, idle, strict=True)]
         if any(new):
             k, alone = 1, all(new) and not others
@@ -363,7 +263,7 @@ class DraftLengthPolicy:
             else:
                 return None
             loss, twice = 2 * (cost.even(k) / seconds - mean[k] / tokens), True
-        if loss > self._bucket and self._bucket < CREDIT:
+        if loss > self._credit and self._credit < MAX_CREDIT:
             return None
-        self._since, self._again = 0, trial if twice else None
+        self._rounds_since_trial, self._repeat = 0, trial if twice else None
         return trial

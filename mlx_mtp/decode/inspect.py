@@ -13,9 +13,10 @@ import mlx.core as mx
 from ..errors import PromptError
 from ..models.drafter import Drafter
 from ..models.target import Target
+from .limits import is_int
 from .prefill import prefill_by_chunks
 from .round import draft, first_state
-from .sampling import Sampler, SamplingOptions, is_int
+from .sampling import Sampler, SamplingOptions
 
 
 def logits_after(target: Target, prompt: Sequence[int]) -> Generator[None, None, mx.array]:

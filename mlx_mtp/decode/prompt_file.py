@@ -24,9 +24,9 @@ from ..files import parse_json, replacing
 from ..kv import KVBuffers
 from ..kv.blocks import stored
 from ..models.target import Target
+from .limits import is_int
 from .prompt_cache import Entry
 from .request import check_prompt
-from .sampling import is_int
 
 VERSION = "2"
 """Version of the file format."""

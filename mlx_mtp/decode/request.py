@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 
@@ -12,10 +12,13 @@ import mlx.core as mx
 
 from ..checkpoint.sizes import ABOVE
 from ..config import TextConfig
-from ..errors import PromptError
+from ..errors import MTPError, PromptError
 from ..kv import RingState
-from .limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH
-from .sampling import SamplingOptions, is_int
+from .adjustments import Adjustment, RowControl
+from .host_drafts import HostDrafts, Offer
+from .limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH, is_int
+from .logprobs import TokenLogprob
+from .sampling import SamplingOptions
 
 EXACTNESS = ("fast", "invariant", "stepwise")
 
@@ -41,6 +44,9 @@ class Request:
         draft_length: Tokens to draft in each round, or "auto".
         exactness: "fast", "invariant" (one block width for the whole run) or "stepwise" (verifies token by token).
         stop_tokens: Generation ends after one of these token ids.
+        control: Makes the row's control, from the prompt; None for none.
+        logprobs: Whether log-probabilities are wanted, and of how many tokens beside the chosen one; None for none.
+        prediction: Token ids that most of the text is expected to be; empty for no expectation.
 
     Raises:
         PromptError: max_tokens, exactness or draft_length is out of its range.
@@ -52,6 +58,9 @@ class Request:
     draft_length: int | str = "auto"
     exactness: str = "fast"
     stop_tokens: frozenset[int] = frozenset()
+    control: Callable[[Sequence[int]], RowControl] | None = None
+    logprobs: int | None = None
+    prediction: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if not is_int(self.max_tokens) or self.max_tokens < 1:
@@ -86,6 +95,8 @@ class Stats:
         accepted: Drafts accepted; bonus tokens aren't counted.
         accepted_by_position: At index j, how often the draft at position j of a round was accepted.
         draft_lengths: Number of rounds by draft length.
+        drafted_by_source: Tokens drafted by where they came from: "drafter", or a source of `host_drafts`.
+        accepted_by_source: Drafts accepted, likewise.
         prompt_seconds: From submission to the first token.
         generation_seconds: From the first token to the last.
         peak_memory_bytes: Peak memory of MLX in this process so far.
@@ -99,6 +110,8 @@ class Stats:
     accepted: int = 0
     accepted_by_position: list[int] = field(default_factory=list)
     draft_lengths: dict[int, int] = field(default_factory=dict)
+    drafted_by_source: dict[str, int] = field(default_factory=dict)
+    accepted_by_source: dict[str, int] = field(default_factory=dict)
     prompt_seconds: float = 0.0
     generation_seconds: float = 0.0
     peak_memory_bytes: int = 0
@@ -125,13 +138,22 @@ class Stats:
 
     def snapshot(self) -> Stats:
         """A copy that later rounds don't change."""
-        return replace(self, accepted_by_position=[*self.accepted_by_position], draft_lengths=dict(self.draft_lengths))
+        return replace(
+            self,
+            accepted_by_position=[*self.accepted_by_position],
+            draft_lengths=dict(self.draft_lengths),
+            drafted_by_source=dict(self.drafted_by_source),
+            accepted_by_source=dict(self.accepted_by_source),
+        )
 
-    def count(self, drafted: int, accepted: int) -> None:
-        """Records a round with `drafted` drafts, of which `accepted` were accepted."""
+    def count(self, drafted: int, accepted: int, source: str = "drafter") -> None:
+        """Records a round with `drafted` drafts, of which `accepted` were accepted, and where they came from."""
         self.rounds += 1
         self.drafted += drafted
         self.accepted += accepted
+        if drafted:
+            self.drafted_by_source[source] = self.drafted_by_source.get(source, 0) + drafted
+            self.accepted_by_source[source] = self.accepted_by_source.get(source, 0) + accepted
         self.draft_lengths[drafted] = self.draft_lengths.get(drafted, 0) + 1
         self.accepted_by_position.extend([0] * (accepted - len(self.accepted_by_position)))
         for j in range(accepted):
@@ -149,6 +171,9 @@ class Row:
         width: Rows that the batch may have while this row is active, if more than the scheduler's `max_rows`.
         tokens: The tokens generated so far, the stop token included.
         unread: Those of `tokens` that `pop_unread` hasn't returned yet.
+        logprobs: One for each of `tokens`, if they were asked for. Only ever grows.
+        control: Steers its tokens; None for none.
+        host_drafts: Drafts that the host knows; None if the request has a draft length of its own.
         done: Whether it gets no more tokens: it has finished, failed or been cancelled.
         cancelled: Whether it was cancelled before it finished.
         cancel_event: Cancels the row once it is set; the scheduler's owner checks it.
@@ -173,6 +198,10 @@ class Row:
         self.request, self.stats, self.limit, self.width = request, stats, limit, width
         self.tokens: list[int] = []
         self.unread: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.control = request.control(request.prompt) if request.control else None
+        automatic = request.draft_length == "auto" and request.exactness == "fast"
+        self.host_drafts = HostDrafts(request.prompt, request.prediction, self.control) if automatic else None
         self.done = self.cancelled = self.paused = False
         self.cancel_event: threading.Event | None = None
         self.passed = 0
@@ -208,19 +237,39 @@ class Row:
         """The fixed draft length of the request; None for "auto"."""
         return None if self.request.draft_length == "auto" else int(self.request.draft_length)
 
-    def receive(self, choices: Sequence[int], accepted: int, k: int | None) -> None:
+    def receive(
+        self,
+        choices: Sequence[int],
+        accepted: int,
+        k: int | None,
+        scores: Sequence[tuple[float, list[tuple[int, float]]]] | None = None,
+        given: Offer | None = None,
+    ) -> None:
         """Adds the tokens of a round, up to a stop token or the limit, and counts it.
 
         Args:
             choices: The target's choices.
             accepted: Number of accepted drafts; the bonus token comes on top.
             k: Draft length of this row; None after the prefill, whose only choice is the first token.
+            scores: For each choice, its log-probability and the best tokens' (see `Logprobs.host`); None for none.
+            given: Its drafts, if the host made them.
         """
         tokens = list(choices[: min(accepted + 1, self.remaining)])
         stop = next((i for i, token in enumerate(tokens) if token in self.request.stop_tokens), None)
         tokens = tokens if stop is None else tokens[: stop + 1]
+        if scores and (count := self.request.logprobs) is not None:
+            self.logprobs += [
+                TokenLogprob(token, own, top[:count]) for token, (own, top) in zip(tokens, scores, strict=False)
+            ]
         self.tokens += tokens
         self.unread += tokens
+        if self.control:
+            try:
+                self.control.advance(tokens)
+            except MTPError as error:
+                self.fail(error)
+        if self.host_drafts:
+            self.host_drafts.advance(tokens)
         if stop is not None or not self.remaining:
             self.done = True
         now, stats = time.perf_counter(), self.stats
@@ -228,10 +277,24 @@ class Row:
             self._first = now
             stats.prompt_seconds = now - self._submitted
         else:
-            stats.count(k, min(accepted, len(tokens)))
+            stats.count(k, min(accepted, len(tokens)), given.source if given else "drafter")
         stats.generated_tokens = len(self.tokens)
         stats.generation_seconds = now - self._first
         stats.peak_memory_bytes = mx.get_peak_memory()
+
+    def adjustments(self, drafts: Sequence[int]) -> list[Adjustment] | None:
+        """What is done to its logits after each beginning of some drafts, see `RowControl`; None for nothing."""
+        if not self.control or self.done:
+            return None
+        try:
+            return self.control.adjustments(drafts)
+        except MTPError as error:
+            self.fail(error)
+            return None
+
+    def fail(self, error: BaseException) -> None:
+        """Ends the row with an error of its own."""
+        self.error, self.done = error, True
 
     def cancel(self) -> None:
         """Ends the row, wherever it is. Thread-safe."""

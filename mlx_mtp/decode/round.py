@@ -10,7 +10,7 @@ depend on the drafts. `lengths` advances by the new tokens; nothing else marks a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -19,7 +19,11 @@ from ..kv import KVCache
 from ..models.drafter import Drafter
 from ..models.ragged import RaggedBlock
 from ..models.target import Target
+from .adjustments import Adjustment
 from .sampling import Sampler
+
+Adjustments = Sequence[Sequence[Adjustment] | None]
+"""By row, what is done to the logits of its positions; None for a row without a control."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,42 @@ class RoundState:
     lengths: mx.array
     tokens: mx.array
     hidden: mx.array
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a round verifies: the newest token of each row, and the drafts after it.
+
+    Attributes:
+        tokens: int32 [B, L], the newest token, the drafts, and padding if the width is given.
+        drafts: int32 [B, K].
+        lengths: The draft length of each row; K is the longest.
+    """
+
+    tokens: mx.array
+    drafts: mx.array
+    lengths: Sequence[int]
+
+    @property
+    def counts(self) -> list[int] | None:
+        """Tokens of each row to verify, where rows differ and nothing pads the block; else None, for all."""
+        even = min(self.lengths) == max(self.lengths) or self.tokens.shape[1] > self.drafts.shape[1] + 1
+        return None if even else [own + 1 for own in self.lengths]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The target's view of a verify block, before anything is chosen.
+
+    Attributes:
+        logits: [B, L, vocab], before the softcap; [N, 1, vocab] with a ragged block.
+        hidden: [B, L, hidden], after the final norm.
+        ragged: How N tokens make the block, if its rows have different numbers of them.
+    """
+
+    logits: mx.array
+    hidden: mx.array
+    ragged: RaggedBlock | None = None
 
 
 def select_rows(state: RoundState | None, rows: Sequence[int], joining: Sequence[RoundState]) -> RoundState:
@@ -65,7 +105,12 @@ def first_state(target: Target, sampler: Sampler, hidden: mx.array, lengths: mx.
         hidden: [B, hidden], the target's hidden state at each row's last prompt position.
         lengths: int32 [B], the prompts' lengths in tokens.
     """
-    return RoundState(lengths, sampler.target(target.raw_logits(hidden)[:, None], lengths[:, None])[:, 0], hidden)
+    return RoundState(lengths, choose(sampler, lengths - 1, last_position(target, hidden))[:, 0], hidden)
+
+
+def last_position(target: Target, hidden: mx.array) -> Forward:
+    """The target's view of the last position of some prompts, from its hidden states [B, hidden]."""
+    return Forward(target.raw_logits(hidden)[:, None], hidden[:, None])
 
 
 def draft(target: Target, drafter: Drafter, kv: KVCache, sampler: Sampler, state: RoundState, k: int) -> mx.array:
@@ -91,48 +136,6 @@ def draft(target: Target, drafter: Drafter, kv: KVCache, sampler: Sampler, state
     return mx.stack(drafts, axis=1)
 
 
-def verify(
-    target: Target,
-    kv: KVCache,
-    sampler: Sampler,
-    lengths: mx.array,
-    block: mx.array,
-    stepwise: bool = False,
-    counts: Sequence[int] | None = None,
-) -> tuple[mx.array, mx.array]:
-    """Runs the target over a verify block and chooses the token after each of its positions.
-
-    Args:
-        target: The target.
-        kv: Its KV; the block's keys and values are written to it.
-        sampler: Chooses the tokens of these rows.
-        lengths: int32 [B], committed tokens.
-        block: int32 [B, L], the newest token and the drafts.
-        stepwise: Run the block token by token, as plain decoding does.
-        counts: How many tokens of each row to verify: at least 1, and L in at least one row. None verifies all. Results
-            beyond a row's count have no meaning.
-
-    Returns:
-        The target's choices int32 [B, L], and its hidden states [B, L, hidden].
-    """
-    width = block.shape[1]
-    positions = lengths[:, None] + mx.arange(1, width + 1, dtype=mx.int32)
-    if counts is not None:
-        ragged = RaggedBlock.of(counts)
-        flat = target(ragged.flatten(block), lengths, kv, ragged)
-        each = sampler.of_rows(ragged.rows)
-        choices = each.target(target.raw_logits(flat).swapaxes(0, 1), ragged.flatten(positions).T)
-        return ragged.pad(choices.T), ragged.pad(flat)
-    if stepwise:
-        steps = [target(block[:, i : i + 1], lengths + i, kv) for i in range(width)]
-        logits = mx.concatenate([target.raw_logits(hidden) for hidden in steps], axis=1)
-        hidden = mx.concatenate(steps, axis=1)
-    else:
-        hidden = target(block, lengths, kv)
-        logits = target.raw_logits(hidden)
-    return sampler.target(logits, positions), hidden
-
-
 def accept(drafts: mx.array, choices: mx.array, most: Sequence[int] | None = None) -> mx.array:
     """How many drafts of each row are accepted, without the bonus token.
 
@@ -147,6 +150,141 @@ def accept(drafts: mx.array, choices: mx.array, most: Sequence[int] | None = Non
     agreed = (drafts == choices[:, : drafts.shape[1]]).astype(mx.int32)
     accepted = mx.cumprod(agreed, axis=1).sum(axis=1).astype(mx.int32)
     return accepted if most is None else mx.minimum(accepted, mx.array(list(most), dtype=mx.int32))
+
+
+def draft_block(
+    target: Target,
+    drafter: Drafter | None,
+    kv: KVCache,
+    sampler: Sampler,
+    state: RoundState,
+    lengths: Sequence[int],
+    width: int | None = None,
+    given: Mapping[int, Sequence[int]] | None = None,
+) -> Block:
+    """Drafts what a round verifies.
+
+    Args:
+        target: As for `decode_round`, and so are the next six.
+        drafter: See there; None if all drafts are given.
+        kv: See there.
+        sampler: See there.
+        state: See there.
+        lengths: See there.
+        width: See there.
+        given: By index of the row, drafts that need no drafter, as many as its length says.
+    """
+    given, k, tokens = given or {}, max(lengths), state.tokens[:, None]
+    steps = max((length for i, length in enumerate(lengths) if i not in given), default=0)
+    if k:
+        drafts = mx.zeros((len(lengths), 0), mx.int32)
+        if steps:
+            assert drafter is not None
+            drafts = draft(target, drafter, kv, sampler, state, steps)
+        if given:
+            rows = [[*given.get(i, ()), *[0] * (k - len(given.get(i, ())))] for i in range(len(lengths))]
+            drafts = mx.pad(drafts, [(0, 0), (0, k - steps)])
+            drafts = mx.where(mx.array([[i in given] for i in range(len(lengths))]), mx.array(rows), drafts)
+        tokens = mx.concatenate([tokens, drafts], axis=1)
+    drafts = tokens[:, 1:]
+    if width is not None and width > k + 1:
+        tokens = mx.pad(tokens, [(0, 0), (0, width - k - 1)])
+    return Block(tokens, drafts, lengths)
+
+
+def forward(
+    target: Target,
+    kv: KVCache,
+    lengths: mx.array,
+    tokens: mx.array,
+    stepwise: bool = False,
+    counts: Sequence[int] | None = None,
+) -> Forward:
+    """Runs the target over a verify block; arguments as for `verify`."""
+    if counts is not None:
+        ragged = RaggedBlock.of(counts)
+        flat = target(ragged.flatten(tokens), lengths, kv, ragged)
+        return Forward(target.raw_logits(flat).swapaxes(0, 1), ragged.pad(flat), ragged)
+    if stepwise:
+        steps = [target(tokens[:, i : i + 1], lengths + i, kv) for i in range(tokens.shape[1])]
+        logits = mx.concatenate([target.raw_logits(hidden) for hidden in steps], axis=1)
+        return Forward(logits, mx.concatenate(steps, axis=1))
+    hidden = target(tokens, lengths, kv)
+    return Forward(target.raw_logits(hidden), hidden)
+
+
+def choose(sampler: Sampler, lengths: mx.array, seen: Forward, adjustments: Adjustments | None = None) -> mx.array:
+    """Chooses the token after each position of a verify block.
+
+    Args:
+        sampler: Chooses the tokens of these rows.
+        lengths: int32 [B], committed tokens.
+        seen: The target's view of the block.
+        adjustments: For rows with a control, one for each token to verify.
+
+    Returns:
+        The target's choices int32 [B, L].
+    """
+    width, ragged = seen.hidden.shape[1], seen.ragged
+    positions = lengths[:, None] + mx.arange(1, width + 1, dtype=mx.int32)
+    if ragged is None:
+        return sampler.target(seen.logits, positions, adjustments)
+    if adjustments:
+        each = zip(adjustments, ragged.counts, strict=True)
+        adjustments = [[own[i]] if own else None for own, count in each for i in range(count)]
+    choices = sampler.of_rows(ragged.rows).target(seen.logits, ragged.flatten(positions).T, adjustments)
+    return ragged.pad(choices.T)
+
+
+def verify(
+    target: Target,
+    kv: KVCache,
+    sampler: Sampler,
+    lengths: mx.array,
+    tokens: mx.array,
+    stepwise: bool = False,
+    counts: Sequence[int] | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Runs the target over a verify block and chooses the token after each of its positions.
+
+    Args:
+        target: The target.
+        kv: Its KV; the block's keys and values are written to it.
+        sampler: Chooses the tokens of these rows.
+        lengths: int32 [B], committed tokens.
+        tokens: int32 [B, L], the newest token and the drafts.
+        stepwise: Run the block token by token, as plain decoding does.
+        counts: How many tokens of each row to verify: at least 1, and L in at least one row. None verifies all. Results
+            beyond a row's count have no meaning.
+
+    Returns:
+        The target's choices int32 [B, L], and its hidden states [B, L, hidden].
+    """
+    seen = forward(target, kv, lengths, tokens, stepwise, counts)
+    return choose(sampler, lengths, seen), seen.hidden
+
+
+def commit(state: RoundState, block: Block, seen: Forward, choices: mx.array) -> tuple[RoundState, mx.array]:
+    """Accepts drafts, and moves every row to its next bonus token.
+
+    Args:
+        state: The state that the block followed.
+        block: The block.
+        seen: The target's view of it.
+        choices: int32 [B, L], the target's choices.
+
+    Returns:
+        As `decode_round`, without the drafts.
+    """
+    k, uneven = block.drafts.shape[1], min(block.lengths) < max(block.lengths)
+    accepted = accept(block.drafts, choices, block.lengths if uneven else None) if k else mx.zeros_like(state.lengths)
+    last = accepted[:, None]
+    new = RoundState(
+        lengths=state.lengths + accepted + 1,
+        tokens=mx.take_along_axis(choices, last, axis=1)[:, 0],
+        hidden=mx.take_along_axis(seen.hidden, last[:, :, None], axis=1)[:, 0],
+    )
+    return new, mx.concatenate([choices, last], axis=1)
 
 
 def decode_round(
@@ -179,21 +317,7 @@ def decode_round(
         included.
     """
     each = [lengths] * len(state.tokens) if isinstance(lengths, int) else lengths
-    k, most = max(each), each if min(each) < max(each) else None
-    block = state.tokens[:, None]
-    if k:
-        assert drafter is not None
-        block = mx.concatenate([block, draft(target, drafter, kv, sampler, state, k)], axis=1)
-    drafts = block[:, 1:]
-    if width is not None and width > k + 1:
-        block = mx.pad(block, [(0, 0), (0, width - k - 1)])
-    counts = [own + 1 for own in most] if most and width is None and not stepwise else None
-    choices, hidden = verify(target, kv, sampler, state.lengths, block, stepwise, counts)
-    accepted = accept(drafts, choices, most) if k else mx.zeros_like(state.lengths)
-    last = accepted[:, None]
-    new = RoundState(
-        lengths=state.lengths + accepted + 1,
-        tokens=mx.take_along_axis(choices, last, axis=1)[:, 0],
-        hidden=mx.take_along_axis(hidden, last[:, :, None], axis=1)[:, 0],
-    )
-    return new, mx.concatenate([choices, last], axis=1), drafts
+    block = draft_block(target, drafter, kv, sampler, state, each, width)
+    seen = forward(target, kv, state.lengths, block.tokens, stepwise, None if stepwise else block.counts)
+    new, report = commit(state, block, seen, choose(sampler, state.lengths, seen))
+    return new, report, block.drafts

@@ -18,15 +18,15 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from hashlib import blake2b
-from typing import TypeGuard
 
 import mlx.core as mx
 
 from ..errors import PromptError
-from ..models.elementwise import softcap
+from ..models.elementwise import capped
 from ..system.fusing import counting, fused, on_gpu
-from .limits import MAX_TEMPERATURE
+from .adjustments import Adjustment, adjust
+from .limits import MAX_TEMPERATURE, is_int
+from .noise import gumbel, seed_key
 
 MOST_PATTERNS = 64
 """Most samplers remembered for ragged blocks, by their rows: a few patterns of draft lengths recur again and again."""
@@ -69,11 +69,6 @@ class SamplingOptions:
             raise PromptError(f"seed must be a whole number, not {self.seed!r}")
 
 
-def is_int(value: object) -> TypeGuard[int]:
-    """Whether a value is a whole number; True and False don't count as one."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 class Sampler:
     """Chooses tokens for a batch of rows, for each exactly as if it were alone.
 
@@ -87,6 +82,7 @@ class Sampler:
         logit_softcap: float | None = None,
         suppress_tokens: Sequence[int] = (),
         vocab_size: int = 0,
+        controlled: Sequence[bool] = (),
     ) -> None:
         """Puts the options of all rows on the device.
 
@@ -96,21 +92,23 @@ class Sampler:
                 so it is applied to the candidates alone.
             suppress_tokens: Token ids that the target never chooses (generation_config's `suppress_tokens`).
             vocab_size: Number of token ids; needed with `suppress_tokens`.
+            controlled: For each row, whether its logits are adjusted (`adjustments.RowControl`); empty for none.
         """
         self._softcap = logit_softcap
         self._suppress_tokens, self._vocab_size = tuple(suppress_tokens), vocab_size
         self._biases: dict[mx.Dtype, mx.array] = {}
         self._samplers: dict[tuple[int, ...], Sampler] = {}
-        self._arrange(rows)
+        self._arrange(rows, controlled or [False] * len(rows))
 
-    def _arrange(self, rows: Sequence[SamplingOptions]) -> None:
-        self._rows = [*rows]
-        kinds: dict[tuple[bool, int, bool], list[int]] = {}
+    def _arrange(self, rows: Sequence[SamplingOptions], controlled: Sequence[bool]) -> None:
+        self._rows, self._controlled = [*rows], [*controlled]
+        kinds: dict[tuple[bool, bool, int, bool], list[int]] = {}
         for i, row in enumerate(rows):
-            kinds.setdefault(_kind(row), []).append(i)
+            kinds.setdefault((controlled[i], *_kind(row)), []).append(i)
         self._groups = [_Group([rows[i] for i in members]) for members in kinds.values()]
         # If there are several groups: the rows of each, and each row's index when the groups are concatenated.
-        self._members = [mx.array(members, dtype=mx.int32) for members in kinds.values()]
+        self._lists = [*kinds.values()]
+        self._members = [mx.array(members, dtype=mx.int32) for members in self._lists]
         self._index = mx.argsort(mx.concatenate(self._members)) if len(self._members) > 1 else None
 
     def of_rows(self, rows: Sequence[int]) -> Sampler:
@@ -121,23 +119,47 @@ class Sampler:
                 self._samplers.clear()
             other = copy.copy(self)
             other._samplers = {}
-            other._arrange([self._rows[row] for row in rows])
+            other._arrange([self._rows[row] for row in rows], [self._controlled[row] for row in rows])
             self._samplers[key] = other
         return self._samplers[key]
 
-    def target(self, logits: mx.array, positions: mx.array) -> mx.array:
+    def target(
+        self,
+        logits: mx.array,
+        positions: mx.array,
+        adjustments: Sequence[Sequence[Adjustment] | None] | None = None,
+    ) -> mx.array:
         """Chooses the target's tokens.
 
         Args:
             logits: [B, L, vocab], before the softcap.
             positions: int32 [B, L], the absolute positions of the tokens to choose.
+            adjustments: By row, see `adjustments.adjust`; None, or for a row None, where there is no control.
 
         Returns:
             int32 [B, L].
         """
         if self._suppress_tokens:
             logits = logits + self._bias(logits.dtype)
-        return self._choose(logits, None, positions, self._softcap)
+        if self._index is None:
+            return self._chosen(0, logits, positions, adjustments)
+        parts = [
+            self._chosen(i, logits[rows], positions[rows], adjustments and [adjustments[row] for row in self._lists[i]])
+            for i, rows in enumerate(self._members)
+        ]
+        return mx.concatenate(parts)[self._index]
+
+    def _chosen(
+        self,
+        group: int,
+        logits: mx.array,
+        positions: mx.array,
+        adjustments: Sequence[Sequence[Adjustment] | None] | None,
+    ) -> mx.array:
+        cap = self._softcap
+        if adjustments and any(adjustments):
+            logits, cap = adjust(logits, [own or _UNCHANGED for own in adjustments], cap), None
+        return self._groups[group].choose(logits, None, positions, cap)
 
     def _bias(self, dtype: mx.Dtype) -> mx.array:
         """[vocab], minus infinity for suppressed tokens and else 0; in the logits' dtype, so that they aren't cast."""
@@ -158,17 +180,17 @@ class Sampler:
         Returns:
             int32 [B].
         """
-        ids = None if ids is None else ids[:, None]
-        return self._choose(logits[:, None], ids, positions[:, None], None).squeeze(1)
-
-    def _choose(self, logits: mx.array, ids: mx.array | None, positions: mx.array, cap: float | None) -> mx.array:
+        logits, positions, ids = logits[:, None], positions[:, None], None if ids is None else ids[:, None]
         if self._index is None:
-            return self._groups[0].choose(logits, ids, positions, cap)
-        chosen = [
-            group.choose(logits[rows], None if ids is None else ids[rows], positions[rows], cap)
+            return self._groups[0].choose(logits, ids, positions, None).squeeze(1)
+        parts = [
+            group.choose(logits[rows], None if ids is None else ids[rows], positions[rows], None)
             for group, rows in zip(self._groups, self._members, strict=True)
         ]
-        return mx.concatenate(chosen)[self._index]
+        return mx.concatenate(parts)[self._index].squeeze(1)
+
+
+_UNCHANGED = (Adjustment(),)
 
 
 def _kind(row: SamplingOptions) -> tuple[bool, int, bool]:
@@ -238,7 +260,7 @@ def _scaled(logits: mx.array, temperature: mx.array) -> tuple[mx.array, mx.array
 @fused
 def _capped_and_scaled(logits: mx.array, cap: mx.array, temperature: mx.array) -> tuple[mx.array, mx.array]:
     """As `_scaled`, after the softcap."""
-    return _scaled(softcap(logits.astype(mx.float32), cap), temperature)
+    return _scaled(capped(logits.astype(mx.float32), cap), temperature)
 
 
 @partial(fused, shapeless=False)
@@ -294,79 +316,6 @@ def _best_of_few(logits: mx.array, k: int) -> mx.array:
     best = mx.argpartition(logits, kth=-k, axis=-1)[..., -k:]
     order = mx.argsort(mx.take_along_axis(logits, best, axis=-1), axis=-1)
     return mx.take_along_axis(best, order, axis=-1)
-
-
-def gumbel(first: mx.array, second: mx.array, positions: mx.array, token_ids: mx.array) -> mx.array:
-    """Standard Gumbel noise as a pure function of its arguments, which broadcast against each other.
-
-    A counter-based generator: only the candidates' noise is computed, and its bits are the same on every backend.
-
-    Args:
-        first: uint32, the first word of each row's key, see `seed_key`.
-        second: uint32, the second word.
-        positions: int32, absolute positions.
-        token_ids: int32 or uint32.
-
-    Returns:
-        float32 of the broadcast shape, finite.
-    """
-    positions = _scramble(positions.astype(mx.uint32))
-    # Two words per position, so that all 64 bits of the key affect every token's noise.
-    stream = _scramble(first ^ positions)
-    other = _scramble(second ^ _scramble(positions ^ mx.array(0x9E3779B9, mx.uint32)))
-    return noise_of_bits(_scramble(_scramble(token_ids.astype(mx.uint32) ^ stream) + other))
-
-
-def noise_of_bits(bits: mx.array) -> mx.array:
-    """Standard Gumbel noise, float32, from uniform bits, uint32: -log(-log(1 - u)) with u = (bits + 0.5) / 2**32.
-
-    Large noise decides which token is drawn. Here it comes from small u, where float32 is precise: it reaches
-    log(2**33) = 22.9, in fine steps. The usual form -log(-log(u)) has its largest values where u is nearly 1, in steps
-    of 2**-24, and infinity among them, which would draw a token regardless of its logit.
-    """
-    u = (bits.astype(mx.float32) + 0.5) * 2**-32
-    # The 128 largest integers are rounded to 2**32, and 1 would be minus infinity.
-    return -mx.log(-mx.log1p(-mx.minimum(u, 1 - 2**-24)))
-
-
-def row_seed(seed: int, row: int) -> int:
-    """The seed of one row when a single seed is given for several rows.
-
-    Args:
-        seed: The seed given, any integer.
-        row: Index of the row.
-
-    Returns:
-        The seed itself for row 0, and a 64-bit hash of seed and row for the others.
-
-    Raises:
-        PromptError: The seed isn't a whole number.
-    """
-    if not is_int(seed):
-        raise PromptError(f"seed must be a whole number, not {seed!r}")
-    return seed if row == 0 else _hash(seed, row)
-
-
-def _scramble(x: mx.array) -> mx.array:
-    """A bijection of uint32 in which every input bit affects all output bits (C. Wellons' "lowbias32" constants)."""
-    x = (x ^ (x >> 16)) * mx.array(0x7FEB352D, mx.uint32)
-    x = (x ^ (x >> 15)) * mx.array(0x846CA68B, mx.uint32)
-    return x ^ (x >> 16)
-
-
-def seed_key(seed: int) -> tuple[int, int]:
-    """The noise key of a seed of any size, as two words of 32 bits."""
-    mixed = _hash(seed)
-    return mixed >> 32, mixed & 0xFFFFFFFF
-
-
-def _hash(*numbers: int) -> int:
-    """A 64-bit hash of whole numbers of any size."""
-    digest = blake2b(digest_size=8)
-    for number in numbers:
-        data = number.to_bytes(number.bit_length() // 8 + 1, "big", signed=True)
-        digest.update(len(data).to_bytes(8, "big") + data)
-    return int.from_bytes(digest.digest(), "big")
 
 
 def _take_ids(ids: mx.array | None, index: mx.array) -> mx.array:

@@ -30,7 +30,8 @@ from ..kv.buffers import ring_slots
 from ..models.drafter import Drafter
 from ..models.target import Target
 from .draft_length import DraftLengthPolicy
-from .engine import Engine, Parked, Prefilled
+from .engine import Engine
+from .in_flight import Parked, Prefilled
 from .prefill import CHUNK, CHUNK_BESIDE, PrefillJob, prefill_by_chunks
 from .prompt_cache import Entry, PromptCache
 from .prompt_file import load_entry, save_entry

@@ -8,10 +8,10 @@ import numpy as np
 
 from .limits import MAX_DRAFT_LENGTH
 
-FAST, SLOW = 0.9, 0.98
+FAST_DISCOUNT, SLOW_DISCOUNT = 0.9, 0.98
 """Discount of a row's counts in each round: of the fast counts, which follow the text, and of the slow ones, which are
 its long-run average."""
-PRIOR, LEAN = 0.8, 2.0
+PRIOR_ACCEPTANCE, PRIOR_WEIGHT = 0.8, 2.0
 """Prior acceptance, as published for these drafters; and the weight of a prior, in drafts."""
 
 
@@ -39,7 +39,7 @@ class Survival:
         # [n, position]: 1 at the first n positions, else 0.
         self._first = np.tri(MAX_DRAFT_LENGTH + 2, longest, -1)
 
-    def begin(self, rows: Sequence[int]) -> None:
+    def set_rows(self, rows: Sequence[int]) -> None:
         """Sets the rows of the batch, in its order; rows that stay keep their counts.
 
         Args:
@@ -56,11 +56,11 @@ class Survival:
         Args:
             drafted: By `Row.number`, the draft length and how many of the drafts were accepted; only rows that drafted.
         """
-        self._counts[:, 0] *= FAST
+        self._counts[:, 0] *= FAST_DISCOUNT
         self.idle += 1
         if index := [i for i, row in enumerate(self._rows) if row in drafted]:
-            self._ended *= SLOW ** (len(index) / len(self._rows))
-            self._counts[index, 1] *= SLOW
+            self._ended *= SLOW_DISCOUNT ** (len(index) / len(self._rows))
+            self._counts[index, 1] *= SLOW_DISCOUNT
             # Draft j was tested only if all drafts before it were accepted.
             outcomes = (drafted[self._rows[i]] for i in index)
             reached = [(min(accepted + 1, length), accepted) for length, accepted in outcomes]
@@ -70,10 +70,10 @@ class Survival:
     def probabilities(self) -> np.ndarray:
         """The survival of each slot: float64 [rows, positions]."""
         tried, accepted = (self._ended + self._counts[:, 1].sum(axis=0)).tolist()
-        mean, chance = list[float](), PRIOR
+        mean, chance = list[float](), PRIOR_ACCEPTANCE
         for j in range(self._longest):
-            chance = (accepted[j] + LEAN * chance) / (tried[j] + LEAN)
+            chance = (accepted[j] + PRIOR_WEIGHT * chance) / (tried[j] + PRIOR_WEIGHT)
             mean.append(chance)
-        slow = (self._counts[:, 1, 1] + LEAN * np.array(mean)) / (self._counts[:, 1, 0] + LEAN)
-        fast = (self._counts[:, 0, 1] + LEAN * slow) / (self._counts[:, 0, 0] + LEAN)
+        slow = (self._counts[:, 1, 1] + PRIOR_WEIGHT * np.array(mean)) / (self._counts[:, 1, 0] + PRIOR_WEIGHT)
+        fast = (self._counts[:, 0, 1] + PRIOR_WEIGHT * slow) / (self._counts[:, 0, 0] + PRIOR_WEIGHT)
         return fast.cumprod(axis=1)

@@ -1,16 +1,16 @@
 """Records what host and device do while rows are decoded, as a Chrome trace (chrome://tracing, ui.perfetto.dev).
 
-A thread waits for the results of the submitted work, one after the other. A span of the device ends when its result is
-there; it begins when the work was submitted or the work before it ended, whichever is later. The decoding threads don't
-wait for the trace. The one difference is that drafts and verify pass are submitted separately.
+A span of the device ends when its result is there; it begins when the work was submitted or the work before it ended,
+whichever is later. The thread that decodes waits for results one after the other, where it would wait for the last of
+them anyway (`settle`); no other thread touches MLX. The one difference that a trace makes is that drafts and verify
+pass are submitted separately.
 """
 
 from __future__ import annotations
 
 import json
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,9 +43,8 @@ class Trace:
             {"name": "thread_name", "ph": "M", "pid": 1, "tid": track, "args": {"name": name}}
             for track, name in ((HOST, "host"), (DEVICE, "device"))
         ]
-        self._work: queue.SimpleQueue[tuple[str, mx.array, float, dict[str, Any]] | None] = queue.SimpleQueue()
-        self._watcher = threading.Thread(target=self._watch, daemon=True)
-        self._watcher.start()
+        self._work: deque[tuple[str, mx.array, float, dict[str, Any]]] = deque()
+        self._free = self._begun
 
     @contextmanager
     def host(self, name: str, **facts: Any) -> Iterator[None]:
@@ -73,27 +72,30 @@ class Trace:
         begun = time.perf_counter()
         with self.host("submit", what=name):
             yield
-        self._work.put((name, result, begun, facts))
+        self._work.append((name, result, begun, facts))
+
+    def settle(self, result: mx.array | None = None) -> None:
+        """Waits for submitted work, on the thread that submitted it.
+
+        Args:
+            result: The result of the last work to wait for; None for all work.
+        """
+        last = len(self._work) if result is None else 0
+        count = next((i for i, work in enumerate(self._work, 1) if work[1] is result), last)
+        for name, own, submitted, facts in [self._work.popleft() for _ in range(count)]:
+            mx.eval(own)
+            done = time.perf_counter()
+            self._add(DEVICE, name, max(self._free, submitted), done, facts)
+            self._free = done
 
     def close(self) -> None:
-        """Waits for the device and writes the file.
+        """Writes the file, without the work that wasn't waited for.
 
         Raises:
             OSError: The file can't be written.
         """
-        self._work.put(None)
-        self._watcher.join()
         with replacing(self._path) as aside:
             aside.write_text(json.dumps({"traceEvents": self._events, "displayTimeUnit": "ms"}), "utf-8")
-
-    def _watch(self) -> None:
-        free = self._begun
-        while work := self._work.get():
-            name, result, submitted, facts = work
-            mx.eval(result)
-            done = time.perf_counter()
-            self._add(DEVICE, name, max(free, submitted), done, facts)
-            free = done
 
     def _add(self, track: int, name: str, begun: float, ended: float, facts: dict[str, Any]) -> None:
         event = {"name": name, "ph": "X", "pid": 1, "tid": track, "ts": 1e6 * (begun - self._begun)}

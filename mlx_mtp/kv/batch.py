@@ -1,7 +1,8 @@
 """The KV of a running batch: rows in groups of about the same length, so that none pays for a much longer one.
 
-Buffers are rectangular: as many slots for each row as the longest has, all of them held, and read. Rows whose lengths
-differ much lie in buffers of their own, and attention goes through these one by one, which costs a few kernels a layer.
+Buffers are rectangular: every row takes, and attention reads, as many slots as the longest row needs. Rows whose
+lengths differ much therefore lie in different buffers. Attention runs once per group, which costs a few more kernels in
+each layer.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from .blocks import BlockKV, GroupedBlock, View, in_batch
 from .buffers import BufferState, KVBuffers, capacity_for, kv_bytes
 
 GROUP_SLOTS = 4096
-"""Slots of a row that a group must save to be worth its kernels.
+"""Slots that another group must save to be worth its kernels.
 
-A group adds about four kernels to every layer: some 10 microseconds, in which a Mac reads 1 to 5 MB of KV. In full
-layers, which are one of five or six, a slot has 2 to 8 kB.
+A group adds about four kernels to every layer: some 10 microseconds, in which a Mac reads 1 to 5 MB of KV. A slot takes
+2 to 8 kB in a full layer, and one layer in five or six is full.
 """
 
 
@@ -27,16 +28,21 @@ class BatchKV:
     """Rows in groups of buffers.
 
     Attributes:
-        groups: The buffers, with the rows in the batch's order.
+        groups: The buffers; their rows, one group after the other, are the batch's rows in order.
     """
 
     def __init__(self) -> None:
-        """No rows; `arrange` gives it some."""
+        """Makes a batch without rows; `arrange` adds some."""
         self.groups: list[KVBuffers] = []
 
     @classmethod
     def of(cls, rows: Sequence[KVBuffers], positions: int) -> BatchKV:
-        """Makes a batch of buffers of one row each, which are copied, with room for `positions` positions in each."""
+        """Makes a batch from copies of single rows.
+
+        Args:
+            rows: Buffers of one row each.
+            positions: Positions that each row has room for.
+        """
         batch = cls()
         batch.arrange([(row, 0) for row in rows], [positions] * len(rows), consume=False)
         batch.reserve([positions] * len(rows))
@@ -57,12 +63,12 @@ class BatchKV:
         return [array for group in self.groups for array in group.arrays()]
 
     def fits(self, positions: Sequence[int]) -> bool:
-        """Whether there is room for so many positions of each row."""
-        return all(max(positions[rows]) <= group.capacity for rows, group in self._places())
+        """Whether there is room for these numbers of positions, one for each row."""
+        return all(max(positions[rows]) <= group.capacity for rows, group in self._groups_with_rows())
 
     def reserve(self, positions: Sequence[int]) -> None:
-        """Has each group read, and if need be hold, as many positions as its rows may reach from now on."""
-        for rows, group in self._places():
+        """Makes room for the positions that each row may reach, see `KVBuffers.reserve`."""
+        for rows, group in self._groups_with_rows():
             group.reserve(max(positions[rows]))
 
     def snapshot(self) -> list[BufferState]:
@@ -78,41 +84,45 @@ class BatchKV:
         """See `KVBuffers.block`."""
         if len(self.groups) == 1:
             return self.groups[0].block(lengths, width)
-        blocks = [(rows, group.block(lengths[rows], width)) for rows, group in self._places()]
+        blocks = [(rows, group.block(lengths[rows], width)) for rows, group in self._groups_with_rows()]
         return {kind: GroupedBlock([(rows, block[kind]) for rows, block in blocks]) for kind in blocks[0][1]}
 
     def shared(self, lengths: mx.array, window: int) -> dict[bool, list[View]]:
         """See `KVBuffers.shared`."""
         if len(self.groups) == 1:
             return self.groups[0].shared(lengths, window)
-        shared = [(rows, group.shared(lengths[rows], window)) for rows, group in self._places()]
+        shared = [(rows, group.shared(lengths[rows], window)) for rows, group in self._groups_with_rows()]
         return {kind: in_batch((rows, view) for rows, views in shared for view in views[kind]) for kind in shared[0][1]}
 
     def row(self, index: int, positions: int) -> KVBuffers:
-        """One row as buffers of their own, see `KVBuffers.row`."""
+        """One row as separate buffers, see `KVBuffers.row`."""
         group, within = self.find(index)
         return group.row(within, positions)
 
     def find(self, index: int) -> tuple[KVBuffers, int]:
-        """The buffers of a row, and its place in them."""
-        for rows, group in self._places():
+        """The buffers of a row, and its index in them.
+
+        Raises:
+            IndexError: There is no such row.
+        """
+        for rows, group in self._groups_with_rows():
             if index < rows.stop:
                 return group, index - rows.start
         raise IndexError(index)
 
     def arrange(self, rows: Sequence[tuple[KVBuffers, int]], room: Sequence[int], consume: bool = True) -> list[int]:
-        """Makes the batch of these rows, in groups.
+        """Sets the rows of the batch, and sorts them into groups.
 
-        Groups whose rows stay together stay as they are. The arrays of others, and of buffers that join, are replaced
-        one after the other, so that little more than one of them is held twice.
+        Groups whose rows stay the same aren't touched. All other arrays are replaced one after the other, so that
+        little more than one of them exists twice at any time.
 
         Args:
-            rows: Buffers and a place in them, for each row: the batch's own (see `find`), or others of the same kind.
-            room: Positions of each row that there must be room for, with what was written of it so far.
-            consume: Whether buffers that join become the batch's; else their rows are copied.
+            rows: For each row its buffers and its index in them: the batch's own (see `find`), or others.
+            room: Positions that each row must have room for, those already written included.
+            consume: Whether joining buffers may be taken apart; False copies their rows.
 
         Returns:
-            The batch's order: for each of its rows, which of those given it is.
+            The new order: for each row of the batch, its index in `rows`.
         """
         groups, made = [], []
         order = list(range(len(rows)))
@@ -122,8 +132,8 @@ class BatchKV:
         for span in spans:
             own, most = [rows[i] for i in span], max(room[i] for i in span)
             first = own[0][0]
-            taken = consume or first in self.groups
-            if taken and own == [(first, i) for i in range(first.batch)] and most <= first.capacity:
+            reusable = consume or first in self.groups
+            if reusable and own == [(first, i) for i in range(first.batch)] and most <= first.capacity:
                 groups.append(first)
                 continue
             new = first.empty(most)
@@ -148,24 +158,26 @@ class BatchKV:
             max(groups, key=lambda it: it.nbytes).bound_pool()
         return order
 
-    def _places(self) -> list[tuple[slice, KVBuffers]]:
-        """The groups, each with its rows in the batch."""
+    def _groups_with_rows(self) -> list[tuple[slice, KVBuffers]]:
+        """The groups, each with its rows' indices in the batch."""
         ends = list(accumulate(group.batch for group in self.groups))
         return [(slice(end - group.batch, end), group) for end, group in zip(ends, self.groups, strict=True)]
 
 
 def in_groups(slots: Sequence[int], price: int) -> list[list[int]]:
-    """The cheapest groups of rows, where each row costs the slots of the longest in its group, and a group `price`.
+    """Splits rows into the cheapest groups, by dynamic programming over the rows sorted by slots.
+
+    A row costs as many slots as the longest row of its group, and each group costs `price`.
 
     Args:
-        slots: Of each row.
-        price: What a group costs, in slots.
+        slots: The slots that each row needs.
+        price: The cost of a group, in slots.
 
     Returns:
-        Indices of the rows, shorter rows first; in their order if they are one group.
+        The row indices of each group, groups of shorter rows first.
     """
     rows = sorted(range(len(slots)), key=lambda i: slots[i])
-    best: list[tuple[int, int]] = [(0, 0)]  # for the first n rows: the cost, and where their last group begins
+    best: list[tuple[int, int]] = [(0, 0)]  # of the first n rows: their cost, and where their last group begins
     for end in range(1, len(rows) + 1):
         best.append(min((best[b][0] + (end - b) * slots[rows[end - 1]] + price, b) for b in range(end)))
     groups: list[list[int]] = []
@@ -178,11 +190,17 @@ def in_groups(slots: Sequence[int], price: int) -> list[list[int]]:
 
 
 def batch_bytes(config: TextConfig, tokens: Sequence[int], dtype_bytes: int) -> int:
-    """Most bytes of the KV of a batch while its rows grow to so many tokens."""
+    """Upper bound of a batch's KV bytes while its rows grow to their full length.
+
+    Args:
+        config: The target's.
+        tokens: Each row's full length in tokens.
+        dtype_bytes: Bytes of a key's or value's number.
+    """
     slots = [capacity_for(count) for count in tokens]
     groups = in_groups(slots, GROUP_SLOTS)
-    # While rows are shorter they may lie in fewer groups, which hold up to a group's price more, and rings as the
-    # longest row's.
+    # While rows are shorter they may be in fewer groups. Each group less may take up to a group's price more, and all
+    # its rows have rings as large as the longest row's.
     held = sum(len(group) * max(slots[i] for i in group) for group in groups) + (len(groups) - 1) * GROUP_SLOTS
     full = kv_bytes(config, held, dtype_bytes, sliding=False)
     return full + len(slots) * kv_bytes(config, max(slots), dtype_bytes, sliding=True)

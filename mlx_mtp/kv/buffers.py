@@ -1,16 +1,16 @@
 """The KV buffers of rows of about the same length.
 
-Full layers have one slot per position (`capacity`, with room to grow into). So have sliding layers at first; at
-window + slack slots they stop growing and are rings from then on, which moves nothing: until then p mod slots is p. The
-slack is at least the longest verify block, so what a block overwrites, drafts included, has already left the window of
-every query that is still to come. Only slots that may have been written are read (`used`, in steps), as a view.
+Full layers have one slot per position (`capacity`, with room to grow). So do sliding layers at first; at window + slack
+slots they stop growing and become rings. Nothing moves then, since until that point p mod slots is p. The slack is at
+least the longest verify block, so the positions that a block overwrites, rejected drafts included, have left the window
+of every later query. Only slots that may have been written are read (`used`, in steps of CAPACITY_STEP), as a view.
 
-Buffers are [B, kv_heads, slots, head_dim], row-contiguous: the layout that attention kernels read without a copy. Of
-16-bit types they hold pairs as one number of 32 bits, see `blocks.stored`.
+Buffers are [B, kv_heads, slots, head_dim], row-contiguous: the layout that attention kernels read without a copy. Pairs
+of 16-bit numbers are stored as one of 32 bits, see `blocks.stored`.
 
-Writes happen in place if nothing else holds the array when the write is scheduled. Work still in flight that reads
-the array counts as a holder, so a block handed over while the one before it is running costs a copy of the buffers;
-`nbytes` lets the caller decide when that is cheap enough.
+A write happens in place if nothing else holds the array when the write is scheduled. Submitted work that still reads
+the array counts as a holder, so submitting a block while the one before it runs costs a copy of the buffers; `nbytes`
+lets the caller decide whether that is cheap enough.
 """
 
 from __future__ import annotations
@@ -25,21 +25,20 @@ from ..config import TextConfig
 from .blocks import ALL, BlockKV, LongBlock, ShortBlock, View, stored, visible
 
 CAPACITY_STEP = 128
-"""Buffers have, and are read in, multiples of this many slots."""
-
+"""Buffers have a multiple of this many slots, and a multiple of it is read."""
 
 BufferState = tuple[dict[int, mx.array], dict[int, mx.array]]
-"""Keys and values as they were, by layer."""
+"""The keys and the values of a moment, by layer."""
 
 
 @dataclass(frozen=True)
 class RingState:
-    """A row's sliding layers when exactly `length` tokens were committed; full layers need nothing to go back.
+    """The sliding layers of a row when it had `length` committed tokens; full layers can be rewound without.
 
     Attributes:
-        length: Committed tokens.
+        length: Number of committed tokens.
         rings: The sliding layers' keys and values.
-        written: `KVBuffers.written` then.
+        written: `KVBuffers.written` at that time.
     """
 
     length: int
@@ -53,17 +52,29 @@ class RingState:
 
 
 LONGEST_VERIFY = 16
-"""Most tokens in a verify block: the newest one and the longest draft."""
+"""Most tokens in a verify block: the newest one and MAX_DRAFT_LENGTH drafts."""
 
 
 def ring_slots(window: int, longest_block: int = LONGEST_VERIFY) -> int:
-    """Slots of a sliding layer's ring for blocks of up to `longest_block` tokens."""
-    # One more than the window: transformers lets its drafter see window + 1 rows (see Drafter.shared_kv).
+    """Slots of a sliding layer's ring.
+
+    Args:
+        window: Positions that the layer sees.
+        longest_block: Most tokens that are written in one block, but for chunks of prompts.
+    """
+    # One more than the window: transformers lets its drafter see window + 1 positions (see Drafter.shared_kv).
     return -(-(window + 1 + longest_block) // 32) * 32
 
 
 def kv_bytes(config: TextConfig, tokens: int, dtype_bytes: int, sliding: bool | None = None) -> int:
-    """Bytes of the KV buffers of one row of `tokens` tokens, in one kind of layer or in all."""
+    """Bytes of one row's KV buffers.
+
+    Args:
+        config: The target's.
+        tokens: Length of the row.
+        dtype_bytes: Bytes of a key's or value's number.
+        sliding: Count only the sliding layers, or only the full ones; None for both.
+    """
     full, ring = capacity_for(tokens), ring_slots(config.sliding_window)
     return sum(
         2 * (min(ring, full) if layer.sliding else full) * layer.kv_heads * layer.head_dim * dtype_bytes
@@ -73,15 +84,18 @@ def kv_bytes(config: TextConfig, tokens: int, dtype_bytes: int, sliding: bool | 
 
 
 class KVBuffers:
-    """Keys and values of every layer that owns some.
+    """Keys and values of all layers that have their own.
 
     Attributes:
-        keys, values: By owning layer's index, [B, kv_heads, slots, head_dim].
-        capacity: Slots of the full layers, and of the sliding ones while they are no rings yet.
-        used: How many of these are read.
+        keys: By layer index, [B, kv_heads, slots, head_dim], see `blocks.stored`.
+        values: As `keys`.
+        dtype: Type of keys and values, as the models see them.
+        source_layers: By kind of layer (sliding or not), the layer whose KV the drafter reads.
+        capacity: Slots of the full layers, and of the sliding ones until they become rings.
+        used: How many of these slots are read.
         ring: Most slots of the sliding layers.
         window: Positions that a sliding layer sees.
-        written: Upper bound of the positions ever written, plus one; see `can_rewind`.
+        written: Upper bound of the positions ever written, as a count; see `can_rewind`.
     """
 
     def __init__(
@@ -91,15 +105,15 @@ class KVBuffers:
         dtype: mx.Dtype,
         longest_block: int = LONGEST_VERIFY,
         positions: int = 0,
-    ):
-        """Makes empty buffers; they take no memory before they are written to.
+    ) -> None:
+        """Makes empty buffers; they take no memory before they are evaluated.
 
         Args:
             config: The target's.
             batch: Number of rows.
             dtype: Type of keys and values.
-            longest_block: Most tokens that will be written at once, but for chunks of prompts.
-            positions: Positions a row that there is room for at once.
+            longest_block: Most tokens that will be written in one block, but for chunks of prompts.
+            positions: Positions that each row has room for at first.
         """
         self.dtype = dtype
         self.window = config.sliding_window
@@ -130,11 +144,11 @@ class KVBuffers:
         return [*self.keys.values(), *self.values.values()]
 
     def reserve(self, positions: int, room: int = 0) -> None:
-        """Makes room for `positions` positions a row; call before a block that may reach that far is written.
+        """Makes room in every row; must be called before a block is written.
 
         Args:
-            positions: Positions that may be written from now on.
-            room: Positions that there will be, as far as is known. Buffers that must grow grow to that.
+            positions: Length that the rows may reach with the next block.
+            room: Length that they are expected to reach later. Buffers that must grow get this size at once.
         """
         self.written = max(self.written, positions)
         self.used = capacity_for(positions)
@@ -144,48 +158,52 @@ class KVBuffers:
         for buffers in (self.keys, self.values):
             for i, sliding in self._sliding.items():
                 slots = self.slots(sliding, capacity)
-                # By its own size, so that a growth that was interrupted can be taken up again.
+                # Each array's own size is checked, so that a growth that failed halfway can be repeated.
                 if buffers[i].shape[2] < slots:
                     buffers[i] = with_slots(buffers[i], slots)
-                    # One layer at a time, so that no more than one old buffer is alive beside its successor.
+                    # One array at a time, so that at most one exists in both sizes.
                     mx.eval(buffers[i])
         self.capacity = capacity
         self.bound_pool()
 
     def bound_pool(self) -> None:
-        """Gives memory back to the system that MLX keeps for later, if that is more than the buffers have.
+        """Empties MLX's pool of freed memory if it is larger than the buffers.
 
-        What was freed is used again for arrays of about its size only. Products with a growing number of slots and
-        buffers that grow or are regrouped leave ever other sizes behind, and MLX's own limit is nearly all memory.
+        MLX reuses freed memory only for arrays of about the same size. Attention over a growing number of slots, and
+        buffers that grow or are rearranged, always free new sizes, and by default the pool may take nearly all memory.
         """
         if mx.get_cache_memory() > self.nbytes:
             mx.clear_cache()
 
     def snapshot(self) -> BufferState:
-        """The buffers as they are, for `restore`; while a snapshot is alive, writes copy."""
+        """The buffers' present contents, for `restore`; while a snapshot exists, writes copy the arrays."""
         return dict(self.keys), dict(self.values)
 
     def restore(self, snapshot: BufferState) -> None:
-        """Forgets writes made since a snapshot that haven't been evaluated yet."""
+        """Undoes the writes since a snapshot; they must not have been evaluated."""
         self.keys, self.values = snapshot
 
     def ring_state(self, length: int) -> RingState:
-        """Remembers the sliding layers at `length` committed tokens; the next write to each of them copies it."""
+        """Records the sliding layers, of buffers with one row; the next write to each of them copies it.
+
+        Args:
+            length: Number of committed tokens now.
+        """
         keys, values = ({i: buffers[i] for i in buffers if self._sliding[i]} for buffers in (self.keys, self.values))
         return RingState(length, (keys, values), self.written)
 
     def rewind(self, state: RingState) -> None:
-        """Takes the sliding layers back to a state of the same text."""
+        """Sets the sliding layers back to a recorded state of the same text."""
         for buffers, rings in zip((self.keys, self.values), state.rings, strict=True):
             buffers |= {i: with_slots(ring, self.slots(True, self.capacity)) for i, ring in rings.items()}
         self.written = state.written
 
     def row(self, index: int, positions: int) -> KVBuffers:
-        """One row as buffers of their own: a copy, or the very arrays if there is only this row.
+        """One row as separate buffers: a copy, or the same arrays if these buffers have only this row.
 
         Args:
-            index: Of the row.
-            positions: Upper bound of the positions that were written in it; room for more isn't kept.
+            index: Index of the row.
+            positions: Upper bound of the positions written in it; the new buffers have no room for more.
         """
         single = copy.copy(self)
         single.capacity = single.used = min(capacity_for(positions), self.capacity)
@@ -201,56 +219,77 @@ class KVBuffers:
         return single
 
     def empty(self, positions: int) -> KVBuffers:
-        """Buffers of the same kind without arrays yet, with room for `positions` positions a row."""
+        """Buffers of the same kind without arrays; the caller adds arrays with room for `positions` positions."""
         other = copy.copy(self)
         other.capacity = other.used = capacity_for(positions)
         other.written, other.keys, other.values = 0, {}, {}
         return other
 
     def rows_of(self, name: str, layer: int, rows: Sequence[int], capacity: int) -> mx.array:
-        """Some rows of "keys" or "values", with the slots that buffers of this capacity have."""
+        """Some rows of one array, resized.
+
+        Args:
+            name: "keys" or "values".
+            layer: Index of a layer that has its own.
+            rows: Indices of the rows, in the wanted order.
+            capacity: Capacity of the buffers that get them.
+
+        Returns:
+            [len(rows), kv_heads, slots, head_dim].
+        """
         array: mx.array = getattr(self, name)[layer]
         if list(rows) != list(range(array.shape[0])):
             array = array[mx.array(list(rows), dtype=mx.int32)]
         return with_slots(array, self.slots(self._sliding[layer], capacity))
 
     def can_rewind(self, length: int) -> bool:
-        """Whether everything a row of `length` committed tokens must see is still in the buffers."""
-        # The oldest position that is still there is written - ring.
+        """Whether the buffers still hold all positions that a row of `length` committed tokens sees."""
+        # The oldest position in a ring is written - ring.
         return length == 0 or max(0, length - self.window - 1) + self.ring >= self.written
 
     def block(self, lengths: mx.array, width: int) -> dict[bool, BlockKV]:
-        """The place of a block of `width` tokens after the committed ones, by kind of layer (sliding or not).
+        """Prepares a verify block or plain step, which follows the committed tokens.
 
         Args:
             lengths: int32 [B], committed tokens.
-            width: L, tokens of the block; `longest_block` at most.
+            width: L, the block's number of tokens; at most `longest_block`.
+
+        Returns:
+            By kind of layer (sliding or not), where the block is written and what it sees.
         """
         return {sliding: ShortBlock(self, lengths, width, sliding) for sliding in self.source_layers}
 
     def chunk(self, start: int, width: int) -> dict[bool, BlockKV]:
-        """The place of a chunk of prompts, of any width, that begins at position `start` in all rows."""
+        """Prepares a chunk of prompts.
+
+        Args:
+            start: Position of its first token, the same in all rows.
+            width: L, the chunk's number of tokens; any number.
+
+        Returns:
+            As `block`.
+        """
         return {sliding: LongBlock(self, start, width, sliding) for sliding in self.source_layers}
 
     def read(self, layer: int) -> tuple[mx.array, mx.array]:
-        """Keys and values of an owning layer, [B, kv_heads, slots, head_dim], without the slots that aren't used."""
+        """Keys and values of a layer, [B, kv_heads, used slots, head_dim]."""
         slots = self.slots(self._sliding[layer])
         keys, values = self.plain(self.keys[layer]), self.plain(self.values[layer])
         return (keys, values) if keys.shape[2] == slots else (keys[:, :, :slots], values[:, :, :slots])
 
     def plain(self, array: mx.array) -> mx.array:
-        """What `stored` made, as it was."""
+        """Undoes `blocks.stored`."""
         return array if array.dtype == self.dtype else array.view(self.dtype)
 
     def shared(self, lengths: mx.array, window: int) -> dict[bool, list[View]]:
-        """What the drafter sees: the last owning layer of each kind, committed rows only.
+        """The KV that the drafter shares: of the last layer of each kind that has its own, committed positions only.
 
         Args:
             lengths: int32 [B], committed tokens.
-            window: How many of the newest rows it sees in sliding layers.
+            window: How many of the newest positions the drafter sees in sliding layers.
 
         Returns:
-            By kind of layer, the very keys and values of the target.
+            By kind of layer (sliding or not), views of the target's keys and values, without a copy.
         """
         newest = lengths - 1
         return {
@@ -266,18 +305,23 @@ class KVBuffers:
         }
 
     def slots(self, sliding: bool, capacity: int | None = None) -> int:
-        """Slots of a kind of layer in buffers of this capacity; None for those that are used."""
+        """Number of slots of a kind of layer.
+
+        Args:
+            sliding: The kind.
+            capacity: The buffers' capacity; None for the used slots of these buffers.
+        """
         capacity = self.used if capacity is None else capacity
         return min(self.ring, capacity) if sliding else capacity
 
 
 def capacity_for(positions: int) -> int:
-    """Slots that buffers have for so many positions."""
+    """Slots of buffers with room for `positions` positions."""
     return max(1, -(-positions // CAPACITY_STEP)) * CAPACITY_STEP
 
 
 def with_slots(array: mx.array, slots: int) -> mx.array:
-    """[B, kv_heads, slots, head_dim] with more slots, or fewer."""
+    """An array [B, kv_heads, any, head_dim] cut or padded with zeros to `slots` slots."""
     b, h, have, d = array.shape
     if have >= slots:
         return array[:, :, :slots]

@@ -1,1 +1,1 @@
-"""The two models as MLX modules: arrays in, arrays out; they know nothing of decoding."""
+"""Target and drafter as MLX modules: arrays in, arrays out. Not here: decoding."""

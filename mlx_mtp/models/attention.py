@@ -1,8 +1,8 @@
-"""Rotary embedding and attention, as target and drafter have them in common.
+"""Rotary embedding, attention and MLP, which target and drafter have in common.
 
 Gemma 4's attention normalises queries and keys per head before rotating them, normalises values without a weight,
-and scales scores by 1. Layers that share KV, and all layers of a drafter, have queries only and read the arrays of
-another layer.
+and scales scores by 1. Layers that share KV, and all layers of a drafter, have only queries and read the KV of another
+layer.
 """
 
 from __future__ import annotations
@@ -22,21 +22,31 @@ from .elementwise import geglu
 from .ragged import RaggedBlock
 
 Rotation = mx.array | tuple[mx.array, mx.array]
-"""From `Rope.at` for `Rope.rotate`: on a GPU offsets [B], else cosines and signed sines [B, 1, L, head_dim]."""
-
+"""Made by `Rope.at` for `Rope.rotate`: on a GPU offsets [B], else cosines and signed sines [B, 1, L, head_dim]."""
 
 FUSED_TOKENS, FUSED_ROWS, FUSED_HEAD = 8, 32, 256
-"""What MLX's fused kernel takes of several tokens: tokens, tokens x query heads of a KV head, and head_dim."""
+"""Limits of MLX's fused attention kernel for short blocks: tokens, tokens x query heads per KV head, and head_dim."""
+
+
+GATE_AND_UP = ["gate_proj", "up_proj"]
+"""The input layers of a gated MLP, by name."""
 
 
 class Rope:
     """Rotary embedding of one kind of layer ("default" and "proportional" of config field `rope_parameters`).
 
-    Pairs are (i, i + head_dim / 2). The proportional kind rotates the first `rotated` share of the pairs, with
-    exponents over the whole head, and leaves the others alone.
+    Pairs are (i, i + head_dim / 2). The proportional kind rotates only a share of the pairs, the first ones, with
+    exponents that count over the whole head.
     """
 
-    def __init__(self, head_dim: int, theta: float, rotated: float):
+    def __init__(self, head_dim: int, theta: float, rotated: float) -> None:
+        """Makes the embedding.
+
+        Args:
+            head_dim: Size of a head.
+            theta: Base of the periods.
+            rotated: Share of the pairs to rotate; 1 for the default kind.
+        """
         pairs = head_dim // 2
         turning = int(rotated * pairs)
         exponents = mx.arange(turning, dtype=mx.float32) / pairs
@@ -45,17 +55,25 @@ class Rope:
         mx.eval(self._periods)
 
     def at(self, positions: mx.array, dtype: mx.Dtype) -> Rotation:
-        """Prepares the rotation for blocks at consecutive positions, int32 [B, L]; the result goes to `rotate`."""
+        """Prepares the rotation of a block, for all layers of a kind.
+
+        Args:
+            positions: int32 [B, L], consecutive in each row.
+            dtype: Type of the arrays to rotate.
+
+        Returns:
+            The argument for `rotate`.
+        """
         if on_gpu():
             return positions[:, 0]
-        # The CPU has no fused kernel: cosines and sines are made once a block instead of once a layer.
+        # The CPU has no fused kernel: cosines and sines are computed once per block, not once per layer.
         angles = positions[:, None, :, None].astype(mx.float32) / self._periods
         cos, sin = mx.cos(angles), mx.sin(angles)
         cos, sin = mx.concatenate([cos, cos], axis=-1), mx.concatenate([-sin, sin], axis=-1)
         return cos.astype(dtype), sin.astype(dtype)
 
     def rotate(self, x: mx.array, rotation: Rotation) -> mx.array:
-        """Rotates [B, heads, L, head_dim]."""
+        """Rotates queries or keys x [B, heads, L, head_dim] to the positions given to `at`."""
         if isinstance(rotation, tuple):
             cos, sin = rotation
             return x * cos + mx.roll(x, self._head_dim // 2, -1) * sin
@@ -72,12 +90,13 @@ def ropes(config: TextConfig) -> dict[bool, Rope]:
 
 
 def fuse_projections(module: nn.Module, names: list[str]) -> None:
-    """Stacks linear layers that read the same input into the first one: one matrix product instead of several.
+    """Joins linear layers with the same input into the first one: one matrix product instead of several.
 
-    Layers that are quantised in different ways, or have an adapter, are left as they are; `apply_projections` runs all.
+    Layers that are quantised in different ways, or have an adapter, stay as they are; `apply_projections` runs either.
 
     Args:
-        module: The module that has the layers, by these names; all but the first are removed from it.
+        module: The module that has the layers; the joined ones are removed from it, except the first.
+        names: The layers' names.
     """
     layers = [module[name] for name in names]
     kinds = {(type(it), *(getattr(it, key, None) for key in ("bits", "group_size", "mode"))) for it in layers}
@@ -90,15 +109,32 @@ def fuse_projections(module: nn.Module, names: list[str]) -> None:
 
 
 def apply_projections(module: nn.Module, names: list[str], x: mx.array, *others: Any) -> mx.array:
-    """Outputs of linear layers, stacked or not, along the last axis; `others` are further arguments of each."""
-    outputs = [module[name](x, *others) for name in names if name in module]
+    """Runs linear layers with the same input, joined by `fuse_projections` or not.
+
+    Args:
+        module: The module that has the layers.
+        names: The layers' names.
+        x: [..., inputs].
+        others: Further arguments of each layer.
+
+    Returns:
+        Their outputs, concatenated along the last axis.
+    """
+    outputs: list[mx.array] = [module[name](x, *others) for name in names if name in module]
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-1)
 
 
 class Attention(nn.Module):
-    """Attention of one layer, with keys and values of its own or without."""
+    """Attention of one layer."""
 
-    def __init__(self, config: TextConfig, layer: LayerConfig, own_kv: bool):
+    def __init__(self, config: TextConfig, layer: LayerConfig, own_kv: bool) -> None:
+        """Makes the layer with empty weights.
+
+        Args:
+            config: The model's.
+            layer: The layer's part of it.
+            own_kv: Whether the layer makes its own keys and values, or has only queries.
+        """
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self._heads, self._kv_heads, self._head_dim = config.num_heads, layer.kv_heads if own_kv else 0, layer.head_dim
@@ -114,7 +150,7 @@ class Attention(nn.Module):
                 self[name] = nn.Linear(hidden, layer.kv_heads * layer.head_dim, bias=False)
 
     def prepare(self) -> None:
-        """Brings loaded weights into the form they run in; to be called once, before the first use."""
+        """Rearranges the loaded weights for faster computation; must be called once, before the first use."""
         fuse_projections(self, self._projections)
         if self._kv_heads:
             norms = [self.q_norm.weight] * self._heads + [self.k_norm.weight] * self._kv_heads
@@ -124,15 +160,17 @@ class Attention(nn.Module):
     def project(
         self, x: mx.array, rope: Rope, rotation: Rotation, ragged: RaggedBlock | None = None
     ) -> tuple[mx.array, mx.array | None, mx.array | None]:
-        """Queries [B, heads, L, head_dim] of a block, and its keys and values as KV buffers store them.
-
-        The latter are None where it has none.
+        """Computes queries, keys and values of a block.
 
         Args:
-            x: [B, L, hidden], or [1, N, hidden] with a ragged block.
-            rope: Rotary embedding.
-            rotation: Its rotation at the positions of [B, L].
-            ragged: How N tokens make the block.
+            x: [B, L, hidden], or [1, N, hidden] of a ragged block.
+            rope: The rotary embedding of this kind of layer.
+            rotation: Its rotation at the block's positions [B, L].
+            ragged: The ragged block's layout; None for other blocks.
+
+        Returns:
+            Queries [B, heads, L, head_dim]; keys and values [B, kv_heads, L, head_dim] as `kv.blocks.stored` has them,
+            or None if the layer has none of its own.
         """
         # All heads are normalised and rotated together.
         heads = apply_projections(self, self._projections, x).reshape(*x.shape[:2], -1, self._head_dim)
@@ -142,7 +180,7 @@ class Attention(nn.Module):
         if not self._kv_heads:
             return rope.rotate(heads.transpose(0, 2, 1, 3), rotation), None, None
         rotated = rope.rotate((heads[:, :, : len(self._norms)] * self._norms).transpose(0, 2, 1, 3), rotation)
-        # The last heads are the values; where these are the keys (`attention_k_eq_v`), keys before norm and rotation.
+        # The last heads are the values. With `attention_k_eq_v` they are the keys, before weight and rotation.
         values = stored(heads)[:, :, heads.shape[2] - self._kv_heads :].transpose(0, 2, 1, 3)
         return rotated[:, : self._heads], stored(rotated)[:, self._heads :], values
 
@@ -151,14 +189,14 @@ class Attention(nn.Module):
 
         Args:
             queries: [B, heads, L, head_dim], from `project`.
-            views: The keys and values for all queries, in the order of rows or of tokens.
-            packing: See `project`.
+            views: The keys and values for all queries, see `kv.BlockKV.views`.
+            ragged: See `project`.
 
         Returns:
-            [B, L, hidden], or [1, N, hidden] with a ragged block.
+            [B, L, hidden], or [1, N, hidden] of a ragged block.
         """
         if ragged and not on_gpu():
-            # On a CPU the places that no token fills would cost as much as others: row by row, without them.
+            # On a CPU padding costs as much as tokens do, so rows are computed one by one, without it.
             counts = ragged.counts
             views = [row for view in views for row in _by_row(view, counts)]
             outs = [_attend(queries[it.rows, :, it.tokens], it) for it in views]
@@ -172,7 +210,7 @@ class Attention(nn.Module):
 
 
 def _by_row(view: View, counts: Sequence[int]) -> list[View]:
-    """A view of some rows as one for each, of its own number of tokens."""
+    """Splits a view by rows, each cut to its number of tokens."""
     rows = range(len(counts))[view.rows]
     return [
         View(
@@ -187,16 +225,19 @@ def _by_row(view: View, counts: Sequence[int]) -> list[View]:
 
 
 def _attend(queries: mx.array, view: View) -> mx.array:
-    """For the queries [b, heads, l, head_dim] of a view: [b, l, heads * head_dim]."""
+    """Attention of a view's queries [b, heads, l, head_dim]: [b, l, heads * head_dim]."""
     return attend(queries, view.keys, view.values, view.visible)
 
 
 def attend(queries: mx.array, keys: mx.array, values: mx.array, visible: mx.array) -> mx.array:
-    """Attention with scale 1, in the faster of two ways that isn't known to be wrong here.
+    """Attention with scale 1, by MLX's own function or `folded_attention`.
+
+    The faster one is used, unless the self-test has found it wrong on this machine.
 
     Args:
         queries: [B, heads, L, head_dim].
-        keys, values: [B, kv_heads, slots, head_dim].
+        keys: [B, kv_heads, slots, head_dim].
+        values: [B, kv_heads, slots, head_dim].
         visible: bool [B or 1, 1, L, slots].
 
     Returns:
@@ -213,11 +254,12 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, visible: mx.arra
 
 
 def _has_kernel(queries: tuple[int, ...], kv_heads: int) -> bool:
-    """Whether MLX has a fused kernel for short queries [B, heads, L, head_dim], or no faster way for long ones.
+    """Whether MLX's own function is the faster one for queries of shape [B, heads, L, head_dim].
 
-    From mlx 0.32.4 `scaled_dot_product_attention.cpp`: heads of up to 256 for blocks of up to 8 tokens whose query
-    heads of a KV head make no more than 32 rows; heads of 512 for single tokens only. Else it computes one product a
-    query head, each of which reads the keys, and fills a tile of 64 rows with L of them.
+    From mlx 0.32.4 `scaled_dot_product_attention.cpp`: there is a fused kernel for heads of up to 256 and blocks of up
+    to 8 tokens, if tokens times query heads per KV head are at most 32, and for heads of 512 and single tokens. Without
+    it, MLX computes one product per query head. Each reads all keys, and fills only L rows of a tile of 64, which is
+    wasteful for short blocks.
     """
     _, heads, length, head_dim = queries
     if head_dim > FUSED_HEAD:
@@ -226,7 +268,7 @@ def _has_kernel(queries: tuple[int, ...], kv_heads: int) -> bool:
 
 
 def longest_fused(config: TextConfig) -> int:
-    """Tokens of the longest block that the fused kernel takes in all layers, but those with too large heads."""
+    """Longest block that the fused kernel takes, in tokens; layers whose heads are too large for it don't count."""
     groups = [config.num_heads // layer.kv_heads for layer in config.layers if layer.head_dim <= FUSED_HEAD]
     return min(FUSED_TOKENS, *(FUSED_ROWS // group for group in groups)) if groups else FUSED_TOKENS
 
@@ -236,8 +278,9 @@ def folded_attention(queries: mx.array, keys: mx.array, values: mx.array, visibl
 
     Args:
         queries: [B, heads, L, head_dim].
-        keys, values: [B, kv_heads, slots, head_dim].
-        visible: bool [B, 1, L, slots].
+        keys: [B, kv_heads, slots, head_dim].
+        values: [B, kv_heads, slots, head_dim].
+        visible: bool [B or 1, 1, L, slots].
 
     Returns:
         [B, heads, L, head_dim].
@@ -254,9 +297,8 @@ def folded_attention(queries: mx.array, keys: mx.array, values: mx.array, visibl
 class MLP(nn.Module):
     """Gated MLP: down(gelu(gate(x)) * up(x))."""
 
-    _INPUTS = ["gate_proj", "up_proj"]
-
-    def __init__(self, hidden_size: int, intermediate_size: int):
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        """Makes the MLP with empty weights."""
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
@@ -264,7 +306,8 @@ class MLP(nn.Module):
 
     def prepare(self) -> None:
         """See `Attention.prepare`."""
-        fuse_projections(self, self._INPUTS)
+        fuse_projections(self, GATE_AND_UP)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(geglu(*mx.split(apply_projections(self, self._INPUTS, x), 2, axis=-1)))
+        """Maps x [..., hidden] to [..., hidden]."""
+        return self.down_proj(geglu(*mx.split(apply_projections(self, GATE_AND_UP, x), 2, axis=-1)))

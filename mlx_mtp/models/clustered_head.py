@@ -1,10 +1,10 @@
 """The clustered output head of the E2B and E4B drafters.
 
-The vocabulary is cut into clusters of equal size. A query scores the cluster centroids, and only the tokens of the
-best clusters are scored after that: 32 of 2048 clusters in the published drafters, 4,096 of 262,144 tokens.
+The vocabulary is divided into clusters of equal size. A hidden state is scored against the cluster centroids, and then
+only against the tokens of the best clusters: in the published drafters 32 of 2048 clusters, 4,096 of 262,144 tokens.
 
-The rows of the embedding are held in cluster order, [clusters, tokens_per_cluster, hidden], so that a chosen cluster
-is one contiguous block. No array over the full vocabulary is made, and nothing is read back by the host.
+The embedding's rows are in cluster order, [clusters, tokens_per_cluster, hidden], so that a cluster is one contiguous
+block. No array over the full vocabulary is made, and the host reads nothing back.
 """
 
 from __future__ import annotations
@@ -23,10 +23,18 @@ class ClusteredHead(nn.Module):
     Attributes:
         centroids: Linear map from hidden states to cluster scores.
         token_ordering: int32 [vocab], the token ids cluster by cluster.
-        embedding: Embedding rows in that order, as an `nn.Embedding` so that it is quantised like one.
+        embedding: The embedding's rows in that order; an `nn.Embedding`, so that `nn.quantize` finds it.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, clusters: int, clusters_read: int):
+    def __init__(self, vocab_size: int, hidden_size: int, clusters: int, clusters_read: int) -> None:
+        """Makes the head with empty weights.
+
+        Args:
+            vocab_size: Number of token ids, a multiple of `clusters`.
+            hidden_size: Width of the drafter's hidden states.
+            clusters: Number of clusters.
+            clusters_read: Number of best clusters whose tokens are scored.
+        """
         super().__init__()
         self._clusters, self._read = clusters, clusters_read
         self.centroids = nn.Linear(hidden_size, clusters, bias=False)
@@ -37,26 +45,34 @@ class ClusteredHead(nn.Module):
         """Scores hidden states [B, hidden].
 
         Returns:
-            Logits [B, n] and the token ids they belong to, int32 [B, n]; n = clusters read * tokens per cluster.
+            Logits [B, n] and their token ids, int32 [B, n]; n = clusters read * tokens per cluster.
         """
         best = mx.argpartition(self.centroids(hidden), kth=-self._read, axis=-1)[:, -self._read :]
         ids = self.token_ordering.reshape(self._clusters, -1)[best]
         return self.scores(hidden, best), ids.flatten(1)
 
     def scores(self, hidden: mx.array, best: mx.array) -> mx.array:
-        """Logits [B, n] of the tokens of clusters [B, clusters read], for hidden states [B, hidden]."""
-        # On a CPU MLX has no gathered product of 16-bit numbers.
+        """Scores the tokens of given clusters.
+
+        Args:
+            hidden: [B, hidden].
+            best: uint32 [B, clusters read], the clusters.
+
+        Returns:
+            Logits [B, n], see `__call__`.
+        """
+        # MLX has no gathered product of 16-bit numbers on a CPU.
         if on_gpu() and not (AVOIDED and self.shape(hidden) in AVOIDED):
             return self._gathered(hidden, best).flatten(1)
         return (self.matrices(best).flatten(1, 2) @ hidden[:, :, None]).squeeze(-1)
 
     def shape(self, hidden: mx.array) -> GatherShape:
-        """What MLX chooses a kernel for the scores of hidden states by."""
+        """The shape by which MLX chooses a kernel for the scores of hidden states [B, hidden]."""
         each = len(self.token_ordering) // self._clusters
         return GatherShape.of(self.embedding, self._clusters, each, hidden, len(hidden) * self._read, False)
 
     def matrices(self, clusters: mx.array) -> mx.array:
-        """The embeddings [*clusters.shape, tokens per cluster, hidden] of clusters' tokens."""
+        """The embeddings of the clusters' tokens: [*clusters.shape, tokens per cluster, hidden]."""
         rows = self._in_clusters(self.embedding.weight)[clusters]
         if isinstance(self.embedding, nn.QuantizedEmbedding):
             e = self.embedding

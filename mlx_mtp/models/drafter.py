@@ -1,11 +1,11 @@
-"""The MTP drafter (`gemma4_assistant`): four layers that guess the target's next tokens.
+"""The MTP drafter (`gemma4_assistant`): four layers that predict the target's next tokens.
 
-A draft step reads the last token's embedding (the target's, scaled) beside a hidden state of the target's width, and
-attends to the target's own KV buffers: sliding layers to those of the target's last sliding owner, full layers to
-those of its last full owner. It writes nothing and owns no KV; all steps of a round see the same committed rows from
-the same position.
+A draft step reads the newest token's embedding (the target's, scaled), concatenated with a hidden state of the target's
+width. It attends to the target's KV: sliding layers to the KV of the target's last sliding layer that has its own, full
+layers to that of its last full one. The drafter has no KV and writes none; all steps of a round see the same committed
+positions, from the same position.
 
-Not here: which of its scores becomes a draft (decode/sampling.py), and how drafts are checked (decode/round.py).
+Not here: choosing drafts from its logits (decode/sampling.py), and verifying them (decode/round.py).
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from .elementwise import add_scaled
 
 Position = Literal["committed", "bonus"]
 POSITIONS: tuple[str, ...] = get_args(Position)
+"""See `Drafter.position`."""
 
 
 @dataclass(frozen=True)
 class SharedKV:
-    """The target's state as the drafter sees it during one round.
+    """The target's KV as the drafter sees it in all steps of a round.
 
     Attributes:
-        views: By kind of layer, the target's keys and values.
-        rotations: By kind of layer, the rotation at the round's one position.
+        views: By kind of layer (sliding or not), the target's keys and values.
+        rotations: By kind of layer, the rotation of the queries.
     """
 
     views: dict[bool, list[View]]
@@ -42,7 +43,8 @@ class SharedKV:
 class DrafterLayer(nn.Module):
     """One layer: attention to the target's KV, then the MLP."""
 
-    def __init__(self, config: TextConfig, layer: LayerConfig):
+    def __init__(self, config: TextConfig, layer: LayerConfig) -> None:
+        """Makes the layer with empty weights."""
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self._sliding = layer.sliding
@@ -55,7 +57,7 @@ class DrafterLayer(nn.Module):
         self.layer_scalar = mx.ones((1,))
 
     def __call__(self, h: mx.array, shared: SharedKV, rope: Rope) -> mx.array:
-        """One step h [B, 1, hidden]."""
+        """Maps hidden states h [B, 1, hidden] to [B, 1, hidden]."""
         kind = self._sliding
         queries, _, _ = self.self_attn.project(self.input_layernorm(h), rope, shared.rotations[kind])
         x = self.self_attn.attend(queries, shared.views[kind])
@@ -69,12 +71,11 @@ class Drafter(nn.Module):
 
     Attributes:
         config: Its config.
-        position: Which position its queries sit at during a round, one of POSITIONS. "committed" is the last
-            committed one, N - 1; "bonus" is that of the token after it, N, as transformers has it. Changes how often
-            drafts are accepted, never the text.
+        position: The position of its queries in a round, one of POSITIONS. With N committed tokens, "committed" is the
+            last of them, N - 1, and "bonus" the next, N, as in transformers. It changes acceptance, never the text.
     """
 
-    def __init__(self, config: DrafterConfig, position: str):
+    def __init__(self, config: DrafterConfig, position: str) -> None:
         """Makes a drafter with empty weights."""
         super().__init__()
         text = config.text
@@ -91,7 +92,7 @@ class Drafter(nn.Module):
             self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
 
     def shared_kv(self, kv: KVCache, lengths: mx.array) -> SharedKV:
-        """Looks at the target's buffers, for one round.
+        """Prepares the target's KV for the draft steps of one round.
 
         Args:
             kv: The target's buffers.
@@ -99,7 +100,7 @@ class Drafter(nn.Module):
         """
         bonus = self.position == "bonus"
         position = (lengths if bonus else lengths - 1)[:, None]
-        # transformers counts the window from the newest committed row with both ends included: one row more.
+        # transformers counts the window from the newest committed position and includes both ends: one position more.
         window = self.config.text.sliding_window + bonus
         return SharedKV(
             views=kv.shared(lengths, window),
@@ -109,17 +110,17 @@ class Drafter(nn.Module):
     def __call__(
         self, embedded: mx.array, hidden: mx.array, shared: SharedKV
     ) -> tuple[mx.array, mx.array | None, mx.array]:
-        """One draft step.
+        """Runs one draft step.
 
         Args:
-            embedded: [B, backbone], the last token's embedding, scaled as the target scales it.
-            hidden: [B, backbone], at a round's first step the target's at the last committed position, after its
-                final norm; later the third result of the step before.
+            embedded: [B, backbone], the newest token's embedding, from `Target.embed`.
+            hidden: [B, backbone]. In a round's first step the target's hidden state at the last committed position,
+                after its final norm; later the third result of the step before.
             shared: From `shared_kv`, for the whole round.
 
         Returns:
-            Logits [B, n] of the next token, the token ids [B, n] they belong to (None: the whole vocabulary, in
-            order), and the hidden state [B, backbone] for the next step.
+            Logits [B, n] of the next token; their token ids int32 [B, n], or None for the whole vocabulary in order;
+            and the hidden state [B, backbone] for the next step.
         """
         h = self.pre_projection(mx.concatenate([embedded, hidden], axis=-1))[:, None, :]
         for layer, spec in zip(self.layers, self.config.text.layers, strict=True):

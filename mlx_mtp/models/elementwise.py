@@ -9,18 +9,24 @@ from ..system.fusing import fused
 
 @fused
 def geglu(gate: mx.array, x: mx.array) -> mx.array:
-    """gelu_pytorch_tanh(gate) * x, by 0.5 (1 + tanh(u)) = sigmoid(2 u)."""
-    # gate * x first: MLX fuses formulas up to a certain depth, and one level more would be a second kernel.
+    """gelu_pytorch_tanh(gate) * x of arrays of one shape, computed by 0.5 (1 + tanh(u)) = sigmoid(2 u)."""
+    # gate * x first: MLX fuses formulas up to a certain depth, and one level more would need a second kernel.
     return (gate * x) * mx.sigmoid(gate * (1.5957691216057308 + 0.07135481282052854 * (gate * gate)))
 
 
 @fused
 def add_scaled(h: mx.array, x: mx.array, scale: mx.array) -> mx.array:
-    """(h + x) * scale, the end of every layer (tensor `layer_scalar`)."""
+    """(h + x) * scale, the end of every layer; h and x [..., hidden], scale [1] (tensor `layer_scalar`)."""
     return (h + x) * scale
 
 
 @fused
 def softcap(logits: mx.array, cap: mx.array | float) -> mx.array:
-    """cap * tanh(logits / cap) (config field `final_logit_softcapping`)."""
+    """Computes cap * tanh(logits / cap) (config field `final_logit_softcapping`)."""
     return cap * mx.tanh(logits / cap)
+
+
+@fused
+def capped(logits: mx.array, cap: mx.array | float) -> mx.array:
+    """As `softcap`, but a token that was ruled out, with minus infinity, stays ruled out."""
+    return mx.where(logits == -mx.inf, logits, cap * mx.tanh(logits / cap))

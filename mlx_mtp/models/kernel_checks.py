@@ -1,10 +1,10 @@
-"""What the self-test runs: every kernel that a pair uses, and beside it a plain formula, numpy's in float32.
+"""The checks of the self-test: each kernel that a pair uses, compared with a plain formula in numpy, in float32.
 
-Attention runs on made-up numbers; products run on the model's own weights, one matrix of each kind, of which some
-outputs are compared. Nothing is computed before somebody calls the checks.
+Attention is checked on random numbers, products on the model's own weights: one matrix of each kind, and some of its
+outputs. Nothing is computed until a check's functions are called.
 
-Not checked: products with weights that aren't quantised, other than experts; norms and rotary embedding; attention of
-several rows at a time, which MLX leaves to the same kernels.
+Not checked: products with weights that aren't quantised, except experts; norms and rotary embedding; attention of
+several rows at a time, which uses the same kernels.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from ..kv.blocks import QUERIES, visible
 from ..kv.buffers import ring_slots
 from ..system.fusing import on_gpu
 from .attention import attend
-from .avoided import DENSE, MANY, SLOTS, AttentionShape, ProductShape, Shape, dequantized, like_slots, stored_as
+from .avoided import DENSE, MANY, SLOTS, AttentionShape, ProductShape, Shape, dequantized, slots_class, stored_as
 from .clustered_head import ClusteredHead
 from .drafter import Drafter
 from .moe import SORT_FROM, ExpertLinear, QuantizedExpertLinear
 from .target import Target
 
 LONG = 64
-"""Most tokens of a prompt's block that are checked: as many as fill a tile of a matrix product on Metal."""
+"""Most tokens of a checked block: a full tile of a matrix product on Metal."""
 
 OUTPUTS = 256
-"""Outputs of a product that are compared, spread over all of them."""
+"""Most compared outputs of a product, evenly spread over all."""
 
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One shape's kernel and what it should give.
+    """One shape's kernel and its expected results.
 
     Attributes:
         shape: The shape.
-        run: Results [n, m], lazily, of what the models themselves call.
-        expected: The same from the formula, float32.
-        terms: Products that are added up in a result.
+        run: Returns lazy results [n, m], by the functions that the models call.
+        expected: Returns the formula's results, float32 [n, m].
+        terms: Number of products that are summed in each result.
     """
 
     shape: Shape
@@ -58,7 +58,7 @@ class Check:
 
 
 def checks_of(target: Target, drafter: Drafter | None) -> Iterator[list[Check]]:
-    """The checks of a pair, by what is run together; nothing is computed yet."""
+    """The checks of a pair, in groups that share their inputs; nothing is computed yet."""
     config, dtype = target.config, target.dtype
     lengths = range(1, MANY)
     yield from _attention_groups(config, dtype, lengths)
@@ -72,26 +72,26 @@ def checks_of(target: Target, drafter: Drafter | None) -> Iterator[list[Check]]:
 
 
 def _attention_groups(config: TextConfig, dtype: mx.Dtype, lengths: Sequence[int]) -> Iterator[list[Check]]:
-    """Of each kind of layer, with buffers of one size for each kernel there may be."""
+    """Checks of each kind of layer, with one buffer size for each kernel that MLX may choose."""
     kinds = {(layer.sliding, layer.head_dim, layer.kv_heads) for layer in config.layers}
     for sliding, head_dim, kv_heads in sorted(kinds):
         whole = -(-config.max_positions // CAPACITY_STEP) * CAPACITY_STEP
         most = ring_slots(config.sliding_window) if sliding else whole
-        # Odd multiples of a buffer's steps, of which kernels that work by larger blocks have a part left over.
+        # Odd multiples of CAPACITY_STEP, so that kernels with larger blocks have a remainder.
         by_kernel: dict[int, int] = {}
         for least in SLOTS:
             if least < most:
                 slots = min(least + CAPACITY_STEP * (1 if least else 5), most)
-                by_kernel[like_slots(slots)] = slots
+                by_kernel[slots_class(slots)] = slots
         if sliding:
-            by_kernel[like_slots(most)] = most  # a whole ring, in which positions wrap
+            by_kernel[slots_class(most)] = most  # a whole ring, in which positions wrap
         for slots in by_kernel.values():
             window = config.sliding_window if sliding else None
             heads = config.num_heads // kv_heads
             yield _attention_checks(head_dim, heads, min(kv_heads, 2), slots, window, slots == most, dtype, lengths)
-            if len(lengths) > 1:  # a prompt's chunk, for which a window lies in order, not in a ring
-                line = slots + QUERIES if sliding else slots
-                yield _attention_checks(head_dim, heads, min(kv_heads, 2), line, window, False, dtype, [LONG])
+            if len(lengths) > 1:  # a prompt's chunk, whose queries see the window in order, not as a ring
+                ordered = slots + QUERIES if sliding else slots
+                yield _attention_checks(head_dim, heads, min(kv_heads, 2), ordered, window, False, dtype, [LONG])
 
 
 def _attention_checks(
@@ -104,26 +104,26 @@ def _attention_checks(
     dtype: mx.Dtype,
     lengths: Sequence[int],
 ) -> list[Check]:
-    """Attention of blocks of several lengths, at the same place of the same buffers.
+    """Checks of attention, for blocks of several lengths that begin at the same position of the same buffers.
 
-    What a query sees doesn't depend on how many come after it, so the formula is computed once, for the longest block.
+    A query doesn't see later ones, so the formula is computed once, for the longest block.
 
     Args:
         head_dim: Size of a head.
-        heads: Query heads of a KV head.
-        kv_heads: KV heads. More than two are as two for every kernel.
+        heads: Query heads per KV head.
+        kv_heads: KV heads; two stand for any larger number.
         slots: Slots of the buffers.
-        window: Positions that a query sees; None for all.
+        window: Number of positions that a query sees; None for all.
         ring: Whether positions have wrapped around the buffers.
-        dtype: Of everything.
-        lengths: Tokens of the blocks.
+        dtype: Type of queries, keys and values.
+        lengths: Numbers of tokens.
     """
     longest = max(lengths)
     first = slots + slots // 3 if ring and window else slots - longest - 3
 
     @cache
     def data() -> tuple[mx.array, mx.array, mx.array]:
-        # As the models have them: queries by token, not by head. Scores are of size 1, so that many slots count.
+        # Queries in memory by token, not by head, as in the models. Scores are of size 1, so that many slots matter.
         queries = _random((1, longest, kv_heads * heads, head_dim), 1, dtype) * (3 / head_dim**0.5)
         keys, values = (_random((1, kv_heads, slots, head_dim), seed, dtype) for seed in (2, 3))
         return queries.transpose(0, 2, 1, 3), keys, values
@@ -134,7 +134,7 @@ def _attention_checks(
 
     @cache
     def formula() -> Array:
-        """[tokens compared, heads, head_dim] of the longest block."""
+        """Results for the longest block: [compared tokens, heads, head_dim]."""
         tokens = _sample(longest)
         queries, keys, values = (numbers(it[0]) for it in data())
         rows = queries[:, tokens].reshape(kv_heads, -1, head_dim)
@@ -152,7 +152,7 @@ def _attention_checks(
             out = attend(queries[:, :, :length], keys, values, seen(length))
             return out[0, mx.array(tokens)].reshape(-1, head_dim)
 
-        shape = AttentionShape(head_dim, heads, min(length, MANY), like_slots(slots), dtype)
+        shape = AttentionShape(head_dim, heads, min(length, MANY), slots_class(slots), dtype)
         return Check(shape, run, lambda: formula()[: len(tokens)].reshape(-1, head_dim), slots)
 
     return [check(length) for length in lengths]
@@ -162,8 +162,8 @@ def _attention_checks(
 
 
 def _product_groups(model: Target | Drafter, dtype: mx.Dtype) -> Iterator[list[Check]]:
-    """Of each kind of weights that are quantised, experts', or a clustered head's."""
-    # A table of embeddings is multiplied with where it is the output head.
+    """Checks of each kind of quantised weights, of experts, and of a clustered head."""
+    # An embedding is used in a product only if it is the output head.
     heads = ("embed_tokens", "embed_tokens.base") if "lm_head" not in model else ()
     seen: set[tuple[object, ...]] = set()
     for name, module in model.named_modules():
@@ -172,18 +172,18 @@ def _product_groups(model: Target | Drafter, dtype: mx.Dtype) -> Iterator[list[C
         if head or bank or isinstance(module, nn.QuantizedLinear):
             kind = (type(module), module.weight.shape, stored_as(module))
             if kind in seen:
-                continue  # layers are alike
+                continue  # another layer with the same shapes
             seen.add(kind)
             if bank:
                 yield _expert_checks(module, cast(Target, model).config.experts_per_token, dtype)
             else:
                 yield _product_checks(module, dtype)
-        elif isinstance(module, ClusteredHead) and on_gpu():  # on a CPU that isn't a gathered product
+        elif isinstance(module, ClusteredHead) and on_gpu():  # on a CPU it doesn't use a gathered product
             yield [_head_check(module, cast(Drafter, model).config, dtype)]
 
 
 def _product_checks(layer: nn.QuantizedLinear | nn.QuantizedEmbedding, dtype: mx.Dtype) -> list[Check]:
-    """Products of 1 to 8 rows, and of two larger numbers, on either side of where MLX's kernels for few rows end."""
+    """Checks of products with 1 to 8 rows and with two larger numbers, for MLX's kernels for few rows and for many."""
     outputs, inputs = layer.scales.shape[0], layer.scales.shape[1] * layer.group_size
     some = mx.array(_spread(outputs, OUTPUTS))
 
@@ -197,7 +197,7 @@ def _product_checks(layer: nn.QuantizedLinear | nn.QuantizedEmbedding, dtype: mx
 
     def product(rows: int) -> mx.array:
         x = data()[:rows]
-        out = layer.as_linear(x) if isinstance(layer, nn.QuantizedEmbedding) else layer(x)
+        out: mx.array = layer.as_linear(x) if isinstance(layer, nn.QuantizedEmbedding) else layer(x)
         return out[mx.array(_sample(rows))][:, some]
 
     def check(*numbers: int) -> Check:
@@ -213,7 +213,7 @@ def _product_checks(layer: nn.QuantizedLinear | nn.QuantizedEmbedding, dtype: mx
 
 
 def _expert_checks(layer: ExpertLinear | QuantizedExpertLinear, chosen: int, dtype: mx.Dtype) -> list[Check]:
-    """Products of experts as `Experts` asks for them: few tokens' in any order, more in the experts' order."""
+    """Checks of experts' products as `Experts` runs them: few pairs in any order, many sorted by expert."""
     experts, outputs = layer.weight.shape[:2]
     inputs = layer.scales.shape[2] * layer.group_size if hasattr(layer, "bits") else layer.weight.shape[2]
     some = mx.array(_spread(outputs, OUTPUTS))
@@ -222,7 +222,7 @@ def _expert_checks(layer: ExpertLinear | QuantizedExpertLinear, chosen: int, dty
     def check(pairs: int, in_order: bool) -> Check:
         which = random.integers(0, experts, pairs).astype(np.uint32)
         which = np.sort(which) if in_order else which
-        # As many rows as pairs, or one for each `chosen` of them.
+        # One row per pair, or one per token.
         rows = None if in_order else np.arange(pairs, dtype=np.uint32) // chosen
         compared = _spread(pairs, 8)
         x = _random((pairs if rows is None else pairs // chosen, 1, inputs), 6, dtype)
@@ -244,7 +244,7 @@ def _expert_checks(layer: ExpertLinear | QuantizedExpertLinear, chosen: int, dty
 
 
 def _head_check(head: ClusteredHead, config: DrafterConfig, dtype: mx.Dtype) -> Check:
-    """Scores of some clusters' tokens, for one row and for a whole batch."""
+    """A check of a clustered head's scores, for one row and for many."""
     batches, compared = (1, MANY - 1), _spread(config.clusters_read, 4)
     best = np.random.default_rng(7).integers(0, config.num_clusters, (max(batches), config.clusters_read))
     best = best.astype(np.uint32)
@@ -268,14 +268,15 @@ def _random(shape: tuple[int, ...], seed: int, dtype: mx.Dtype) -> mx.array:
 
 
 def numbers(array: mx.array) -> Array:
+    """An array as numpy's, in float32."""
     return np.array(array.astype(mx.float32))
 
 
 def _sample(length: int) -> list[int]:
-    """Tokens of a block that are compared: the first ones, and the last."""
+    """The compared tokens of a block: the first ones and the last."""
     return sorted({*range(min(length, MANY - 1)), length - 1})
 
 
 def _spread(number: int, most: int) -> Array:
-    """Up to `most` of so many indices, the first and the last among them."""
+    """At most `most` evenly spread indices below `number`, the first and the last among them."""
     return np.unique(np.linspace(0, number - 1, most).astype(np.int32))

@@ -1,4 +1,4 @@
-"""The mixture of experts of the 26B-A4B model: a router and a bank of expert MLPs beside the dense one."""
+"""The mixture of experts of the 26B-A4B model: a router and expert MLPs, in addition to the dense MLP."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ import numpy as np
 
 from ..config import TextConfig
 from ..system.fusing import counting, on_gpu
-from .attention import apply_projections, fuse_projections
+from .attention import GATE_AND_UP, apply_projections, fuse_projections
 from .avoided import AVOIDED, GatherShape, dequantized, gather_by_hand
 from .elementwise import geglu
 
 SORT_FROM, SORT_FROM_CUDA = 64, 600
-"""Token-expert pairs from which sorting them by expert pays: neighbours then read the same weights.
+"""Number of token-expert pairs from which sorting them by expert pays: neighbours then read the same weights.
 
-MLX's CUDA product for sorted experts that aren't quantised is slow for few tokens; on an H100, at 26B-A4B's sizes, it
-meets the one for unsorted ones here (docs/measurements/cuda.md).
+For experts that aren't quantised, MLX's CUDA kernel for sorted pairs is slow for few tokens. On an H100, at 26B-A4B's
+sizes, it is as fast as the one for unsorted pairs at SORT_FROM_CUDA (docs/measurements/cuda.md).
 """
 
 
 class Router(nn.Module):
     """Chooses each token's experts and their weights.
 
-    norm -> scale -> project -> softmax -> the best few, renormalised, each times its expert's own scale.
+    norm -> scale -> project -> softmax -> the best few, renormalised, each times its expert's scale.
     """
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig) -> None:
+        """Makes the router with empty weights."""
         super().__init__()
         self._eps, self._chosen, self._root = config.rms_norm_eps, config.experts_per_token, config.hidden_size**-0.5
         self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
@@ -42,7 +43,7 @@ class Router(nn.Module):
         """Routes x [..., hidden].
 
         Returns:
-            Experts, uint32 [..., experts_per_token], and their weights, in x's type.
+            The experts, uint32 [..., experts_per_token], and their weights, of the same shape and x's dtype.
         """
         scores = self.proj(mx.fast.rms_norm(x, self._norm, self._eps))
         experts = mx.argpartition(scores, kth=-self._chosen, axis=-1)[..., -self._chosen :]
@@ -52,33 +53,37 @@ class Router(nn.Module):
 
 
 class _Bank(nn.Module):
-    """What both kinds of linear maps per expert have in common."""
+    """The common part of both kinds of linear maps per expert."""
+
+    weight: mx.array
 
     def shape(self, x: mx.array, experts: mx.array, in_order: bool) -> GatherShape:
-        """What MLX chooses a kernel for such a call by."""
-        return GatherShape.of(self, *self.weight.shape[:2], x, experts.size, in_order)
+        """The shape by which MLX chooses a kernel for a call with these arguments."""
+        count, outputs = self.weight.shape[:2]
+        return GatherShape.of(self, count, outputs, x, experts.size, in_order)
 
     def matrices(self, experts: mx.array) -> mx.array:
-        """The weights [n, out, in] of experts [n]."""
+        """The weights of experts [n], dequantised: [n, out, in]."""
         return dequantized(self, experts)
 
 
 class ExpertLinear(_Bank):
     """One linear map per expert, weight [experts, out, in]."""
 
-    def __init__(self, experts: int, inputs: int, outputs: int):
+    def __init__(self, experts: int, inputs: int, outputs: int) -> None:
+        """Makes the maps with empty weights."""
         super().__init__()
         self.weight = mx.zeros((experts, outputs, inputs))
 
     def __call__(self, x: mx.array, experts: mx.array, in_order: bool, rows: mx.array | None = None) -> mx.array:
-        """Maps rows of x.
+        """Maps rows of x, each by an expert.
 
         Args:
             x: [..., 1, in].
-            experts: uint32, an expert for each result.
+            experts: uint32, the expert of each result.
             in_order: Promises that the experts are sorted.
-            rows: uint32 of the same shape, the row of x for each result, counted through all of them; None if there
-                is one for each.
+            rows: uint32 of the same shape, the row of x for each result, as an index into all rows; None if each result
+                has its own row.
 
         Returns:
             [*experts.shape, 1, out].
@@ -95,7 +100,8 @@ class ExpertLinear(_Bank):
 class QuantizedExpertLinear(_Bank):
     """One quantised linear map per expert."""
 
-    def __init__(self, weight: mx.array, group_size: int, bits: int, mode: str):
+    def __init__(self, weight: mx.array, group_size: int, bits: int, mode: str) -> None:
+        """Quantises the weight [experts, out, in] of an `ExpertLinear`; arguments as for `mx.quantize`."""
         super().__init__()
         self.group_size, self.bits, self.mode = group_size, bits, mode
         self.weight, self.scales, *biases = mx.quantize(weight, group_size, bits, mode=mode)
@@ -122,11 +128,10 @@ class QuantizedExpertLinear(_Bank):
 
 
 class Experts(nn.Module):
-    """The bank of expert MLPs."""
+    """The expert MLPs of a layer."""
 
-    _INPUTS = ["gate_proj", "up_proj"]
-
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig) -> None:
+        """Makes the experts with empty weights."""
         super().__init__()
         self.gate_proj = ExpertLinear(config.num_experts, config.hidden_size, config.expert_size)
         self.up_proj = ExpertLinear(config.num_experts, config.hidden_size, config.expert_size)
@@ -134,23 +139,23 @@ class Experts(nn.Module):
 
     def prepare(self) -> None:
         """See `Attention.prepare`."""
-        fuse_projections(self, self._INPUTS)
+        fuse_projections(self, GATE_AND_UP)
 
     def __call__(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
-        """Weighted sum of each token's experts.
+        """Runs each token's experts and sums their weighted results.
 
         Args:
             x: [B, L, hidden].
-            experts: uint32 [B, L, chosen].
-            weights: [B, L, chosen].
+            experts: uint32 [B, L, chosen], from the router.
+            weights: [B, L, chosen], from the router.
 
         Returns:
             [B, L, hidden].
         """
         chosen = experts.shape[-1]
-        # Rows are made matrices of one row by reshaping: axes put in with None make MLX take them for columns.
+        # reshape instead of indexing with None: after the latter MLX takes the rows for columns.
         if experts.size < self._sort_from():
-            # Told apart from none at all, rows are constants; MLX would make them anew each time.
+            # The row indices are given, as a cached constant, because MLX would compute them in every call.
             tokens = counting(experts.size // chosen, np.uint32).reshape(*experts.shape[:-1], 1)
             out = self._mlp(x.reshape(*x.shape[:-1], 1, 1, x.shape[-1]), experts, False, tokens)
         else:
@@ -165,7 +170,7 @@ class Experts(nn.Module):
         return SORT_FROM if quantized or not on_gpu() or mx.metal.is_available() else SORT_FROM_CUDA
 
     def _mlp(self, x: mx.array, experts: mx.array, in_order: bool, tokens: mx.array | None = None) -> mx.array:
-        inner = geglu(*mx.split(apply_projections(self, self._INPUTS, x, experts, in_order, tokens), 2, axis=-1))
-        # From here on each expert has a row of its own.
+        inner = geglu(*mx.split(apply_projections(self, GATE_AND_UP, x, experts, in_order, tokens), 2, axis=-1))
+        # From here on, each token-expert pair has its own row.
         rows = None if tokens is None else counting(experts.size, np.uint32).reshape(experts.shape)
         return self.down_proj(inner, experts, in_order, rows)

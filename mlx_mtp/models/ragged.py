@@ -1,11 +1,9 @@
-"""Blocks whose rows bring different numbers of tokens, without the gaps.
+"""Ragged blocks: blocks whose rows have different numbers of tokens, computed without padding where possible.
 
-What works token by token (projections, MLPs, experts, the head) sees the tokens of all rows in one line and pays for
-no others. Attention works row by row: its inputs are spread over as many slots as the longest row needs, and what
-comes out is put back in line. A place that no token of its row fills repeats the row's last one; its key and value go
-where those of a rejected draft would, and nothing that is kept ever sees them.
-
-Knows nothing of models; they ask it to `pad` and to `flatten`.
+Layers that work token by token (projections, MLPs, experts, the head) see a flat block: the tokens of all rows in one
+sequence, without padding. Attention works row by row: its inputs are padded to the width of the longest row, and its
+results are flattened again. A padding slot repeats the row's last token; its key and value are written where those of a
+rejected draft would be, and no committed token ever sees them.
 """
 
 from __future__ import annotations
@@ -20,12 +18,12 @@ import mlx.core as mx
 
 @dataclass(frozen=True)
 class RaggedBlock:
-    """Which token of the line belongs to which place of which row.
+    """How a flat block of N tokens maps to a padded block of B rows with L slots each.
 
     Attributes:
-        counts: Tokens of each row: [B].
-        tokens: int32 [B, L], the token at each place.
-        slots: int32 [N], the place of each token, counted through all rows.
+        counts: [B], the number of tokens of each row.
+        tokens: int32 [B, L], the index of the flat token in each slot.
+        slots: int32 [N], the slot of each flat token, counted through all rows.
     """
 
     counts: Sequence[int]
@@ -34,7 +32,7 @@ class RaggedBlock:
 
     @classmethod
     def of(cls, counts: Sequence[int]) -> RaggedBlock:
-        """For rows with these numbers of tokens, each at least 1."""
+        """The block of rows with these numbers of tokens, each at least 1; cached."""
         return _of(tuple(counts))
 
     @classmethod
@@ -51,23 +49,23 @@ class RaggedBlock:
 
     @property
     def width(self) -> int:
-        """L, slots of a row."""
+        """L, the slots of a padded row."""
         return max(self.counts)
 
     @property
     def rows(self) -> list[int]:
-        """By token, its row: [N]."""
+        """[N], the row of each flat token."""
         return [row for row, count in enumerate(self.counts) for _ in range(count)]
 
     def pad(self, x: mx.array) -> mx.array:
-        """[1, N, ...], by token, to [B, L, ...], by row."""
+        """Turns a flat block [1, N, ...] into a padded one [B, L, ...]."""
         return x[0][self.tokens]
 
     def flatten(self, x: mx.array) -> mx.array:
-        """[B, L, ...] to [1, N, ...]."""
+        """Turns a padded block [B, L, ...] into a flat one [1, N, ...]."""
         return x.flatten(0, 1)[self.slots][None]
 
 
-@lru_cache(maxsize=64)  # the same few patterns come again and again
+@lru_cache(maxsize=64)  # a few patterns of draft lengths recur again and again
 def _of(counts: tuple[int, ...]) -> RaggedBlock:
     return RaggedBlock._made(counts)

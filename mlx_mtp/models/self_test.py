@@ -1,13 +1,14 @@
-"""Are the kernels that a model will use right on this machine? Each is run once, beside a plain formula.
+"""The self-test: checks that MLX's kernels for a pair compute correctly on this machine.
 
-A kernel can fail on one chip and one version of macOS only: more threads than its pipeline may have there, a compiler's
-mistake. MLX then raises an error, or returns garbage. So before a pair is used on Metal, what MLX chooses kernels by is
-gone through: attention by heads, tokens and slots; products with quantised weights by their sizes and the number of
-rows; gathered products (experts, clustered heads). What is run, and what it should give, is in kernel_checks.py.
+A kernel can fail on a single chip and version of macOS, if it needs more threads than allowed there, or because of a
+compiler bug. MLX then raises an error or returns garbage. So before a pair is used on Metal, each kernel that MLX may
+choose for it is run once and compared with a plain formula: attention by heads, tokens and slots; products with
+quantised weights by their sizes and number of rows; gathered products (experts, clustered heads). The checks themselves
+are in kernel_checks.py.
 
-What is wrong is put into `models.avoided.AVOIDED`, so that it is computed another way from then on. Results hold for
-the whole process; another model of the same shapes costs nothing. MLX_MTP_SELF_TEST says whether this is done: "0"
-never, "1" on any backend; else on Metal.
+A shape whose kernel is wrong is added to `models.avoided.AVOIDED`, and is computed in another way from then on. Results
+hold for the whole process, so another model of the same shapes needs no test. The environment variable
+MLX_MTP_SELF_TEST turns the test off ("0") or on for any backend ("1"); by default it runs on Metal.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import logging
 import math
 import os
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import one_line
 from ..system.fusing import on_gpu
-from .avoided import AVOIDED, Shape, keep_to_avoided
+from .avoided import AVOIDED, Shape, apply_avoided
 from .drafter import Drafter
 from .kernel_checks import Check, checks_of, numbers
 from .target import Target
@@ -30,32 +32,32 @@ from .target import Target
 log = logging.getLogger(__name__)
 
 SWITCH = "MLX_MTP_SELF_TEST"
-"""Environment variable: "0" for no self-test, "1" for one on any backend."""
+"""Environment variable: "0" for no self-test, "1" for a self-test on any backend."""
 
 ROUNDINGS = 8
-"""Largest difference from the formula, in roundings (`finfo.eps`) of a result of typical size. Two or three are to be
-expected: half a one of the result itself, which may be four times as large as is typical, and those of scores, shares
-and weights on the way to it. Attention that leaves out a fiftieth of the slots is off by ten or more."""
+"""Largest allowed difference from the formula, in roundings (`finfo.eps`) of a result of typical size. Two or three are
+normal: half a rounding of the result, which may be four times the typical size, and the roundings of scores, softmax
+and weights. Attention that misses one slot in fifty is off by ten or more."""
 
 COARSEST_FLOAT32 = 2**-10
-"""Rounding of float32 where products may be computed in TF32, as they are on new chips."""
+"""Rounding assumed for float32: new chips may compute its products in TF32."""
 
 _REPORTED = 10
-"""Most findings that are logged one by one. If all is wrong, each is no news."""
+"""Most findings to log one by one: if everything is wrong, the rest adds nothing."""
 
 _FAILURES = (RuntimeError, ValueError, MemoryError)
-"""What MLX raises when a kernel can't be had or run."""
+"""The exceptions of MLX when a kernel can't be built or run."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What the self-test says of one shape.
+    """The self-test's result for one shape.
 
     Attributes:
-        shape: The shape; `str` gives it in words.
-        share: Difference from the formula, of the largest that rounding explains; infinite without results.
-        wrong: What was wrong with MLX's kernel, or None if the share is at most 1.
-        avoided: Whether it is computed another way since. Not if that is wrong too.
+        shape: The shape; `str` describes it.
+        share: Difference from the formula, as a share of the largest that rounding explains; infinite without results.
+        wrong: What is wrong with MLX's kernel; None if the share is at most 1.
+        avoided: Whether the shape is now computed in another way; False if that is wrong, too.
     """
 
     shape: Shape
@@ -68,7 +70,14 @@ _known: dict[Shape, Finding] = {}
 
 
 def at_load(target: Target, drafter: Drafter | None) -> None:
-    """`self_test` of a pair that was just loaded, where that is wanted: on Metal, unless SWITCH says otherwise."""
+    """Runs `self_test` on a pair that was just loaded: on Metal, unless the environment variable SWITCH says otherwise.
+
+    A test that can't be run is logged as a warning.
+
+    Args:
+        target: The target.
+        drafter: Its drafter, or None.
+    """
     switch = os.environ.get(SWITCH)
     if switch == "0" or (switch != "1" and not (on_gpu() and mx.metal.is_available())):
         return
@@ -79,15 +88,21 @@ def at_load(target: Target, drafter: Drafter | None) -> None:
 
 
 def self_test(target: Target, drafter: Drafter | None) -> list[Finding]:
-    """Checks the kernels that a pair uses, on any backend, and has those that are wrong avoided.
+    """Checks the kernels that a pair uses, on any backend, and makes the models avoid those that are wrong.
 
-    A warning says what is found wrong for the first time in this process.
+    Kernels that are found wrong for the first time in this process are logged as warnings.
+
+    Args:
+        target: The target.
+        drafter: Its drafter, or None.
 
     Returns:
         A finding for each of the pair's shapes.
 
     Raises:
-        RuntimeError, ValueError, MemoryError: What the results are compared with can't be computed.
+        RuntimeError: The expected results can't be computed.
+        ValueError: The same.
+        MemoryError: The same.
     """
     found: dict[Shape, Finding] = {}
     new: list[Finding] = []
@@ -100,16 +115,16 @@ def self_test(target: Target, drafter: Drafter | None) -> list[Finding]:
                 new.append(_known[check.shape])
             found |= {check.shape: _known[check.shape] for check in group}
     finally:
-        keep_to_avoided(target, drafter)  # as far as was known before, too
+        apply_avoided(target, drafter)  # for shapes found wrong with an earlier pair, too
         mx.clear_cache()
         _report([finding for finding in new if finding.wrong])
     return list(found.values())
 
 
 def _avoid(check: Check, target: Target, drafter: Drafter | None) -> bool:
-    """Has a shape computed the other way; False, and nothing is changed, if that isn't right either."""
+    """Avoids a shape's kernel; returns False, and changes nothing, if the replacement is wrong as well."""
     AVOIDED.add(check.shape)
-    keep_to_avoided(target, drafter)
+    apply_avoided(target, drafter)
     if _judge([check])[0][1] is None:
         return True
     AVOIDED.discard(check.shape)
@@ -118,36 +133,36 @@ def _avoid(check: Check, target: Target, drafter: Drafter | None) -> bool:
 
 def _report(wrong: list[Finding]) -> None:
     for finding in wrong[:_REPORTED]:
-        way = "it is computed another, slower way" if finding.avoided else "there is no other way: texts may be wrong"
+        way = "a slower way is used instead" if finding.avoided else "there is no other way: texts may be wrong"
         log.warning("MLX computes wrongly here: %s: %s; %s", finding.shape, finding.wrong, way)
     if wrong:
         log.warning(
-            "%d kernels of MLX %s are wrong on this machine: please report that to the authors of MLX and of mlx-mtp, "
-            "with these lines and what 'mlx-mtp info' says of the machine", len(wrong), mx.__version__,
+            "%d kernels of MLX %s are wrong on this machine: please report this to the authors of MLX and of mlx-mtp, "
+            "with these lines and the machine's details from 'mlx-mtp info'", len(wrong), version("mlx"),
         )  # fmt: skip
 
 
 def _judge(checks: list[Check]) -> list[tuple[float, str | None]]:
-    """The share and what is wrong, as in `Finding`, of each of some shapes of a kind."""
+    """Runs a group of checks; returns `Finding.share` and `Finding.wrong` of each."""
     try:
         results = [check.run() for check in checks]
         mx.eval(results)  # all at once: waiting for each would take longer than computing it
     except _FAILURES as error:
-        # Somewhere among them: one by one, then.
+        # One of them failed: run them one by one.
         return [(math.inf, one_line(error))] if len(checks) == 1 else [_judge([check])[0] for check in checks]
-    with np.errstate(all="ignore"):  # on Macs numpy's products warn of what doesn't happen
+    with np.errstate(all="ignore"):  # on Macs numpy's products give false warnings
         return [_compare(result, check) for result, check in zip(results, checks, strict=True)]
 
 
 def _compare(result: mx.array, check: Check) -> tuple[float, str | None]:
     expected, most = check.expected(), ROUNDINGS * max(float(mx.finfo(result.dtype).eps), COARSEST_FLOAT32)
     if result.dtype.size == 2 and not on_gpu():
-        # There alone sums are rounded to 16 bits after every term; these errors add up like steps in random directions.
+        # A CPU rounds sums to 16 bits after every term; these errors add up like a random walk.
         most *= 1 + check.terms**0.5 / ROUNDINGS
-    # A result of an outlier among weights is rounded by its own size; one of zeros only isn't divided by that.
+    # Results much larger than typical may differ by their own rounding; the minimum avoids a division by zero.
     size = np.maximum(np.sqrt(np.mean(expected**2, axis=-1, keepdims=True)), np.finfo(np.float32).tiny)
     apart = float(np.max(np.abs(numbers(result) - expected) / np.maximum(size, np.abs(expected))))
     if not math.isfinite(apart):
-        return math.inf, "results are no finite numbers"
+        return math.inf, "results aren't finite numbers"
     wrong = None if apart <= most else f"results are off by {apart:.2g} of their size, and rounding explains {most:.2g}"
     return apart / most, wrong

@@ -6,6 +6,7 @@ import threading
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..decode.logprobs import TokenLogprob
 from ..decode.request import Request, Row, Stats
 from ..text.stop_strings import StopStrings
 from ..text.stream_decoder import StreamDecoder
@@ -30,6 +31,7 @@ class Generation:
         finish_reason: "stop" (a stop token or stop string), "length" (`max_tokens`, or the context is full) or
             "cancelled" (the option `cancel` was set).
         stats: Counts and times.
+        logprobs: One for each of `tokens`, if the option `logprobs` was given; else None.
     """
 
     text: str
@@ -39,6 +41,7 @@ class Generation:
     tokens: list[int]
     finish_reason: str
     stats: Stats
+    logprobs: list[TokenLogprob] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as JSON values; the statistics include their rates, see `Stats.rates`."""
@@ -57,6 +60,7 @@ class Chunk:
         tokens: New token ids.
         finish_reason: Set in the last chunk, see `Generation`.
         stats: The running statistics, one object for all chunks of a generation.
+        logprobs: One for each of `tokens`, if they were asked for; else None.
     """
 
     text: str
@@ -66,6 +70,7 @@ class Chunk:
     tokens: list[int]
     finish_reason: str | None
     stats: Stats
+    logprobs: list[TokenLogprob] | None = None
 
 
 class Answer:
@@ -117,12 +122,13 @@ class Answer:
             text += stops.push(decoder.finish()) + stops.finish()
         self.reason = "stop" if stops.hit else reason
         calls, errors = (decoder.calls[known:], decoder.errors[failed:]) if decoder else ([], [])
-        self._generated += len(tokens)
+        begin, self._generated = self._generated, self._generated + len(tokens)
+        scores = None if self.request.logprobs is None else news.row.logprobs[begin : self._generated]
         vars(self.stats).update(vars(news.stats))
         if stops.hit:
             self.row.cancel()
             self.stats.generated_tokens = self._generated
-        chunk = Chunk(text, reasoning, calls, errors, tokens, self.reason, self.stats)
+        chunk = Chunk(text, reasoning, calls, errors, tokens, self.reason, self.stats, scores)
         self._chunks.append(chunk)
         return chunk
 
@@ -137,4 +143,7 @@ class Answer:
             tokens=[token for chunk in chunks for token in chunk.tokens],
             finish_reason=self.reason or "length",
             stats=self.stats,
+            logprobs=None
+            if self.request.logprobs is None
+            else [score for chunk in chunks for score in chunk.logprobs or ()],
         )

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from ..config import TargetConfig
+from ..decode.limits import is_int
+from ..decode.noise import row_seed
 from ..decode.request import Request
-from ..decode.sampling import is_int, row_seed
 from ..errors import MTPError, PromptError
 from ..text.stop_strings import StopStrings
 from ..text.tokenizer import Tokenizer
 from ..text.tool_calls import Tools
 from .answer import Answer, Chunk, Generation
+from .controls import Controls
 from .generation_config import GenerationDefaults
 from .inbox import Inbox, News, Stream, failure
 from .options import GenerationOptions
@@ -60,6 +62,7 @@ class Calls:
         """
         self._session, self._tokenizer, self._config = session, tokenizer, config
         self._defaults, self._folder, self._most_rows = defaults, folder, most_rows
+        self._controls = Controls(tokenizer, config.text.vocab_size, defaults, folder)
 
     def prepare(self, prompt: Prompt, options: GenerationOptions, n: int = 1) -> list[Answer]:
         """Checks a prompt and its options against the model, and prepares n answers to it.
@@ -85,6 +88,9 @@ class Calls:
             draft_length=options.draft_length,
             exactness=options.exactness,
             stop_tokens=stop_tokens,
+            control=self._controls.control(options),
+            logprobs=options.logprobs,
+            prediction=self._predicted(options.prediction),
         )
         scheduler.check(request)
         return [
@@ -262,6 +268,18 @@ class Calls:
         special = {text: tokenizer.special_id(text) for text in strings} if tokenizer else {}
         tokens.update(token for token in special.values() if token is not None)
         return frozenset(tokens), [text for text in strings if special.get(text) is None]
+
+    def _predicted(self, prediction: str | Sequence[int] | Mapping[str, Any] | None) -> list[int]:
+        """Token ids of a prediction."""
+        content = prediction.get("content") if isinstance(prediction, Mapping) else prediction
+        if isinstance(content, Sequence) and all(isinstance(part, Mapping) for part in content) and content:
+            content = "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
+        if isinstance(content, str):
+            return self._text_tokenizer().encode(content)
+        vocabulary, given = self._config.text.vocab_size, [] if prediction is None else content
+        if not isinstance(given, Sequence) or not all(is_int(token) and 0 <= token < vocabulary for token in given):
+            raise PromptError(f"prediction must be a string, or token ids below {vocabulary}, not {prediction!r}")
+        return [token for token in given if is_int(token)]
 
     def _text_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.description import TargetDescription
-from ..decode.sampling import SamplingOptions, is_int
+from ..decode.limits import is_int
+from ..decode.sampling import SamplingOptions
 from ..errors import CheckpointError, PromptError
 from ..files import read_json
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from ..checkpoint import sizes
 from ..checkpoint.description import DrafterDescription, TargetDescription
 from ..checkpoint.load import load_drafter, load_target
-from ..checkpoint.pair import way_out
+from ..checkpoint.pair import suggest_no_draft
 from ..decode.draft_length import DraftLengthPolicy
+from ..decode.limits import is_int
 from ..decode.overflow import check_overflow
-from ..decode.sampling import is_int
 from ..decode.scheduler import MAX_ROWS, Scheduler
 from ..errors import MTPError
 from ..models import self_test
@@ -85,7 +85,7 @@ def load_models(
     """
     target, drafter = load_target(description, adapter), None
     if drafter_description:
-        with way_out():
+        with suggest_no_draft():
             drafter = load_drafter(drafter_description, description.config, position)
     self_test.at_load(target, drafter)
     check_overflow(target, drafter)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from math import isfinite
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from ..decode.limits import is_int
+from ..decode.logprobs import MOST_LOGPROBS
 from ..decode.request import check_draft_length
-from ..decode.sampling import SamplingOptions, is_int
+from ..decode.sampling import SamplingOptions
 from ..errors import PromptError
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from .generation_config import GenerationDefaults
 
 
@@ -33,6 +38,16 @@ class OptionFields(TypedDict, total=False):
     sanitize: bool
     chat_template: bool
     cancel: threading.Event | None
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
+    logprobs: int | None
+    response_format: Mapping[str, Any] | None
+    tool_choice: str | Mapping[str, Any] | None
+    thinking_budget: int | None
+    logits_processors: Sequence[Callable[[Sequence[int], mx.array], mx.array]] | None
+    prediction: str | Sequence[int] | Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +80,24 @@ class GenerationOptions:
             or tools. The names of special tokens in it are encoded as special tokens.
         cancel: Setting it, from any thread, ends the text within a round (or a chunk of the prompt). The text so far
             is returned with the finish reason "cancelled".
+        repetition_penalty: Divides the positive logits, and multiplies the negative ones, of tokens that the prompt or
+            the text has (as transformers does; mlx-lm looks at the last 20 tokens only). 1 changes nothing.
+        presence_penalty: Subtracted from the logits of tokens that the text has, as OpenAI does: not the prompt's.
+        frequency_penalty: Subtracted from a token's logit once for each time that the text has it.
+        logit_bias: Added to logits, by token id. Bias comes first, then the three penalties in this order.
+        logprobs: For every token its log-probability, and those of this many most likely ones (0 to 20) beside it, of
+            the model's own distribution: before penalties, biases, grammars, temperature and filters.
+        response_format: What the answer must be: {"type": "json_object"}, {"type": "json_schema", "json_schema":
+            {"schema": ...}}, {"type": "regex", "pattern": ...} or {"type": "grammar", "grammar": ...} in llguidance's
+            Lark syntax. {"type": "text"} asks for nothing. Thoughts are free. Needs the extra `structured`.
+        tool_choice: "auto"; "none" for no call; "required", or a tool's name (or OpenAI's dict with it), for one call
+            or more that keep to the tools' schemas.
+        thinking_budget: Most tokens of thought; then the thought is closed as the chat format does it.
+        logits_processors: Functions of the token ids so far (the prompt's included) and float32 logits [1, vocab] that
+            return other logits, called after the penalties. Each call is made in Python, once for every position that
+            is verified, while the device waits.
+        prediction: What most of the text is expected to be, as when a text is edited: a string, token ids, or OpenAI's
+            {"type": "content", "content": ...}. It is drafted from and changes nothing but the speed.
 
     Raises:
         PromptError: A value can't be used.
@@ -86,6 +119,16 @@ class GenerationOptions:
     sanitize: bool = True
     chat_template: bool = True
     cancel: threading.Event | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    logprobs: int | None = None
+    response_format: Mapping[str, Any] | None = None
+    tool_choice: str | Mapping[str, Any] | None = None
+    thinking_budget: int | None = None
+    logits_processors: Sequence[Callable[[Sequence[int], mx.array], mx.array]] | None = None
+    prediction: str | Sequence[int] | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not is_int(self.max_tokens) or self.max_tokens < 1:
@@ -99,6 +142,9 @@ class GenerationOptions:
                 raise PromptError(f"{name} must be True or False, not {flag!r}")
         if self.cancel is not None and not isinstance(self.cancel, threading.Event):
             raise PromptError(f"cancel must be a threading.Event, not {self.cancel!r}")
+        if self.logprobs is not None and (not is_int(self.logprobs) or not 0 <= self.logprobs <= MOST_LOGPROBS):
+            raise PromptError(f"logprobs must be a whole number from 0 to {MOST_LOGPROBS}, not {self.logprobs!r}")
+        _check_rules(self)
 
     def updated(self, values: Mapping[str, Any]) -> GenerationOptions:
         """These options with some values replaced, by name.
@@ -143,3 +189,34 @@ def resolve_options(
     if not isinstance(options, GenerationOptions):
         raise PromptError(f"options must be GenerationOptions, not {options!r}")
     return options.updated(overrides if max_tokens is None else {"max_tokens": max_tokens, **overrides})
+
+
+def _check_rules(options: GenerationOptions) -> None:
+    """Checks the options about what a text may say, as far as that needs no model.
+
+    Raises:
+        PromptError: A value can't be used.
+    """
+    for name, least in (("repetition_penalty", 0.0), ("presence_penalty", None), ("frequency_penalty", None)):
+        value = getattr(options, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+            raise PromptError(f"{name} must be a number, not {value!r}")
+        if least is not None and value <= least:
+            raise PromptError(f"{name} must be above {least:g}, not {value!r}")
+    bias = options.logit_bias
+    if bias is not None:
+        if not isinstance(bias, Mapping):
+            raise PromptError(f"logit_bias must be a dict from token ids to numbers, not {bias!r}")
+        for value in bias.values():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value < float("inf"):
+                raise PromptError(f"logit_bias must hold numbers, not {value!r}")
+    if options.response_format is not None and not isinstance(options.response_format, Mapping):
+        raise PromptError(f'response_format must be a dict with a "type", not {options.response_format!r}')
+    if options.tool_choice is not None and not isinstance(options.tool_choice, str | Mapping):
+        raise PromptError(f"tool_choice must be auto, none, required or a tool's name, not {options.tool_choice!r}")
+    budget = options.thinking_budget
+    if budget is not None and (not is_int(budget) or budget < 0):
+        raise PromptError(f"thinking_budget must be a whole number from 0, not {budget!r}")
+    processors = options.logits_processors
+    if processors is not None and not (isinstance(processors, Sequence) and all(map(callable, processors))):
+        raise PromptError("logits_processors must be a list of functions of token ids and logits")

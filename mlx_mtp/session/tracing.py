@@ -29,6 +29,7 @@ def tracing(session: Session, path: str | Path) -> Iterator[None]:
         return engine.trace
 
     def end(owned: Loaded) -> None:
+        trace.settle()
         owned.scheduler.engine.trace = None
 
     trace = session.call(begin)

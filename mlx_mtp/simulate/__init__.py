@@ -1,5 +1,5 @@
-"""What batch and draft length should bring on a chip that isn't at hand, predicted from public figures.
+"""Predicts the speed of batch sizes and draft lengths on Apple's chips from public figures; nothing is measured.
 
-Nothing is measured. `chips` knows the machines, `known_models` the models, `kernels` and `cost_model` what a round
-costs; `report` tabulates it.
+`chips` has the machines, `known_models` the models, `kernels` and `cost_model` the time of a round, `report` the best
+settings. Not here: measuring a machine at hand (tuning/).
 """

@@ -1,7 +1,7 @@
-"""Public figures of Apple's M chips, each in its largest configuration, for predictions where no machine is at hand.
+"""Public figures of Apple's M chips, each in its largest configuration.
 
 Bandwidth, GPU cores and memory are those that Apple announced (`Chip.source`). Apple publishes no GPU clock and hardly
-any TFLOPS, so these are **estimates**: a core does 256 floating-point operations a cycle (128 lanes, multiply and
+any TFLOPS, so both are **estimates**: a core does 256 floating-point operations per cycle (128 lanes, multiply and
 add), at the clock in `_CLOCK_GHZ`. There is no M4 Ultra or M5 Ultra in the table.
 """
 
@@ -14,11 +14,11 @@ import mlx.core as mx
 from ..errors import MTPError
 
 _OPERATIONS = 256
-"""Floating-point operations that a GPU core does in a cycle, FP32; philipturner/metal-benchmarks (GitHub)."""
+"""FP32 operations of a GPU core per cycle; source: philipturner/metal-benchmarks (GitHub)."""
 
 _MATRIX_OPERATIONS = {1: 256, 2: 256, 3: 256, 4: 256, 5: 1024}
-"""The same for FP16 matrix products, by generation. M5's matrix units: measured on A19 in
-tzakharko.github.io/apple-neural-accelerators-benchmark; before M5 they run on the FP32 lanes."""
+"""FP16 operations of a GPU core per cycle in matrix products, by generation. M5 has matrix units, measured on A19 in
+tzakharko.github.io/apple-neural-accelerators-benchmark; before M5, matrix products run on the FP32 lanes."""
 
 _CLOCK_GHZ = {
     # M1: philipturner/metal-benchmarks; M2 to M4: hmc-tech.com's GPU pages; M5: Zakharko's estimate (see above).
@@ -32,15 +32,15 @@ _CLOCK_GHZ = {
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip.
+    """A chip.
 
     Attributes:
-        name: As Apple writes it, without "Apple".
+        name: Apple's name without "Apple".
         generation: 1 to 5.
         bandwidth: Memory bandwidth, GB/s.
         gpu_cores: Cores of the GPU.
         memory: Largest memory, GB.
-        source: Where bandwidth, cores and memory are from: the date of Apple's announcement.
+        source: Source of bandwidth, cores and memory: the date of Apple's announcement.
     """
 
     name: str
@@ -52,12 +52,12 @@ class Chip:
 
     @property
     def fp32_tflops(self) -> float:
-        """Peak of ordinary arithmetic; an estimate from cores and clock."""
+        """Peak of FP32 arithmetic, estimated from cores and clock."""
         return self.gpu_cores * _OPERATIONS * _CLOCK_GHZ[self.name] / 1000
 
     @property
     def fp16_tflops(self) -> float:
-        """Peak of FP16 matrix products; an estimate from cores and clock."""
+        """Peak of FP16 matrix products, estimated from cores and clock."""
         return self.gpu_cores * _MATRIX_OPERATIONS[self.generation] * _CLOCK_GHZ[self.name] / 1000
 
 
@@ -87,16 +87,16 @@ CHIPS = {
 
 
 def this_chip() -> Chip | None:
-    """This machine's chip; None if it isn't one of these."""
+    """This machine's chip; None if the table doesn't have it."""
     name = str(mx.device_info().get("device_name", "")) if mx.metal.is_available() else ""
     return next((known for known in CHIPS.values() if f"Apple {known.name}" == name), None)
 
 
 def chip(name: str) -> Chip:
-    """The chip of a name; case, spaces, hyphens and a leading "Apple" don't matter.
+    """The chip with a name; case, spaces, hyphens and a leading "Apple" don't matter.
 
     Raises:
-        MTPError: There is none; the message lists those there are.
+        MTPError: The table has no such chip; the message lists its chips.
     """
 
     def plain(text: str) -> str:

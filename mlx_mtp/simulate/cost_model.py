@@ -1,15 +1,15 @@
-"""What a verify pass, a draft step and a round cost on a chip, predicted from public figures; nothing is measured.
+"""Predicts the time of a verify pass, a draft step and a round on a chip from public figures.
 
-A step of `rows` = batch x length tokens takes
+A step over `rows` = batch x length tokens takes the sum of
 
     launches      kernels x seconds per launch
-    dense part    body and head, by the kernel that MLX takes, see kernels.py
-    experts       the distinct experts touched are read once; every further token that an expert gets costs arithmetic
+    dense part    body and head, by the kernel that MLX chooses, see kernels.py
+    experts       each distinct expert is read once; each further token of an expert costs arithmetic
     KV            read once for each row of the batch
     attention     the arithmetic of blocks for which there is no fused kernel, see kernels.py
 
-Left out: prefill, heat, and work of the host that the GPU has to wait for. Experts whose rows are few are gathered by
-the vector kernel on every chip.
+Not modelled: prefill, thermal throttling, and host work that the GPU waits for. Experts are taken to run on the vector
+kernel on every chip.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ from .chips import Chip
 from .kernels import Calibration, attention_seconds, matmul_seconds, read_seconds, sides
 
 KERNELS_DENSE, KERNELS_PLE, KERNELS_MOE, KERNELS_DRAFTER = 23, 5, 21, 16
-"""Kernels that one layer launches, counted in models/: a dense layer; what per-layer embeddings and what experts add
-to it; a drafter's layer. Only their ratio matters, since the time of a launch is fitted."""
+"""Kernel launches of a layer, counted in models/: of a dense target layer; further ones for per-layer embeddings, and
+for experts; of a drafter's layer. Only their ratios matter, since the time of a launch is fitted."""
 
 PUBLISHED_ACCEPTANCE = (0.92, 0.78, 0.67, 0.57)
-"""Chance that a draft is accepted if those before it were, by position; published for chat with thinking off."""
+"""Probability that a draft is accepted if those before it were, by position; published for chat without thinking."""
 
 
 FITTED = Calibration(bandwidth=0.80, vector=0.138, vector_early=0.058, wide=0.37, matrix=0.82, launch=5.15e-6)
-"""Rounded results of `scripts/check_cost_model.py`; docs/cost_model.md says how good they are."""
+"""Rounded results of `scripts/check_cost_model.py`; docs/cost_model.md has the errors of the predictions."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A target with its drafter, reduced to what the model needs; `pair` makes it.
+    """The figures of a target and its drafter that the cost model needs; `pair` makes it.
 
     Attributes:
         target: The target's decoder stack.
         drafter: The drafter's; None for a target alone.
-        how: How the target's weights are quantised; None for 16-bit floats.
-        drafter_how: The same of the drafter's.
-        traffic: What a step of the target reads.
-        drafter_traffic: What a step of the drafter reads; None without one.
-        weights: Bytes of the models in memory.
+        how: Quantisation of the target's weights; None for 16-bit floats.
+        drafter_how: Quantisation of the drafter's weights; None for 16-bit floats.
+        traffic: Weights that a step of the target reads.
+        drafter_traffic: Weights that a step of the drafter reads; None without one.
+        weights: Bytes of both models in memory.
     """
 
     target: TextConfig
@@ -71,13 +71,13 @@ class Pair:
 def pair(
     target: TargetConfig, drafter: DrafterConfig | None, how: Format | None, drafter_how: Format | None = None
 ) -> Pair:
-    """Counts what the steps of a pair read.
+    """Counts the weights that the steps of a pair read.
 
     Args:
         target: The target.
         drafter: Its drafter; None for plain decoding.
         how: Quantisation of the target; None for 16-bit floats.
-        drafter_how: The same of the drafter.
+        drafter_how: Quantisation of the drafter; None for 16-bit floats.
     """
     rule, own = (Scheme(it).rule() if it else None for it in (how, drafter_how))
     text = target.text
@@ -95,26 +95,27 @@ def pair(
 def fits(chip: Chip, pair: Pair, batch: int, context: int) -> bool:
     """Whether the pair and the KV of `batch` rows fit in three quarters of the chip's largest memory.
 
-    That share is about what Metal recommends as the working set of the GPU.
+    That share is about the working set that Metal recommends for the GPU.
     """
     return pair.weights + batch * kv_bytes(pair.target, context, 2) <= 0.75 * chip.memory * 1e9
 
 
 def distinct_experts(experts: int, per_token: int, tokens: int, overlap: float = 0.0) -> float:
-    """Expected number of distinct experts of one layer that some tokens touch.
+    """Expected number of distinct experts of a layer that some tokens are routed to.
 
     Args:
         experts: Experts in the layer.
-        per_token: Experts that each token is sent to.
+        per_token: Experts for each token.
         tokens: Number of tokens, at least 1.
-        overlap: 0 if tokens choose independently and uniformly, which gives E(1-(1-k/E)^n); 1 if all choose the same.
+        overlap: 0 if tokens choose independently and uniformly, which gives E(1-(1-k/E)^n); 1 if all tokens choose the
+            same experts.
     """
     uniform = experts * (1 - (1 - per_token / experts) ** tokens)
     return per_token + (1 - overlap) * (uniform - per_token)
 
 
 def acceptance_for(drafts: int, published: Sequence[float] = PUBLISHED_ACCEPTANCE) -> tuple[float, ...]:
-    """`published` for that many drafts; positions beyond its end repeat the last one."""
+    """The first `drafts` entries of `published`; positions beyond its end repeat the last entry."""
     return tuple(published[min(i, len(published) - 1)] for i in range(drafts))
 
 
@@ -131,14 +132,14 @@ def verify_seconds(
     """Seconds of one pass of the target over `length` tokens of each of `batch` rows.
 
     Args:
-        chip: Where.
+        chip: The chip.
         pair: The models.
         batch: Rows.
         length: Tokens of each row; 1 is a plain decoding step.
         context: Committed tokens of each row.
         overlap: See `distinct_experts`.
         fit: The free parameters.
-        ours: Whether matrices are stacked and query heads folded, as here; False for other engines.
+        ours: Whether projections are fused and query heads folded, as in this package; False for other engines.
     """
     text, rows = pair.target, batch * length
     per_layer = KERNELS_DENSE + KERNELS_PLE * (text.ple_size > 0) + KERNELS_MOE * (text.num_experts > 0)
@@ -157,7 +158,8 @@ def verify_seconds(
 
 def draft_seconds(chip: Chip, pair: Pair, batch: int, context: int, fit: Calibration = FITTED) -> float:
     """Seconds of one step of the drafter, which drafts one token for each row. Arguments as for `verify_seconds`."""
-    assert pair.drafter and pair.drafter_traffic, "a target alone drafts nothing"
+    assert pair.drafter, "there is no drafter"
+    assert pair.drafter_traffic
     seconds = KERNELS_DRAFTER * len(pair.drafter.layers) * fit.launch
     seconds += _products(chip, pair.drafter, pair.drafter_traffic, batch, pair.drafter_how, fit, True)
     return seconds + read_seconds(chip, batch * kv_read_bytes(pair.drafter, context, 2), fit)
@@ -173,7 +175,7 @@ def round_seconds(
     fit: Calibration = FITTED,
     ours: bool = True,
 ) -> float:
-    """Seconds of a round with `drafts` drafts a row; 0 is plain decoding. Arguments as for `verify_seconds`."""
+    """Seconds of a round with `drafts` drafts per row; 0 is plain decoding. Arguments as for `verify_seconds`."""
     verify = verify_seconds(chip, pair, batch, drafts + 1, context, overlap, fit, ours)
     return verify + drafts * draft_seconds(chip, pair, batch, context, fit) if drafts else verify
 
@@ -188,10 +190,10 @@ def tokens_per_second(
     fit: Calibration = FITTED,
     ours: bool = True,
 ) -> float:
-    """Tokens a second of all rows together, each accepting for itself.
+    """Tokens per second of all rows together.
 
-    Args:
-        acceptance: As for `tokens_per_round`; as many drafts are made as it has entries, none for plain decoding.
+    The draft length is the number of entries of `acceptance` (see `tokens_per_round`), none for plain decoding. Other
+    arguments as for `verify_seconds`.
     """
     yielded = batch * tokens_per_round(acceptance)
     return yielded / round_seconds(chip, pair, batch, len(acceptance), context, overlap, fit, ours)
@@ -200,7 +202,7 @@ def tokens_per_second(
 def _products(
     chip: Chip, config: TextConfig, traffic: Traffic, rows: int, how: Format | None, fit: Calibration, ours: bool
 ) -> float:
-    """Seconds of the products with a stack's body and its head."""
+    """Seconds of the matrix products of a decoder stack's body and head."""
     seconds = matmul_seconds(chip, traffic.head, rows, how, fit)
     for side, share in sides(config, ours).items():
         part = ReadPerStep(share * traffic.body.bytes, share * traffic.body.parameters)

@@ -1,20 +1,23 @@
-"""Which kernels MLX takes for the rows of a verify pass on a chip, and what they take: the steps in a pass's price.
+"""The kernels that MLX chooses for the rows of a verify pass on a chip, and their time, which rises in steps.
 
-A product of a few rows with a weight costs, by kernel (routing as in mlx 0.32.4: metal/quantized.cpp, matmul.cpp),
+A product of a few rows with a weight is done by one of these kernels (routing as in mlx 0.32.4: metal/quantized.cpp,
+matmul.cpp):
 
-    vector   quantised, one row, and on M1 and M2 all below `matrix_from`: every row is a pass of its own. The first
-             reads the weight, further ones find it in a cache; a pass takes its arithmetic at least
-    wide     quantised, M3 and later (mxfp4, mxfp8, nvfp4: all), below `matrix_from` rows: passes over up to 5 rows,
-             as even as can be, each of which takes the larger of reading and arithmetic. So 6 rows cost twice what 3
-             do, and 11 three times what 4 do. For 16-bit weights the same on M3 and later, up to 15 rows
-    matrix   all others: tiles of 32 rows (quantised, up to 32 rows) or 64, which cost the same full or not
+    vector   Quantised weights: one row, and on M1 and M2 all rows below `matrix_from`. Each row is a pass of its own.
+             The first pass reads the weight, further ones find it in a cache; each takes at least its arithmetic.
+    wide     Quantised weights, below `matrix_from` rows, on M3 and later (mxfp4, mxfp8, nvfp4: on all chips). Passes
+             over up to 5 rows, divided evenly; each takes the longer of reading and arithmetic. So 6 rows take twice
+             as long as 3, and 11 three times as long as 4. Also 16-bit weights on M3 and later, up to 15 rows.
+    matrix   Everything else: tiles of 32 rows (quantised, up to 32 rows) or 64 rows; a partly filled tile takes as
+             long as a full one.
 
-Attention reads the same KV for every token of a block; its arithmetic counts where it is done in tiles of 64 rows:
+Attention reads the same KV for every token of a block. Its arithmetic takes time only where it is done in tiles of 64
+rows:
 
-    fused    no tiles: single tokens, and heads of up to 256 for blocks of up to 8 tokens whose query heads of a KV head
-             make 32 rows at most
-    folded   the query heads of a KV head are rows of one product (models/attention.py)
-    apart    a product for every query head: what MLX does by itself, and so what other engines do
+    fused    No tiles: single tokens, and blocks of up to 8 tokens with heads of up to 256, if the query heads of a KV
+             head give 32 rows at most.
+    folded   The query heads of a KV head are rows of one product (models/attention.py).
+    apart    A product for every query head: MLX's own way, and so that of other engines.
 """
 
 from __future__ import annotations
@@ -32,35 +35,35 @@ TILE_ROWS = 64
 """Rows of a tile of MLX's matrix kernels."""
 
 QUANTISED_TILE_ROWS = 32
-"""The same for quantised weights, while the rows are no more than these."""
+"""Rows of a tile for quantised weights, if there are no more rows than that."""
 
 WIDE_ROWS = 5
-"""Rows that a pass of the wide kernels takes at most; more would spill registers."""
+"""Most rows of a pass of the wide kernels; more would spill registers."""
 
 WIDE_FLOAT_PASSES = 3
-"""Passes up to which MLX takes the wide kernel for 16-bit weights."""
+"""Most passes for which MLX chooses the wide kernel for 16-bit weights."""
 
 WIDE_SINCE = 3
-"""Generation of chips from which on MLX takes the wide kernels for affine and 16-bit weights."""
+"""First generation of chips for which MLX chooses the wide kernels for affine and 16-bit weights."""
 
 SMALL, MIDDLE = 2048, 4096
-"""Widest sides of a matrix by which MLX decides from how many rows on it takes a matrix kernel."""
+"""Limits of a matrix's longer side: it decides how many rows MLX needs to choose a matrix kernel."""
 
 _MATRIX_FROM = {"early": (14, 10, 6), "Ultra": (32, 18, 12), "later": (13, 15, 13), "M5": (33, 25, 13)}
-"""That number of rows for quantised matrices whose sides are up to SMALL, up to MIDDLE, and larger."""
+"""That number of rows for quantised matrices whose longer side is up to SMALL, up to MIDDLE, and larger."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The free parameters. `scripts/check_cost_model.py` fits them, on the published rows named there.
+    """The free parameters, which `scripts/check_cost_model.py` fits to the published timings it names.
 
     Attributes:
-        bandwidth: Share of the nominal memory bandwidth that weights arrive with.
+        bandwidth: Share of the nominal memory bandwidth that reading weights reaches.
         vector: Share of the FP32 peak that the vector kernel reaches.
         vector_early: The same on M1 and M2, which have no bfloat16 arithmetic and are limited by the rate of loads.
-        wide: The same of the wide kernels; None for an MLX before 0.32, which hasn't got them.
+        wide: Share of the FP32 peak that the wide kernels reach; None for MLX before 0.32, which doesn't have them.
         matrix: Share of the FP16 matrix peak that the matrix kernels reach.
-        launch: Seconds of one kernel's launch.
+        launch: Seconds of a kernel launch.
     """
 
     bandwidth: float
@@ -71,16 +74,21 @@ class Calibration:
     launch: float
 
     def vector_on(self, chip: Chip) -> float:
-        """The share of the vector kernel on a chip."""
+        """Share of the FP32 peak that the vector kernel reaches on a chip."""
         return self.vector if chip.generation >= WIDE_SINCE else self.vector_early
 
     def wide_on(self, chip: Chip) -> float:
-        """The share of the wide kernels on a chip; taken to be smaller on M1 and M2 as that of the vector kernel is."""
+        """Share of the FP32 peak of the wide kernels on a chip; on M1 and M2 reduced as that of the vector kernel."""
         return (self.wide or 0.0) * self.vector_on(chip) / self.vector
 
 
 def matrix_from(chip: Chip, side: int = MIDDLE + 1) -> int:
-    """Rows from which on MLX multiplies a quantised matrix with a widest side of so many weights as matrices."""
+    """Fewest rows for which MLX chooses a matrix kernel for a quantised matrix.
+
+    Args:
+        chip: The chip.
+        side: Elements of the matrix's longer side.
+    """
     if chip.generation >= 5:
         limits = _MATRIX_FROM["M5"]
     elif chip.name.endswith("Ultra"):
@@ -91,11 +99,14 @@ def matrix_from(chip: Chip, side: int = MIDDLE + 1) -> int:
 
 
 def sides(config: TextConfig, stacked: bool = True) -> dict[int, float]:
-    """Shares of a stack's matrices, without experts, by their widest side: SMALL, MIDDLE, or one more for all larger.
+    """Shares of a decoder stack's parameters, without experts, by the longer side of their matrix.
 
     Args:
         config: The decoder stack.
-        stacked: Whether matrices that read the same input are one, as here; False for other engines.
+        stacked: Whether projections of the same input are fused, as in this package; False for other engines.
+
+    Returns:
+        Shares by side, which add up to 1: SMALL for sides up to it, MIDDLE likewise, MIDDLE + 1 for longer ones.
     """
     found = {SMALL: 0.0, MIDDLE: 0.0, MIDDLE + 1: 0.0}
     for i, layer in enumerate(config.layers):
@@ -114,11 +125,11 @@ def kernel(chip: Chip, rows: int, how: Format | None, wide: bool = True, side: i
     """The kernel that multiplies `rows` rows with a weight: "vector", "wide" or "matrix".
 
     Args:
-        chip: Where.
-        rows: Rows at once.
-        how: How the weight is quantised; None for 16-bit floats.
+        chip: The chip.
+        rows: Rows of the product.
+        how: Quantisation of the weight; None for 16-bit floats.
         wide: Whether MLX has the wide kernels.
-        side: The matrix's widest side.
+        side: Elements of the matrix's longer side.
     """
     if rows == 1:
         return "vector"
@@ -133,15 +144,15 @@ def kernel(chip: Chip, rows: int, how: Format | None, wide: bool = True, side: i
 def matmul_seconds(
     chip: Chip, part: ReadPerStep, rows: int, how: Format | None, fit: Calibration, side: int = MIDDLE + 1
 ) -> float:
-    """Seconds that the products with one part of the weights take, without launches.
+    """Seconds of the products with a part of the weights, without launches.
 
     Args:
-        chip: Where.
+        chip: The chip.
         part: The weights.
-        rows: Rows at once.
-        how: How they are quantised; None for 16-bit floats.
+        rows: Rows of the product.
+        how: Quantisation of the weights; None for 16-bit floats.
         fit: The free parameters.
-        side: The widest side of its matrices.
+        side: Elements of the longer side of the matrices.
     """
     read, row = read_seconds(chip, part.bytes, fit), 2 * part.parameters / (chip.fp32_tflops * 1e12)
     taken = kernel(chip, rows, how, fit.wide is not None, side)
@@ -158,16 +169,16 @@ def matmul_seconds(
 def attention_seconds(
     chip: Chip, config: TextConfig, batch: int, length: int, context: int, fit: Calibration, folded: bool = True
 ) -> float:
-    """Seconds of attention's arithmetic in a pass, all layers together, as far as reading the KV doesn't hide it.
+    """Seconds of attention's arithmetic in a pass, over all layers, without that which reading the KV hides.
 
     Args:
-        chip: Where.
+        chip: The chip.
         config: The decoder stack.
         batch: Rows.
         length: Tokens of each row.
         context: Committed tokens of each row.
         fit: The free parameters.
-        folded: Whether query heads are folded into rows, as here; False for other engines, which leave it to MLX.
+        folded: Whether query heads are folded into rows, as in this package; False for other engines.
     """
     if length == 1:
         return 0.0
@@ -179,7 +190,7 @@ def attention_seconds(
             continue
         apart = not folded or (layer.head_dim <= FUSED_HEAD and length > FUSED_TOKENS)
         products, rows = (config.num_heads, length) if apart else (layer.kv_heads, length * group)
-        # Scores are a product with a transposed matrix, for which there is a wide kernel too; values never.
+        # The wide kernel also takes the scores' product, whose matrix is transposed, but not that of the values.
         scores = kernel(chip, rows, None, fit.wide is not None) != "wide"
         seen = min(context, config.sliding_window) if layer.sliding else context
         work = (1 + scores) * batch * products * seen * layer.head_dim
@@ -188,10 +199,10 @@ def attention_seconds(
 
 
 def read_seconds(chip: Chip, count: float, fit: Calibration) -> float:
-    """Seconds in which `count` bytes arrive."""
+    """Seconds to read `count` bytes."""
     return count / (fit.bandwidth * chip.bandwidth * 1e9)
 
 
 def _tiles_seconds(chip: Chip, rows: int, tile: int, parameters: float, fit: Calibration) -> float:
-    """Seconds of a matrix kernel's tiles, each of which multiplies `tile` rows with all parameters."""
+    """Seconds of a matrix kernel; each of its tiles multiplies `tile` rows with all parameters."""
     return ceil(rows / tile) * tile * 2 * parameters / (fit.matrix * chip.fp16_tflops * 1e12)

@@ -1,8 +1,8 @@
-"""The five Gemma 4 sizes and their drafters, for predictions without a download.
+"""Configs of the five Gemma 4 sizes and their drafters, for predictions without a download.
 
-A table of what differs; everything else is the same for all. It is fed to `mlx_mtp.config` like a config.json, so
-that nothing here knows the architecture a second time. The figures are those of Google's published config.json files;
-the drafters of E4B and 26B-A4B follow Google's converter.
+Each size is a row of a table, completed to a config.json that `mlx_mtp.config` reads, so that the architecture is
+described in one place only. The figures are those of Google's published config.json files; the drafters of E4B and
+26B-A4B follow Google's converter.
 """
 
 from __future__ import annotations
@@ -41,7 +41,20 @@ _EXPERTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class _Row:
-    """What is particular to one size. `full_every`: each so-many-th layer is a full one. `heads`: query heads."""
+    """The figures in which a size differs from the others.
+
+    Attributes:
+        hidden: Hidden size of the target.
+        layers: Layers of the target.
+        full_every: Every layer whose number, counted from 1, is a multiple of this has full attention.
+        heads: Query heads of the target.
+        kv_heads: KV heads of both models.
+        full_kv_heads: KV heads of layers with full attention; None for the same.
+        intermediate: Width of the target's MLP.
+        drafter_hidden: Hidden size of the drafter.
+        drafter_heads: Query heads of the drafter.
+        more: Further fields of the target's config.
+    """
 
     hidden: int
     layers: int
@@ -69,10 +82,10 @@ KNOWN_MODELS = tuple(_ROWS)
 
 
 def known_pair(name: str) -> tuple[TargetConfig, DrafterConfig]:
-    """Target and drafter of a size; case doesn't matter.
+    """Configs of a size's target and drafter; case doesn't matter.
 
     Raises:
-        MTPError: Unknown name; the message lists the known ones.
+        MTPError: There is no such size; the message lists them.
     """
     row = {known.lower(): row for known, row in _ROWS.items()}.get(name.lower())
     if row is None:

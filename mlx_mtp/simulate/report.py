@@ -1,4 +1,4 @@
-"""What a simulation finds: what drafting should bring on a chip, by batch. A prediction; cli/tune_tables.py says so."""
+"""The predicted best draft length of each batch size on a chip, and the choice for an objective."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ LONGEST_DRAFT = 8
 
 @dataclass(frozen=True)
 class Choice:
-    """What is predicted for a batch at its best draft length.
+    """The prediction for a batch size.
 
     Attributes:
         batch: Rows.
-        drafts: Draft length with the most tokens a second; 0 is plain decoding.
-        speeds: Tokens a second of all rows together, by draft length from 0 on.
-        plain: The first of `speeds`.
-        best: The one of `drafts`.
-        experts: Distinct experts that the verify pass touches in a layer; 0 for a dense model.
+        drafts: Draft length with the most tokens per second; 0 is plain decoding.
+        speeds: Tokens per second of all rows together, by draft length from 0.
+        plain: The speed of plain decoding, `speeds[0]`.
+        best: The speed of the best draft length, `speeds[drafts]`.
+        experts: Distinct experts that the verify pass reads in a layer; 0 for a dense model.
     """
 
     batch: int
@@ -43,15 +43,15 @@ def choices(
     batches: Sequence[int] = BATCHES,
     overlap: float = 0.0,
 ) -> list[Choice]:
-    """The best draft length of each batch; batches that don't fit in the chip's largest memory are left out.
+    """The best draft length of each batch size; those that don't fit in the chip's largest memory are left out.
 
     Args:
-        chip: Where.
+        chip: The chip.
         pair: The models.
         context: Committed tokens of each row.
-        acceptance: By position, see `model.acceptance_for`.
-        batches: Which batches.
-        overlap: See `model.distinct_experts`.
+        acceptance: By position, see `cost_model.acceptance_for`.
+        batches: Batch sizes.
+        overlap: See `cost_model.distinct_experts`.
     """
     found = []
     for batch in (b for b in batches if model.fits(chip, pair, b, context)):
@@ -78,25 +78,28 @@ def chosen(found: Sequence[Choice], alone: float, objective: str) -> Choice:
 
     Args:
         found: At least one choice.
-        alone: Tokens a second of plain decoding at batch 1.
-        objective: One of `tuning.OBJECTIVES`.
+        alone: Tokens per second of plain decoding at batch 1.
+        objective: One of `decode.objective.OBJECTIVES`.
     """
     if objective == "latency":
         return max(found, key=lambda c: c.best / c.batch)
     if objective == "throughput":
         return max(found, key=lambda c: c.best)
-    kept = [c for c in found if c.best / c.batch >= BALANCED_SHARE * alone]
-    return max(kept, key=lambda c: c.best) if kept else min(found, key=lambda c: c.batch)
+    balanced = [c for c in found if c.best / c.batch >= BALANCED_SHARE * alone]
+    return max(balanced, key=lambda c: c.best) if balanced else min(found, key=lambda c: c.batch)
 
 
 def simulation_facts(
     chip: Chip, pair: model.Pair, context: int, batches: Sequence[int] = BATCHES, objective: str = "balanced"
 ) -> dict[str, Any]:
-    """What is predicted for a context, for programs.
+    """The predictions for a context as JSON values.
 
     Args:
-        chip, pair, context, batches: As for `choices`.
-        objective: As for `chosen`.
+        chip: The chip.
+        pair: The models.
+        context: Committed tokens of each row.
+        batches: Batch sizes.
+        objective: One of `decode.objective.OBJECTIVES`.
     """
     found = choices(chip, pair, context, batches=batches)
     alone = model.tokens_per_second(chip, pair, 1, (), context)

@@ -1,1 +1,1 @@
-"""What is asked of the machine: Metal's settings, wired memory, and on Linux a fast BLAS."""
+"""The machine: Metal's settings, wired memory, and a fast BLAS on Linux."""

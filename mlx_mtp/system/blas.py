@@ -1,12 +1,12 @@
 """A fast BLAS for MLX's CPU backend on Linux.
 
-MLX's Linux CPU wheel ships the reference BLAS, whose float32 matrix product is 20 to 40 times slower than OpenBLAS and
-takes as long for five tokens as for five single ones, so that checking drafts in one pass gains nothing. MLX imports
-the standard names (`cblas_sgemm`), and the dynamic linker prefers a library that was loaded globally before it.
+MLX's Linux CPU wheel ships the reference BLAS. Its float32 matrix product is 20 to 40 times slower than OpenBLAS's, and
+a pass over five tokens takes as long as five passes over one, so that speculative decoding gains nothing. MLX imports
+the standard names (`cblas_sgemm`), and the dynamic linker prefers a library that was loaded globally before MLX.
 
-Not done here: anything on macOS (MLX uses Accelerate and Metal there), and anything on import of the package. Only the
-command line and the scripts call `use_openblas`, because OpenBLAS's kernels for one row and for a block of rows differ
-in the last bit, while the reference BLAS's don't.
+Nothing happens on macOS, where MLX uses Accelerate and Metal, nor on import of the package: only the command line and
+the scripts call `use_openblas`. OpenBLAS's results for one row and for a block of rows differ in the last bit; those of
+the reference BLAS don't.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ SWITCH = "MLX_MTP_OPENBLAS"
 
 
 def use_openblas() -> str | None:
-    """Let MLX multiply float32 matrices with OpenBLAS from now on, in this process.
+    """Makes MLX multiply float32 matrices with OpenBLAS in this process.
 
-    Takes the system's library, else the one from the package scipy-openblas32, which the extra `fast-cpu` installs.
-    Uses one thread unless OPENBLAS_NUM_THREADS says otherwise: generation is bound by memory, and threads that wait for
-    a shared core cost more than they bring.
+    Takes the system's library, else the one of the package scipy-openblas32, which the extra `fast-cpu` installs. Uses
+    one thread unless OPENBLAS_NUM_THREADS is set: decoding is bound by memory, and more threads cost more than they
+    gain on shared cores.
 
-    Returns: a description such as "OpenBLAS 0.3.23 (system)", or None when nothing was done: not on Linux, MLX already
-        imported, MLX's CUDA backend installed, switched off with MLX_MTP_OPENBLAS=0, or no library found.
+    Returns:
+        A description such as "OpenBLAS 0.3.23 (system)". None if nothing was done: not on Linux, MLX is imported
+        already, MLX's CUDA backend is installed, MLX_MTP_OPENBLAS is 0, or no library was found.
     """
     if sys.platform != "linux" or os.environ.get(SWITCH) == "0" or "mlx.core" in sys.modules or _has_cuda_backend():
         return None
@@ -39,7 +40,7 @@ def use_openblas() -> str | None:
     for origin, name in _candidates():
         try:
             library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-            library.cblas_sgemm  # noqa: B018 - raises AttributeError when the names carry a prefix
+            library.cblas_sgemm  # noqa: B018 - raises AttributeError if the library's names have a prefix
             library.openblas_get_config.restype = ctypes.c_char_p
             words = library.openblas_get_config().decode("ascii", "replace").split()
         except (OSError, AttributeError):
@@ -49,7 +50,7 @@ def use_openblas() -> str | None:
 
 
 def has_openblas() -> bool:
-    """Whether MLX's products are OpenBLAS's in this process, whoever loaded it."""
+    """Whether MLX multiplies with OpenBLAS in this process, no matter who loaded it."""
     return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "openblas_get_config")
 
 
@@ -64,7 +65,7 @@ def _has_cuda_backend() -> bool:
 
 
 def _candidates() -> Iterator[tuple[str, str]]:
-    """(origin, name for the dynamic linker) of the libraries to try, best first."""
+    """The libraries to try, best first: origin, and name for the dynamic linker."""
     yield "system", "libopenblas.so.0"
     found = importlib.util.find_spec("scipy_openblas32")
     for folder in (found.submodule_search_locations or []) if found else []:

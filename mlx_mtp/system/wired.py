@@ -1,9 +1,9 @@
-"""Memory that macOS is asked to keep wired while models run.
+"""Wired memory: memory that macOS must keep resident while models run.
 
-On a Mac the pages of a model that takes much of the memory are given away between two command buffers, and fetched
-again for the next, which can cost ten times a round, and a quarter of a second after every pause; MLX wires nothing
-unless asked to (both from reports of others: mlx-examples 1061, llama.cpp 11427; no Mac was at hand). So what running
-models need is wired while they have rows, and nothing while they are idle. Needs macOS 15; elsewhere this does nothing.
+If a model takes much of a Mac's memory, macOS may release its pages between two command buffers and bring them back for
+the next. That can cost ten times a round, and a quarter of a second after every pause; MLX wires nothing by default
+(both as reported in mlx-examples 1061 and llama.cpp 11427; no Mac was at hand). So a model's memory is wired while it
+has rows, and released while it is idle. Needs macOS 15; does nothing elsewhere.
 """
 
 from __future__ import annotations
@@ -14,25 +14,26 @@ from functools import cached_property
 import mlx.core as mx
 
 SPARE = 2 * 10**9
-"""Bytes beside weights and KV: what rounds compute, and what MLX keeps for the next ones."""
+"""Bytes to wire in addition to weights and KV: for temporary arrays, and MLX's pool of freed memory."""
 
 
 class Wired:
-    """What is wired by all models of the process together."""
+    """The wired memory of all models of a process."""
 
     def __init__(self) -> None:
+        """Begins with nothing wired."""
         self._lock = threading.Lock()
         self._held: dict[int, int] = {}
         self._limit = 0
 
     @cached_property
     def possible(self) -> bool:
-        """Whether memory can be wired here."""
+        """Whether memory can be wired on this machine."""
         return mx.metal.is_available() and self.most > 0
 
     @cached_property
     def most(self) -> int:
-        """Bytes that Metal recommends to use at most; 0 where there is no Metal."""
+        """Most bytes that Metal recommends to use; 0 without Metal."""
         return int(mx.device_info().get("max_recommended_working_set_size", 0)) if mx.metal.is_available() else 0
 
     @property
@@ -41,14 +42,23 @@ class Wired:
         return self._limit
 
     def hold(self, owner: object, needed: int) -> None:
-        """Wires what a model needs from now on: bytes of weights and KV."""
+        """Wires memory for a model, in place of what it had wired before.
+
+        Args:
+            owner: Identifies the model.
+            needed: Bytes of its weights and KV.
+        """
         if self.possible and self._held.get(id(owner)) != needed:
             with self._lock:
                 self._held[id(owner)] = needed
                 self._set()
 
     def release(self, owner: object) -> None:
-        """A model needs nothing for now; to be called when none of its work is in flight."""
+        """Releases a model's wired memory; none of its work may be in flight.
+
+        Args:
+            owner: As for `hold`.
+        """
         if id(owner) in self._held:
             with self._lock:
                 self._held.pop(id(owner), None)
@@ -62,4 +72,4 @@ class Wired:
 
 
 WIRED = Wired()
-"""That of this process."""
+"""The wired memory of this process."""

@@ -1,1 +1,1 @@
-"""Between text and tokens: tokenizers, chat templates, and what is read back from the tokens of an answer."""
+"""Converts between text and tokens: tokenizers, chat templates, and parsing of generated answers."""

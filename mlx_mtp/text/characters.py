@@ -1,6 +1,6 @@
-"""From tokens to characters while tokens come.
+"""Decodes streamed tokens into characters.
 
-Not here: what of the characters is answer, thought or call (stream_decoder.py).
+Not here: dividing the characters into answer, reasoning and tool calls (stream_decoder.py).
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from tokenizers.decoders import DecodeStream
 
 
 class CharacterStream:
-    """The characters of tokens that come one at a time: the library's `DecodeStream`, which also stands broken bytes.
+    """Decodes one token at a time, and tolerates invalid UTF-8.
 
-    `DecodeStream` holds back the bytes of a character until the last of them has come. Where a character is never
-    completed it stops: it waits on for as long as bytes follow, or raises. Here such bytes become U+FFFD as soon as
-    it is plain that they are broken, one for each as Python's `bytes.decode` has it, and the stream begins anew.
+    The library's `DecodeStream` holds back the bytes of a character until its last byte has arrived. If a character is
+    never completed, it raises, or returns nothing as long as bytes follow. This class replaces such bytes with U+FFFD,
+    as many as Python's `bytes.decode` gives, as soon as they are known to be invalid, and starts a new `DecodeStream`.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer):
-        """Begins a text."""
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        """Starts an empty text."""
         ids = ((tokenizer.token_to_id(f"<0x{byte:02X}>"), byte) for byte in range(256))
         self._bytes = {token: byte for token, byte in ids if token is not None}
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=False)
-        self._held: list[int] = []  # byte tokens that may yet become a character
+        self._held: list[int] = []  # byte tokens of a character that isn't complete yet
 
     def push(self, token: int) -> str:
         """The characters that a token completes."""
@@ -34,7 +34,7 @@ class CharacterStream:
         if token not in self._bytes:
             broken = self.finish()
             text = self._stream.step(self._tokenizer, token)
-            # It is held back if it is U+FFFD itself, or ends with it.
+            # The library also holds back text that ends with U+FFFD.
             return broken + (self._restarted(self._tokenizer.decode([token])) if text is None else text)
         text = self._stream.step(self._tokenizer, token)
         if text is not None:
@@ -48,13 +48,13 @@ class CharacterStream:
         return self._restarted(text) + "".join(map(self.push, rest))
 
     def finish(self) -> str:
-        """What is left of an incomplete character when no byte follows: U+FFFD, or nothing."""
+        """Ends an incomplete character: U+FFFD for its bytes; "" if there is none."""
         if not self._held:
             return ""
         broken, self._held = bytes(self._bytes[held] for held in self._held), []
         return self._restarted(broken.decode("utf-8", "replace"))
 
     def _restarted(self, text: str) -> str:
-        """The text, after which the library's stream begins anew."""
+        """Starts a new library stream, and returns the text."""
         self._stream = DecodeStream(skip_special_tokens=False)
         return text

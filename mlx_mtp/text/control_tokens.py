@@ -1,10 +1,11 @@
-"""Keeps control tokens that users, tools and the like have spelt out from becoming control tokens.
+"""Keeps the names of control tokens in user text ("<turn|>") from being encoded as control tokens.
 
-While a conversation goes through a chat template, the characters that control tokens begin with are replaced by
-stand-ins, so that none can come of what isn't the template's own, not even of parts that it joins. When the prompt is
-cut into tokens the characters are put back, and what stands between the template's tokens is encoded as text alone.
+Before messages and tools are put into a chat template, every character that begins a control token's name is replaced
+by a stand-in. So only the template's own text can contain such names, even where the template joins pieces of messages.
+When the prompt is tokenized, it is cut at the control tokens; in the text between them the characters are restored, and
+that text is encoded without special tokens.
 
-Stand-ins are lone surrogates: no text that can be encoded holds one.
+Stand-ins are lone surrogates, which no valid Unicode text contains.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class ControlTokens:
-    """The control tokens of a vocabulary."""
+    """Hides and finds the names of a vocabulary's control tokens in text."""
 
-    def __init__(self, names: Iterable[str]):
-        """Takes their names."""
-        self._names = sorted(filter(None, names), key=len, reverse=True)  # what a longer one contains is no token
+    def __init__(self, names: Iterable[str]) -> None:
+        """Takes the names of the control tokens."""
+        # Longest first: where one name contains another, the longer one is the token.
+        self._names = sorted(filter(None, names), key=len, reverse=True)
         first = sorted({name[0] for name in self._names})
         self._stand_ins = [(letter, chr(0xDC00 + i)) for i, letter in enumerate(first)]
         self._pattern = re.compile(f"({'|'.join(map(re.escape, self._names))})" if self._names else "(?!)()")
@@ -35,10 +37,10 @@ class ControlTokens:
         self._tag = re.compile(f"[{letters}][^{letters}]{{0,{longest}}}" if first else "(?!)")
 
     def hide(self, value: Any) -> Any:
-        """A copy of a JSON value, in all of whose strings and keys no control token can be found.
+        """A copy of a JSON value with control tokens hidden in all strings and keys.
 
         Raises:
-            PromptError: A string that can't be encoded, or what JSON doesn't have.
+            PromptError: A string can't be encoded as UTF-8, or a value isn't JSON.
         """
         if isinstance(value, str):
             return self._hide(_encodable(value))
@@ -48,19 +50,20 @@ class ControlTokens:
             return [self.hide(item) for item in value]
         if value is None or isinstance(value, bool | int | float):
             return value
-        raise PromptError(f"messages and tools hold what JSON has, not a {type(value).__name__}")
+        raise PromptError(f"messages and tools may hold JSON values only, not a {type(value).__name__}")
 
     def hide_in_answer(self, text: str) -> str:
-        """The same for a text of the model's, but with its thoughts' tokens, which templates look for to drop them.
+        """As `hide`, for text that the model generated.
 
-        Nor are other tags hidden, for the same reason, as long as they can't become control tokens.
+        The tokens around reasoning stay visible, because templates look for them in order to drop reasoning. So do
+        other tags that can't be control tokens.
 
         Raises:
-            PromptError: It can't be encoded.
+            PromptError: The text can't be encoded as UTF-8.
         """
 
         def hide(found: re.Match[str]) -> str:
-            tag = found[0].rstrip()  # a template may trim what it goes on after
+            tag = found[0].rstrip()  # a template may strip white space
             if tag.startswith((CHANNEL, CHANNEL_END)):
                 return found[0]
             token = any(tag.startswith(name) or name.startswith(tag) for name in self._names)
@@ -69,7 +72,7 @@ class ControlTokens:
         return self._tag.sub(hide, _encodable(text))
 
     def hide_in_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """The same for a message.
+        """As `hide`, for a message; the content of an assistant's goes through `hide_in_answer`.
 
         Raises:
             PromptError: As for `hide`.
@@ -86,13 +89,13 @@ class ControlTokens:
         return hidden
 
     def show(self, text: str) -> str:
-        """A text with what was hidden in it."""
+        """A text with its hidden characters restored."""
         for letter, stand_in in self._stand_ins:
             text = text.replace(stand_in, letter)
         return text
 
     def split(self, text: str) -> list[str]:
-        """Cuts a text at its control tokens; these are at the odd places."""
+        """Splits a text at its control tokens, which are the items at odd indices."""
         return self._pattern.split(text)
 
     def _hide(self, text: str) -> str:

@@ -1,9 +1,9 @@
-"""Runs chat templates, which are programs from strangers.
+"""Runs chat templates, which are untrusted programs, with bounded time and memory.
 
-Jinja's own sandbox keeps them from all but text. Here is what keeps them from taking all time and memory: a rendering
-has a budget, in characters and elements, of which every loop step, call, filter and operator takes what it makes,
-before it makes it where one step can make much of little. What single steps take is bounded through that; the time is
-looked at between steps, so a rendering ends within its limit and one such step more.
+Jinja's sandbox keeps templates away from everything but their variables. This module adds a budget of characters and
+list elements for each rendering. Every loop step, call, filter and operator is charged for its result; where a small
+input can give a large result, it is charged beforehand. So every single step is bounded. The time limit is checked
+between steps: a rendering ends at most one step after it.
 """
 
 from __future__ import annotations
@@ -28,183 +28,173 @@ from jinja2.utils import Namespace, pass_environment
 from jinja2.visitor import NodeTransformer
 
 MOST = 1 << 26
-"""Characters that a rendering may make all in all: some ten times a prompt that fills the longest context."""
+"""Budget of a rendering, in characters: some ten times a prompt that fills the longest context."""
 
 SECONDS = 10.0
-"""Time that a rendering may take. Conversations as long as the longest context take one."""
+"""Time limit of a rendering. A conversation that fills the longest context takes about one second."""
 
 _MOST_PARTS = 1 << 18
-"""Values that a value may hold, counted as often as it holds them: more than a conversation as long as a context."""
+"""Most values within a value, counting repeated ones: more than a conversation that fills the longest context has."""
 
 _ELEMENT = 8
-"""Characters that an element of a list counts for: the bytes of a reference."""
+"""Charge for a list element, in characters: the bytes of a reference."""
 
 _MOST_WIDTH = 10_000
-"""Largest number that filters and methods of texts may be given, such as a width to fill."""
+"""Largest number that string filters and methods accept, such as a width to pad to; also bits of an integer."""
 
 _NOT_ASCII = re.compile("[^\x00-\x7f\ud800-\udfff]")
 _WIDE = re.compile(r"\d{5}|\*|\{[^}]*\{")
-"""Widths in formats that are large, or come from a value."""
+"""Field widths of a format that are large, or given by an argument."""
 
-_LEFT_OUT = ("pprint", "urlize", "wordwrap", "xmlattr")
-"""Filters that no chat needs and that are hard to foresee."""
+_REMOVED_FILTERS = ("pprint", "urlize", "wordwrap", "xmlattr")
+"""Filters that chats don't need, and whose results are hard to bound beforehand."""
 
 
-class TooMuch(TemplateError):
-    """A template wants more than it may have."""
+class BudgetError(TemplateError):
+    """A template exceeds its budget of time or memory."""
 
 
 class Environment(ImmutableSandboxedEnvironment):
-    """A sandbox with what transformers' renderer has besides Jinja's own, and with a budget."""
+    """A sandbox with the extensions of transformers' renderer, and with a budget."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
-        self._spent = threading.local()
-        self.concat = self._concat
+        self._budget = threading.local()
         self.globals |= {"raise_exception": _refuse, "strftime_now": _now, "namespace": _Namespace}
         del self.globals["lipsum"]
         # Jinja's own tojson escapes HTML.
         self.filters |= {"tojson": _to_json, "join": _join, "sum": _sum}
-        self.filters = {name: self._bounded(name, f) for name, f in self.filters.items() if name not in _LEFT_OUT}
-        self.filters |= {"_steps": self._steps, "_made": self._made, "_cut": self._cut}
+        self.filters = {
+            name: self._bounded(name, f) for name, f in self.filters.items() if name not in _REMOVED_FILTERS
+        }
+        self.filters |= {
+            "_charged_steps": self._charged_steps,
+            "_charged": self._charged,
+            "_charged_slice": self._charged_slice,
+        }
 
     def compiled(self, source: str) -> Template:
-        """A template's program.
+        """Compiles a template.
 
         Raises:
-            Exception: Any, from a template that is none.
+            Exception: Any, if the template is malformed.
         """
         self._begin()
         return self.from_string(source)
 
     def run(self, template: Template, variables: Mapping[str, Any]) -> str:
-        """What a template makes of its variables.
+        """Renders a template.
 
         Raises:
-            Exception: Any, from the template.
+            BudgetError: It exceeds its budget.
+            Exception: Any, raised by the template.
         """
         self._begin()
         return template.render(variables)
 
     def _begin(self) -> None:
-        self._spent.left, self._spent.deadline = MOST, time.monotonic() + SECONDS
+        self._budget.left, self._budget.deadline = MOST, time.monotonic() + SECONDS
 
     def _spend(self, amount: int) -> None:
-        self._spent.left -= amount
-        if self._spent.left < 0 or time.monotonic() > self._spent.deadline:
-            raise TooMuch(f"it takes more than {SECONDS:g} seconds or makes more than {MOST:,} characters")
+        self._budget.left -= amount
+        if self._budget.left < 0 or time.monotonic() > self._budget.deadline:
+            raise BudgetError(f"it takes more than {SECONDS:g} seconds or makes more than {MOST:,} characters")
 
-    def _made(self, value: Any) -> Any:
-        """Spends what a value takes; refuses what would be too long in print, such as lists that hold another often."""
+    def _charged(self, value: Any) -> Any:
+        """Charges for a value; refuses one that would be too long in print, such as nested lists of repeated lists."""
         if isinstance(value, str | bytes):
             self._spend(len(value))
         elif isinstance(value, list | tuple | dict):
             self._spend(_ELEMENT * len(value))
-            _printed(value)
+            _printed_length(value)
         return value
 
-    def _cut(self, value: Any) -> Any:
+    def _charged_slice(self, value: Any) -> Any:
         self._spend(len(value) if hasattr(value, "__len__") else 1)
         return value
 
-    def _steps(self, values: Iterable[Any]) -> Iterator[Any]:
+    def _charged_steps(self, values: Iterable[Any]) -> Iterator[Any]:
         for value in values:
             self._spend(1)
             yield value
 
-    def _concat(self, parts: Iterable[str]) -> str:
-        kept = []
+    def concat(self, parts: Iterable[str]) -> str:
+        """Joins the pieces of a rendering; Jinja calls this."""
+        charged = []
         for part in parts:
             self._spend(len(part))
-            kept.append(part)
-        return "".join(kept)
+            charged.append(part)
+        return "".join(charged)
 
     def _bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter that spends what it makes."""
-        skipped = 1 if hasattr(function, "jinja_pass_arg") else 0  # an environment or a context, and then the value
+        """A filter that is charged for its result."""
+        skipped = 1 if hasattr(function, "jinja_pass_arg") else 0  # the environment or context before the value
 
         @functools.wraps(function)
         def bounded(*args: Any, **kwargs: Any) -> Any:
             given = args[skipped:]
             if given and name not in ("default", "d"):
-                self._foresee(name, given[0], given[1:], kwargs)
-            return self._made(function(*args, **kwargs))
+                self._charge_ahead(name, given[0], given[1:], kwargs)
+            return self._charged(function(*args, **kwargs))
 
         return bounded
 
-    def _foresee(self, name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Spends what a filter or a method is going to make of a value, where it may be much."""
-        given = [*args, *kwargs.values()]
-        widths = [abs(arg) for arg in given if isinstance(arg, int)]
-        if max(widths, default=0) > _MOST_WIDTH:
-            raise TooMuch(f"{name} with {max(widths)} is too much")
-        texts = [len(arg) for arg in given if isinstance(arg, str | bytes)]
-        amount = 1
-        if name in ("list", "sort", "batch", "slice", "unique", "reverse") and hasattr(value, "__len__"):
-            amount = _ELEMENT * len(value)
-        elif not isinstance(value, str | bytes):
-            amount = 1
-        elif name in ("indent", "expandtabs"):
-            newline, tab = ("\n", "\t") if isinstance(value, str) else (b"\n", b"\t")
-            amount = (1 + value.count(newline) + value.count(tab)) * max([8, *widths, *texts])  # type: ignore[arg-type]
-        elif name == "replace" and len(given) > 1 and isinstance(given[0], type(value)) and len(texts) > 1:
-            amount = value.count(given[0]) * texts[1]
-        elif name in ("split", "rsplit", "splitlines"):
-            known = bool(given) and isinstance(given[0], type(value)) and bool(given[0])
-            amount = _ELEMENT * (value.count(given[0]) if known else len(value) // 2)
-        elif name == "join" and given:
-            parts = given[0] if hasattr(given[0], "__len__") else ()
-            amount = len(value) * len(parts) + _printed(list(parts))
-        elif name in ("format", "format_map", "%"):
-            fields = value.count("%" if isinstance(value, str) else b"%") + str(value).count("{")  # type: ignore[arg-type]
-            if _WIDE.search(str(value)):
-                raise TooMuch("a format with wide fields is too much")
-            amount = len(value) + fields * (_MOST_WIDTH + _printed(given))
-        elif name == "translate":
-            raise TooMuch("translate may make too much")
-        self._spend(amount)
+    def _charge_ahead(self, name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Charges beforehand for a filter or a method whose result may be much larger than the value."""
+        value, *given = (
+            it.decode("latin-1") if isinstance(it, bytes) else it for it in (value, *args, *kwargs.values())
+        )
+        width = max((abs(arg) for arg in given if isinstance(arg, int)), default=0)
+        if width > _MOST_WIDTH:
+            raise BudgetError(f"{name} with {width} is too much")
+        if isinstance(value, str):
+            self._spend(_text_result(name, value, given, width))
+        elif name in ("list", "sort", "batch", "slice", "unique", "reverse") and hasattr(value, "__len__"):
+            self._spend(_ELEMENT * len(value))
+        else:
+            self._spend(1)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """An operator that may make much of little."""
+        """Evaluates an operator whose result may be much larger than its operands."""
         self._spend(1)
         if operator == "%" and isinstance(left, str | bytes):
-            self._foresee("%", left, (list(right) if isinstance(right, tuple) else right,), {})
+            self._charge_ahead("%", left, (list(right) if isinstance(right, tuple) else right,), {})
         elif isinstance(left, int | float) and isinstance(right, int | float):
-            ints = isinstance(left, int) and isinstance(right, int)
-            factor = right if operator == "**" else 1
-            if ints and operator in ("*", "**") and (left.bit_length() + 1) * max(factor, 1) > _MOST_WIDTH:  # type: ignore[union-attr]
-                raise TooMuch("a number is too large")
+            if isinstance(left, int) and isinstance(right, int) and operator in ("*", "**"):
+                power = max(right, 1) if operator == "**" else 1
+                if (left.bit_length() + 1) * power > _MOST_WIDTH:
+                    raise BudgetError("a number is too large")
         elif operator == "*":
             times, value = (left, right) if isinstance(left, int) else (right, left)
             if isinstance(times, int) and hasattr(value, "__len__"):
                 self._spend((1 if isinstance(value, str | bytes) else _ELEMENT) * len(value) * max(times, 0))
         elif operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
             self._spend(len(left) + len(right))
-        return self._made(super().call_binop(context, operator, left, right))
+        return self._charged(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - Jinja's way
-        """A call, of a text's method among others."""
-        of = getattr(__obj, "__self__", None)
+        """Calls a macro, a function, or a method of a value."""
+        owner = getattr(__obj, "__self__", None)
         __self._spend(1)
-        _printed([args, kwargs])  # a macro finds them as values
-        if isinstance(of, str | bytes | int):
+        _printed_length([args, kwargs])  # a macro can print them
+        if isinstance(owner, str | bytes | int):
             if __obj.__name__ == "join" and args:
-                args = (list(__self._steps(args[0])), *args[1:])
-            __self._foresee(__obj.__name__, of, args, kwargs)
-        return __self._made(super().call(__context, __obj, *args, **kwargs))
+                args = (list(__self._charged_steps(args[0])), *args[1:])
+            __self._charge_ahead(__obj.__name__, owner, args, kwargs)
+        return __self._charged(super().call(__context, __obj, *args, **kwargs))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """The sandbox's own `format` of a text, which calls of it reach by other ways than `call` too."""
+        """The sandbox's `format` method of strings, charged; templates don't reach it through `call` alone."""
         safe = super().wrap_str_format(value)
         if safe is None:
             return None
 
         @functools.wraps(safe)
         def bounded(*args: Any, **kwargs: Any) -> str:
-            self._foresee("format", value.__self__, args, kwargs)
-            text: str = self._made(safe(*args, **kwargs))
+            self._charge_ahead("format", value.__self__, args, kwargs)
+            text: str = self._charged(safe(*args, **kwargs))
             return text
 
         return bounded
@@ -215,11 +205,11 @@ class Environment(ImmutableSandboxedEnvironment):
 
 
 class _Budgeted(NodeTransformer):
-    """Puts filters of ours where a program makes loops and values without calling anything."""
+    """Inserts charging filters where a template loops or makes values without a call."""
 
     def visit_For(self, node: nodes.For) -> Node:  # noqa: N802 - Jinja's way
         self.generic_visit(node)
-        node.iter = _filtered(node.iter, "_steps")
+        node.iter = _filtered(node.iter, "_charged_steps")
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> Node:  # noqa: N802
@@ -228,30 +218,65 @@ class _Budgeted(NodeTransformer):
 
     def visit_Getitem(self, node: nodes.Getitem) -> Node:  # noqa: N802
         self.generic_visit(node)
-        return _filtered(node, "_cut") if isinstance(node.arg, nodes.Slice) else node
+        return _filtered(node, "_charged_slice") if isinstance(node.arg, nodes.Slice) else node
 
     def visit_List(self, node: nodes.List) -> Node:  # noqa: N802
         self.generic_visit(node)
-        return _filtered(node, "_made")
+        return _filtered(node, "_charged")
 
     def visit_Dict(self, node: nodes.Dict) -> Node:  # noqa: N802
         self.generic_visit(node)
-        return _filtered(node, "_made")
+        return _filtered(node, "_charged")
 
     def visit_Tuple(self, node: nodes.Tuple) -> Node:  # noqa: N802
         self.generic_visit(node)
-        return _filtered(node, "_made") if node.ctx == "load" else node
+        return _filtered(node, "_charged") if node.ctx == "load" else node
 
 
-def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
+def _text_result(name: str, value: str, given: list[Any], width: int) -> int:
+    """Upper bound, in characters, of what a filter or a method makes of a text.
+
+    Args:
+        name: Of the filter or method.
+        value: The text.
+        given: The arguments; bytes as text.
+        width: The largest number among them.
+
+    Raises:
+        BudgetError: There is no useful bound.
+    """
+    lengths = [len(arg) for arg in given if isinstance(arg, str)]
+    first = given[0] if given and isinstance(given[0], str) else None
+    if name in ("list", "sort", "batch", "slice", "unique", "reverse"):
+        return _ELEMENT * len(value)
+    if name in ("indent", "expandtabs"):
+        return (1 + value.count("\n") + value.count("\t")) * max([8, width, *lengths])
+    if name == "replace" and first is not None and len(lengths) > 1:
+        return value.count(first) * lengths[1]
+    if name in ("split", "rsplit", "splitlines"):
+        return _ELEMENT * (value.count(first) if first else len(value) // 2)
+    if name == "join" and given:
+        parts = given[0] if hasattr(given[0], "__len__") else ()
+        return len(value) * len(parts) + _printed_length(list(parts))
+    if name in ("format", "format_map", "%"):
+        if _WIDE.search(value):
+            raise BudgetError("a format with wide fields is too much")
+        fields = value.count("%") + value.count("{")
+        return len(value) + fields * (_MOST_WIDTH + _printed_length(given))
+    if name == "translate":
+        raise BudgetError("translate may make too much")
+    return 1
+
+
+def _filtered(node: Node, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
-def _printed(value: Any) -> int:
-    """Characters of a value when it is printed, roughly.
+def _printed_length(value: Any) -> int:
+    """Length of a value in print, roughly, in characters.
 
     Raises:
-        TooMuch: More than a rendering may make, or more parts.
+        BudgetError: It exceeds MOST, or the value has more than _MOST_PARTS parts.
     """
     amount, parts, waiting = 0, 0, [value]
     while waiting:
@@ -263,24 +288,24 @@ def _printed(value: Any) -> int:
             waiting += it
         amount += len(it) if isinstance(it, str | bytes) else _ELEMENT
         if amount > MOST or parts + len(waiting) > _MOST_PARTS:
-            raise TooMuch(f"a value has more than {MOST:,} characters or {_MOST_PARTS:,} parts")
+            raise BudgetError(f"a value has more than {MOST:,} characters or {_MOST_PARTS:,} parts")
     return amount
 
 
 class _Namespace(Namespace):
-    """Jinja's, which printed what it holds, and thus without end what holds others."""
+    """Jinja's namespace, which here doesn't print its contents: it could contain itself."""
 
     def __repr__(self) -> str:
         return "<namespace>"
 
 
 class _Generation(Extension):
-    """`{% generation %}`, between which and its end fine-tuning says what is learnt: no difference here."""
+    """The tag `{% generation %}`, which marks what fine-tuning learns; it has no effect on rendering."""
 
-    tags = {"generation"}
+    tags = frozenset({"generation"})  # type: ignore[assignment]  # Jinja only reads it
 
     def parse(self, parser: Parser) -> list[Node]:
-        """The statements in between."""
+        """Returns the statements between the tags."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -290,7 +315,7 @@ def _refuse(message: str) -> None:
 
 
 def _now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
+    return datetime.datetime.now().strftime(form)  # noqa: DTZ005 - templates print the user's local date
 
 
 def _to_json(
@@ -301,24 +326,24 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
-    # Written out, what stands for a hidden character would be lost.
+    # An escaped stand-in for a hidden character couldn't be restored (see control_tokens.py).
     return _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text) if ensure_ascii else text
 
 
 @pass_environment
 def _join(environment: Environment, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
-    """Jinja's filter, in steps."""
+    """Jinja's filter, charged step by step."""
     get = make_attrgetter(environment, attribute) if attribute is not None else lambda it: it
-    texts = [environment._made(str(get(it))) for it in environment._steps(value)]
+    texts = [environment._charged(str(get(it))) for it in environment._charged_steps(value)]
     environment._spend(len(texts) * len(d))
     return d.join(texts)
 
 
 @pass_environment
 def _sum(environment: Environment, iterable: Iterable[Any], attribute: str | int | None = None, start: Any = 0) -> Any:
-    """Jinja's filter, in steps."""
+    """Jinja's filter, charged step by step."""
     get = make_attrgetter(environment, attribute) if attribute is not None else lambda it: it
     total = start
-    for it in environment._steps(iterable):
-        total = environment.call_binop(None, "+", total, get(it))  # type: ignore[arg-type]
+    for it in environment._charged_steps(iterable):
+        total = environment.call_binop(None, "+", total, get(it))  # type: ignore[arg-type]  # the context isn't used
     return total

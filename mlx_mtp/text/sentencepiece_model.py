@@ -1,11 +1,11 @@
-"""Tokenizers of folders that have sentencepiece's tokenizer.model and no tokenizer.json.
+"""Converts sentencepiece's tokenizer.model, for folders that have no tokenizer.json.
 
-The model's pieces and scores become what tokenizer.json would hold, in memory, so that all else works as with such a
-file: BPE with byte fallback, "▁" for a space and no prefix space, which is how Gemma's are made. Others are refused.
+The model's pieces and scores are converted in memory to the tokenizer that a tokenizer.json would describe. Only models
+built as Gemma's are supported: BPE with byte fallback, "▁" for a space and no prefix space.
 
     text  --"▁" for spaces-->  user-defined pieces are cut out  --merges by score-->  pieces; else bytes
 
-Sentencepiece is imported when such a folder is read, not before.
+Sentencepiece is imported only when such a folder is read.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ..files import read_bytes
 FILE = "tokenizer.model"
 
 _CONTROL = re.compile(r"<\|[^<>|]+\|?>|<[^<>|]+\|>")
-"""Names like those of Gemma 4's control tokens: <|turn>, <turn|>, <|"|>. Sentencepiece may have them as plain pieces
-that the user has defined."""
+"""Names in the form of Gemma 4's control tokens: <|turn>, <turn|>, <|"|>. A tokenizer.model may have them as
+user-defined pieces, which aren't control tokens by themselves."""
 
 _SAMPLE = "Two  spaces, a\ttab,\nnew\n\nlines; 1,234 naïve cafés — 日本語のテキスト, 👩‍👧, e\u0301. def f(x):"
-"""What a converted model is tried on."""
+"""Text on which a converted model must give the same ids as the original."""
 
 
 def read_model(path: Path, added: Any = None) -> tokenizers.Tokenizer:
@@ -36,19 +36,19 @@ def read_model(path: Path, added: Any = None) -> tokenizers.Tokenizer:
 
     Args:
         path: The file.
-        added: tokenizer_config.json's `added_tokens_decoder`: by id, the names of tokens that the model has or that
-            come after its own, and whether they are special.
+        added: `added_tokens_decoder` of tokenizer_config.json: by id, the names of tokens, which the model may have or
+            not, and whether they are special.
 
     Returns:
-        A tokenizer with the same ids. Control tokens and unknown ones are special, as are those that `added` says are.
+        A tokenizer with the same ids. Control tokens, the unknown token and special tokens of `added` are special.
 
     Raises:
-        CheckpointError: It can't be read, isn't built as Gemma's, or is missing pieces.
+        CheckpointError: The file can't be read, isn't built as Gemma's, or its ids don't agree with `added`.
     """
     try:
         from sentencepiece import SentencePieceProcessor
         from sentencepiece.sentencepiece_model_pb2 import ModelProto
-    except Exception as error:  # protobuf raises its own kinds if it is older than sentencepiece's code for it
+    except Exception as error:  # a protobuf older than sentencepiece's code raises errors of its own
         raise CheckpointError(
             f"{path} needs sentencepiece and protobuf: pip install --upgrade sentencepiece protobuf ({error})"
         ) from error
@@ -56,13 +56,13 @@ def read_model(path: Path, added: Any = None) -> tokenizers.Tokenizer:
         content = read_bytes(path)
         proto = ModelProto.FromString(content)
         original = SentencePieceProcessor(model_proto=content)
-    except Exception as error:  # of several libraries, RuntimeError and protobuf's own DecodeError among them
+    except Exception as error:  # sentencepiece raises RuntimeError, protobuf its own DecodeError
         raise CheckpointError(f"{path} can't be read: {error}") from error
     _check_kind(proto, path)
     result = _converted(proto)
     _add_tokens(result, added, path)
     if result.encode(_SAMPLE, add_special_tokens=False).ids != original.encode(_SAMPLE):
-        raise CheckpointError(f"{path} cuts text in a way of its own: {_WAY_OUT}")
+        raise CheckpointError(f"{path} can't be converted exactly: {_WAY_OUT}")
     return result
 
 
@@ -72,9 +72,9 @@ _WAY_OUT = "save a tokenizer.json with transformers (AutoTokenizer.from_pretrain
 def _check_kind(proto: Any, path: Path) -> None:
     spec, rules = proto.trainer_spec, proto.normalizer_spec
     reasons = [
-        (spec.model_type != spec.BPE, "is no BPE model"),
+        (spec.model_type != spec.BPE, "isn't a BPE model"),
         (not spec.byte_fallback, "has no byte fallback"),
-        (bool(rules.precompiled_charsmap), "changes characters before it cuts text"),
+        (bool(rules.precompiled_charsmap), "normalizes characters"),
         (rules.add_dummy_prefix, "puts a space before each text"),
         (rules.remove_extra_whitespaces, "removes spaces"),
         (not rules.escape_whitespaces, 'has spaces, not "▁", in its pieces'),
@@ -88,8 +88,8 @@ def _converted(proto: Any) -> tokenizers.Tokenizer:
     pieces = proto.pieces
     kind = type(pieces[0])
     ids = {piece.piece: i for i, piece in enumerate(pieces)}
-    # Of any two neighbours sentencepiece joins those whose whole has the highest score: all ways to make each normal
-    # piece of two others, in the order of scores.
+    # Sentencepiece always joins the neighbours whose union has the highest score. As BPE merges: every way to split a
+    # normal piece into two normal pieces, in the order of scores.
     normal = {piece.piece: piece.score for piece in pieces if piece.type == kind.NORMAL}
     merges = [
         (-score, ids[left], ids[right], left, right)
@@ -117,7 +117,7 @@ def _converted(proto: Any) -> tokenizers.Tokenizer:
 
 
 def _add_tokens(result: tokenizers.Tokenizer, added: Any, path: Path) -> None:
-    """Adds what tokenizer_config.json names; a token that the model has becomes special if it says so."""
+    """Adds the tokens of tokenizer_config.json; marks those that it calls special."""
     if not isinstance(added, Mapping):
         return
     for number, token in sorted(added.items(), key=lambda item: int(item[0]) if str(item[0]).isdecimal() else -1):

@@ -1,4 +1,4 @@
-"""Ends a text where a stop string begins, while the text streams."""
+"""Finds stop strings in streamed text."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from ..errors import PromptError
 
 
 class StopStrings:
-    """Ends a streamed text before the first of some strings to be complete.
+    """Ends a streamed text before the stop string that is completed first.
 
-    How the text is cut into pieces makes no difference.
+    The result doesn't depend on how the text is divided into pieces.
 
     Attributes:
-        hit: Whether one of them has come; the text is complete then.
+        hit: Whether a stop string was found, which ends the text.
     """
 
-    def __init__(self, strings: Sequence[str]):
-        """Takes the strings.
+    def __init__(self, strings: Sequence[str]) -> None:
+        """Starts an empty text.
+
+        Args:
+            strings: The stop strings.
 
         Raises:
             PromptError: One of them is empty.
@@ -29,7 +32,7 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str) -> str:
-        """Takes text; returns what can't be the beginning of a stop string any more."""
+        """Adds text, and returns the part of it that can't belong to a stop string; the rest is held back."""
         if self.hit:
             return ""
         self._held += text
@@ -44,11 +47,11 @@ class StopStrings:
         return done
 
     def finish(self) -> str:
-        """The held text, when none follows."""
+        """Returns the text that was held back; call it at the end of the text."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of the text that is a beginning of the stop string."""
+    """Length of the longest suffix of the text that is a proper prefix of the stop string."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

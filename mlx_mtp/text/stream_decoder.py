@@ -1,4 +1,4 @@
-"""From tokens to answer, reasoning and tool calls, while tokens come."""
+"""Decodes streamed tokens into answer, reasoning and tool calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .tool_calls import CALL, CALL_END, QUOTE, QUOTE_MARK, CallIds, Tools, parse
 
 
 class Vocabulary(Protocol):
-    """What a decoder asks a tokenizer (`tokenizer.Tokenizer`).
+    """The part of `tokenizer.Tokenizer` that a decoder uses.
 
     Attributes:
         special: Names of the special tokens, by id.
@@ -22,31 +22,31 @@ class Vocabulary(Protocol):
     stop_tokens: frozenset[int]
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token by its name, None if there is no such token."""
+        """The id of the token of that name, or None if there is none."""
 
     def characters(self) -> CharacterStream:
-        """What turns tokens into characters, one token at a time."""
+        """A new decoder from tokens to characters."""
 
 
 class StreamDecoder:
-    """Turns tokens into text while they come, never giving out half a character.
+    """Decodes tokens as they are generated, whole characters only.
 
-    Thoughts, between the channel tokens, and tool calls are kept apart from the answer. A call that begins within a
-    thought ends it. Calls end with their closing token, or where the turn, the text or the next call makes it plain.
+    Separates reasoning (between the channel tokens) and tool calls from the answer. A call that begins within reasoning
+    ends the reasoning. A call ends with its closing token, the turn, the text, or the beginning of the next call.
 
     Attributes:
-        calls: The tool calls so far, as messages have them: {"id": ..., "type": "function", "function": {"name": ...,
-            "arguments": {...}}}.
-        errors: Why something that was begun as a call isn't one; it becomes text.
+        calls: The tool calls so far, in the form of messages: {"id": ..., "type": "function", "function": {"name":
+            ..., "arguments": {...}}}.
+        errors: One line for each call that couldn't be read; its text becomes part of the answer.
     """
 
-    def __init__(self, tokenizer: Vocabulary, prompt: Sequence[int] = (), tools: Tools | None = None):
-        """Begins a text.
+    def __init__(self, tokenizer: Vocabulary, prompt: Sequence[int] = (), tools: Tools | None = None) -> None:
+        """Starts an empty answer.
 
         Args:
-            tokenizer: Whose tokens they are.
-            prompt: What the tokens follow. After a tool's answer it ends with the beginning of a thought.
-            tools: What calls are checked against; None for no check.
+            tokenizer: Decodes the tokens.
+            prompt: Token ids that the answer follows. After a tool's response they end within reasoning.
+            tools: Declared tools to check calls against; None for no check.
         """
         self.calls: list[dict[str, Any]] = []
         self.errors: list[str] = []
@@ -55,7 +55,7 @@ class StreamDecoder:
         self._begin, self._end = tokenizer.token_id(CHANNEL), tokenizer.token_id(CHANNEL_END)
         self._quote = tokenizer.token_id(QUOTE)
         self._call_begin, self._call_end = tokenizer.token_id(CALL), tokenizer.token_id(CALL_END)
-        self._in_thought = False
+        self._in_reasoning = False
         self._header: str | None = None
         self._call: list[str] | None = None
         last = next((i for i in range(len(prompt) - 1, -1, -1) if prompt[i] in tokenizer.special), None)
@@ -71,32 +71,32 @@ class StreamDecoder:
             piece = self._characters.finish() if special else self._characters.push(token)
             if self._call is not None:
                 self._call.append(piece)
-            elif not self._in_thought:
+            elif not self._in_reasoning:
                 text += piece
             elif self._header is None:
                 reasoning += piece
             else:
-                # A channel's first line is its name.
+                # The first line of a channel is its name.
                 self._header += piece
                 if "\n" in self._header:
                     reasoning += self._header.split("\n", 1)[1]
                     self._header = None
             if mark:
                 text += self._end_call()
-                self._in_thought = token == self._begin
-                self._header = "" if self._in_thought else None
+                self._in_reasoning = token == self._begin
+                self._header = "" if self._in_reasoning else None
             elif token == self._call_begin:
                 text += self._end_call()
-                self._in_thought, self._header, self._call = False, None, []
+                self._in_reasoning, self._header, self._call = False, None, []
             elif token == self._call_end or token in self._tokenizer.stop_tokens:
                 text += self._end_call(closed=token == self._call_end)
             elif special and self._call is not None:
-                # Without it, what stands around it would be read as one.
+                # A special token separates the texts around it, so it stays in the call.
                 self._call.append(QUOTE_MARK if token == self._quote else self._tokenizer.special[token])
         return text, reasoning
 
     def _end_call(self, closed: bool = False) -> str:
-        """Ends a call, if one was begun; returns what is text after all."""
+        """Ends the open call, if any; returns its text if it can't be read."""
         if self._call is None:
             return ""
         marked, self._call = "".join(self._call), None
@@ -107,16 +107,16 @@ class StreamDecoder:
                 found = [self._tools.fitted(name, arguments) for name, arguments in found]
         except ValueError as error:
             shown = text if len(text) <= 80 else f"{text[:80]}..."
-            self.errors.append(f"{shown!r} is no tool call: {' '.join(str(error).split())[:200]}")
+            self.errors.append(f"{shown!r} isn't a valid tool call: {' '.join(str(error).split())[:200]}")
             return text
         for number, (name, arguments) in zip(self._ids.of(text, len(found)), found, strict=True):
             self.calls.append({"id": number, "type": "function", "function": {"name": name, "arguments": arguments}})
         return ""
 
     def finish(self) -> str:
-        """What is left of an incomplete character, or of what is no tool call, when no token follows."""
+        """Ends the text: returns U+FFFD for an incomplete character, and the text of a call that can't be read."""
         rest = self._characters.finish()
         if self._call is not None:
             self._call.append(rest)
             return self._end_call()
-        return "" if self._in_thought else rest
+        return "" if self._in_reasoning else rest

@@ -1,7 +1,8 @@
-"""Chat templates: a conversation becomes the text that a model was trained on.
+"""Chat templates: render a conversation as text in the format that a model was trained on.
 
-A checkpoint's own template is used; template_files.py says where it is. One without gets Gemma 4's format as written in
-this package's chat_template.jinja. Templates run in a sandbox (sandbox.py); nothing else from a folder is run.
+A checkpoint's own template is used if it has one (template_files.py finds it), otherwise this package's
+chat_template.jinja, which writes Gemma 4's format. Templates run in a sandbox (sandbox.py); no other code from a
+checkpoint's folder is run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .template_files import chat_templates
 from .tool_calls import read_arguments
 
 _END = "\udfff"
-"""Marks the end of a message that is to be continued: a lone surrogate like control_tokens.py's, and none of these."""
+"""Marks the end of a message to be continued: a lone surrogate that control_tokens.py doesn't use as a stand-in."""
 
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
 
@@ -26,15 +27,21 @@ BUILT_IN = Path(__file__).parent / "chat_template.jinja"
 
 
 class ChatTemplate:
-    """A checkpoint's chat template, or several: one named "tool_use" is for conversations with tools.
+    """A checkpoint's chat templates: "default", and perhaps "tool_use" for conversations with tools.
 
     Attributes:
-        folder: Where it comes from.
-        built_in: Whether it is this package's, since the folder has none.
+        folder: The checkpoint's folder.
+        built_in: Whether the template is this package's because the folder has none.
     """
 
-    def __init__(self, folder: Path, sources: Mapping[str, str], variables: Mapping[str, Any]):
-        """Takes templates' texts by name, and variables that every conversation needs."""
+    def __init__(self, folder: Path, sources: Mapping[str, str], variables: Mapping[str, Any]) -> None:
+        """Takes templates.
+
+        Args:
+            folder: The checkpoint's.
+            sources: Template texts by name; without "default", the built-in one is used.
+            variables: Variables for every rendering.
+        """
         self.folder = folder
         self.built_in = "default" not in sources
         self._sources = {"default": BUILT_IN.read_text(encoding="utf-8")} if self.built_in else {}
@@ -52,7 +59,7 @@ class ChatTemplate:
             config: Its tokenizer_config.json.
 
         Raises:
-            CheckpointError: A template that can't be read.
+            CheckpointError: A template can't be read.
         """
         variables: dict[str, Any] = {
             name: token
@@ -61,7 +68,7 @@ class ChatTemplate:
         }
         sources = chat_templates(folder, config)
         if "default" not in sources:
-            # The models with per-layer embeddings, E2B and E4B, are those that begin an answer at once.
+            # Models with per-layer embeddings (E2B, E4B) answer without an empty channel of reasoning.
             model = read_json(folder / "config.json", required=False)
             variables["empty_thought"] = not model.get("text_config", model).get("hidden_size_per_layer_input")
         return cls(folder, sources, variables)
@@ -74,22 +81,25 @@ class ChatTemplate:
         control: ControlTokens | None = None,
         **variables: Any,
     ) -> str:
-        """Puts a conversation into the template, up to where the model's answer begins, or goes on.
+        """Renders a conversation, up to where the model's answer begins or continues.
 
-        It goes on where the last message is the model's own, without tool calls: the prompt ends with that message's
-        text. With tool calls it ends as the template has it; in Gemma 4's, where a tool's response is to come.
+        If the last message is the model's own and has no tool calls, the prompt ends with its text, so that the answer
+        continues it. If it has tool calls, the template decides; Gemma 4's ends where a tool's response follows.
 
         Args:
-            messages: Dicts with "role", one of ROLES, and "content" or "tool_calls". Null is the same as missing.
+            messages: Dicts with "role", one of ROLES, and "content" or "tool_calls". Null counts as missing.
             thinking: Whether the model is asked to think first.
             tools: Tool declarations, JSON schemas as in OpenAI's interface.
-            control: Control tokens that are hidden in all of these, see `control`; None to let them be what they are.
-            **variables: Others that the template knows, such as `preserve_thinking`. With `add_generation_prompt` the
-                template alone says how the prompt ends.
+            control: Hides the names of control tokens in messages, tools and variables; None leaves them as they are.
+            **variables: Further variables of the template, such as `preserve_thinking`. If `add_generation_prompt` is
+                among them, the template alone decides how the prompt ends.
+
+        Returns:
+            The prompt; hidden characters are still hidden.
 
         Raises:
-            PromptError: Malformed messages, or messages that the template refuses, or a last one that it doesn't end
-                with, so that it can't be continued.
+            PromptError: Messages are malformed, the template refuses them, or the last message can't be continued
+                because the template changes its text.
             CheckpointError: The template is broken.
         """
         if not messages:
@@ -125,7 +135,7 @@ class ChatTemplate:
         template = self._template("tool_use" if variables["tools"] and "tool_use" in self._sources else "default")
         try:
             return self._environment.run(template, {**self._variables, **variables})
-        except Exception as error:  # a template is a program, and not ours
+        except Exception as error:  # a template may raise anything
             why = " ".join(str(error).split())
             raise PromptError(f"the chat template of {self.folder} refuses the messages: {why}") from error
 
@@ -133,13 +143,17 @@ class ChatTemplate:
         if name not in self._compiled:
             try:
                 self._compiled[name] = self._environment.compiled(self._sources[name])
-            except Exception as error:  # of the parser, and of Python's, which reads what Jinja makes of it
+            except Exception as error:  # Jinja compiles to Python, so either parser may fail
                 raise CheckpointError(f"the chat template of {self.folder} is broken: {one_line(error)}") from error
         return self._compiled[name]
 
 
 def _check(i: int, message: Mapping[str, Any]) -> None:
-    """Refuses the i-th message for what templates would stumble over, or print as if it were right."""
+    """Checks what templates don't: they would fail without a reason, or print wrong values.
+
+    Raises:
+        PromptError: The i-th message is malformed.
+    """
     role, calls = message.get("role"), message.get("tool_calls") or []
     if role not in ROLES:
         raise PromptError(f"message {i} has the role {role!r}: use one of {', '.join(ROLES)}")
@@ -147,7 +161,7 @@ def _check(i: int, message: Mapping[str, Any]) -> None:
     if isinstance(content, list) and not all(isinstance(part, Mapping) for part in content):
         raise PromptError(f'message {i} ({role}) has a part that isn\'t {{"type": "text", "text": ...}}')
     if not isinstance(calls, list | tuple):
-        raise PromptError(f"message {i} ({role}) has tool_calls that are no list")
+        raise PromptError(f"message {i} ({role}) has tool_calls that aren't a list")
     if not isinstance(content, str | list) and not calls:
         raise PromptError(f"message {i} ({role}) has no content: give a string")
     for call in calls:
@@ -158,11 +172,11 @@ def _check(i: int, message: Mapping[str, Any]) -> None:
             )
         if read_arguments(function.get("arguments")) is None:
             name = " ".join(function["name"].split())
-            raise PromptError(f"message {i} calls {name} with arguments that are neither a dict nor JSON's text of one")
+            raise PromptError(f"message {i} calls {name} with arguments that are neither a dict nor JSON of one")
 
 
 def _with_read_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The message with its calls' arguments as dicts, which is what templates take."""
+    """The message with the arguments of its calls as dicts, as templates need them."""
     if not message.get("tool_calls"):
         return message
     calls = []
@@ -173,16 +187,16 @@ def _with_read_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _without_null(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """The i-th message as templates take it: what is null is missing, but for the content, which then is empty."""
+    """The i-th message without null values; missing content becomes ""."""
     turn = {"content": ""} | {key: value for key, value in message.items() if value is not None}
     for part in turn["content"] if isinstance(turn["content"], list) else ():
         if part.get("type") == "text" and not isinstance(part.get("text"), str):
-            raise PromptError(f"message {i} ({turn['role']}) has a part of type text whose text is no string")
+            raise PromptError(f"message {i} ({turn['role']}) has a part of type text whose text isn't a string")
     return turn
 
 
 def _marked(message: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """A message with a mark at its end, and what must stand before that in the prompt."""
+    """A message with `_END` after its text, and the text that the prompt must have before `_END`."""
     content = message["content"]
     marked: str | list[Any]
     if isinstance(content, str):
@@ -190,12 +204,12 @@ def _marked(message: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     else:
         text = content[-1].get("text", "") if content else ""
         marked = [*content[:-1], {"type": "text", **(content[-1] if content else {}), "text": text + _END}]
-    # Templates may drop thoughts, and white space before the text.
+    # Templates may drop reasoning, and white space before the text.
     return {**message, "content": marked}, text.rsplit(CHANNEL_END, 1)[-1].lstrip()
 
 
 def token_name(config: Mapping[str, Any], key: str) -> str | None:
-    """A special token of tokenizer_config.json, which is a text or an object with one; None if it is neither."""
+    """The name of a special token in tokenizer_config.json: a string, or an object with "content"; else None."""
     token = config.get(key)
     token = token.get("content") if isinstance(token, Mapping) else token
     return token if isinstance(token, str) else None

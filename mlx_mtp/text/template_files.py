@@ -1,4 +1,4 @@
-"""Where a checkpoint's chat templates are, in the places and the order in which transformers looks for them."""
+"""Finds a checkpoint's chat templates, in the places and the order in which transformers looks for them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ FOLDER = "additional_chat_templates"
 
 
 def chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """A checkpoint's templates by name: "default", and what others there are, such as "tool_use".
+    """A checkpoint's templates by name: "default", and any others, such as "tool_use".
 
-    The default one is chat_template.jinja; without it chat_template.json, an older form, or else what
-    tokenizer_config.json holds, may have several. Further ones are in additional_chat_templates.
+    The default template is chat_template.jinja; without that file, chat_template.json (an older form) or
+    tokenizer_config.json holds it, and may hold several. Further templates are in additional_chat_templates.
 
     Args:
         folder: The checkpoint.
         config: Its tokenizer_config.json.
 
+    Returns:
+        Template sources by name; no "default" if the checkpoint has none.
+
     Raises:
-        CheckpointError: One that can't be read, or is no text.
+        CheckpointError: A template can't be read, or isn't a string.
     """
     file = folder / "chat_template.jinja"
     if file.is_file():
@@ -43,9 +46,9 @@ def _read(path: Path) -> str:
 
 
 def _named(value: Any, path: Path) -> dict[str, str]:
-    """What a JSON file has as chat_template: null, a text, or a list of objects with "name" and "template"."""
+    """Templates by name, from a JSON file's chat_template: null, a string, or a list of {"name", "template"}."""
     given = value if isinstance(value, list) else [] if value is None else [{"name": "default", "template": value}]
     found = {t.get("name"): t.get("template") for t in given if isinstance(t, Mapping)}
     if not isinstance(found.get("default"), str | None):
-        raise CheckpointError(f"{path}: chat_template is no text")
+        raise CheckpointError(f"{path}: chat_template isn't a string")
     return {name: text for name, text in found.items() if isinstance(name, str) and isinstance(text, str)}

@@ -1,9 +1,9 @@
-"""Between text and token ids: a checkpoint's tokenizer, with its chat template.
+"""A checkpoint's tokenizer and chat template: text to token ids and back.
 
-Reads what Gemma 4 folders hold: tokenizer.json (BPE with byte fallback, "▁" for a space, no prefix space) and
-tokenizer_config.json; without tokenizer.json, sentencepiece's tokenizer.model.
+Reads tokenizer.json (BPE with byte fallback, "▁" for a space, no prefix space) or, if a folder has none,
+sentencepiece's tokenizer.model, and tokenizer_config.json.
 
-Not here: the chat format (template.py), conversations (chat.py), and images or audio.
+Not here: the chat format (template.py) and conversations (chat.py). Images and audio aren't supported.
 """
 
 from __future__ import annotations
@@ -26,22 +26,24 @@ from .template import ChatTemplate, token_name
 FILE = "tokenizer.json"
 
 _STOPS = ("<eos>", "<turn|>", "<|tool_response>")
-"""What ends an answer in Gemma 4's chat format: the end of the text or of the turn, or where a tool's answer goes."""
+"""Tokens that end an answer in Gemma 4's chat format: end of text, end of turn, and beginning of a tool's response."""
 
 _CHATS = re.compile(r"(?<![a-z])(it|instruct|chat)(?![a-z])", re.IGNORECASE)
-"""What says in a model's name that it was taught to chat."""
+"""Parts of a model's name that say it was trained to chat."""
 
 
 class Tokenizer:
     """A checkpoint's tokenizer and chat template.
 
     Attributes:
-        folder: Where it comes from.
-        special: The special tokens, which are no text: their names by id.
-        stop_tokens: Ids of those that end an answer: the ones of Gemma 4's chat format that the vocabulary has, and
-            tokenizer_config.json's `eos_token`. Not every generation_config.json of a fine-tune names them all.
-        control: The special tokens by name, as `control_tokens.ControlTokens`.
-        bos: Id of the token that begins a text, tokenizer_config.json's `bos_token` or <bos>; None without one.
+        folder: The checkpoint's folder.
+        special: Names of the special tokens by id; they are left out of decoded text.
+        stop_tokens: Ids that end an answer: those of Gemma 4's chat format that the vocabulary has, and
+            tokenizer_config.json's `eos_token`. The generation_config.json of a fine-tune may lack some of them.
+        control: The special tokens, as `control_tokens.ControlTokens`.
+        library: The `tokenizers.Tokenizer` itself, which takes no special tokens in text (`encode` cuts them out).
+        bos: Id of the token that begins a text: tokenizer_config.json's `bos_token`, else <bos>; None if the
+            vocabulary has neither.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class Tokenizer:
         template: ChatTemplate,
         eos_token: str | None = None,
         bos_token: str | None = None,
-    ):
+    ) -> None:
         """See `from_folder`."""
         self.folder = folder
         names = [*_STOPS, eos_token] if eos_token else _STOPS
@@ -61,8 +63,8 @@ class Tokenizer:
         added = tokenizer.get_added_tokens_decoder()
         self.special = {i: token.content for i, token in added.items() if token.special}
         self.control = ControlTokens(self.special.values())
-        tokenizer.encode_special_tokens = True  # what it is given has none: `_ids` takes them out
-        self._tokenizer = tokenizer
+        tokenizer.encode_special_tokens = True  # as plain text: `_ids` cuts out those that are meant
+        self.library = tokenizer
         self._template = template
 
     @classmethod
@@ -70,7 +72,7 @@ class Tokenizer:
         """Reads a checkpoint's tokenizer.
 
         Raises:
-            CheckpointError: No tokenizer.json or tokenizer.model, or files that can't be read.
+            CheckpointError: There is neither tokenizer.json nor tokenizer.model, or a file can't be read.
         """
         config = read_json(folder / "tokenizer_config.json", required=False)
         if (folder / FILE).is_file() or not (folder / sentencepiece_model.FILE).is_file():
@@ -88,15 +90,15 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text. No special token is added; those that are spelt out in the text are recognised.
+        """Token ids of a text. No special token is added; names of special tokens in the text become those tokens.
 
         Raises:
-            PromptError: The text can't be written as UTF-8, as when it was read from a file in another encoding.
+            PromptError: The text can't be encoded as UTF-8, for example because it was read in another encoding.
         """
         return self._ids(text)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a text from `prompt`, in which what is hidden is text."""
+        """Token ids of a text returned by `prompt`; its hidden characters are restored and encoded as plain text."""
         return self._ids(text, self.control.show)
 
     def _ids(self, text: str, shown: Callable[[str], str] = str) -> list[int]:
@@ -104,32 +106,34 @@ class Tokenizer:
         try:
             for i, piece in enumerate(self.control.split(text)):
                 if i % 2:
-                    ids.append(cast(int, self._tokenizer.token_to_id(piece)))
+                    ids.append(cast(int, self.library.token_to_id(piece)))
                 elif piece:
-                    ids += self._tokenizer.encode(shown(piece), add_special_tokens=False).ids
+                    ids += self.library.encode(shown(piece), add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError):
             raise PromptError(NOT_UTF8) from None
         return ids
 
     def seems_base(self, stop_tokens: Iterable[int]) -> bool:
-        """Whether this belongs to a base model, which wasn't taught to chat: no template, and no sign of one.
+        """Whether this seems to be a base model, which wasn't trained to chat.
+
+        True if the folder has no chat template, <turn|> doesn't end its texts, and its name doesn't say that it chats.
 
         Args:
-            stop_tokens: What ends the model's texts, by its files.
+            stop_tokens: Stop tokens of the model's generation_config.
         """
         turn_end = self.token_id("<turn|>")
-        cached = self.folder.parent.name == "snapshots"  # of a repository, whose folder is named like it
+        cached = self.folder.parent.name == "snapshots"  # in the hub's cache, the repository's name is two levels up
         name = (self.folder.parents[1] if cached else self.folder.resolve()).name
         chats = turn_end is None or turn_end in stop_tokens or _CHATS.search(name) is not None
         return self._template.built_in and not chats
 
     def encode_raw(self, text: str) -> list[int]:
-        """As `encode`, after the token that begins a text."""
+        """As `encode`, with the token that begins a text in front unless it is there already."""
         tokens = self.encode(text)
         return tokens if self.bos is None or tokens[:1] == [self.bos] else [self.bos, *tokens]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of token ids; thoughts, tool calls and special tokens left out."""
+        """The text of token ids, without reasoning, tool calls and special tokens."""
         decoder = StreamDecoder(self)
         text, _ = decoder.push(tokens)
         return text + decoder.finish()
@@ -144,11 +148,14 @@ class Tokenizer:
         """Token ids of a conversation; see `render`.
 
         Args:
-            messages, thinking, tools: As for `ChatTemplate.render`.
-            sanitize: Whether special tokens that are spelt out in messages and tools are text, see `control`.
+            messages: See `ChatTemplate.render`.
+            thinking: Whether the model is asked to think first.
+            tools: Tool declarations, or None.
+            sanitize: Whether names of special tokens in messages and tools are encoded as plain text.
 
         Raises:
-            PromptError: Also for messages with images or sound, which this text decoder can't take.
+            PromptError: As for `render`, or a message has images, audio or video, which aren't supported.
+            CheckpointError: As for `render`.
         """
         return self.encode_prompt(self.prompt(messages, thinking, tools, sanitize))
 
@@ -159,7 +166,7 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         sanitize: bool = True,
     ) -> str:
-        """As `chat`, but the text that `encode_prompt` takes."""
+        """As `chat`, but returns the text from which `encode_prompt` makes the token ids."""
         for i, message in enumerate(messages):
             content = message.get("content")
             if isinstance(content, list) and any(isinstance(p, Mapping) and p.get("type") != "text" for p in content):
@@ -173,11 +180,12 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """The text of a conversation, up to where the model's answer begins or goes on; see `ChatTemplate.render`.
+        """The text of a conversation up to the model's answer; see `ChatTemplate.render`.
 
-        It doesn't tell special tokens of the template's from those that are spelt out in a message: `chat` does.
+        Names of special tokens in messages can't be told from the template's own here; `chat` keeps them apart.
 
         Raises:
+            PromptError: Messages are malformed, or the template refuses them.
             CheckpointError: The template is broken, or there is none and the vocabulary isn't Gemma 4's.
         """
         return self._render(messages, thinking, tools, **variables)
@@ -188,21 +196,21 @@ class Tokenizer:
         return self._template.render(*conversation, **variables)
 
     def characters(self) -> CharacterStream:
-        """What turns this tokenizer's tokens into characters, one token at a time."""
-        return CharacterStream(self._tokenizer)
+        """A new decoder from this tokenizer's tokens to characters."""
+        return CharacterStream(self.library)
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token by its name, None if there is no such token."""
-        return self._tokenizer.token_to_id(token)
+        """The id of the token of that name, or None if there is none."""
+        return self.library.token_to_id(token)
 
     def special_id(self, text: str) -> int | None:
-        """The id of the special token that a text names, None if it names none."""
+        """The id of the special token of that name, or None if there is none."""
         token = self.token_id(text)
         return token if token in self.special else None
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has a tokenizer's file."""
+    """Whether a folder has a tokenizer.json or tokenizer.model."""
     return any((folder / name).is_file() for name in (FILE, sentencepiece_model.FILE))
 
 
@@ -213,5 +221,5 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_buffer(read_bytes(path))
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library raises the bare class, and panics of its own
+    except BaseException as error:  # the library raises Exception itself, and its panics aren't Exceptions
         raise CheckpointError(f"{path} can't be read: {error}") from error

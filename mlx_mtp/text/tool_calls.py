@@ -1,11 +1,11 @@
-"""Tool calls as Gemma 4 writes them: `call:name{key:value,...}` between the tool call tokens.
+"""Parses tool calls in Gemma 4's format, `call:name{key:value,...}` between the tool call tokens.
 
-Values are JSON's, except that strings stand between quote tokens, unescaped, and that keys are bare. Models slip into
-what they have seen elsewhere, so that JSON's and Python's strings and constants, arguments in parentheses, a string
-after "=", a comma too many and several calls in one block are read as well. Strings without any quotes aren't: nobody
-can tell where they end. What is not complete is no call: nothing is ever made up.
+Values are written as in JSON, except that strings stand between quote tokens, without escapes, and that keys have no
+quotes. Models also write other forms, so the parser accepts strings and constants of JSON and Python, arguments in
+parentheses, a string after "=", a trailing comma, and several calls in one block. It refuses strings without quotes,
+whose end is ambiguous, and incomplete calls; it never completes one.
 
-How calls are put into a prompt is the chat template's business.
+Not here: writing calls into a prompt, which the chat template does.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from ..files import parse_json
 CALL, CALL_END, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
 
 QUOTE_MARK = "\ud800"
-"""Stands for the quote token in what `parse_calls` reads. Text that was decoded has no lone surrogates, so that a quote
-token which is only spelt out, as in a page that the model quotes, can't end a string."""
+"""Stands for the quote token in the input of `parse_calls`. It is a lone surrogate, which decoded text can't contain:
+so the quote token's name in a string (a quoted web page, for example) doesn't end the string."""
 
-# The characters of names in Google's grammar. Parentheses may be part of a name, or stand around the arguments.
+# The characters that Google's grammar allows in names. A parenthesis may belong to the name or begin the arguments.
 _NAMED = re.compile(r"""\s*call:((?:(?!(?<![\w:])call:)[\w\s:'"/\\.()-])+)(?=\{)""")
 _NAMED_BEFORE_PARENTHESIS = re.compile(r"""\s*call:([\w\s:'"/\\.-]+)(?=\()""")
 _BETWEEN_CALLS = re.compile(r"[\s,;]*")
@@ -41,34 +41,35 @@ _WORDS = {"true": True, "false": False, "null": None, "True": True, "False": Fal
 _WORD = re.compile(r"[A-Za-z]+")
 
 _DEEPEST = 50
-"""Values within values: more than any tool has, and less than Python's own stack has room for."""
+"""Deepest nesting of values: more than tools need, and safe for Python's stack."""
 
 
 class _Fields(NamedTuple):
-    """How fields are written: their bare keys, and what stands after the last one."""
+    """Syntax of a list of fields: the pattern of unquoted keys, and the closing bracket."""
 
     key: re.Pattern[str]
     end: str
 
 
-# In braces, where the chat format has colons, a key may hold "=", but only a colon comes before what is no string.
+# In braces, where the chat format has colons, a key may hold "=", unless a string follows the "=".
 _IN_BRACES = _Fields(re.compile(rf"(?:[^:={{}}\[\],{QUOTE_MARK}]|=(?!\s*[\"'{QUOTE_MARK}]))+"), "}")
 _IN_PARENTHESES = _Fields(re.compile(rf"[^:=(){{}}\[\],{QUOTE_MARK}]+"), ")")
 _SEPARATOR = re.compile(r"\s*[:=]")
 
 
 def parse_calls(text: str, closed: bool = False) -> list[tuple[str, dict[str, Any]]]:
-    """Reads what stands between the tool call tokens: names and arguments, of one call or more.
-
-    Takes time that is linear in the text's length.
+    """Parses the text between the tool call tokens: one or more calls. Takes time linear in its length.
 
     Args:
-        text: What was written, with QUOTE_MARK for the quote token.
-        closed: Whether the closing token came, so that nothing was cut off. The last bracket may be missing then, as
-            long as the value before it is complete.
+        text: The text, with QUOTE_MARK for the quote token.
+        closed: Whether the closing token follows. Then the last bracket may be missing, if the value before it is
+            complete.
+
+    Returns:
+        Pairs of name and arguments.
 
     Raises:
-        ValueError: It is something else, or not complete; the message says in which way.
+        ValueError: The text isn't a call or isn't complete; the message says why.
     """
     calls: list[tuple[str, dict[str, Any]]] = []
     at = 0
@@ -78,7 +79,7 @@ def parse_calls(text: str, closed: bool = False) -> list[tuple[str, dict[str, An
         if not first:
             raise ValueError("something follows the call" if calls else "it doesn't begin like call:name{")
         if head and other and head[1].count("(") != head[1].count(")"):
-            # One that is open belongs to the arguments, if these can be read so, or else to an odd name.
+            # An unbalanced parenthesis begins the arguments, or, if they can't be parsed that way, belongs to the name.
             with suppress(ValueError):
                 call, at = _call(text, other, closed)
                 calls.append(call)
@@ -91,21 +92,22 @@ def parse_calls(text: str, closed: bool = False) -> list[tuple[str, dict[str, An
 
 
 class CallIds:
-    """Ids for the calls of an answer: the same for the same calls after the same prompt, else others.
+    """Ids for the calls of an answer: hashes of the prompt, the text of the calls and their number.
 
-    The prompt is longer in every turn of a conversation, so that no two of its calls have the same one.
+    The same calls after the same prompt have the same ids. Within a conversation ids differ, because every turn has a
+    longer prompt.
     """
 
-    def __init__(self, prompt: Sequence[int]):
-        """Takes the prompt's token ids."""
+    def __init__(self, prompt: Sequence[int]) -> None:
+        """Takes the token ids of the prompt."""
         self._prompt, self._count = prompt, 0
 
     def of(self, written: str, count: int) -> list[str]:
-        """The ids of the next calls, in time that is linear in what was written.
+        """Ids for the next calls, in time linear in the length of their text.
 
         Args:
-            written: How the model wrote them.
-            count: How many they are.
+            written: The text of the calls.
+            count: The number of calls in it.
         """
         self._so_far.update(f"{len(written)} {written}".encode())
         ids = []
@@ -122,7 +124,11 @@ class CallIds:
 
 
 def read_arguments(value: Any) -> Mapping[str, Any] | None:
-    """Arguments of a call in a message: a dict, or JSON's text of one as OpenAI's clients send it; None for neither."""
+    """Arguments of a call in a message as a dict; None if they can't be read.
+
+    Args:
+        value: A mapping, the JSON text of one (the form of OpenAI's clients), or None or "" for no arguments.
+    """
     if value is None or value == "":
         return {}
     if isinstance(value, str):
@@ -134,19 +140,22 @@ def read_arguments(value: Any) -> Mapping[str, Any] | None:
 
 
 class Tools:
-    """Declared tools, which calls are checked against.
+    """Declared tools, against which calls are checked.
 
-    Arguments must fit a tool's JSON schema. What fits but for its form is put right where that leaves no doubt: a
-    string that spells a number or a truth value out where the schema wants that, a whole number that is written as
-    3.0, and a declared name that comes with a namespace ("google:mcp:pdf" for "pdf"). A schema that isn't valid itself,
-    such as one with types in capitals, is shown to the model but can't be checked against.
+    Arguments must fit a tool's JSON schema. Unambiguous differences of form are corrected: a number or a boolean in a
+    string where the schema wants the value, an integer written as 3.0, and a name with a namespace ("google:mcp:pdf"
+    for "pdf"). A tool whose schema is invalid, for example with types in capitals, accepts any arguments.
     """
 
-    def __init__(self, declared: Sequence[Mapping[str, Any]]):
-        """Takes tools as in OpenAI's interface: {"type": "function", "function": {...}}, or what is inside.
+    def __init__(self, declared: Sequence[Mapping[str, Any]]) -> None:
+        """Takes tool declarations.
+
+        Args:
+            declared: Declarations as in OpenAI's interface: {"type": "function", "function": {...}}, or only the
+                inner dict.
 
         Raises:
-            PromptError: They are none.
+            PromptError: A declaration has another form.
         """
         if not isinstance(declared, Sequence) or not all(isinstance(tool, Mapping) for tool in declared):
             raise PromptError('tools must be a list of dicts like {"type": "function", "function": {...}}')
@@ -157,10 +166,10 @@ class Tools:
         self._parameters = {function["name"]: function.get("parameters") for function in functions}
 
     def fitted(self, name: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """A call as the declared tools have it.
+        """A call with its name and arguments corrected, see the class.
 
         Raises:
-            ValueError: There is no such tool, or the arguments don't fit.
+            ValueError: There is no such tool, or the arguments don't fit; the message says why.
         """
         if name not in self._parameters:
             meant = [declared for declared in self._parameters if name.endswith(f":{declared}")]
@@ -174,7 +183,7 @@ class Tools:
         try:
             arguments = _fitted(arguments, validator.schema)
             error = best_match(validator.iter_errors(arguments))
-        except Exception as failure:  # references that lead nowhere, or to themselves
+        except Exception as failure:  # references that are unresolvable or circular
             raise ValueError(f"the schema of {name} can't be used: {type(failure).__name__}") from failure
         if error:
             place = "".join(f"[{part!r}]" for part in error.absolute_path)
@@ -183,7 +192,7 @@ class Tools:
 
     @cached_property
     def _validators(self) -> dict[str, Any]:
-        """By name; None where there is nothing to check against."""
+        """Validators by tool name; None for tools without a valid schema."""
         from jsonschema import Draft202012Validator
         from jsonschema.validators import validator_for
         from referencing import Registry
@@ -195,15 +204,15 @@ class Tools:
                 try:
                     kind = validator_for(schema, default=Draft202012Validator)
                     kind.check_schema(schema)
-                except Exception:  # not only SchemaError: schemas are anybody's, and may hold anything
+                except Exception:  # noqa: S112 - an invalid schema may raise anything, and isn't an error here
                     continue
-                # A registry of its own: schemas that are named by an address are never fetched.
+                # With an empty registry, schemas that are referred to by URL are never fetched.
                 validators[name] = kind(schema, registry=Registry())
         return validators
 
 
 def _fitted(value: Any, schema: Any) -> Any:
-    """A value in the form that a valid schema asks for, see `Tools`."""
+    """A value with its form corrected to a valid schema, see `Tools`."""
     if not isinstance(schema, Mapping):
         return value
     if isinstance(value, dict):
@@ -224,7 +233,7 @@ def _fitted(value: Any, schema: Any) -> Any:
 
 
 def _call(text: str, head: re.Match[str], closed: bool) -> tuple[tuple[str, dict[str, Any]], int]:
-    """A call after its name, and where the next one may begin."""
+    """Parses a call after its name; returns the call and the index after it."""
     reader = _Reader(text, head.end(), closed)
     arguments = reader.arguments()
     between = _BETWEEN_CALLS.match(text, reader.at)
@@ -242,30 +251,35 @@ def _number(text: str) -> int | float:
 
 
 def _shown(text: str, at: int = 0) -> str:
-    """A piece of what was written, for a message."""
+    """A short piece of the text, for messages."""
     return repr(text[at : at + 30].replace(QUOTE_MARK, QUOTE))
 
 
 def _finite(text: str) -> float:
     if not isfinite(value := float(text)):
-        raise ValueError(f"{text} is more than JSON's readers take for a number")
+        raise ValueError(f"{text} is too large for a number")
     return value
 
 
 class _Reader:
-    """Reads values from a text, from a place that moves on. A ValueError says that there is none."""
+    """A recursive-descent parser of values at a moving index; raises ValueError where the text doesn't fit.
 
-    def __init__(self, text: str, at: int, closed: bool):
+    Attributes:
+        text: The text.
+        at: Index of the next character.
+    """
+
+    def __init__(self, text: str, at: int, closed: bool) -> None:
         self.text, self.at, self._closed, self._depth = text, at, closed, 0
 
     def arguments(self) -> dict[str, Any]:
-        """What stands in braces or parentheses."""
+        """Parses the fields in braces or parentheses."""
         fields = _IN_BRACES if self._skip("{") else _IN_PARENTHESES
         self._skip("(")
         return self._fields(fields)
 
     def value(self) -> Any:
-        """A value and all that is in it."""
+        """Parses a value."""
         self._match(_SPACE)
         if self._skip("{"):
             return self._inside(lambda: self._fields(_IN_BRACES))
@@ -282,7 +296,7 @@ class _Reader:
     def _inside(self, read: Callable[[], Any]) -> Any:
         self._depth += 1
         if self._depth > _DEEPEST:
-            raise ValueError(f"it has more than {_DEEPEST} values within each other")
+            raise ValueError(f"its values are nested more than {_DEEPEST} deep")
         value = read()
         self._depth -= 1
         return value
@@ -316,7 +330,7 @@ class _Reader:
                 return items
 
     def _string(self) -> str | None:
-        """A string in any of the ways it may be quoted; None if there is none."""
+        """Parses a string in any of the accepted quotes; None if there is no quote here."""
         if self._skip(QUOTE_MARK):
             begin, end = self.at, self.text.find(QUOTE_MARK, self.at)
             if end < 0:
@@ -336,7 +350,7 @@ class _Reader:
         try:
             string = str(json.loads(f'"{inner}"', strict=False))
         except ValueError:
-            raise ValueError(f"a string has escapes that JSON doesn't: {_shown(found[0])}") from None
+            raise ValueError(f"a string has escapes that JSON doesn't have: {_shown(found[0])}") from None
         if _SURROGATE.search(string):
             raise ValueError(f"a string has half a character or another quote: {_shown(found[0])}")
         return string
@@ -348,7 +362,7 @@ class _Reader:
         return found[0] if found else None
 
     def _skip(self, token: str) -> bool:
-        """Passes over a token; over nothing if it isn't there."""
+        """Skips a token if it is next; returns whether it was."""
         if self.text.startswith(token, self.at):
             self.at += len(token)
             return True

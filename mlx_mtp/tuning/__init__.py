@@ -1,5 +1,5 @@
-"""Which batch and draft length suit a machine and a pair: measured.
+"""Measures which batch size and draft length suit a pair on this machine.
 
-`acceptance` counts how often drafts are kept, `costs` times rounds, `choose` picks a setting from both. What was
-measured is kept as a profile (mlx_mtp/profile.py).
+`acceptance` counts accepted drafts, `costs` times rounds, `choose` picks a setting from both. The result is saved as a
+profile (mlx_mtp/profile.py). Not here: the draft length of a running batch (decode/draft_length.py).
 """

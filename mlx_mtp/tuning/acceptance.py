@@ -1,21 +1,21 @@
-"""Measures a loaded pair: how often drafts are kept, on answers to sample prompts, then what rounds cost (costs.py)."""
+"""Measures a loaded pair: acceptance on answers to sample prompts, then the cost of rounds (costs.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from ..decode.limits import MAX_AUTO_LENGTH
-from ..decode.request import check_prompt
+from ..decode.request import Stats, check_prompt
 from ..decode.sampling import SamplingOptions
 from ..errors import PromptError
 from ..models.drafter import POSITIONS
+from .costs import BATCHES, CONTEXTS, LENGTHS, Measurement, Progress, measure_costs, no_progress
 
 if TYPE_CHECKING:
     from ..api import MTPModel
-
-from .costs import BATCHES, CONTEXTS, LENGTHS, Measurement, Progress, measure_costs
 
 PROMPTS: dict[str, tuple[str, ...]] = {
     "chat": (
@@ -39,10 +39,10 @@ PROMPTS: dict[str, tuple[str, ...]] = {
         "Tell me about the history of the bicycle.",
     ),
 }
-"""What acceptance is measured on, by kind of text."""
+"""Prompts whose answers acceptance is measured on, by kind of text."""
 
 ANSWER_TOKENS = 96
-"""Most tokens of an answer when acceptance is measured."""
+"""Most tokens of an answer that acceptance is measured on."""
 
 
 def measure(
@@ -52,18 +52,18 @@ def measure(
     lengths: Sequence[int] = LENGTHS,
     contexts: Sequence[int] = CONTEXTS,
     prompts: Mapping[str, Sequence[Any]] = PROMPTS,
-    progress: Progress = lambda done: None,
+    progress: Progress = no_progress,
 ) -> None:
     """Measures a pair.
 
     Args:
         lm: The pair, with or without a drafter.
-        result: Takes what is measured, at once.
-        batches: Numbers of rows.
-        lengths: Widths of verify blocks; with a drafter they begin at 1 and have no gaps.
-        contexts: Committed tokens of each row. Those that the model has no room for are left out.
-        prompts: By kind of text, prompts as `MTPModel.generate` takes them.
-        progress: Called for each of `points` with what it was.
+        result: Receives each figure as soon as it is measured.
+        batches: Batch sizes, in rows.
+        lengths: Widths of verify blocks, in tokens: 1, 2, ... without gaps if there is a drafter.
+        contexts: Committed tokens of each row; contexts that the model has no room for are skipped.
+        prompts: Prompts for `MTPModel.generate`, by kind of text.
+        progress: Called with a description after each of the `points`.
 
     Raises:
         PromptError: A prompt can't be used.
@@ -71,7 +71,7 @@ def measure(
     """
     texts = _answers(lm, result, prompts)
     progress("acceptance")
-    # Sampling from a large vocabulary takes its time too, and what most requests do is what the model says.
+    # Sampling from a large vocabulary takes time, so rounds are timed with the sampling that most requests use.
     defaults = lm.defaults
     sampling = SamplingOptions(defaults.temperature, defaults.top_k, defaults.top_p, defaults.min_p)
     with lm.models() as (target, drafter):
@@ -83,7 +83,7 @@ def measure(
 
 
 def _answers(lm: MTPModel, result: Measurement, prompts: Mapping[str, Sequence[Any]]) -> list[list[int]]:
-    """Lets the model answer, notes how many drafts were kept, and returns prompts and answers."""
+    """Generates answers, stores their acceptance in `result`, and returns the token ids of prompts with answers."""
     if lm.tokenizer is None and any(isinstance(p, str) for group in prompts.values() for p in group):
         raise PromptError(f"{lm.folder} has no tokenizer.json: give prompts as token ids")
     kinds = [kind for kind, group in prompts.items() for _ in group]
@@ -108,9 +108,9 @@ def _answers(lm: MTPModel, result: Measurement, prompts: Mapping[str, Sequence[A
                 encoded, max_tokens=ANSWER_TOKENS, draft_length=MAX_AUTO_LENGTH if before else 0, seed=0
             )
             answers = [[*prompt, *answer.tokens] for prompt, answer in zip(encoded, found, strict=True)]
-            kept = [answer.stats.accepted / max(1, answer.stats.rounds) for answer in found]
-            if before and (best is None or _clearly_more(kept, best)):
-                best, result.drafter_position = kept, position
+            accepted = [answer.stats.accepted / max(1, answer.stats.rounds) for answer in found]
+            if before and (best is None or _clearly_more(accepted, best)):
+                best, result.drafter_position = accepted, position
                 result.acceptance = {
                     kind: _acceptance([answer.stats for answer, of in zip(found, kinds, strict=True) if of == kind])
                     for kind in prompts
@@ -122,25 +122,26 @@ def _answers(lm: MTPModel, result: Measurement, prompts: Mapping[str, Sequence[A
 
 
 def _set_position(lm: MTPModel, position: str) -> None:
-    """Has the drafter's queries sit somewhere else from the next round on."""
+    """Sets the position of the drafter's queries, for the rounds that follow."""
     with lm.models() as (_, drafter):
         assert drafter
         drafter.position = position
 
 
-def _clearly_more(kept: Sequence[float], before: Sequence[float]) -> bool:
-    """Whether drafts kept per round, answer by answer, rose by more than two standard errors.
+def _clearly_more(accepted: Sequence[float], before: Sequence[float]) -> bool:
+    """Whether drafts accepted per round, paired by answer, rose by more than two standard errors.
 
-    The first position is what load takes without a profile, and a few short answers scatter: so it stays otherwise.
+    A smaller rise may be noise of a few short answers; then the first position stays, `load`'s default.
     """
-    rise = [new - old for new, old in zip(kept, before, strict=True)]
+    rise = [new - old for new, old in zip(accepted, before, strict=True)]
     error = stdev(rise) / len(rise) ** 0.5 if len(rise) > 1 else 0.0
     return fmean(rise) > 2 * error
 
 
-def _acceptance(stats: Sequence[Any]) -> list[float]:
-    """Chance that a draft is kept if those before it were, by position."""
-    reached = [sum(s.rounds - s.draft_lengths.get(0, 0) for s in stats)]
-    for j in range(MAX_AUTO_LENGTH):
-        reached.append(sum(s.accepted_by_position[j] for s in stats if j < len(s.accepted_by_position)))
-    return [after / before if before else 0.0 for before, after in zip(reached, reached[1:], strict=False)]
+def _acceptance(stats: Sequence[Stats]) -> list[float]:
+    """Probability that a draft is accepted if those before it were, by position."""
+    drafting = sum(s.rounds - s.draft_lengths.get(0, 0) for s in stats)
+    accepted = [
+        sum(s.accepted_by_position[j] for s in stats if j < len(s.accepted_by_position)) for j in range(MAX_AUTO_LENGTH)
+    ]
+    return [after / before if before else 0.0 for before, after in pairwise([drafting, *accepted])]

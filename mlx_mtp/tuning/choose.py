@@ -1,10 +1,11 @@
-"""From a measurement to a setting: how many rows to decode together, and how many tokens to draft.
+"""Chooses a batch size and a draft length from a measurement.
 
-    tokens a row gets out of a round   A(K) = 1 + a1 + a1 a2 + ... (K terms), a_i: chance that draft i is kept
-    seconds of a round                 T(B, K) = T_verify(B, K + 1) + K T_draft(B)
-    tokens per second of all rows      B A(K) / T(B, K)
+    tokens of a row per round       A(K) = 1 + a1 + a1 a2 + ... (K products), a_i: probability that draft i is accepted
+                                    if those before it were; the 1 is the bonus token
+    seconds of a round              T(B, K) = T_verify(B, K + 1) + K T_draft(B)
+    tokens per second, all rows     B A(K) / T(B, K)
 
-Pure functions; K = 0, plain decoding, is always among the options, so nothing slower is ever chosen.
+Pure functions. K = 0, plain decoding, is always an option, so nothing slower than it is chosen.
 """
 
 from __future__ import annotations
@@ -16,23 +17,23 @@ from statistics import fmean
 
 import numpy as np
 
-from ..decode.draft_length import Prices
 from ..decode.limits import MAX_AUTO_LENGTH
 from ..decode.objective import BALANCED_SHARE, tokens_per_round
+from ..decode.round_cost import Prices
 from ..errors import MTPError
 from .costs import Measurement, Step
 
 _ANOMALY = 1.3
-"""A block that takes so many times what a wider one takes, and not each time it is run, was disturbed."""
+"""Ratio of a block's time to that of a wider block, and of its slowest lap to its fastest, that shows a disturbance."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """A batch and a draft length.
+    """A batch size and a draft length.
 
     Attributes:
         rows: Rows that decode together.
-        drafts: Tokens drafted a round; 0 is plain decoding.
+        drafts: Tokens drafted in a round; 0 is plain decoding.
         total_tps: Expected tokens per second of all rows.
     """
 
@@ -48,7 +49,13 @@ class Option:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is chosen for an objective, and why, in one sentence."""
+    """The option chosen for an objective.
+
+    Attributes:
+        objective: One of `decode.objective.OBJECTIVES`.
+        option: The choice.
+        why: The reason, in one sentence.
+    """
 
     objective: str
     option: Option
@@ -56,7 +63,12 @@ class Choice:
 
 
 def prices(steps: Sequence[Step], rows: int) -> Prices:
-    """What rounds of a batch take, averaged over the contexts at which it was measured, verify and draft apart."""
+    """Times of a batch's rounds, averaged over the contexts at which it was measured.
+
+    Args:
+        steps: All measured steps.
+        rows: The batch size; without a step of it, the times are empty.
+    """
     own = [step for step in steps if step.rows == rows]
     widths = set.intersection(*(set(step.verify) for step in own)) if own else set()
     drafts = [step.draft.median for step in own if step.draft]
@@ -73,9 +85,9 @@ def prices(steps: Sequence[Step], rows: int) -> Prices:
 
 
 def timing_anomaly(steps: Sequence[Step]) -> str | None:
-    """Why times can't be trusted, for people, or None: a block that took much longer than a wider one.
+    """A sentence about a block that took much longer than a wider one, which makes the times doubtful; None if none.
 
-    If it took as long whenever it was run, it isn't that: MLX has other kernels for wider blocks, some much faster.
+    Blocks that are slower in every lap don't count: MLX has other kernels for wider blocks, some of them much faster.
     """
     worst, why = _ANOMALY, None
     for step in steps:
@@ -92,9 +104,10 @@ def timing_anomaly(steps: Sequence[Step]) -> str | None:
 
 
 def comparable_steps(measurement: Measurement) -> list[Step]:
-    """The steps that count: all, or, if it was interrupted, those at contexts at which most batches were measured.
+    """The steps by which batches can be compared.
 
-    The others would make the batches that were measured at one context more look dearer than the rest.
+    All steps of a complete measurement. Of an interrupted one, those of the contexts at which most batches were
+    measured: with a further context, some batches would be averaged over longer contexts than others.
     """
     measured: dict[int, set[int]] = {}
     for step in measurement.steps:
@@ -104,7 +117,7 @@ def comparable_steps(measurement: Measurement) -> list[Step]:
 
 
 def options(measurement: Measurement) -> list[Option]:
-    """All batches and draft lengths that were measured, at every context that counts."""
+    """The options of all batches that were measured at every comparable context, see `comparable_steps`."""
     steps = comparable_steps(measurement)
     contexts = {step.context for step in steps}
     batches = [
@@ -123,11 +136,11 @@ def choose(found: Sequence[Option], objective: str) -> Choice:
     """The best option for an objective.
 
     Args:
-        found: From `options`; there must be some.
-        objective: One of `tuning.OBJECTIVES`.
+        found: From `options`.
+        objective: One of `decode.objective.OBJECTIVES`.
 
     Raises:
-        MTPError: Nothing to choose from.
+        MTPError: There are no options.
     """
     if not found:
         raise MTPError("no batch was measured completely: there is nothing to choose from")
@@ -164,7 +177,7 @@ def choose(found: Sequence[Option], objective: str) -> Choice:
 
 
 def _tokens(measurement: Measurement, drafts: int) -> float:
-    """Tokens that a round yields a row, the mean over the kinds of text."""
+    """Tokens that a round yields for a row, bonus token included; the mean over the kinds of text."""
     if not drafts:
         return 1.0
     return fmean(tokens_per_round(chances[:drafts]) for chances in measurement.acceptance.values())
@@ -172,13 +185,13 @@ def _tokens(measurement: Measurement, drafts: int) -> float:
 
 @dataclass(frozen=True)
 class Split:
-    """Verify time = fixed + tokens x dense + distinct experts x expert, by least squares.
+    """Verify time = fixed + tokens x dense + distinct experts x expert, fitted by least squares.
 
     Attributes:
-        context: Committed tokens at which it was measured.
+        context: Committed tokens of each row in the measured passes.
         fixed: Seconds of any pass: reading the dense weights, launching kernels.
-        dense: Seconds for each token of the block, in all rows.
-        expert: Seconds for each distinct expert that a layer reads; 0 for a dense model.
+        dense: Seconds per token, counting the tokens of all rows.
+        expert: Seconds per distinct expert that a layer reads; 0 for a dense model.
         residual: Mean relative deviation of the measured passes from the formula.
     """
 
@@ -190,7 +203,7 @@ class Split:
 
 
 def split(steps: Sequence[Step]) -> Split | None:
-    """The split at the shortest context; None with too few passes to tell."""
+    """Fits a `Split` to the passes at the shortest context; None if there are fewer than six."""
     context = min((step.context for step in steps), default=0)
     passes = [
         (1.0, float(step.rows * width), step.experts.get(width, 0.0), seconds.median)
@@ -203,13 +216,13 @@ def split(steps: Sequence[Step]) -> Split | None:
     table = np.array(passes)
     features, seconds = table[:, :3] / table[:, 3:], np.ones(len(table))  # relative errors
     best: tuple[dict[int, float], float] | None = None
-    # No part can take less than no time: of all sets of parts that don't, the one that fits best.
+    # No part can take negative time: take the best fit of those sets of parts for which none does.
     for count in (3, 2, 1):
         for parts in combinations(range(3 if features[:, 2].any() else 2), min(count, 3)):
             found = np.linalg.lstsq(features[:, parts], seconds, rcond=None)[0]
             deviation = float(np.abs(features[:, parts] @ found - 1).mean())
             if (found >= 0).all() and (best is None or deviation < best[1]):
                 best = dict(zip(parts, found.tolist(), strict=True)), deviation
-    assert best  # one part alone can't be negative
+    assert best  # the fit of one part alone is never negative
     fixed, dense, expert = (best[0].get(part, 0.0) for part in range(3))
     return Split(context, fixed, dense, expert, best[1])

@@ -1,10 +1,10 @@
-"""Measures, on this machine and for a loaded pair, what rounds cost and how often drafts are kept.
+"""Times the parts of a round for a loaded pair: verify passes, draft steps, and prefill.
 
-The very functions that the engine runs are timed, on the target's own text: rows that hold different texts, whose next
-tokens are known, so that a mixture of experts is asked for the experts that it would be asked for. Rounds are handed
-over as the engine does it, one ahead, so that the host's work is hidden where it would be hidden.
+Times the same functions that the engine runs. Rows hold different texts that the target itself generated, so that a
+mixture of experts is asked for realistic experts. Passes are submitted one ahead, as the engine does, so that the
+host's work overlaps with the device's in the same way.
 
-Measured, not interpreted: which batch and draft length follow from it is for choose.py.
+Not here: choosing a batch size and a draft length from the times (choose.py).
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from statistics import fmean, median
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from ..checkpoint.sizes import format_bytes
-from ..decode.engine import submits_late
+from ..decode.in_flight import submits_late
 from ..decode.prefill import prefill
 from ..decode.round import RoundState, draft, verify
 from ..decode.sampling import Sampler, SamplingOptions
@@ -30,33 +29,31 @@ from ..models.drafter import Drafter
 from ..models.target import Target
 from .experts import recorded_experts
 
-if TYPE_CHECKING:
-    pass
-
 BATCHES = (1, 2, 4, 6, 8)
 LENGTHS = tuple(range(1, 10))
 CONTEXTS = (256, 2048)
 
 _SWEEPS, _SECONDS = 3, 0.12
-"""How often all points of a batch are gone through, and the time spent on each then, unless two laps take longer."""
+"""Sweeps over all points of a batch, and seconds spent on each point in a sweep, unless two laps take longer."""
 
-_APART = 13
-"""Tokens between rows of one text, where there are more rows than texts: no block reads what another one reads."""
+_ROW_OFFSET = 13
+"""Offset in tokens between rows of the same text, if there are more rows than texts: more than the widest block."""
 
 _DRAFTS = 4
-"""Drafts of which the time of one is taken."""
+"""Draft steps timed together; the time of one is a share of them."""
 
 _PACKED = -1
-"""Stands among block widths for a pass over rows of different ones."""
+"""Key, in place of a block width, of a pass over a ragged block."""
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """A time, measured several times.
+    """Times of several laps, in seconds.
 
     Attributes:
-        median: Seconds.
-        low, high: The lowest and the highest.
+        median: Their median.
+        low: The shortest.
+        high: The longest.
     """
 
     median: float
@@ -65,22 +62,22 @@ class Seconds:
 
     @classmethod
     def of(cls, laps: Sequence[float]) -> Seconds:
-        """From single times."""
+        """From the times of single laps."""
         return cls(median(laps), min(laps), max(laps))
 
 
 @dataclass(frozen=True)
 class Step:
-    """What some rows cost at a context length.
+    """Times of the parts of a round, for a batch size and a context.
 
     Attributes:
         context: Committed tokens of each row.
         rows: Rows of the batch.
-        verify: By block width, a pass of the target that ends in chosen tokens; 1 is a plain decoding step.
-        draft: One step of the drafter, or None without one.
-        host: Building the graph of a verify pass of the widest block, which goes on while another one runs.
-        experts: By block width, the mean number of distinct experts that a layer is asked for; empty if dense.
-        packing: Seconds that a pass takes more if the rows have different widths and as many tokens in all.
+        verify: By block width, a verify pass with sampling; width 1 is a plain decoding step.
+        draft: One step of the drafter; None without one.
+        host: Seconds in which the host builds the graph of the widest verify pass, while the device is busy.
+        experts: By block width, the mean number of distinct experts that a layer is asked for; empty for dense models.
+        packing: Seconds by which a pass over a ragged block exceeds one over equal widths with as many tokens.
     """
 
     context: int
@@ -94,15 +91,15 @@ class Step:
 
 @dataclass
 class Measurement:
-    """All that was measured; it grows meanwhile, so that an interruption loses nothing.
+    """The figures measured so far; it grows while measuring, so that an interruption loses nothing.
 
     Attributes:
-        steps: What rounds cost.
-        acceptance: By kind of text and position, the chance that a draft is kept if those before it were.
-        drafter_position: Of `models.drafter.POSITIONS`, the one with which more drafts are kept; None without drafter.
+        steps: Times of rounds.
+        acceptance: By kind of text and position, the probability that a draft is accepted if those before it were.
+        drafter_position: The one of `models.drafter.POSITIONS` with the higher acceptance; None without a drafter.
         prefill_tps: Prompt tokens per second of one row, by context length.
-        skipped: What was left out, and why.
-        complete: Whether all that was asked for is there.
+        skipped: Points that were left out, with the reason.
+        complete: Whether everything was measured that was asked for.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -116,8 +113,12 @@ class Measurement:
 Progress = Callable[[str], None]
 
 
+def no_progress(_: str) -> None:
+    """A `Progress` that reports nothing."""
+
+
 def points(batches: Sequence[int], contexts: Sequence[int]) -> int:
-    """How often `measure` calls its `progress`."""
+    """The number of times that `measure` calls its `progress`."""
     return 1 + len(batches) * len(contexts)
 
 
@@ -131,22 +132,22 @@ def measure_costs(
     batches: Sequence[int] = BATCHES,
     lengths: Sequence[int] = LENGTHS,
     contexts: Sequence[int] = CONTEXTS,
-    progress: Progress = lambda done: None,
+    progress: Progress = no_progress,
     suppress_tokens: Sequence[int] = (),
 ) -> None:
-    """Measures what prefill and rounds cost, and what a mixture of experts is asked for: all but acceptance.
+    """Measures everything but acceptance: times of prefill and rounds, and the experts that layers are asked for.
 
     Args:
         target: The target.
         drafter: Its drafter, or None.
-        texts: Token ids that rows consist of, over and over; each row begins at another place.
-        sampling: How every row chooses tokens.
+        texts: Token ids of texts, repeated to fill the rows; each row begins at another place.
+        sampling: The sampling options of every row.
         kv_budget: Bytes that the KV of all rows may take.
-        result: Takes what is measured, at once.
-        batches: As for `measure`, and so are the next three.
-        lengths: See there.
-        contexts: See there.
-        progress: See there; not called for acceptance.
+        result: Receives each figure as soon as it is measured.
+        batches: See `acceptance.measure`.
+        lengths: See `acceptance.measure`.
+        contexts: See `acceptance.measure`.
+        progress: See `acceptance.measure`; not called for acceptance.
         suppress_tokens: Token ids that are never chosen.
 
     Raises:
@@ -173,7 +174,9 @@ def measure_costs(
         for tokens in rows_of_text:
             started = time.perf_counter()
             prefilled.append(prefill(target, tokens[:context]))
-            result.prefill_tps[context] = context / (time.perf_counter() - started)  # the last one is warm
+            result.prefill_tps[context] = context / (
+                time.perf_counter() - started
+            )  # of the last row, when caches are warm
         for rows in fitting:
             sampler = Sampler([sampling] * rows, config.logit_softcap, suppress_tokens, config.vocab_size)
             result.steps.append(_step(target, drafter, sampler, prefilled[:rows], rows_of_text, context, lengths))
@@ -183,15 +186,15 @@ def measure_costs(
 
 
 def _row_of_text(texts: Sequence[Sequence[int]], row: int, count: int) -> list[int]:
-    """Tokens for a row: all texts over and over, each row beginning with another one, or at another place."""
+    """`count` tokens for a row: all texts, repeated; each row begins with another text, or at another place in it."""
     again, first = divmod(row, len(texts))
     tokens = [token for text in (*texts[first:], *texts[:first]) for token in text]
-    begin = again * _APART
+    begin = again * _ROW_OFFSET
     return list(islice(cycle(tokens), begin, begin + count))
 
 
 def _needed(target: Target, rows: int, positions: int) -> int:
-    """Bytes of KV while a batch is measured: its rows, and the prefilled ones they are copied from."""
+    """Bytes of KV while a batch is measured: its rows, and the prefilled rows that they are copied from."""
     return 2 * rows * kv_bytes(target.config, positions, target.dtype.size)
 
 
@@ -218,12 +221,12 @@ def _step(
     if drafter is not None:
         work[0] = lambda: draft(target, drafter, kv, sampler, state, _DRAFTS)
         if rows > 1 and (even := (widest + 1) // 2) > 1 and even in work:
-            # As many tokens as in an even pass: every other row has all drafts that the ones between leave out.
+            # As many tokens as in the even pass: rows alternate between 2 * even - 1 tokens and 1.
             counts = [2 * even - 1, 1] * (rows // 2) + [even] * (rows % 2)
             work[_PACKED] = verifying(2 * even - 1, counts)
     laps: dict[int, list[float]] = {width: [] for width in work}
     host: list[float] = []
-    # In sweeps, so that a moment in which the machine does something else can't fall on all laps of a point.
+    # In sweeps, so that a disturbance can't affect all laps of a point.
     for _ in range(_SWEEPS):
         for width, run in work.items():
             times, building = _time(run, kv)
@@ -243,7 +246,7 @@ def _step(
 
 
 def _time(run: Callable[[], mx.array], kv: BatchKV) -> tuple[list[float], list[float]]:
-    """Seconds of a piece of work, done over and over without a gap, and those that building it took the host."""
+    """Repeats a piece of work without gaps; returns the seconds of each lap, and the host's seconds to build it."""
     mx.eval(run())
     late = submits_late(kv)
     laps: list[float] = []

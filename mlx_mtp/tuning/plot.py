@@ -1,6 +1,7 @@
-"""The plot of `mlx-mtp tune`: speed of all rows and of each row by batch. Needs matplotlib, the extra `plot`.
+"""The plot of `mlx-mtp tune`: tokens per second of all rows, and of each row, by batch size.
 
-Imports no MLX: the command line asks for a faster BLAS only after it has checked the plot's file.
+Needs matplotlib, from the extra `plot`. Doesn't import MLX, because the command line checks the plot's file before it
+loads a faster BLAS, which must happen before MLX is imported.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def check_plot(path: Path) -> None:
     """Checks that a plot can be written, before anything is measured for it.
 
     Raises:
-        MTPError: matplotlib is missing, the file's ending is unknown, or its folder doesn't exist.
+        MTPError: matplotlib is missing, the file's suffix is unknown, or its folder doesn't exist.
     """
     if find_spec("matplotlib") is None:
         raise MTPError("a plot needs matplotlib: pip install 'mlx-mtp[plot]'")
@@ -33,12 +34,12 @@ def check_plot(path: Path) -> None:
 
 
 def write_plot(options: Sequence[Option], path: Path, title: str) -> None:
-    """Draws plain decoding and every draft length that is the best of some batch.
+    """Plots plain decoding and every draft length that is the best one of a batch.
 
     Args:
         options: At least one.
-        path: As for `check_plot`.
-        title: Above the plot.
+        path: The file, see `check_plot`.
+        title: The title of the figure.
     """
     import matplotlib
 

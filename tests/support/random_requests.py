@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -35,7 +36,7 @@ def make_request(rng: Random, vocab: int, window: int, most: int, **given: Any) 
 
 def alone(target: Target, request: Request) -> list[int]:
     """The text by plain decoding, without anything that was there before."""
-    plain = Request(request.prompt, request.max_tokens, request.sampling, 0, "fast", request.stop_tokens)
+    plain = replace(request, draft_length=0, exactness="fast", prediction=())
     return [token for new in Scheduler(target, None).stream(plain) for token in new]
 
 

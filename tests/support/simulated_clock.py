@@ -12,7 +12,7 @@ from itertools import product
 from typing import Protocol
 
 from mlx_mtp.decode.draft_length import Decision
-from mlx_mtp.decode.engine import same_cost
+from mlx_mtp.decode.in_flight import same_cost
 from mlx_mtp.decode.limits import MAX_AUTO_LENGTH
 from mlx_mtp.decode.request import Request, Row, Stats
 from tests.support.simulated_cases import (
@@ -37,7 +37,7 @@ class Policy(Protocol):
     def next(self, rows: Sequence[Row], waiting: bool = False) -> Decision:
         """What the next round drafts."""
 
-    def observe(self, decision: Decision, kept: Sequence[int | None], seconds: float | None) -> None:
+    def observe(self, decision: Decision, accepted: Sequence[int | None], seconds: float | None) -> None:
         """Learns of a finished round."""
 
 
@@ -51,7 +51,7 @@ class FixedLength:
         """The length, or what is left."""
         return Decision(rows, [max(0, min(self._length, row.remaining - 1)) for row in rows])
 
-    def observe(self, decision: Decision, kept: Sequence[int | None], seconds: float | None) -> None:
+    def observe(self, decision: Decision, accepted: Sequence[int | None], seconds: float | None) -> None:
         """Doesn't matter."""
 
 
