@@ -88,7 +88,7 @@ def free_rows(lm: mlx_mtp.MTPModel, constrained: bool) -> float:
 
 def without_lookup() -> Any:
     """The drafter alone: the host offers nothing."""
-    return mock.patch.object(HostDrafts, "offer", lambda *_: None)
+    return mock.patch.object(HostDrafts, "offer", return_value=None)
 
 
 def main(

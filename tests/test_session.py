@@ -169,7 +169,7 @@ def test_closing_the_model_ends_those_who_wait():
     until(lambda: not idle(lm))
     lm.close()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     assert len(errors) == 3 and all("closed" in error for error in errors)
 
 
