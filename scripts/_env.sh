@@ -4,6 +4,8 @@
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 PY="$ROOT/.venv/bin/python"
+# Python compiles a module when it is first imported, and keeps that: pip would compile thousands that nothing imports.
+unset PYTHONDONTWRITEBYTECODE
 
 fits() {
     "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 15))' >/dev/null 2>&1
@@ -37,7 +39,7 @@ need_env() {
         fi
     fi
     echo "installing mlx_mtp${extras:+ with the extra $extras} into .venv (once; later runs skip this)" >&2
-    if ! "$PY" -m pip install --quiet --disable-pip-version-check --editable "$ROOT${extras:+[$extras]}" >&2; then
+    if ! "$PY" -m pip install --quiet --disable-pip-version-check --no-compile --editable "$ROOT${extras:+[$extras]}" >&2; then
         echo "error: pip could not install the project; see its message above" >&2
         return 1
     fi

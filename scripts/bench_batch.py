@@ -61,7 +61,7 @@ PROMPTS = (
 class MlxVlm:
     """mlx-vlm in a process of its own, which runs batches on request."""
 
-    def __init__(self, python: Path, target: Path, drafter: Path, prompts: list[list[int]]):
+    def __init__(self, python: Path, target: Path, drafter: Path, prompts: list[list[int]]) -> None:
         script = Path(__file__).with_name("peer_mlx_vlm.py")
         self._process = subprocess.Popen([python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._send({"target": str(target), "drafter": str(drafter), "prompts": prompts, "tokens": TOKENS})

@@ -72,7 +72,7 @@ class Oracle:
         rows: The rows that it drafts for and those that wait, in the order of their scripts.
     """
 
-    def __init__(self, drafter: Drafter, scripts: Sequence[Sequence[int]]):
+    def __init__(self, drafter: Drafter, scripts: Sequence[Sequence[int]]) -> None:
         """Takes a script for each row: token ids by absolute position, including the prompt."""
         self.rows: list[Row] = []
         self._drafter, self._scripts = drafter, mx.array([list(script) for script in scripts], dtype=mx.int32)

@@ -23,7 +23,7 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 PLATFORM = "macosx_14_0_arm64"
 
 
-class Unresolved(Exception):
+class UnresolvedError(Exception):
     """pip found no binary for a requirement; the message is pip's last error line."""
 
 
@@ -31,14 +31,14 @@ def pip(*arguments: str) -> str:
     """Runs pip and returns its standard output.
 
     Raises:
-        Unresolved: pip failed.
+        UnresolvedError: pip failed.
     """
     done = subprocess.run(
         [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments], capture_output=True, text=True
     )
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        raise Unresolved(errors[-1] if errors else done.stderr.strip()[-300:])
+        raise UnresolvedError(errors[-1] if errors else done.stderr.strip()[-300:])
     return done.stdout
 
 
@@ -91,7 +91,7 @@ def resolve(wheel: Path, python: str, scratch: str) -> dict[str, str]:
     """File names of everything that an installation of `wheel` needs, by distribution.
 
     Raises:
-        Unresolved: A requirement has no binary.
+        UnresolvedError: A requirement has no binary.
     """
     asked: dict[str, Requirement] = {}
     while True:
@@ -118,7 +118,7 @@ def main() -> int:
         for python in PYTHONS:
             try:
                 files = resolve(wheel, python, str(Path(folder) / "target"))
-            except Unresolved as error:
+            except UnresolvedError as error:
                 failed = True
                 print(f"Python {python}: FAILED: {error}")
                 continue

@@ -182,7 +182,7 @@ class Proof:
         failed: Number of lines that differ.
     """
 
-    def __init__(self, state: Path | None):
+    def __init__(self, state: Path | None) -> None:
         self.tokens = self.failed = 0
         self._state = state
         self._known: dict[str, Table] = {}
@@ -202,6 +202,29 @@ class Proof:
             self.tokens, self.failed = self.tokens + tokens, self.failed + (not equal)
 
 
+Pairs = dict[str, tuple[list[Path], list[int]]]
+"""Folders and prompt of each pair."""
+
+
+def prove_pairs(proof: Proof, pairs: Pairs, lengths: dict[int | None, int]) -> None:
+    """One row: every pair, with texts of these lengths by the bits of the weights (None for float32)."""
+    print(HEAD_SINGLE)
+    for name, (folders, prompt) in pairs.items():
+        for bits, length in lengths.items():
+            for how in SAMPLINGS:
+                run = partial(prove_single, name, folders, prompt, length, bits, how)
+                proof.case(f"{name}, {length} tokens, {bits} bits, {how}", run)
+
+
+def prove_batches(proof: Proof, pairs: Pairs, batches: int) -> None:
+    """Batches of every size: so many of each, for every pair."""
+    print(HEAD_BATCH)
+    for name, (folders, _) in pairs.items():
+        for size in range(1, 9):
+            for seed in range(batches):
+                proof.case(f"{name}, {size} rows, seed {seed}", partial(prove_batch, name, folders, size, seed))
+
+
 def main(
     tokens: Annotated[int, typer.Option(help="Tokens of every text in float32; 0 leaves them out.")] = 2000,
     quantized_tokens: Annotated[int, typer.Option(help="Tokens of every text in 4 bits; 0 leaves them out.")] = 300,
@@ -215,23 +238,14 @@ def main(
     print(f"mlx {mx.__version__} on {mx.default_device()}; every text against plain decoding of the same pair, alone")
     proof = Proof(state)
     with tempfile.TemporaryDirectory() as folder:
-        pairs = {}
+        pairs: Pairs = {}
         for name in pair or PAIRS:
             *folders, prompt = demo_pair() if name == "demo" else random_pair(name, Path(folder))
             pairs[name] = folders, prompt
-        if tokens or quantized_tokens:
-            print(HEAD_SINGLE)
-        for name, (folders, prompt) in pairs.items():
-            for bits, length in ((None, tokens), (4, quantized_tokens)):
-                for how in SAMPLINGS if length else ():
-                    run = partial(prove_single, name, folders, prompt, length, bits, how)
-                    proof.case(f"{name}, {length} tokens, {bits} bits, {how}", run)
+        if lengths := {bits: length for bits, length in ((None, tokens), (4, quantized_tokens)) if length}:
+            prove_pairs(proof, pairs, lengths)
         if batches:
-            print(HEAD_BATCH)
-        for name, (folders, _) in pairs.items():
-            for size in range(1, 9):
-                for seed in range(batches):
-                    proof.case(f"{name}, {size} rows, seed {seed}", partial(prove_batch, name, folders, size, seed))
+            prove_batches(proof, pairs, batches)
     verdict = f"{proof.failed} lines differ" if proof.failed else "all texts are equal"
     print(f"{proof.tokens:,} tokens compared; {verdict}")
     if proof.failed:

@@ -127,7 +127,7 @@ def test_unknown_model_type(pair: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    "field, value",
     [
         ("hidden_size", None),
         ("hidden_size", "64"),
@@ -168,7 +168,7 @@ def test_text_config_that_is_no_object(pair: tuple[Path, Path], value: object) -
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    "field, value",
     [("num_centroids", 7), ("num_centroids", 0), ("centroid_intermediate_top_k", 17), ("backbone_hidden_size", "64")],
 )
 def test_field_of_a_drafter(pair: tuple[Path, Path], field: str, value: object) -> None:
@@ -191,7 +191,7 @@ def test_unusable_quantization(pair: tuple[Path, Path], stored: object) -> None:
     assert "quantization in config.json" in failure(CheckpointError, pair[0])
 
 
-@pytest.mark.parametrize(("field", "value"), [("eos_token_id", "106"), ("temperature", []), ("suppress_tokens", [512])])
+@pytest.mark.parametrize("field, value", [("eos_token_id", "106"), ("temperature", []), ("suppress_tokens", [512])])
 def test_generation_config(pair: tuple[Path, Path], field: str, value: object) -> None:
     edit_json(pair[0] / "generation_config.json", lambda c: c.update({field: value}))
     assert "generation_config.json" in failure(CheckpointError, pair[0])
@@ -225,7 +225,7 @@ def test_garbage_instead_of_weights(pair: tuple[Path, Path], content: bytes) -> 
     assert str(pair[0] / "model.safetensors") in failure(CheckpointError, pair[0])
 
 
-@pytest.mark.parametrize(("field", "value"), [("dtype", "F99"), ("shape", [1, 2]), ("shape", None)])
+@pytest.mark.parametrize("field, value", [("dtype", "F99"), ("shape", [1, 2]), ("shape", None)])
 def test_header_that_contradicts_itself(pair: tuple[Path, Path], field: str, value: object) -> None:
     edit_header(pair[0], lambda header: header[Q_PROJ].update({field: value}))
     message = failure(CheckpointError, pair[0])
@@ -295,7 +295,7 @@ def test_target_as_drafter(pair: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "drafter", "clashes"),
+    "target, drafter, clashes",
     [
         ("e2b", "e4b", ["sliding layers with 2 KV heads of 64, the target has 1 of 64", "full layers with 2 KV heads"]),
         ("26b", "31b", ["hidden size 64, the target has 128"]),
@@ -307,7 +307,7 @@ def test_drafter_of_another_size(target: str, drafter: str, clashes: list[str], 
     assert all(clash in message for clash in clashes)
 
 
-@pytest.mark.parametrize(("field", "value"), [("sliding_window", 32), ("vocab_size", 1024)])
+@pytest.mark.parametrize("field, value", [("sliding_window", 32), ("vocab_size", 1024)])
 def test_drafter_for_another_window_or_vocabulary(pair: tuple[Path, Path], field: str, value: int) -> None:
     edit_json(pair[1] / "config.json", lambda c: c["text_config"].update({field: value}))
     assert str(value) in failure(PairingError, *pair)
@@ -356,7 +356,7 @@ def test_drafts_are_accepted_as_before_when_tokens_were_added(tmp_path: Path) ->
 # Options
 
 
-@pytest.mark.parametrize(("option", "value"), [("dtype", "float8"), ("quantize", 7)])
+@pytest.mark.parametrize("option, value", [("dtype", "float8"), ("quantize", 7)])
 def test_unusable_option(pair: tuple[Path, Path], option: str, value: object) -> None:
     assert str(value) in failure(CheckpointError, pair[0], **{option: value})
 

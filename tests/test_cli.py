@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
@@ -293,7 +294,7 @@ def test_info():
     assert facts["target"]["bytes_on_disk"] > 2 * facts["target"]["parameters"]
     choices = facts["machine"]["choices"]
     assert [choice["quantize"] for choice in choices] == [None, 8, 6, 4]
-    assert all(more["needed"] > less["needed"] for more, less in zip(choices, choices[1:], strict=False))
+    assert all(more["needed"] > less["needed"] for more, less in pairwise(choices))
     assert choices[0]["needed"] == facts["target"]["bytes_in_memory"] + facts["drafter"]["bytes_in_memory"]
     quantized = json.loads(run("info", "--json", "--quantize", 4).stdout)
     assert quantized["machine"]["needed"] == choices[-1]["needed"]
@@ -375,9 +376,9 @@ def test_what_is_not_utf8():
 def test_a_terminal_that_is_not_utf8():
     """Whatever it can't show doesn't end the answer; JSON loses nothing."""
     options = ("generate", "x", "--temperature", 50, "--seed", 1, "--max-tokens", 40)
-    utf8, ascii = (start(*options, PYTHONIOENCODING=encoding) for encoding in ("utf-8", "ascii"))
-    assert ascii.returncode == 0 and not utf8.stdout.isascii()
-    assert ascii.stdout == utf8.stdout.encode("ascii", "replace").decode()
+    utf8, narrow = (start(*options, PYTHONIOENCODING=encoding) for encoding in ("utf-8", "ascii"))
+    assert narrow.returncode == 0 and not utf8.stdout.isascii()
+    assert narrow.stdout == utf8.stdout.encode("ascii", "replace").decode()
     assert json.loads(start(*options, "--json", PYTHONIOENCODING="ascii").stdout)["text"] + "\n" == utf8.stdout
 
 

@@ -179,7 +179,7 @@ def test_several_files(shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     source, _ = make_pair("26b", tmp_path, shards=shards)
     one = convert(source, tmp_path / "one", scheme(8))
     monkeypatch.setattr(weights_convert.plan, "FILE_BYTES", 200_000)
-    monkeypatch.setattr(weights_convert.plan, "CHUNK_BYTES", 3_000)
+    monkeypatch.setattr(weights_convert.plan, "CHUNK_BYTES", 9_000)
     steps: list[tuple[str, int, int]] = []
     folder = prepare(source, tmp_path / "new", scheme(8)).run(lambda *step: steps.append(step))
     files = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -374,7 +374,7 @@ def test_an_original_too_large_to_compare_with(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "culprit"),
+    "options, code, culprit",
     [
         (["--mode", "q4_k"], 2, "--mode: unknown quantisation mode 'q4_k'"),
         (["--bits", "7"], 2, "--bits: can't quantise to 7 bits"),

@@ -74,7 +74,7 @@ def ctrl_c() -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("fail", "error"), [(disk_full, CheckpointError), (ctrl_c, KeyboardInterrupt)])
+@pytest.mark.parametrize("fail, error", [(disk_full, CheckpointError), (ctrl_c, KeyboardInterrupt)])
 @pytest.mark.usefixtures("small_files")
 def test_going_on(
     source: Path, tmp_path: Path, fail: Callable[[], None], error: type[BaseException], monkeypatch: pytest.MonkeyPatch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,7 @@ def test_more_work_never_takes_less_time(name: str, bits: int | None, where: str
     here, pair = chip(where), model.pair(*known_pair(name), bits and Format(bits))
 
     def rising(values):
-        assert all(later >= earlier > 0 for earlier, later in zip(values, values[1:], strict=False))
+        assert all(later >= earlier > 0 for earlier, later in pairwise(values))
 
     def alike(rows: int) -> list[str]:
         """Kernels by class of matrix: where MLX takes another one, more rows can take less time."""
@@ -134,7 +135,7 @@ def test_newer_kernels_verify_for_less():
 V, W, M = "vector", "wide", "matrix"
 
 
-@pytest.mark.parametrize(("where", "how", "side", "expected"), [
+@pytest.mark.parametrize("where, how, side, expected", [
     ("M1 Pro", Format(4), 5376, {1: V, 2: V, 5: V, 6: M, 32: M}),
     ("M2 Max", Format(4), 4096, {1: V, 9: V, 10: M}),
     ("M2", Format(4), 2048, {13: V, 14: M}),
@@ -154,7 +155,7 @@ def test_which_kernel_multiplies_how_many_rows(where: str, how: Format | None, s
     assert {rows: kernel(chip(where), rows, how, side=side) for rows in expected} == expected
 
 
-@pytest.mark.parametrize(("where", "how", "steps"), [
+@pytest.mark.parametrize("where, how, steps", [
     # In units of one row's time, by rows. The wide kernel is bound by reading here: passes over 5 rows.
     ("M3 Ultra", None, {2: 1, 5: 1, 6: 2, 10: 2, 11: 3, 15: 3}),
     # Bound by arithmetic beyond some rows: what counts is rows in a pass, times passes.

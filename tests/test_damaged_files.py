@@ -354,7 +354,7 @@ def test_json_that_is_nested_too_deeply_for_whoever_copies_it(target: Path, copy
             check_error(error)
 
 
-@pytest.mark.parametrize(("field", "value"), [
+@pytest.mark.parametrize("field, value", [
     ("head_dim", 2**20 // 2), ("head_dim", 2**31 - 1), ("global_head_dim", 2**31 - 1), ("num_attention_heads", 2**20),
     ("intermediate_size", 2**31 - 1), ("hidden_size_per_layer_input", 2**20), ("rms_norm_eps", 10**400),
     ("final_logit_softcapping", 10**400), ("layer_types", []), ("layer_types", ["full_attention"] * 100_000),
@@ -399,7 +399,7 @@ def test_a_tokenizer_that_cannot_be_read(tmp_path: Path, change: Json):
 
 
 @pytest.mark.parametrize(
-    ("part", "value"), [("key", {"model": 5}), ("costs", {"1": {"verify": {"1": 10**400}, "draft": 0, "packing": 0}})]
+    "part, value", [("key", {"model": 5}), ("costs", {"1": {"verify": {"1": 10**400}, "draft": 0, "packing": 0}})]
 )
 def test_a_profile_among_others_that_says_nonsense(
     target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, value: Json

@@ -46,7 +46,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-@pytest.mark.parametrize(("target", "drafter", "options", "expected"), [
+@pytest.mark.parametrize("target, drafter, options, expected", [
     ("31b", "31b-drafter", {}, None),
     ("31b-4", "31b-drafter", {}, Format(4, 32)),
     ("31b-8", "31b-drafter", {}, Format(8)),

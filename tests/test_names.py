@@ -193,7 +193,7 @@ def test_a_drafter_with_more_than_it_needs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("extra", "culprit"),
+    "extra, culprit",
     [
         ({"language_model.model.norm.weight": (4,)}, "are the same tensor"),
         ({"model.layers.0.experts.3.down_proj.weight": (4, 4)}, "stored one by one as well"),
@@ -218,7 +218,7 @@ def test_experts_that_differ_in_shape() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "bits", "size", "count"),
+    "name, bits, size, count",
     [
         # Bytes of the published files without their headers.
         ("26B-A4B", 4, 15_340_981_404, 1697),

@@ -32,7 +32,7 @@ def theirs(folder: Path, length: int) -> tuple[mx.array, list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "bits", "length"),
+    "kind, bits, length",
     [("e2b", 4, 200), ("26b", 8, 200), ("31b", 4, 200), ("e2b", 8, 40), ("26b", 4, 40), ("31b", 8, 40)],
 )
 def test_logits_and_greedy_text(kind: str, bits: int, length: int, tmp_path: Path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,8 @@ def with_template(folder: Path, template: str) -> Tokenizer:
 
 
 @pytest.fixture
-def little_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def little_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "SECONDS", 0.2)
-    yield
 
 
 @pytest.mark.parametrize("template", [

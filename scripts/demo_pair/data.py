@@ -197,7 +197,7 @@ def prose(held_out: bool) -> list[Document]:
     for name, text in sorted(topics.items()):
         if (hashlib.sha256(name.encode()).digest()[0] % 10 == 0) != held_out:
             continue
-        paragraphs = [re.sub(r"[ \t]+$", "", p, flags=re.M) for p in re.split(r"\n{2,}", text.strip())]
+        paragraphs = [re.sub(r"[ \t]+$", "", p, flags=re.MULTILINE) for p in re.split(r"\n{2,}", text.strip())]
         pieces = [""]
         for paragraph in paragraphs:
             if pieces[-1] and len(pieces[-1]) + len(paragraph) > 1200:

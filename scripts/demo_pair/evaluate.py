@@ -62,7 +62,7 @@ class Pair:
         tokenizer: Its tokeniser.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         described = read_target(folder / "target", dtype="float32")
         self._target = load_target(described)
         own = read_drafter(folder / "drafter", dtype="float32")

@@ -77,7 +77,8 @@ def check(out: Path, target: Target, drafter: Drafter, tokens: list[int], steps:
 
     Args:
         out: Where `export` wrote.
-        target, drafter: The models that were exported.
+        target: The target that was exported.
+        drafter: The drafter that was exported.
         tokens: A text of more tokens than the window.
         steps: Draft steps.
 

@@ -20,7 +20,7 @@ Json = dict[str, Any]
 class RMSNorm(nn.Module):
     """x / rms(x) * weight."""
 
-    def __init__(self, size: int, start: float = 1.0):
+    def __init__(self, size: int, start: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.full((size,), start))
 
@@ -79,7 +79,7 @@ def views(text: Json, queries: Tensor, length: int) -> dict[str, View]:
 class Attention(nn.Module):
     """Attention with one KV head of its own, or none."""
 
-    def __init__(self, text: Json, head_dim: int, own_kv: bool):
+    def __init__(self, text: Json, head_dim: int, own_kv: bool) -> None:
         super().__init__()
         hidden, self.heads, self.head_dim = text["hidden_size"], text["num_attention_heads"], head_dim
         # Attention isn't scaled: the norms make queries times keys start with a variance of 1.
@@ -109,7 +109,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(gelu(gate(x)) * up(x))."""
 
-    def __init__(self, hidden: int, inner: int):
+    def __init__(self, hidden: int, inner: int) -> None:
         super().__init__()
         self.gate_proj, self.up_proj = linear(hidden, inner), linear(hidden, inner)
         self.down_proj = linear(inner, hidden)
@@ -121,7 +121,7 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """A decoder layer of either model."""
 
-    def __init__(self, text: Json, kind: str, own_kv: bool, inner: int):
+    def __init__(self, text: Json, kind: str, own_kv: bool, inner: int) -> None:
         super().__init__()
         hidden, self.kind, self.own_kv = text["hidden_size"], kind, own_kv
         ple, branch = text["hidden_size_per_layer_input"], (2 * text["num_hidden_layers"]) ** -0.5
@@ -163,7 +163,7 @@ class Pass:
 class Target(nn.Module):
     """The target."""
 
-    def __init__(self, config: Json):
+    def __init__(self, config: Json) -> None:
         super().__init__()
         self.text = text = config["text_config"]
         hidden, kinds, self.ple = text["hidden_size"], text["layer_types"], text["hidden_size_per_layer_input"]
@@ -205,7 +205,7 @@ class Target(nn.Module):
 class Drafter(nn.Module):
     """The drafter; its query position is the last committed one."""
 
-    def __init__(self, config: Json):
+    def __init__(self, config: Json) -> None:
         super().__init__()
         self.text = text = config["text_config"]
         hidden, backbone = text["hidden_size"], config["backbone_hidden_size"]

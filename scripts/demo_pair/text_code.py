@@ -11,7 +11,7 @@ from .sections import read
 
 def _program(body: str) -> tuple[str, str]:
     """Code and remark."""
-    parts = re.fullmatch(r"```python\n(.*)\n```\n\n(.*)", body, flags=re.S)
+    parts = re.fullmatch(r"```python\n(.*)\n```\n\n(.*)", body, flags=re.DOTALL)
     assert parts, body
     return parts[1], parts[2]
 

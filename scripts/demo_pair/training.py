@@ -28,14 +28,15 @@ class Trainer:
         seconds: Time spent, in this process and those before it.
     """
 
-    def __init__(self, name: str, model: nn.Module, steps: int, muon: float, adam: float, state: Path):
+    def __init__(self, name: str, model: nn.Module, steps: int, muon: float, adam: float, state: Path) -> None:
         """Makes a trainer that continues from its checkpoint if there is one.
 
         Args:
             name: For the log and the checkpoint's file name.
             model: What to train.
             steps: Steps of the whole run.
-            muon, adam: Peak learning rates.
+            muon: Peak learning rate of Muon.
+            adam: Peak learning rate of Adam.
             state: Folder for checkpoints.
         """
         self.name, self.model, self.steps, self.step = name, model, steps, 0
