@@ -33,7 +33,7 @@ _KEPT = 64
 class Grammars:
     """Compiles grammars for a vocabulary."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, vocab_size: int, stop_tokens: Collection[int]):
+    def __init__(self, tokenizer: tokenizers.Tokenizer, vocab_size: int, stop_tokens: Collection[int]) -> None:
         """Reads a vocabulary, which takes seconds for a published one.
 
         Args:

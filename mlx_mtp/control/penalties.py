@@ -46,7 +46,7 @@ class Penalties:
 class PenaltyState:
     """The penalties of one row, whose text grows."""
 
-    def __init__(self, penalties: Penalties, prompt: Sequence[int]):
+    def __init__(self, penalties: Penalties, prompt: Sequence[int]) -> None:
         """Begins with a prompt."""
         self._penalties = penalties
         repeated = dict.fromkeys(prompt) if penalties.repetition != 1 else {}

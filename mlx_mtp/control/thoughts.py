@@ -34,7 +34,7 @@ class Thoughts:
         begun: Whether anything was said outside of thoughts.
     """
 
-    def __init__(self, tokens: ThoughtTokens | None, prompt: Sequence[int] = ()):
+    def __init__(self, tokens: ThoughtTokens | None, prompt: Sequence[int] = ()) -> None:
         """Begins after a prompt; without tokens there are no thoughts."""
         self._tokens = tokens
         last = next((t for t in reversed(prompt) if t in tokens.special), None) if tokens else None

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import isfinite
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, TypeGuard
 
 from ..decode.limits import is_int
 from ..decode.logprobs import MOST_LOGPROBS
@@ -144,6 +144,7 @@ class GenerationOptions:
             raise PromptError(f"cancel must be a threading.Event, not {self.cancel!r}")
         if self.logprobs is not None and (not is_int(self.logprobs) or not 0 <= self.logprobs <= MOST_LOGPROBS):
             raise PromptError(f"logprobs must be a whole number from 0 to {MOST_LOGPROBS}, not {self.logprobs!r}")
+        _check_penalties(self)
         _check_rules(self)
 
     def updated(self, values: Mapping[str, Any]) -> GenerationOptions:
@@ -191,25 +192,30 @@ def resolve_options(
     return options.updated(overrides if max_tokens is None else {"max_tokens": max_tokens, **overrides})
 
 
-def _check_rules(options: GenerationOptions) -> None:
-    """Checks the options about what a text may say, as far as that needs no model.
+def _check_penalties(options: GenerationOptions) -> None:
+    """Checks penalties and biases.
 
     Raises:
         PromptError: A value can't be used.
     """
-    for name, least in (("repetition_penalty", 0.0), ("presence_penalty", None), ("frequency_penalty", None)):
-        value = getattr(options, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+    for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
+        if not _is_number(value := getattr(options, name)) or not isfinite(value):
             raise PromptError(f"{name} must be a number, not {value!r}")
-        if least is not None and value <= least:
-            raise PromptError(f"{name} must be above {least:g}, not {value!r}")
-    bias = options.logit_bias
-    if bias is not None:
-        if not isinstance(bias, Mapping):
-            raise PromptError(f"logit_bias must be a dict from token ids to numbers, not {bias!r}")
-        for value in bias.values():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value < float("inf"):
-                raise PromptError(f"logit_bias must hold numbers, not {value!r}")
+    if options.repetition_penalty <= 0:
+        raise PromptError(f"repetition_penalty must be above 0, not {options.repetition_penalty!r}")
+    bias = {} if options.logit_bias is None else options.logit_bias
+    if not isinstance(bias, Mapping):
+        raise PromptError(f"logit_bias must be a dict from token ids to numbers, not {bias!r}")
+    if wrong := [value for value in bias.values() if not _is_number(value) or not value < float("inf")]:
+        raise PromptError(f"logit_bias must hold numbers, not {wrong[0]!r}")
+
+
+def _check_rules(options: GenerationOptions) -> None:
+    """Checks the other options about what a text may say, as far as that needs no model.
+
+    Raises:
+        PromptError: A value can't be used.
+    """
     if options.response_format is not None and not isinstance(options.response_format, Mapping):
         raise PromptError(f'response_format must be a dict with a "type", not {options.response_format!r}')
     if options.tool_choice is not None and not isinstance(options.tool_choice, str | Mapping):
@@ -220,3 +226,7 @@ def _check_rules(options: GenerationOptions) -> None:
     processors = options.logits_processors
     if processors is not None and not (isinstance(processors, Sequence) and all(map(callable, processors))):
         raise PromptError("logits_processors must be a list of functions of token ids and logits")
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
