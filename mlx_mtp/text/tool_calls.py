@@ -203,7 +203,7 @@ class Tools:
             if isinstance(schema, Mapping):
                 try:
                     kind = validator_for(schema, default=Draft202012Validator)
-                    kind.check_schema(schema)
+                    kind.check_schema(dict(schema))
                 except Exception:  # noqa: S112 - an invalid schema may raise anything, and isn't an error here
                     continue
                 # With an empty registry, schemas that are referred to by URL are never fetched.
