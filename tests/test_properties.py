@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_mtp.config import TextConfig, target_config
-from mlx_mtp.decode.sampling import gumbel, row_seed, seed_key
+from mlx_mtp.decode.noise import gumbel, row_seed, seed_key
 from mlx_mtp.kv import CAPACITY_STEP, BatchKV, KVBuffers, View
 from mlx_mtp.kv import batch as batch_module
 from mlx_mtp.models.ragged import RaggedBlock
