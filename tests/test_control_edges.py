@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
+import mlx_mtp
+from mlx_mtp import MTPError, PromptError
 from mlx_mtp.control.penalties import Penalties
 from mlx_mtp.control.row import Rules
+from mlx_mtp.decode.adjustments import Adjustment
 from mlx_mtp.decode.request import Request
 from mlx_mtp.decode.scheduler import Scheduler
 from mlx_mtp.models.drafter import Drafter
@@ -48,3 +53,64 @@ def test_a_row_that_takes_the_place_of_another_begins_with_a_round_of_its_own(
     requests = [controlled(target, seed, 10 + seed % 2) for seed in range(5)]
     found = run_all(Scheduler(target, drafter, max_rows=max_rows), requests)
     assert found == [alone(target, request) for request in requests]
+
+
+class Failing:
+    """A control that fails after some tokens, with an error of any kind."""
+
+    def __init__(self, place: str, error: Exception):
+        self.place, self.error, self.tokens = place, error, 0
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        self.tokens += len(tokens)
+        self.fail("advance")
+
+    def forced(self) -> list[int]:
+        return []
+
+    def adjustments(self, drafts: Sequence[int]) -> list[Adjustment]:
+        self.fail("adjustments")
+        return [Adjustment(process=self.process)] * (len(drafts) + 1)
+
+    def process(self, logits: mx.array) -> mx.array:
+        self.fail("process")
+        return logits[0] if self.place == "shape" and self.tokens > 3 else logits
+
+    def fail(self, place: str) -> None:
+        if place == self.place and self.tokens > 3:
+            raise self.error
+
+
+@pytest.mark.parametrize("place", ["advance", "adjustments", "process", "shape"])
+@pytest.mark.parametrize("error", [MTPError("not today"), ValueError("not today")], ids=["ours", "other"])
+def test_a_rule_that_fails_ends_its_own_row_alone(pair: tuple[Target, Drafter], place: str, error: Exception):
+    target, drafter = pair
+    scheduler = Scheduler(target, drafter)
+    others = [controlled(target, seed, 12) for seed in range(2)]
+    rows = [scheduler.submit(request) for request in others]
+    failing = scheduler.submit(replace(others[0], control=lambda _: Failing(place, error)))
+    while not all(row.done for row in (*rows, failing)):
+        scheduler.step()
+    assert isinstance(failing.error, PromptError)
+    assert ("must return an array" if place == "shape" else "not today") in str(failing.error)
+    assert [row.tokens for row in rows] == [alone(target, request) for request in others]
+
+
+@pytest.fixture(scope="module")
+def lm() -> Iterator[mlx_mtp.MTPModel]:
+    with mlx_mtp.load() as model:
+        yield model
+
+
+def test_the_error_of_one_row_is_the_answer_to_its_prompt(lm: mlx_mtp.MTPModel):
+    def broken(tokens: Any, logits: mx.array) -> mx.array:
+        raise KeyError("lost")
+
+    prompts: list[dict[str, Any]] = [{"prompt": "Hello!", "logits_processors": [broken]}, {"prompt": "Hello!"}]
+    found = dict(lm.generate_each(prompts, max_tokens=4, temperature=0))
+    assert isinstance(found[0], PromptError)
+    assert "lost" in str(found[0])
+    assert isinstance(found[1], mlx_mtp.Generation)
+    with pytest.raises(PromptError, match="lost") as failure:
+        lm.generate_batch(prompts, max_tokens=4)
+    assert isinstance(failure.value.__cause__, KeyError), "it says where"
