@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,15 @@ from random import Random
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 import mlx_mtp
 from mlx_mtp import MTPError, PromptError
+from mlx_mtp.control.grammar import Grammars
 from mlx_mtp.control.penalties import Penalties
 from mlx_mtp.control.row import Rules
+from mlx_mtp.control.thoughts import ThoughtTokens
 from mlx_mtp.decode.adjustments import Adjustment
 from mlx_mtp.decode.request import Request
 from mlx_mtp.decode.scheduler import Scheduler
@@ -102,6 +106,10 @@ def lm() -> Iterator[mlx_mtp.MTPModel]:
         yield model
 
 
+def letters(text: str) -> dict[str, Any]:
+    return {"response_format": {"type": "regex", "pattern": text}}
+
+
 def test_the_error_of_one_row_is_the_answer_to_its_prompt(lm: mlx_mtp.MTPModel):
     def broken(tokens: Any, logits: mx.array) -> mx.array:
         raise KeyError("lost")
@@ -114,3 +122,54 @@ def test_the_error_of_one_row_is_the_answer_to_its_prompt(lm: mlx_mtp.MTPModel):
     with pytest.raises(PromptError, match="lost") as failure:
         lm.generate_batch(prompts, max_tokens=4)
     assert isinstance(failure.value.__cause__, KeyError), "it says where"
+
+
+def test_a_grammar_of_which_nothing_is_possible_ends_the_text(lm: mlx_mtp.MTPModel):
+    nothing = {token: -float("inf") for token in range(lm.config.text.vocab_size)}
+    for options in ({"temperature": 0}, {"temperature": 1, "top_p": 0.5, "seed": 1}):
+        with pytest.raises(PromptError, match="no other token was possible"):
+            lm.generate("Hello!", 9, **letters("[ab]+"), logit_bias=nothing, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("format", [
+    letters("[^\\s\\S]")["response_format"], letters("\ud800")["response_format"],
+    {"type": "grammar", "grammar": 'start: "\ud800"'}, {"type": "grammar", "grammar": "start: start"},
+    *({"type": "json_schema", "json_schema": {"schema": schema}} for schema in (
+        True, {"$ref": "#"}, {"enum": ["\ud800"]}, json.loads('{"items":' * 300 + "{}" + "}" * 300))),
+], ids=range(8))  # fmt: skip
+def test_formats_that_nothing_fits_are_refused_at_once(lm: mlx_mtp.MTPModel, format: dict[str, Any]):
+    answers = dict(lm.generate_each([{"prompt": "Hello!", "response_format": format}], max_tokens=4))
+    assert isinstance(answers[0], PromptError)
+    assert "response_format" in str(answers[0])
+    with pytest.raises(PromptError, match="response_format"):
+        lm.stream("Hello!", response_format=format)
+
+
+def test_a_grammar_may_name_the_token_that_ends_a_turn(lm: mlx_mtp.MTPModel):
+    named = lm.generate("Hello!", 9, response_format={"type": "grammar", "grammar": 'start: "yes" <turn|>'})
+    assert (named.text, named.finish_reason) == ("yes", "stop")
+
+
+def ids(lm: mlx_mtp.MTPModel, *names: str) -> list[int]:
+    found = [lm.tokenizer.token_id(name) for name in names] if lm.tokenizer else []
+    return [token for token in found if token is not None]
+
+
+def test_a_budget_holds_for_a_thought_after_the_grammars_end(lm: mlx_mtp.MTPModel):
+    """With ignore_eos the text goes on; what drafts are verified by is what holds without drafts."""
+    assert lm.tokenizer
+    begin, end, stop, word = ids(lm, "<|channel>", "<channel|>", "<turn|>", "a")
+    grammars = Grammars(lm.tokenizer.library, lm.config.text.vocab_size, [stop])
+    rules = Rules(
+        vocab_size=lm.config.text.vocab_size,
+        matcher=grammars.matcher({"type": "regex", "pattern": "a"}),
+        thoughts=ThoughtTokens(begin=begin, end=end, special=frozenset({begin, end, stop})),
+        thinking_budget=1,
+    )
+    text = [word, stop, word, begin, word, end, word]
+    drafted, grown = rules.begin([stop]).adjustments(text), rules.begin([stop])
+    for token, mask in zip([*text, None], drafted, strict=True):
+        (alone,) = grown.adjustments([])
+        assert np.array_equal(mask.allowed, alone.allowed) if alone.allowed is not None else mask.allowed is None
+        grown.advance([] if token is None else [token])
+    assert drafted[5].allowed is not None

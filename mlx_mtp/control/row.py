@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..decode.adjustments import Adjustment, Bits
+from ..errors import PromptError
 from .grammar import Matcher, with_token
 from .penalties import Penalties, PenaltyState
 from .thoughts import Thoughts, ThoughtTokens
@@ -66,8 +67,11 @@ class RuledRow:
         for token in tokens:
             if not self._thoughts.begun and token == self._rules.call:
                 self._matcher = None
-            if self._thoughts.push(token) and self._matcher:
-                self._matcher.push(token)
+            if self._thoughts.push(token) and self._matcher and not self._matcher.push(token):
+                self._matcher.allowed()  # if the grammar has become too complex, this says so
+                raise PromptError(
+                    f"the grammar can't be followed: token {token} isn't allowed here, and no other token was possible"
+                )
         if self._penalties:
             self._penalties.advance(tokens)
         if self._rules.processors:
@@ -95,8 +99,8 @@ class RuledRow:
         for draft in drafts:
             if not thoughts.begun and draft == self._rules.call:
                 matcher = None
-            if thoughts.push(draft) and matcher:
-                if matcher.done or not matcher.push(draft):
+            if thoughts.push(draft) and matcher and not matcher.done:
+                if not matcher.push(draft):
                     break
                 taken += 1
             masks.append(self._mask(thoughts, matcher))
