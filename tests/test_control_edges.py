@@ -173,3 +173,42 @@ def test_a_budget_holds_for_a_thought_after_the_grammars_end(lm: mlx_mtp.MTPMode
         assert np.array_equal(mask.allowed, alone.allowed) if alone.allowed is not None else mask.allowed is None
         grown.advance([] if token is None else [token])
     assert drafted[5].allowed is not None
+
+
+def lured(lm: mlx_mtp.MTPModel, tokens: dict[int, str], **options: Any) -> list[str]:
+    """Names of the tokens of a text that is drawn to given ones at some places, if the rules allow them."""
+    known = lm.tokenizer
+    assert known is not None
+    begin: list[int] = []
+
+    def lure(text: Sequence[int], logits: mx.array) -> mx.array:
+        begin[:] = begin or [len(text)]
+        name = tokens.get(len(text) - begin[0])
+        return logits + 1000.0 * (mx.arange(logits.shape[-1]) == known.token_id(name)) if name else logits
+
+    found = lm.generate("Hello!", 20, temperature=0, thinking=True, logits_processors=[lure], **options)
+    return [known.library.id_to_token(token) or "" for token in found.tokens]
+
+
+BEGIN, END, CALL = "<|channel>", "<channel|>", "<|tool_call>"
+
+
+def test_a_call_may_follow_a_thought_or_end_it(lm: mlx_mtp.MTPModel):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+    after = lured(lm, {0: BEGIN, 2: END, 3: CALL}, tools=tools, **letters("[ab]+"))
+    assert after[3] == CALL
+    unlikely = dict.fromkeys(ids(lm, END), -99.0)
+    ending = lured(lm, {0: BEGIN, 2: CALL}, tools=tools, thinking_budget=4, logit_bias=unlikely, **letters("[ab]+"))
+    assert ending[2] == CALL
+    assert END not in ending, "the budget is for thoughts"
+    required = lured(lm, {0: BEGIN, 2: CALL}, tools=tools, tool_choice="required")
+    assert "".join(required[2:8]).startswith("<|tool_call>call:f{")
+    without = lured(lm, {0: BEGIN, 2: CALL, 4: END}, **letters("[ab]+"))
+    assert CALL not in without, "the format allows no call"
+    assert without[4] == END
+
+
+def test_thoughts_are_not_begun_again_and_again(lm: mlx_mtp.MTPModel):
+    text = lured(lm, dict.fromkeys(range(20), BEGIN), thinking_budget=0, **letters("[ab]{3}"))
+    assert text[:2] == [BEGIN, END]
+    assert BEGIN not in text[2:]

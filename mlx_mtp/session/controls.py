@@ -53,6 +53,8 @@ class Controls:
         openers = {call} if call is not None else set()
         if thoughts and options.thinking:
             openers.add(thoughts.begin)
+            if calls not in ("auto", "none"):
+                openers.add(self._call_tokens().begin)
         rules = Rules(
             vocab_size=self._vocab,
             penalties=Penalties(
@@ -110,7 +112,8 @@ class Controls:
         )
         if begin is None or end is None or self._tokenizer is None:
             return None
-        return ThoughtTokens(begin=begin, end=end, special=frozenset(self._tokenizer.special))
+        call = self._tokenizer.token_id(CALL)
+        return ThoughtTokens(begin=begin, end=end, call=call, special=frozenset(self._tokenizer.special))
 
     def _call_tokens(self) -> CallTokens:
         ids = [self._tokenizer.token_id(name) if self._tokenizer else None for name in (CALL, CALL_END, QUOTE)]
