@@ -19,6 +19,7 @@ from mlx_mtp.control.grammar import Grammars
 from mlx_mtp.control.penalties import Penalties
 from mlx_mtp.control.row import Rules
 from mlx_mtp.control.thoughts import ThoughtTokens
+from mlx_mtp.control.tool_grammar import CallTokens, tool_grammar
 from mlx_mtp.decode.adjustments import Adjustment
 from mlx_mtp.decode.request import Request
 from mlx_mtp.decode.scheduler import Scheduler
@@ -212,3 +213,50 @@ def test_thoughts_are_not_begun_again_and_again(lm: mlx_mtp.MTPModel):
     text = lured(lm, dict.fromkeys(range(20), BEGIN), thinking_budget=0, **letters("[ab]{3}"))
     assert text[:2] == [BEGIN, END]
     assert BEGIN not in text[2:]
+
+
+def tool(parameters: Any) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+
+
+def boolean(**more: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": {"a": {"type": "boolean", **more}}, "required": ["a"]}
+
+
+def arrays(depth: int) -> dict[str, Any]:
+    """Arguments with a boolean within so many arrays."""
+    schema: dict[str, Any] = {"type": "boolean"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+
+
+def test_the_grammar_of_arrays_of_arrays_grows_with_their_depth_alone():
+    tokens = CallTokens(begin=1, end=2, quote=3)
+    ten, forty = (len(tool_grammar([{"name": "f", "parameters": arrays(depth)}], tokens)) for depth in (10, 40))
+    assert forty < 5 * ten
+
+
+@pytest.mark.parametrize("parameters, expected", [
+    ([1], None), ("x", None), (boolean() | {"required": 5}, bool), (boolean() | {"required": [["a"]]}, bool),
+    (boolean(type=5), None), (boolean(type=[]), None), (boolean(anyOf=[]), bool),
+    ({"properties": {"a": {"$ref": "#/$defs/x~1y"}}, "required": ["a"], "$defs": {"x/y": {"type": "boolean"}}}, bool),
+], ids=range(8))  # fmt: skip
+def test_odd_schemas_of_tools_allow_what_they_can(lm: mlx_mtp.MTPModel, parameters: Any, expected: type | None):
+    bias = dict.fromkeys(ids(lm, '<|"|>', "}"), 50.0)
+    found = lm.generate(
+        "Hello!", 60, temperature=0, tools=tool(parameters), tool_choice="required", logit_bias=bias,
+        frequency_penalty=1.0,
+    )  # fmt: skip
+    (call, *_) = found.tool_calls
+    assert call["function"]["name"] == "f"
+    for value in call["function"]["arguments"].values() if expected else ():
+        assert isinstance(value, expected)
+
+
+@pytest.mark.parametrize(
+    "parameters, message", [({"properties": {5: {}}}, "isn't JSON"), (arrays(300), "nested too deeply")]
+)
+def test_tools_that_no_grammar_can_be_made_of(lm: mlx_mtp.MTPModel, parameters: Any, message: str):
+    with pytest.raises(PromptError, match=message):
+        lm.generate("Hello!", 3, tools=tool(parameters), tool_choice="f")
