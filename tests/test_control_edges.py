@@ -260,3 +260,14 @@ def test_odd_schemas_of_tools_allow_what_they_can(lm: mlx_mtp.MTPModel, paramete
 def test_tools_that_no_grammar_can_be_made_of(lm: mlx_mtp.MTPModel, parameters: Any, message: str):
     with pytest.raises(PromptError, match=message):
         lm.generate("Hello!", 3, tools=tool(parameters), tool_choice="f")
+
+
+@pytest.mark.parametrize("options", [
+    {"presence_penalty": 10**400}, {"frequency_penalty": -(10**5000)}, {"repetition_penalty": 1e300},
+    {"repetition_penalty": 1e-300}, {"logit_bias": {5: 10**400}}, {"logit_bias": {5: 1e300}},
+    {"logit_bias": {"9" * 5000: 1}},
+], ids=range(7))  # fmt: skip
+def test_numbers_that_no_logit_can_hold_are_refused(lm: mlx_mtp.MTPModel, options: dict[str, Any]):
+    answers = dict(lm.generate_each([{"prompt": "Hello!", **options}], max_tokens=3))
+    assert isinstance(answers[0], PromptError)
+    assert [*options][0] in str(answers[0])

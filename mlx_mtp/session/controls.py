@@ -100,7 +100,9 @@ class Controls:
     def _bias(self, given: Mapping[Any, Any]) -> dict[int, float]:
         bias = {}
         for token, value in given.items():
-            known = int(token) if isinstance(token, str) and token.isdecimal() else token
+            # No longer than the ids of the vocabulary: Python refuses to read numbers of thousands of digits.
+            decimal = isinstance(token, str) and token.isdecimal() and len(token) <= len(str(self._vocab))
+            known = int(token) if decimal else token
             if not is_int(known) or not 0 <= known < self._vocab:
                 raise PromptError(f"logit_bias has {token!r}, which isn't a token id below {self._vocab}")
             bias[known] = float(value)

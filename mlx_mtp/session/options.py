@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from math import isfinite
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..decode.limits import is_int
@@ -191,25 +190,32 @@ def resolve_options(
     return options.updated(overrides if max_tokens is None else {"max_tokens": max_tokens, **overrides})
 
 
+_LARGEST = 1e30
+"""Largest penalty or bias in size: any multiple that a text can come to is still finite in float32."""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
 def _check_rules(options: GenerationOptions) -> None:
     """Checks the options about what a text may say, as far as that needs no model.
 
     Raises:
         PromptError: A value can't be used.
     """
-    for name, least in (("repetition_penalty", 0.0), ("presence_penalty", None), ("frequency_penalty", None)):
-        value = getattr(options, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-            raise PromptError(f"{name} must be a number, not {value!r}")
-        if least is not None and value <= least:
-            raise PromptError(f"{name} must be above {least:g}, not {value!r}")
+    for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
+        if not _is_number(getattr(options, name)):
+            raise PromptError(f"{name} must be a number of at most {_LARGEST:g} in size")
+    if options.repetition_penalty < 1 / _LARGEST:
+        raise PromptError(f"repetition_penalty must be above 0, at least {1 / _LARGEST:g}")
     bias = options.logit_bias
     if bias is not None:
         if not isinstance(bias, Mapping):
             raise PromptError(f"logit_bias must be a dict from token ids to numbers, not {bias!r}")
         for value in bias.values():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value < float("inf"):
-                raise PromptError(f"logit_bias must hold numbers, not {value!r}")
+            if not _is_number(value) and value != -float("inf"):
+                raise PromptError(f"logit_bias must hold numbers of at most {_LARGEST:g} in size, or -inf")
     if options.response_format is not None and not isinstance(options.response_format, Mapping):
         raise PromptError(f'response_format must be a dict with a "type", not {options.response_format!r}')
     if options.tool_choice is not None and not isinstance(options.tool_choice, str | Mapping):
