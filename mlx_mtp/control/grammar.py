@@ -68,11 +68,20 @@ class Grammars:
     def _compile(self, kind: str, source: str) -> LLMatcher:
         from llguidance import LLMatcher
 
-        grammar = _grammar(kind, source)
-        if message := _problem(grammar, self._tokenizer):
-            place = _place(json.loads(source), self._tokenizer) if kind == "json_schema" else ""
-            raise PromptError(f"response_format: the {kind}{place} can't be used: {' '.join(message.split())[:300]}")
-        return LLMatcher(self._tokenizer, grammar, log_level=0)
+        try:
+            grammar = _grammar(kind, source)
+            message = _problem(grammar, self._tokenizer)
+            place = _place(json.loads(source), self._tokenizer) if message and kind == "json_schema" else ""
+        except ValueError as error:  # half a character, or nested too deeply
+            message, place = str(error), ""
+        if not message:
+            matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+            begun = matcher.deep_copy()
+            begun.compute_bitmask()
+            if not begun.is_error():
+                return matcher
+            message = f"no text fits it, or it is too complex: {begun.get_error()}"
+        raise PromptError(f"response_format: the {kind}{place} can't be used: {_line(message)}")
 
 
 class Matcher:
@@ -97,8 +106,8 @@ class Matcher:
         """Takes a token; returns whether the grammar allows it. One that isn't allowed changes nothing."""
         if self.done:
             return True
-        if token in self._stop_tokens:
-            self.done = self._matcher.is_accepting()
+        if token in self._stop_tokens:  # where the grammar may end, or where it names this token itself
+            self.done = bool(int(self.allowed()[token // 32]) >> token % 32 & 1)
             return self.done
         return self._matcher.try_consume_tokens([token]) == 1
 
@@ -111,14 +120,14 @@ class Matcher:
         """The tokens that may follow: uint32 [ceil(vocab / 32)], a bit for each.
 
         Raises:
-            MTPError: The grammar is too complex to be followed here.
+            PromptError: The grammar is too complex to be followed here.
         """
         bits = np.zeros(-(-self._vocab // 32), np.uint32)
         if self._matcher.is_stopped() and not self._matcher.is_error():
             return with_token(bits, *self._stop_tokens)
         found = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
         if self._matcher.is_error():
-            raise MTPError(f"the grammar can't be followed: {' '.join(self._matcher.get_error().split())[:300]}")
+            raise PromptError(f"the grammar can't be followed: {_line(self._matcher.get_error())}")
         bits[: len(found)] = found[: len(bits)]
         return bits
 
@@ -134,6 +143,11 @@ def with_token(bits: Bits, *tokens: int) -> Bits:
     return bits
 
 
+def _line(message: str) -> str:
+    """A message of llguidance's in one line, without the dump of its state."""
+    return " ".join(message.split("<state>")[0].split())[:300]
+
+
 def _source(response_format: Mapping[str, Any]) -> tuple[str, str]:
     """Kind and source of a response format, spelt so that equal ones are equal.
 
@@ -146,7 +160,7 @@ def _source(response_format: Mapping[str, Any]) -> tuple[str, str]:
     if kind == "json_schema":
         given = response_format.get("json_schema")
         schema = given.get("schema", given) if isinstance(given, Mapping) else given
-        if not isinstance(schema, Mapping | bool):
+        if not isinstance(schema, Mapping):
             raise PromptError('response_format of type "json_schema" needs a dict "json_schema" with a "schema"')
         try:
             return kind, json.dumps(schema)

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..decode.adjustments import Adjustment, Bits
+from ..errors import PromptError
 from .grammar import Matcher, with_token
 from .penalties import Penalties, PenaltyState
 from .thoughts import Thoughts, ThoughtTokens
@@ -26,7 +27,8 @@ class Rules:
         penalties: Penalties and biases.
         processors: Called for every position, in turn, after the penalties.
         matcher: At the beginning of the answer's grammar; None for no grammar.
-        openers: Tokens that may begin the text in place of what the grammar wants: a thought's, or a tool call's.
+        openers: Tokens that may begin the text in place of what the grammar wants: a thought's, once, or a tool call's,
+            which may end a thought as well.
         call: Of these, the one that begins a tool call, which the grammar isn't for; None for none.
         thoughts: Tokens that enclose thoughts, if the vocabulary has them.
         thinking_budget: Most tokens of thought; None for any number.
@@ -66,8 +68,11 @@ class RuledRow:
         for token in tokens:
             if not self._thoughts.begun and token == self._rules.call:
                 self._matcher = None
-            if self._thoughts.push(token) and self._matcher:
-                self._matcher.push(token)
+            if self._thoughts.push(token) and self._matcher and not self._matcher.push(token):
+                self._matcher.allowed()  # if the grammar has become too complex, this says so
+                raise PromptError(
+                    f"the grammar can't be followed: token {token} isn't allowed here, and no other token was possible"
+                )
         if self._penalties:
             self._penalties.advance(tokens)
         if self._rules.processors:
@@ -95,8 +100,8 @@ class RuledRow:
         for draft in drafts:
             if not thoughts.begun and draft == self._rules.call:
                 matcher = None
-            if thoughts.push(draft) and matcher:
-                if matcher.done or not matcher.push(draft):
+            if thoughts.push(draft) and matcher and not matcher.done:
+                if not matcher.push(draft):
                     break
                 taken += 1
             masks.append(self._mask(thoughts, matcher))
@@ -107,12 +112,18 @@ class RuledRow:
     def _mask(self, thoughts: Thoughts, matcher: Matcher | None) -> Bits | None:
         rules = self._rules
         if thoughts.inside and rules.thoughts:
-            over = rules.thinking_budget is not None and thoughts.length >= rules.thinking_budget
-            return with_token(np.zeros(-(-rules.vocab_size // 32), np.uint32), rules.thoughts.end) if over else None
+            nothing = np.zeros(-(-rules.vocab_size // 32), np.uint32)
+            if rules.thinking_budget is not None and thoughts.length >= rules.thinking_budget:
+                return with_token(nothing, rules.thoughts.end)
+            call = rules.thoughts.call
+            if call is None or call in rules.openers or not matcher or matcher.done:
+                return None
+            return ~with_token(nothing, call)  # it would end the thought, and the grammar has none
         if not matcher or matcher.done:
             return None
-        openers = () if thoughts.begun or thoughts.length else rules.openers
-        return with_token(matcher.allowed(), *openers)
+        openers = () if thoughts.begun else rules.openers
+        again = rules.thoughts.begin if rules.thoughts and thoughts.opened else None
+        return with_token(matcher.allowed(), *(token for token in openers if token != again))
 
     def _processed(self, drafts: Sequence[int]) -> Callable[[mx.array], mx.array]:
         tokens = [*self._tokens, *drafts]

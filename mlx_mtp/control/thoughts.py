@@ -17,11 +17,13 @@ class ThoughtTokens:
     Attributes:
         begin: Opens a thought.
         end: Closes it.
+        call: Begins a tool call, which ends a thought too; None if there is no such token.
         special: All special tokens; the last one in a prompt tells whether it ends within a thought.
     """
 
     begin: int
     end: int
+    call: int | None = None
     special: frozenset[int]
 
 
@@ -31,6 +33,7 @@ class Thoughts:
     Attributes:
         inside: Whether the text so far ends within a thought.
         length: Tokens of all thoughts so far, their opening and closing ones not counted.
+        opened: Whether there has been a thought.
         begun: Whether anything was said outside of thoughts.
     """
 
@@ -39,12 +42,12 @@ class Thoughts:
         self._tokens = tokens
         last = next((t for t in reversed(prompt) if t in tokens.special), None) if tokens else None
         self.inside = tokens is not None and last == tokens.begin
-        self.length, self.begun = 0, False
+        self.length, self.opened, self.begun = 0, self.inside, False
 
     def copy(self) -> Thoughts:
         """One that can go on by itself."""
         other = Thoughts(self._tokens)
-        other.inside, other.length, other.begun = self.inside, self.length, self.begun
+        other.inside, other.length, other.opened, other.begun = self.inside, self.length, self.opened, self.begun
         return other
 
     def push(self, token: int) -> bool:
@@ -52,11 +55,11 @@ class Thoughts:
         tokens = self._tokens
         if tokens is not None:
             if not self.inside and token == tokens.begin:
-                self.inside = True
+                self.inside = self.opened = True
                 return False
-            if self.inside:
+            if self.inside and token != tokens.call:
                 self.inside = token != tokens.end
                 self.length += self.inside
                 return False
-        self.begun = True
+        self.inside, self.begun = False, True
         return True

@@ -41,12 +41,21 @@ def tool_grammar(functions: Sequence[Mapping[str, Any]], tokens: CallTokens) -> 
         tokens: See there.
 
     Raises:
-        PromptError: A reference in a schema leads nowhere.
+        PromptError: A reference in a schema leads nowhere, or a schema is nested too deeply or has values that aren't
+            JSON's.
     """
     rules = _Rules(tokens)
+    try:
+        return _grammar(functions, rules, tokens)
+    except RecursionError:
+        raise PromptError("a tool's schema is nested too deeply") from None
+    except TypeError as error:
+        raise PromptError(f"a tool's schema isn't JSON: {error}") from None
+
+
+def _grammar(functions: Sequence[Mapping[str, Any]], rules: _Rules, tokens: CallTokens) -> str:
     calls = [
-        f"{_quoted('call:' + function['name'])} {rules.arguments(function.get('parameters') or {})}"
-        for function in functions
+        f"{_quoted('call:' + function['name'])} {rules.arguments(function.get('parameters'))}" for function in functions
     ]
     start = f"start: (<[{tokens.begin}]> ({' | '.join(calls)}) <[{tokens.end}]>)+"
     return "\n".join([start, *rules.lines, *_VALUES.format(quote=f"<[{tokens.quote}]>").splitlines()])
@@ -85,10 +94,10 @@ class _Rules:
         self._root: Mapping[str, Any] = {}
         self._known: dict[str, str] = {}
 
-    def arguments(self, schema: Mapping[str, Any]) -> str:
-        """The arguments of a function; references are looked up in its schema."""
-        self._root, self._known = schema, {}
-        return self._of({"type": "object", **schema})
+    def arguments(self, schema: Any) -> str:
+        """The arguments of a function; references are looked up in its schema. What isn't one allows any arguments."""
+        self._root, self._known = schema if isinstance(schema, Mapping) else {}, {}
+        return self._of({"type": "object", **self._root})
 
     def _of(self, schema: Any) -> str:
         """An expression for the values that a schema allows."""
@@ -97,24 +106,33 @@ class _Rules:
         if isinstance(reference := schema.get("$ref"), str):
             return self._referred(reference)
         for way in ("anyOf", "oneOf"):
-            if isinstance(schema.get(way), Sequence):
+            if isinstance(schema.get(way), Sequence) and schema[way]:
                 return self._any([self._of(part) for part in schema[way]])
         constants = [schema["const"]] if "const" in schema else schema.get("enum")
         if isinstance(constants, Sequence) and constants:
             return self._any([self._constant(value) for value in constants])
-        kinds = schema.get("type", "value")
-        kinds = [kinds] if isinstance(kinds, str) else kinds
+        kinds = schema.get("type")
+        kinds = kinds if isinstance(kinds, Sequence) and not isinstance(kinds, str) and kinds else [kinds]
         return self._any([self._typed(str(kind).lower(), schema) for kind in kinds])
 
     def _typed(self, kind: str, schema: Mapping[str, Any]) -> str:
         if kind == "object" and isinstance(fields := schema.get("properties"), Mapping) and fields:
-            return self._object(fields, set(schema.get("required") or ()))
+            required = schema.get("required")
+            return self._object(fields, required if isinstance(required, Sequence) else ())
         if kind == "array" and "items" in schema:
-            item = self._of(schema["items"])
+            # A rule, since it is needed twice: written out, arrays of arrays would double with each level.
+            item = self._item(schema["items"])
             return f'"[" ({item} ("," {item})*)? "]"'
         return _TYPES.get(kind, "value")
 
-    def _object(self, fields: Mapping[str, Any], required: set[str]) -> str:
+    def _item(self, schema: Any) -> str:
+        """A rule for the items of an array."""
+        at = len(self.lines)
+        self.lines.append("")  # its place is taken first, so that rules within it get other names
+        self.lines[at] = f"item_{at}: {self._of(schema)}"
+        return f"item_{at}"
+
+    def _object(self, fields: Mapping[str, Any], required: Sequence[Any]) -> str:
         """An object: each rule takes the fields from one on, with a comma before it if others came before."""
         first = f"fields_{len(self.lines)}_"
         count = len(fields)
@@ -134,7 +152,8 @@ class _Rules:
         """The rule of a part of the schema, which may refer to itself."""
         if reference not in self._known:
             part: Any = self._root
-            for step in reference.removeprefix("#").strip("/").split("/") if reference != "#" else ():
+            for escaped in reference.removeprefix("#").strip("/").split("/") if reference != "#" else ():
+                step = escaped.replace("~1", "/").replace("~0", "~")
                 if not isinstance(part, Mapping) or step not in part:
                     raise PromptError(f"a tool's schema refers to {reference!r}, which isn't in it")
                 part = part[step]

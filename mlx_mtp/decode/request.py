@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 
 import mlx.core as mx
@@ -266,7 +267,7 @@ class Row:
         if self.control:
             try:
                 self.control.advance(tokens)
-            except MTPError as error:
+            except Exception as error:  # whatever it is, it concerns this row alone
                 self.fail(error)
         if self.host_drafts:
             self.host_drafts.advance(tokens)
@@ -287,13 +288,30 @@ class Row:
         if not self.control or self.done:
             return None
         try:
-            return self.control.adjustments(drafts)
-        except MTPError as error:
+            found = self.control.adjustments(drafts)
+        except Exception as error:
             self.fail(error)
             return None
+        return [replace(it, process=partial(self._processed, it.process)) if it.process else it for it in found]
 
-    def fail(self, error: BaseException) -> None:
-        """Ends the row with an error of its own."""
+    def _processed(self, process: Callable[[mx.array], mx.array], logits: mx.array) -> mx.array:
+        """Logits as a function of the caller's changes them; if it fails, the row ends, and they stay as they are."""
+        try:
+            if self.done:
+                return logits
+            processed = process(logits)
+            if not isinstance(processed, mx.array) or processed.shape != logits.shape:
+                raise PromptError(f"a logits processor must return an array of shape {logits.shape}")
+            return processed.astype(mx.float32)
+        except Exception as error:
+            self.fail(error)
+            return logits
+
+    def fail(self, error: Exception) -> None:
+        """Ends the row with an error of its own, a `PromptError`: what it asks for doesn't work."""
+        if not isinstance(error, PromptError):
+            failed = PromptError(str(error) if isinstance(error, MTPError) else f"a rule of the text failed: {error!r}")
+            failed.__cause__, error = error, failed
         self.error, self.done = error, True
 
     def cancel(self) -> None:

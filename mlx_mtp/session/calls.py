@@ -194,8 +194,9 @@ class Calls:
     def _run(self, answers: Sequence[Answer], rows: int) -> list[Generation]:
         """Runs answers to their end, `rows` at a time."""
         with closing(self._finished(enumerate(answers), rows, Inbox())) as finished:
-            for _ in finished:
-                pass
+            for _, answer in finished:
+                if isinstance(answer, MTPError):
+                    raise answer
         return [answer.generation() for answer in answers]
 
     def _finished(
@@ -203,7 +204,8 @@ class Calls:
     ) -> Generator[tuple[int, Answer | MTPError], None, None]:
         """Runs numbered answers, `rows` at a time, and yields each when it is finished; errors among them at once.
 
-        The iterator may block, or use the model itself.
+        A row's own error (`Row.fail`) takes the place of its answer; any other is raised. The iterator may block, or
+        use the model itself.
         """
         running: dict[int, tuple[int, Answer]] = {}
         try:
@@ -222,11 +224,12 @@ class Calls:
                     continue  # the row had found a stop string before this news came
                 i, answer = running[news.row.number]
                 answer.push(news)
-                if news.error:
-                    raise failure(news.error)
-                if answer.reason:
+                error = failure(news.error) if news.error else None
+                if error and not isinstance(error, PromptError):
+                    raise error
+                if error or answer.reason:
                     del running[news.row.number]
-                    yield i, answer
+                    yield i, error or answer
         finally:
             inbox.close()
 

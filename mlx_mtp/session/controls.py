@@ -53,6 +53,8 @@ class Controls:
         openers = {call} if call is not None else set()
         if thoughts and options.thinking:
             openers.add(thoughts.begin)
+            if calls not in ("auto", "none"):
+                openers.add(self._call_tokens().begin)
         rules = Rules(
             vocab_size=self._vocab,
             penalties=Penalties(
@@ -98,7 +100,9 @@ class Controls:
     def _bias(self, given: Mapping[Any, Any]) -> dict[int, float]:
         bias = {}
         for token, value in given.items():
-            known = int(token) if isinstance(token, str) and token.isdecimal() else token
+            # No longer than the ids of the vocabulary: Python refuses to read numbers of thousands of digits.
+            decimal = isinstance(token, str) and token.isdecimal() and len(token) <= len(str(self._vocab))
+            known = int(token) if decimal else token
             if not is_int(known) or not 0 <= known < self._vocab:
                 raise PromptError(f"logit_bias has {token!r}, which isn't a token id below {self._vocab}")
             bias[known] = float(value)
@@ -110,7 +114,8 @@ class Controls:
         )
         if begin is None or end is None or self._tokenizer is None:
             return None
-        return ThoughtTokens(begin=begin, end=end, special=frozenset(self._tokenizer.special))
+        call = self._tokenizer.token_id(CALL)
+        return ThoughtTokens(begin=begin, end=end, call=call, special=frozenset(self._tokenizer.special))
 
     def _call_tokens(self) -> CallTokens:
         ids = [self._tokenizer.token_id(name) if self._tokenizer else None for name in (CALL, CALL_END, QUOTE)]

@@ -188,7 +188,9 @@ def failure(error: BaseException) -> MTPError:
         error: Exception of the step. One that isn't an `MTPError` becomes the cause of one.
     """
     if isinstance(error, MTPError):
-        return type(error)(str(error))
+        same = type(error)(str(error))
+        same.__cause__ = error.__cause__
+        return same
     failed = MTPError(f"decoding failed, and ended this generation: {error!r}")
     failed.__cause__ = error
     return failed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from math import isfinite
 from typing import TYPE_CHECKING, Any, TypedDict, TypeGuard
 
 from ..decode.limits import is_int
@@ -192,6 +191,14 @@ def resolve_options(
     return options.updated(overrides if max_tokens is None else {"max_tokens": max_tokens, **overrides})
 
 
+_LARGEST = 1e30
+"""Largest penalty or bias in size: any multiple that a text can come to is still finite in float32."""
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
 def _check_penalties(options: GenerationOptions) -> None:
     """Checks penalties and biases.
 
@@ -199,15 +206,15 @@ def _check_penalties(options: GenerationOptions) -> None:
         PromptError: A value can't be used.
     """
     for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
-        if not _is_number(value := getattr(options, name)) or not isfinite(value):
-            raise PromptError(f"{name} must be a number, not {value!r}")
-    if options.repetition_penalty <= 0:
-        raise PromptError(f"repetition_penalty must be above 0, not {options.repetition_penalty!r}")
+        if not _is_number(getattr(options, name)):
+            raise PromptError(f"{name} must be a number of at most {_LARGEST:g} in size")
+    if options.repetition_penalty < 1 / _LARGEST:
+        raise PromptError(f"repetition_penalty must be above 0, at least {1 / _LARGEST:g}")
     bias = {} if options.logit_bias is None else options.logit_bias
     if not isinstance(bias, Mapping):
         raise PromptError(f"logit_bias must be a dict from token ids to numbers, not {bias!r}")
-    if wrong := [value for value in bias.values() if not _is_number(value) or not value < float("inf")]:
-        raise PromptError(f"logit_bias must hold numbers, not {wrong[0]!r}")
+    if any(not _is_number(value) and value != -float("inf") for value in bias.values()):
+        raise PromptError(f"logit_bias must hold numbers of at most {_LARGEST:g} in size, or -inf")
 
 
 def _check_rules(options: GenerationOptions) -> None:
@@ -226,7 +233,3 @@ def _check_rules(options: GenerationOptions) -> None:
     processors = options.logits_processors
     if processors is not None and not (isinstance(processors, Sequence) and all(map(callable, processors))):
         raise PromptError("logits_processors must be a list of functions of token ids and logits")
-
-
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
