@@ -132,14 +132,14 @@ def test_a_grammar_of_which_nothing_is_possible_ends_the_text(lm: mlx_mtp.MTPMod
             lm.generate("Hello!", 9, **letters("[ab]+"), logit_bias=nothing, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("format", [
+@pytest.mark.parametrize("asked", [
     letters("[^\\s\\S]")["response_format"], letters("\ud800")["response_format"],
     {"type": "grammar", "grammar": 'start: "\ud800"'}, {"type": "grammar", "grammar": "start: start"},
     *({"type": "json_schema", "json_schema": {"schema": schema}} for schema in (
         True, {"$ref": "#"}, {"enum": ["\ud800"]}, json.loads('{"items":' * 300 + "{}" + "}" * 300))),
 ], ids=range(8))  # fmt: skip
-def test_formats_that_nothing_fits_are_refused_at_once(lm: mlx_mtp.MTPModel, format: dict[str, Any]):
-    answers = dict(lm.generate_each([{"prompt": "Hello!", "response_format": format}], max_tokens=4))
+def test_formats_that_nothing_fits_are_refused_at_once(lm: mlx_mtp.MTPModel, asked: dict[str, Any]):
+    answers = dict(lm.generate_each([{"prompt": "Hello!", "response_format": asked}], max_tokens=4))
     assert isinstance(answers[0], PromptError)
     assert "response_format" in str(answers[0])
     with pytest.raises(PromptError, match="response_format"):
@@ -270,4 +270,4 @@ def test_tools_that_no_grammar_can_be_made_of(lm: mlx_mtp.MTPModel, parameters: 
 def test_numbers_that_no_logit_can_hold_are_refused(lm: mlx_mtp.MTPModel, options: dict[str, Any]):
     answers = dict(lm.generate_each([{"prompt": "Hello!", **options}], max_tokens=3))
     assert isinstance(answers[0], PromptError)
-    assert [*options][0] in str(answers[0])
+    assert next(iter(options)) in str(answers[0])
