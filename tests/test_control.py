@@ -269,17 +269,18 @@ def test_the_hosts_drafts_are_used_and_counted_apart(drafter: bool):
 
 
 @pytest.mark.usefixtures("steady_prices")
-def test_a_text_that_repeats_itself_is_looked_up(lm: mlx_mtp.MTPModel):
-    line = lm.encode(" the quick brown fox jumps over the lazy dog and runs away;", chat_template=False)
-    again: dict[str, Any] = {
-        "temperature": 0, "max_tokens": 80, "ignore_eos": True,
-        "logits_processors": [lambda tokens, logits: mx.where(
-            mx.arange(logits.shape[-1]) == line[(len(tokens) - len(prompt)) % len(line)], logits, -mx.inf)],
-    }  # fmt: skip
-    prompt = lm.encode(STORY)
-    found = lm.generate(prompt, **again)
-    assert found.tokens == lm.generate(prompt, draft_length=0, **again).tokens
-    assert found.stats.accepted_by_source["prompt"] > 10
+def test_a_text_that_repeats_itself_is_looked_up():
+    with mlx_mtp.load() as lm:  # one that has measured nothing yet
+        line = lm.encode(" the quick brown fox jumps over the lazy dog and runs away;", chat_template=False)
+        again: dict[str, Any] = {
+            "temperature": 0, "max_tokens": 80, "ignore_eos": True,
+            "logits_processors": [lambda tokens, logits: mx.where(
+                mx.arange(logits.shape[-1]) == line[(len(tokens) - len(prompt)) % len(line)], logits, -mx.inf)],
+        }  # fmt: skip
+        prompt = lm.encode(STORY)
+        found = lm.generate(prompt, **again)
+        assert found.tokens == lm.generate(prompt, draft_length=0, **again).tokens
+        assert found.stats.accepted_by_source["prompt"] > 10
 
 
 @pytest.mark.parametrize("options, message", [
