@@ -273,7 +273,11 @@ class MTPModel:
         options: GenerationOptions | None = None,
         **more: Unpack[OptionFields],
     ) -> AsyncIterator[Chunk]:
-        """`stream` for asyncio: doesn't block the event loop; cancelling the task ends the generation."""
+        """`stream` for asyncio: doesn't block the event loop; cancelling the task ends the generation.
+
+        The call itself encodes the prompt and compiles a grammar, which takes seconds for the first grammar of a large
+        vocabulary: `await asyncio.to_thread(lm.astream, prompt, ...)` leaves the event loop free meanwhile.
+        """
         (answer,) = self._calls.prepare(prompt, resolve_options(options, max_tokens, more))
         return self._calls.astream(answer)
 

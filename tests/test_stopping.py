@@ -110,3 +110,9 @@ def test_stop_token_ids(lm: mlx_mtp.MTPModel):
 def test_stop_token_ids_that_are_none(lm: mlx_mtp.MTPModel, wrong: Any):
     with pytest.raises(PromptError, match="stop_token_ids must be a list of token ids below 2048"):
         lm.generate(QUESTION, stop_token_ids=wrong)
+
+
+def test_a_stop_string_that_no_text_can_have_stops_nothing():
+    with mlx_mtp.load() as lm:
+        free = lm.generate("Who are you?", 8, temperature=0)
+        assert lm.generate("Who are you?", 8, temperature=0, stop="\ud800").tokens == free.tokens

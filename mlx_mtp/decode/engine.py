@@ -219,7 +219,7 @@ class Engine:
     def _has_offers(self) -> bool:
         """Whether the host's drafts would be worth waiting for the round in flight, by what is known of the text."""
         offers, latest = self._offers(), self._latest
-        return bool(offers and latest and len(latest.rows) == len(self.rows) and best_offers(latest, offers))
+        return bool(offers and latest and latest.rows is self.rows and best_offers(latest, offers))
 
     def _decide(self, waiting: bool, take_offers: bool = False) -> Decision:
         """Chooses the next round's draft lengths, and makes room for it."""

@@ -205,7 +205,10 @@ class Tokenizer:
 
     def special_id(self, text: str) -> int | None:
         """The id of the special token of that name, or None if there is none."""
-        token = self.token_id(text)
+        try:
+            token = self.token_id(text)
+        except UnicodeEncodeError:  # half a surrogate pair, which no token's name has
+            return None
         return token if token in self.special else None
 
 
