@@ -8,11 +8,14 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 
 from ..session.answer import Generation
 from . import errors
 from .events import Events, event, unless_disconnected
+from .guard import Guard
+from .limits import BodyLimit
 from .openai_chat import ChatBody, ChatReply
 from .openai_completions import CompletionBody, CompletionReply
 from .registry import Models
@@ -56,6 +59,10 @@ def make_app(models: Models, options: ServerOptions | None = None) -> FastAPI:
     # The pages of FastAPI's documentation load scripts from elsewhere.
     app = FastAPI(title="mlx-mtp", lifespan=lifespan, docs_url=None, redoc_url=None)
     errors.add_handlers(app)
+    app.add_middleware(BodyLimit, most_bytes=options.max_body_bytes)
+    app.add_middleware(Guard, options=options)
+    if options.cors_origins:  # outside the guard: a browser asks without the key whether it may send it
+        app.add_middleware(CORSMiddleware, allow_origins=options.cors_origins, allow_methods=["*"], allow_headers=["*"])
     _add_openai(app, service, options)
 
     @app.get("/health")

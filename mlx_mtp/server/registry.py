@@ -27,18 +27,16 @@ class Entry:
     Attributes:
         name: What requests call it.
         load: Loads it.
-        weigh: Returns the bytes of its weights without loading them.
+        weights: Bytes of its weights, target and drafter.
         lm: The model; None while it isn't loaded.
-        weights: Bytes of its weights while it is loaded.
         answers: Answers that run or wait; a model that has any isn't unloaded.
         last_used: When the latest of them ended, by `time.monotonic`.
     """
 
     name: str
     load: Callable[[], MTPModel]
-    weigh: Callable[[], int]
+    weights: int
     lm: MTPModel | None = None
-    weights: int = 0
     answers: int = 0
     last_used: float = field(default_factory=time.monotonic)
 
@@ -102,10 +100,9 @@ class Models:
         async with self._loading:
             if entry.lm is None:
                 try:
-                    weights = await asyncio.to_thread(entry.weigh)
-                    await self._make_room(entry, weights)
+                    await self._make_room(entry)
                     log.info("loading %s", entry.name)
-                    entry.lm, entry.weights = await asyncio.to_thread(entry.load), weights
+                    entry.lm = await asyncio.to_thread(entry.load)
                 except MTPError as error:
                     log.error("%s can't be loaded: %s", entry.name, error)
                     raise RequestError(
@@ -128,24 +125,25 @@ class Models:
             for entry in self.entries.values():
                 await self._unload(entry)
 
-    async def _make_room(self, entry: Entry, weights: int) -> None:
+    async def _make_room(self, entry: Entry) -> None:
         """Unloads models, the longest unused ones first, until the weights of another fit beside the rest."""
         room = sizes.memory_for_models() if self._memory is None else self._memory
-        while weights + sum(it.weights for it in self.entries.values()) > room:
+        while (loaded := self._loaded()) and entry.weights + sum(it.weights for it in loaded) > room:
             unused = self._unused()
             if not unused:
-                if any(it.lm for it in self.entries.values()):
-                    raise RequestError(503, f"models that are answering leave no room for {entry.name!r}: try later")
-                return  # it doesn't fit alone either, and loading it says what is needed
+                raise RequestError(503, f"models that are answering leave no room for {entry.name!r}: try again later")
             await self._unload(unused[0])
+
+    def _loaded(self) -> list[Entry]:
+        return [entry for entry in self.entries.values() if entry.lm]
 
     def _unused(self) -> list[Entry]:
         """Loaded models without answers, the longest unused one first."""
-        unused = [entry for entry in self.entries.values() if entry.lm and not entry.answers]
+        unused = [entry for entry in self._loaded() if not entry.answers]
         return sorted(unused, key=lambda entry: entry.last_used)
 
     async def _unload(self, entry: Entry) -> None:
-        lm, entry.lm, entry.weights = entry.lm, None, 0
+        lm, entry.lm = entry.lm, None
         if lm:
             log.info("unloading %s", entry.name)
             await asyncio.to_thread(lm.close)

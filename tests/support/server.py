@@ -43,4 +43,4 @@ def wait_until(true: Callable[[], bool], seconds: float = 30) -> None:
 
 def entry(name: str = "demo", lm: mlx_mtp.MTPModel | None = None, weights: int = 1) -> Entry:
     """An entry of the embedded pair, or of a model that is loaded already."""
-    return Entry(name, (lambda: lm) if lm else mlx_mtp.load, lambda: weights)
+    return Entry(name, (lambda: lm) if lm else mlx_mtp.load, weights)
