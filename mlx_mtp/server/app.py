@@ -13,9 +13,11 @@ from fastapi.responses import JSONResponse, Response
 
 from ..session.answer import Generation
 from . import errors
+from .anthropic_messages import MessagesBody, MessagesReply
 from .events import Events, event, unless_disconnected
 from .guard import Guard
 from .limits import BodyLimit
+from .metrics import CONTENT_TYPE
 from .openai_chat import ChatBody, ChatReply
 from .openai_completions import CompletionBody, CompletionReply
 from .registry import Models
@@ -64,11 +66,17 @@ def make_app(models: Models, options: ServerOptions | None = None) -> FastAPI:
     if options.cors_origins:  # outside the guard: a browser asks without the key whether it may send it
         app.add_middleware(CORSMiddleware, allow_origins=options.cors_origins, allow_methods=["*"], allow_headers=["*"])
     _add_openai(app, service, options)
+    _add_anthropic(app, service)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
         """Whether the server runs."""
         return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Figures for Prometheus."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
     return app
 
@@ -97,6 +105,24 @@ def _add_openai(app: FastAPI, service: Service, options: ServerOptions) -> None:
         """Completes a text."""
         job = body.job(options.max_tokens)
         return await respond(service, request, job, bool(body.stream), lambda answers: CompletionReply(body, answers))
+
+
+def _add_anthropic(app: FastAPI, service: Service) -> None:
+    """Adds the routes of Anthropic's interface."""
+
+    @app.post("/v1/messages")
+    async def messages(body: MessagesBody, request: Request) -> Response:
+        """Answers a conversation."""
+        if body.max_tokens is None:
+            raise errors.RequestError(400, "max_tokens: Field required")
+        return await respond(
+            service, request, body.job(), bool(body.stream), lambda answers: MessagesReply(body, answers)
+        )
+
+    @app.post("/v1/messages/count_tokens")
+    async def count_tokens(body: MessagesBody) -> dict[str, int]:
+        """Counts the tokens of a conversation."""
+        return {"input_tokens": await service.count_tokens(body.job())}
 
 
 def _model(name: str) -> dict[str, Any]:

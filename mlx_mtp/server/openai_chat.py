@@ -10,8 +10,9 @@ from typing import Any
 from ..decode.logprobs import TokenLogprob
 from ..errors import PromptError
 from ..session.answer import Chunk, Generation
+from .bodies import joined_text
 from .events import event
-from .openai_common import SamplingBody, joined_text, token_name, usage
+from .openai_common import SamplingBody, token_name, usage
 from .service import Answers, Job
 
 

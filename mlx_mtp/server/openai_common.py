@@ -5,21 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from ..errors import PromptError
 from ..session.answer import Generation
 from ..session.options import GenerationOptions
 from ..text.tokenizer import Tokenizer
+from .bodies import Body, options_of
 
 MOST_CHOICES = 128
 """Largest `n`, as in OpenAI's interface."""
-
-
-class Body(BaseModel):
-    """The body of a request. A field that it doesn't have is an error that names it."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class StreamOptions(Body):
@@ -71,9 +65,9 @@ class SamplingBody(Body):
             PromptError: A value can't be used.
         """
         given = {name: getattr(self, name) for name in _OPTIONS} | more
-        return GenerationOptions(
-            **{"max_tokens": most_tokens} | {name: value for name, value in given.items() if value is not None}
-        )
+        if given["max_tokens"] is None:
+            given["max_tokens"] = most_tokens
+        return options_of(**given)
 
 
 _OPTIONS = (
@@ -116,29 +110,6 @@ def usage(generations: Sequence[Generation], n: int) -> dict[str, Any]:
             "rejected_prediction_tokens": sum(it.drafted for it in stats) - accepted,
         },
     }
-
-
-def joined_text(content: Any, kinds: Sequence[str] = ("text",)) -> Any:
-    """The content of a message with its parts joined.
-
-    Args:
-        content: A string, or a list of parts; anything else is returned as it is.
-        kinds: Types of parts that hold text.
-
-    Raises:
-        PromptError: A part holds something else, an image for example.
-    """
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
-        if kind not in kinds:
-            raise PromptError(f"content has a part of the type {kind!r}: this server reads text only")
-        if not isinstance(text, str):
-            raise PromptError("content has a part whose text isn't a string")
-        texts.append(text)
-    return "".join(texts)
 
 
 def token_name(tokenizer: Tokenizer, token: int) -> tuple[str, list[int]]:

@@ -89,7 +89,7 @@ class Models:
         return entry
 
     async def loaded(self, entry: Entry) -> MTPModel:
-        """The model of an entry; loads it if need be. Loads take place one at a time, and others wait for them.
+        """The model of an entry; loads it if need be. One model is loaded at a time; the others' loads wait.
 
         Args:
             entry: One on which the caller holds a place, so that it isn't unloaded meanwhile.
@@ -97,6 +97,8 @@ class Models:
         Raises:
             RequestError: Status 503: it can't be loaded, or models that are answering leave no room for it.
         """
+        if entry.lm is not None:
+            return entry.lm
         async with self._loading:
             if entry.lm is None:
                 try:
@@ -115,9 +117,8 @@ class Models:
         while True:
             await asyncio.sleep(min(seconds, 1.0))
             async with self._loading:
-                for entry in self._unused():
-                    if time.monotonic() - entry.last_used >= seconds:
-                        await self._unload(entry)
+                while unused := [it for it in self._unused() if time.monotonic() - it.last_used >= seconds]:
+                    await self._unload(unused[0])
 
     async def close(self) -> None:
         """Unloads all models; running answers fail."""

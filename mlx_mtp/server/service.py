@@ -19,6 +19,7 @@ from ..session.calls import Prompt
 from ..session.options import GenerationOptions
 from ..text.tokenizer import Tokenizer
 from .errors import RequestError
+from .metrics import Metrics
 from .registry import Entry, Models
 from .settings import ServerOptions
 
@@ -41,11 +42,17 @@ class Job:
 
 
 class Service:
-    """Starts jobs on the models of a server."""
+    """Starts jobs on the models of a server.
+
+    Attributes:
+        models: The models.
+        options: The limits.
+        metrics: Counts what has ended.
+    """
 
     def __init__(self, models: Models, options: ServerOptions) -> None:
         """Takes the models and the limits."""
-        self.models, self.options = models, options
+        self.models, self.options, self.metrics = models, options, Metrics(models)
 
     async def start(self, job: Job) -> Answers:
         """Checks a job and starts it; the caller must close what it returns.
@@ -67,7 +74,7 @@ class Service:
         except BaseException:
             entry.give(count)
             raise
-        return Answers(entry, lm, streams, cancel, self.options.time_limit)
+        return Answers(entry, lm, streams, cancel, self.options.time_limit, self.metrics)
 
     async def count_tokens(self, job: Job) -> int:
         """The number of tokens of a job's prompts; errors as for `start`."""
@@ -121,6 +128,7 @@ class Answers:
         streams: Sequence[AsyncIterator[Chunk]],
         cancel: threading.Event,
         time_limit: float,
+        metrics: Metrics,
     ) -> None:
         """Takes over the places of an entry and its rows.
 
@@ -130,11 +138,12 @@ class Answers:
             streams: One for each answer.
             cancel: Ends all of them.
             time_limit: Seconds after which they end.
+            metrics: Counts them when they have ended.
         """
         self.model, self.count, self.begun = entry.name, len(streams), int(time.time())
         assert lm.tokenizer is not None, "without a tokenizer text isn't encoded"
         self.tokenizer: Tokenizer = lm.tokenizer
-        self._entry, self._streams = entry, streams
+        self._entry, self._streams, self._metrics = entry, streams, metrics
         self._chunks: list[list[Chunk]] = [[] for _ in streams]
         self._timer = asyncio.get_running_loop().call_later(time_limit, cancel.set)
         self._waiting: dict[asyncio.Future[Chunk], int] = {}
@@ -181,3 +190,5 @@ class Answers:
             if isinstance(stream, AsyncGenerator):
                 await stream.aclose()
         self._entry.give(self.count)
+        last = [chunks[-1] for chunks in self._chunks if chunks]
+        self._metrics.count(self.model, [(chunk.finish_reason or "unfinished", chunk.stats) for chunk in last])
