@@ -70,6 +70,15 @@ def test_without_cors_no_page_may_read_answers():
         assert "access-control-allow-origin" not in answer.headers
 
 
+def test_the_page_is_whole_and_asks_nobody_else():
+    with serving(api_key="secret") as (client, _):
+        page = client.get("/")
+        assert page.headers["content-type"].startswith("text/html")
+        assert "default-src 'none'; connect-src 'self'" in page.headers["content-security-policy"]
+        assert not re.findall(r"https?://|\bsrc=|\bhref=|innerHTML", page.text)
+        assert set(re.findall(r'fetch\("([^"]+)"', page.text)) == {"/v1/models", "/v1/chat/completions"}
+
+
 def test_large_bodies_and_long_prompts_are_refused():
     with serving(max_body_bytes=2000, max_prompt_tokens=50) as (client, _):
         large = b'{"messages": [' + b" " * 3000 + b"]}"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from ..session.answer import Generation
 from . import errors
@@ -26,6 +27,15 @@ from .settings import ServerOptions
 
 CREATED = 0
 """`created` of every model: OpenAI's clients want a time, and a model's files don't say when it was made."""
+
+
+PAGE = Path(__file__).parent / "page" / "index.html"
+
+PAGE_POLICY = (
+    "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""The page loads nothing, talks to this server only, and can't be shown within another page."""
 
 
 class Reply(Protocol):
@@ -72,6 +82,11 @@ def make_app(models: Models, options: ServerOptions | None = None) -> FastAPI:
     async def health() -> dict[str, str]:
         """Whether the server runs."""
         return {"status": "ok"}
+
+    @app.get("/", response_class=HTMLResponse)
+    async def page() -> HTMLResponse:
+        """A page to chat with the models."""
+        return HTMLResponse(PAGE.read_text("utf-8"), headers={"Content-Security-Policy": PAGE_POLICY})
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from ..errors import MemoryBudgetError, PromptError
+from ..errors import MemoryBudgetError, MTPError, PromptError
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def add_handlers(app: FastAPI) -> None:
     async def handle(request: Request, error: Exception) -> JSONResponse:
         return response(request.url.path, as_request_error(error))
 
-    for kind in (RequestError, HTTPException, RequestValidationError, Exception):
+    for kind in (RequestError, MTPError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, handle)
 
 
