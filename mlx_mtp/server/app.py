@@ -21,6 +21,7 @@ from .limits import BodyLimit
 from .metrics import CONTENT_TYPE
 from .openai_chat import ChatBody, ChatReply
 from .openai_completions import CompletionBody, CompletionReply
+from .openai_responses import ResponsesBody, ResponsesReply
 from .registry import Models
 from .service import Answers, Job, Service
 from .settings import ServerOptions
@@ -120,6 +121,12 @@ def _add_openai(app: FastAPI, service: Service, options: ServerOptions) -> None:
         """Completes a text."""
         job = body.job(options.max_tokens)
         return await respond(service, request, job, bool(body.stream), lambda answers: CompletionReply(body, answers))
+
+    @app.post("/v1/responses")
+    async def responses(body: ResponsesBody, request: Request) -> Response:
+        """Answers a conversation."""
+        job = body.job(options.max_tokens)
+        return await respond(service, request, job, bool(body.stream), lambda answers: ResponsesReply(body, answers))
 
 
 def _add_anthropic(app: FastAPI, service: Service) -> None:

@@ -76,7 +76,7 @@ class ChatBody(SamplingBody):
     @property
     def _thinking(self) -> bool:
         if self.reasoning_effort is not None:
-            return self.reasoning_effort not in ("none", "minimal")
+            return asks_for_thoughts(self.reasoning_effort)
         return bool((self.chat_template_kwargs or {}).get("enable_thinking", False))
 
 
@@ -141,6 +141,11 @@ class ChatReply:
             return {"token": text, "logprob": logprob, "bytes": raw}
 
         return entry(score.token, score.logprob) | {"top_logprobs": [entry(*it) for it in score.top]}
+
+
+def asks_for_thoughts(effort: str | None) -> bool:
+    """Whether an effort of reasoning asks the model to think first."""
+    return effort not in (None, "none", "minimal")
 
 
 def finish_reason(reason: str, called: bool) -> str:
