@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -16,6 +17,7 @@ from mlx_mtp.server.app import make_app
 from mlx_mtp.server.registry import Entry, Models
 from mlx_mtp.server.settings import ServerOptions
 from tests.support.server import entry, running, wait_until
+from tests.support.tiny_checkpoints import make_pair
 
 
 @contextmanager
@@ -101,3 +103,13 @@ def test_a_load_that_fails_is_told_without_its_reason(caplog: pytest.LogCaptureF
             assert "secret" not in answer.text
         assert ask(client, "good").status_code == 200
     assert "/secret/folder is damaged" in caplog.text
+
+
+def test_a_model_without_a_tokenizer_is_refused_without_its_path(tmp_path: Path):
+    make_pair("31b", tmp_path)
+    lm = mlx_mtp.load(tmp_path / "target", drafter=False)
+    with serving(entry("bare", lm)) as client:
+        answer = client.post("/v1/completions", json={"prompt": [1, 2, 3], "max_tokens": 2})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"].startswith("bare has no tokenizer")
+        assert 'mlx_mtp_answers{model="bare"} 0.0' in client.get("/metrics").text

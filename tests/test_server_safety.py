@@ -99,6 +99,7 @@ def test_a_full_queue_is_said_and_empties_again():
             assert refused.status_code == 429
             assert int(refused.headers["retry-after"]) > 0
             assert refused.json()["error"]["type"] == "rate_limit_error"
+        assert client.post("/v1/chat/completions", json=HELLO | {"n": 10}).status_code == 400
         wait_until(lambda: not scheduler.busy)
         wait_until(lambda: client.post("/v1/chat/completions", json=HELLO).status_code == 200)
 

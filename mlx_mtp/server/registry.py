@@ -50,8 +50,10 @@ class Entry:
         """Takes places for answers.
 
         Raises:
-            RequestError: Status 429, the queue is full.
+            RequestError: Status 429, the queue is full; or 400, these answers alone are too many for it.
         """
+        if count > self.rows + max_queue:
+            raise RequestError(400, f"{count} answers are too many: at most {self.rows + max_queue} may run or wait")
         if self.answers + count > self.rows + max_queue:
             raise RequestError(429, "too many requests are waiting: try again in a moment", "queue_full")
         self.answers += count

@@ -37,8 +37,7 @@ class Items:
         item["status"] = "completed"
         part = item["content"][0]
         here = self._place(item) | {"content_index": 0}
-        extra = {"logprobs": []} if item["type"] == "message" else {}
-        yield {"type": f"response.{part['type']}.done", **here, "text": part["text"], **extra}
+        yield {"type": f"response.{part['type']}.done", **here, "text": part["text"], **_logprobs(item)}
         yield {"type": "response.content_part.done", **here, "part": part}
         yield self._item_event("done", item)
 
@@ -51,21 +50,20 @@ class Items:
         assert item is not None
         part = item["content"][0]
         part["text"] += text
-        extra = {"logprobs": []} if kind == "message" else {}
         here = self._place(item) | {"content_index": 0}
-        yield {"type": f"response.{part['type']}.delta", **here, "delta": text, **extra}
+        yield {"type": f"response.{part['type']}.delta", **here, "delta": text, **_logprobs(item)}
 
     def _begin(self, kind: str) -> Iterator[dict[str, Any]]:
-        item: dict[str, Any] = {
-            "id": _id("rs" if kind == "reasoning" else "msg"),
-            "type": kind,
-            "status": "in_progress",
-        }
-        item |= {"summary": []} if kind == "reasoning" else {"role": "assistant"}
+        item: dict[str, Any] = {"type": kind, "status": "in_progress"}
+        part: dict[str, Any] = {"text": ""}
+        if kind == "reasoning":
+            item |= {"id": _id("rs"), "summary": []}
+            part |= {"type": "reasoning_text"}
+        else:
+            item |= {"id": _id("msg"), "role": "assistant"}
+            part |= {"type": "output_text", "annotations": []}
         self.output.append(item)
         yield self._item_event("added", {**item, "content": []})
-        part: dict[str, Any] = {"type": "reasoning_text" if kind == "reasoning" else "output_text", "text": ""}
-        part |= {} if kind == "reasoning" else {"annotations": []}
         item["content"] = [part]
         self._open = item
         yield {"type": "response.content_part.added", **self._place(item), "content_index": 0, "part": dict(part)}
@@ -87,6 +85,11 @@ class Items:
 
     def _item_event(self, what: str, item: dict[str, Any]) -> dict[str, Any]:
         return {"type": f"response.output_item.{what}", "output_index": len(self.output) - 1, "item": dict(item)}
+
+
+def _logprobs(item: dict[str, Any]) -> dict[str, list[Any]]:
+    """A field that the events of messages must have; there are no log-probabilities in it."""
+    return {"logprobs": []} if item["type"] == "message" else {}
 
 
 def _id(kind: str) -> str:

@@ -88,6 +88,8 @@ class Service:
 
     def _streams(self, lm: MTPModel, job: Job, cancel: threading.Event) -> list[AsyncIterator[Chunk]]:
         """Prepares the rows of a job; runs in a thread, because encoding and compiling a grammar take time."""
+        if lm.tokenizer is None:
+            raise PromptError(f"{lm.folder} has no tokenizer, and a server writes text")
         seed = secrets.randbits(32) if job.options.seed is None else job.options.seed
         try:
             return [
@@ -141,7 +143,7 @@ class Answers:
             metrics: Counts them when they have ended.
         """
         self.model, self.count, self.begun = entry.name, len(streams), int(time.time())
-        assert lm.tokenizer is not None, "without a tokenizer text isn't encoded"
+        assert lm.tokenizer is not None
         self.tokenizer: Tokenizer = lm.tokenizer
         self._entry, self._streams, self._metrics = entry, streams, metrics
         self._chunks: list[list[Chunk]] = [[] for _ in streams]
@@ -155,6 +157,11 @@ class Answers:
         Raises:
             MTPError: Decoding failed.
         """
+        if self.count == 1:  # as below, without a task for each chunk
+            async for chunk in self._streams[0]:
+                self._chunks[0].append(chunk)
+                yield 0, chunk
+            return
         for i, stream in enumerate(self._streams):
             self._waiting[asyncio.ensure_future(anext(stream))] = i
         while self._waiting:
