@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,6 +43,21 @@ class Generation:
     finish_reason: str
     stats: Stats
     logprobs: list[TokenLogprob] | None = None
+
+    @classmethod
+    def joined(cls, chunks: Sequence[Chunk]) -> Generation:
+        """The generation whose chunks these are: all of them, in order, and at least one."""
+        last = chunks[-1]
+        return cls(
+            text="".join(chunk.text for chunk in chunks),
+            reasoning="".join(chunk.reasoning for chunk in chunks),
+            tool_calls=[call for chunk in chunks for call in chunk.tool_calls],
+            tool_errors=[error for chunk in chunks for error in chunk.tool_errors],
+            tokens=[token for chunk in chunks for token in chunk.tokens],
+            finish_reason=last.finish_reason or "length",
+            stats=last.stats,
+            logprobs=None if last.logprobs is None else [score for chunk in chunks for score in chunk.logprobs or ()],
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as JSON values; the statistics include their rates, see `Stats.rates`."""
@@ -134,16 +150,4 @@ class Answer:
 
     def generation(self) -> Generation:
         """The finished answer."""
-        chunks = self._chunks
-        return Generation(
-            text="".join(chunk.text for chunk in chunks),
-            reasoning="".join(chunk.reasoning for chunk in chunks),
-            tool_calls=[call for chunk in chunks for call in chunk.tool_calls],
-            tool_errors=[error for chunk in chunks for error in chunk.tool_errors],
-            tokens=[token for chunk in chunks for token in chunk.tokens],
-            finish_reason=self.reason or "length",
-            stats=self.stats,
-            logprobs=None
-            if self.request.logprobs is None
-            else [score for chunk in chunks for score in chunk.logprobs or ()],
-        )
+        return Generation.joined(self._chunks)

@@ -1,0 +1,184 @@
+"""What the server costs: total tokens per second of clients, as ratios to `generate_batch` in the same process.
+
+    whole      N clients that ask at once and read whole answers / a batch of the same N prompts
+    streaming  the same with server-sent events
+
+All texts have the same length, stop tokens ignored, greedy. Clients run in a process of their own, as they would.
+Turns alternate; medians of ratios, with their spread. Then the time to the first token of requests that arrive at
+random (exponential gaps) at 0.7 times the rate that 8 clients reached.
+
+    python scripts/bench_server.py [--turns 5] [--part embedded] [--part dense] [--requests 40]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import multiprocessing
+import platform
+import random
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Annotated, Any
+
+from mlx_mtp.system.blas import use_openblas
+
+BLAS = use_openblas()  # before MLX is imported
+
+import httpx
+import mlx.core as mx
+import typer
+import uvicorn
+
+import mlx_mtp
+from mlx_mtp.checkpoint.pair import DEMO
+from mlx_mtp.server.app import make_app
+from mlx_mtp.server.registry import Entry, Models
+from scripts.bench_batch import PROMPTS
+from scripts.medium_pair import VOCAB, make_medium_pair
+
+CLIENTS = (1, 4, 8)
+TOKENS = 240
+LOAD = 0.7
+"""Share of the highest rate at which requests arrive at random: above it queues grow without end now and then."""
+
+
+async def _ask(client: httpx.AsyncClient, prompt: list[int], stream: bool) -> tuple[float, float]:
+    """Seconds to the first token and to the end; without streaming they are the same."""
+    body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "stream": stream}
+    begun, first = time.perf_counter(), 0.0
+    async with client.stream("POST", "/v1/completions", json=body) as answer:
+        async for line in answer.aiter_lines():
+            if line and not first:
+                first = time.perf_counter() - begun
+        answer.raise_for_status()
+    return first, time.perf_counter() - begun
+
+
+def ask_at_once(url: str, prompts: Sequence[list[int]], stream: bool) -> float:
+    """Sends all prompts at once; returns seconds until all are answered."""
+
+    async def run() -> float:
+        async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+            begun = time.perf_counter()
+            await asyncio.gather(*(_ask(client, prompt, stream) for prompt in prompts))
+            return time.perf_counter() - begun
+
+    return asyncio.run(run())
+
+
+def ask_at_random(url: str, prompts: Sequence[list[int]], rate: float, count: int) -> list[float]:
+    """Sends `count` prompts at `rate` a second on average; returns seconds to each one's first token."""
+    dice = random.Random(0)  # noqa: S311 - arrivals, not secrets
+
+    async def later(client: httpx.AsyncClient, seconds: float, prompt: list[int]) -> float:
+        await asyncio.sleep(seconds)
+        return (await _ask(client, prompt, stream=True))[0]
+
+    async def run() -> list[float]:
+        at, waits = 0.0, []
+        async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+            for i in range(count):
+                waits.append(later(client, at, prompts[i % len(prompts)]))
+                at += dice.expovariate(rate)
+            return list(await asyncio.gather(*waits))
+
+    return asyncio.run(run())
+
+
+@contextmanager
+def serving(lm: mlx_mtp.MTPModel) -> Iterator[str]:
+    """Serves a model from a thread of this process; gives the address."""
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    app = make_app(Models([Entry("model", lambda: lm, 0)]))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def in_batch(lm: mlx_mtp.MTPModel, prompts: Sequence[list[int]]) -> float:
+    """Seconds that a batch of these prompts takes in Python."""
+    begun = time.perf_counter()
+    lm.generate_batch(prompts, len(prompts), max_tokens=TOKENS, temperature=0, ignore_eos=True)
+    return time.perf_counter() - begun
+
+
+def measure(
+    lm: mlx_mtp.MTPModel, prompts: Sequence[list[int]], clients: Executor, turns: int, requests: int
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Ratios by name, and seconds to first tokens under random load."""
+    ratios: dict[str, list[float]] = {}
+    fastest = float("inf")
+    with serving(lm) as url:
+        for turn in range(turns + 1):
+            for count in CLIENTS:
+                asked = prompts[:count]
+                alone = in_batch(lm, asked)
+                for name, stream in (("whole", False), ("streaming", True)):
+                    seconds = clients.submit(ask_at_once, url, asked, stream).result()
+                    if turn:  # the first time warms up
+                        ratios.setdefault(f"{count} clients, {name}", []).append(alone / seconds)
+                    if count == max(CLIENTS):
+                        fastest = min(fastest, seconds)
+        rate = LOAD * max(CLIENTS) / fastest
+        return ratios, clients.submit(ask_at_random, url, prompts, rate, requests).result()
+
+
+def main(
+    turns: Annotated[int, typer.Option(help="Repetitions of every variant.")] = 5,
+    part: Annotated[list[str] | None, typer.Option(help="embedded, dense (medium size), or both.")] = None,
+    requests: Annotated[int, typer.Option(help="Requests that arrive at random.", min=2)] = 40,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Runs the benchmark and prints its table."""
+    if unknown := set(part or ()) - {"embedded", "dense"}:
+        raise typer.BadParameter(f"unknown part {', '.join(unknown)}: expected embedded or dense", param_hint="--part")
+    print(f"{platform.machine()} {platform.system()}, mlx {mx.__version__} on {mx.default_device()}, BLAS {BLAS}")
+    results: dict[str, Any] = {}
+    spawned = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, mp_context=spawned) as clients:
+        for name in part or ["embedded"]:
+            pair: tuple[Path, Path] | tuple[()] = ()
+            if name == "dense":
+                pair = make_medium_pair("31b", Path(folder))
+                # A server writes text. Tokens that this vocabulary lacks have none, and are counted like others.
+                for file in ("tokenizer.json", "tokenizer_config.json"):
+                    shutil.copy(DEMO / "target" / file, pair[0])
+            with mlx_mtp.load(*pair, dtype="float32", profile=None, cache_bytes=0) as lm:
+                if name == "dense":
+                    prompts = [
+                        mx.random.randint(0, VOCAB, (10 + 7 * i,), key=mx.random.key(i)).tolist() for i in range(8)
+                    ]
+                else:
+                    prompts = [lm.encode(text) for text in PROMPTS]
+                ratios, first = measure(lm, prompts, clients, turns, requests)
+            results |= {f"{name}, {label}": values for label, values in ratios.items()}
+            cuts = quantiles(first, n=20, method="inclusive")
+            results[f"{name}, seconds to the first token, p50"] = [median(first)]
+            results[f"{name}, seconds to the first token, p95"] = [cuts[-1]]
+    if as_json:
+        print(json.dumps({label: median(values) for label, values in results.items()}))
+        return
+    for label, values in results.items():
+        spread = f"   {min(values):.2f} to {max(values):.2f}" if len(values) > 1 else ""
+        print(f"{label:<50} {median(values):8.3f}{spread}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
