@@ -77,7 +77,7 @@ def ask_at_once(url: str, prompts: Sequence[list[int]], stream: bool) -> float:
 
 def ask_at_random(url: str, prompts: Sequence[list[int]], rate: float, count: int) -> list[float]:
     """Sends `count` prompts at `rate` a second on average; returns seconds to each one's first token."""
-    dice = random.Random(0)  # noqa: S311 - arrivals, not secrets
+    dice = random.Random(0)
 
     async def later(client: httpx.AsyncClient, seconds: float, prompt: list[int]) -> float:
         await asyncio.sleep(seconds)

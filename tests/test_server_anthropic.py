@@ -110,7 +110,7 @@ def test_an_answer_keeps_to_a_json_schema(client: anthropic.Anthropic):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change, message",
     [
         ({"messages": [{"role": "king", "content": "Hi"}]}, "the role 'king'"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "reads text only"),

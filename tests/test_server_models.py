@@ -23,9 +23,9 @@ from tests.support.tiny_checkpoints import make_pair
 @contextmanager
 def serving(*entries: Entry, memory: int = 1, **options: float) -> Iterator[httpx.Client]:
     """A server of these models, in whose memory one of weight 1 fits at a time, and a client of it."""
-    with running(make_app(Models(entries, memory), ServerOptions(**options))) as url:  # type: ignore[arg-type]
-        with httpx.Client(base_url=url, timeout=60) as client:
-            yield client
+    app = make_app(Models(entries, memory), ServerOptions(**options))  # type: ignore[arg-type]
+    with running(app) as url, httpx.Client(base_url=url, timeout=60) as client:
+        yield client
 
 
 def ask(client: httpx.Client, model: str | None) -> httpx.Response:

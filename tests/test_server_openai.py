@@ -259,7 +259,7 @@ def test_plain_completion_uses_no_chat_template(client: openai.OpenAI, lm: mlx_m
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "message"),
+    "path, body, message",
     [
         ("chat/completions", b"{", "isn't JSON"),
         ("chat/completions", {"messages": []}, "the prompt is empty"),

@@ -33,9 +33,11 @@ def lm() -> Iterator[mlx_mtp.MTPModel]:
 
 @pytest.fixture(scope="module")
 def client(lm: mlx_mtp.MTPModel) -> Iterator[openai.OpenAI]:
-    with running(make_app(Models([entry("demo", lm)]))) as url:
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made:
-            yield made
+    with (
+        running(make_app(Models([entry("demo", lm)]))) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made,
+    ):
+        yield made
 
 
 def test_a_text_is_that_of_the_same_call_in_python(client: openai.OpenAI, lm: mlx_mtp.MTPModel):
@@ -99,7 +101,7 @@ def test_an_answer_keeps_to_a_json_schema(client: openai.OpenAI):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change, message",
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"tools": [{"type": "web_search"}]}, "aren't supported"),

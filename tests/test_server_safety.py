@@ -28,9 +28,12 @@ LONG = HELLO | {"max_tokens": 4000, "ignore_eos": True}
 @contextmanager
 def serving(**options: Any) -> Iterator[tuple[httpx.Client, mlx_mtp.MTPModel]]:
     """A server with these options: a client of it, and its model."""
-    with mlx_mtp.load() as lm, running(make_app(Models([entry("demo", lm)]), ServerOptions(**options))) as url:
-        with httpx.Client(base_url=url, timeout=60) as client:
-            yield client, lm
+    with (
+        mlx_mtp.load() as lm,
+        running(make_app(Models([entry("demo", lm)]), ServerOptions(**options))) as url,
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
+        yield client, lm
 
 
 def test_a_key_opens_everything_but_the_health_check():
@@ -112,7 +115,7 @@ def test_an_answer_that_takes_too_long_ends_with_what_it_has():
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    "given, message",
     [
         (["--host", "0.0.0.0"], "needs --api-key"),
         (["--quantize", "7"], "--quantize"),
