@@ -61,7 +61,8 @@ def test_a_model_that_is_answering_is_not_unloaded():
     body = {"prompt": "One", "max_tokens": 4000, "ignore_eos": True, "stream": True}
     with serving(a, b) as client:
         with client.stream("POST", "/v1/completions", json=body) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()  # dropping it would end the answer
+            next(lines)
             refused = ask(client, "b")
             assert refused.status_code == 503
             assert refused.headers["retry-after"]
