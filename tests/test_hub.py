@@ -127,7 +127,7 @@ SMALL = (
     (["-m", "mlx_mtp", "generate", "x", "--model", "org/model-assistant"], "is a drafter, not a target"),
     (["-m", "mlx_mtp", "convert", "org/llama", "new"], "model_type 'llama' isn't supported"),
     (["-m", "mlx_mtp", "convert", "org/quantised", "new"], "is quantised already"),
-    (["-m", "mlx_mtp", "convert", "org/model", "/"], "/ exists already"),
+    (["-m", "mlx_mtp", "convert", "org/model", "/"], "/ exists and isn't the result"),
     (["-c", SMALL], "for its weights, and models can have 100.00 kB here"),
 ])  # fmt: skip
 def test_what_cannot_be_used_is_not_downloaded(hub: Hub, run: Run, command: list[str], culprit: str):

@@ -162,7 +162,8 @@ def test_closing_the_model_ends_those_who_wait():
         except MTPError as error:
             errors.append(str(error))
 
-    calls = [lambda: lm.generate(QUESTION, **LONG), lambda: list(lm.stream(PROMPT)), lambda: lm.logits(PROMPT)]
+    prompt = PROMPT[:1000]  # of one chunk, which nothing interrupts
+    calls = [lambda: lm.generate(QUESTION, **LONG), lambda: list(lm.stream(prompt)), lambda: lm.logits(prompt)]
     threads = [threading.Thread(target=read, args=(call,)) for call in calls]
     for thread in threads:
         thread.start()

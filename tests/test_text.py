@@ -307,7 +307,7 @@ def test_templates_are_found_where_transformers_finds_them(folder: Path, tmp_pat
     (tmp_path / "chat_template.jinja").unlink()
     assert found() == ("json", "file's tools")
     (tmp_path / "chat_template.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="no JSON object"):
+    with pytest.raises(CheckpointError, match="isn't a JSON object"):
         found()
 
 
