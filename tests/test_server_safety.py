@@ -73,7 +73,7 @@ def test_without_cors_no_page_may_read_answers():
         assert "access-control-allow-origin" not in answer.headers
 
 
-def test_the_page_is_whole_and_asks_nobody_else():
+def test_the_page_loads_nothing_from_elsewhere():
     with serving(api_key="secret") as (client, _):
         page = client.get("/")
         assert page.headers["content-type"].startswith("text/html")

@@ -31,9 +31,7 @@ _SHUTDOWN_SECONDS = 15
 def serve(
     models: Annotated[
         list[str] | None,
-        typer.Argument(
-            help="Folders or repositories. Default: the demo pair.", metavar="[MODEL]...", show_default=False
-        ),
+        typer.Argument(help="Folders or repositories. Default: the demo pair.", metavar="MODEL", show_default=False),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to bind to.", metavar="ADDRESS")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 for a free one.", min=0, max=65535, metavar="N")] = 8080,

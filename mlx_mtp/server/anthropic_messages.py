@@ -222,7 +222,7 @@ def _turns(message: dict[str, Any]) -> list[dict[str, Any]]:
             calls.append({"id": block.get("id"), "type": "function", "function": function})
         elif kind == "thinking":
             thoughts.append(str(block.get("thinking", "")))
-        elif kind != "redacted_thinking":  # nothing of that can be read
+        elif kind != "redacted_thinking":  # it is encrypted
             texts.append(block)
     turn: dict[str, Any] = {"role": role, "content": joined_text(texts)}
     turn |= {"tool_calls": calls} if calls else {}

@@ -134,7 +134,7 @@ class ResponsesReply:
         (generation,) = generations
         items = Items()
         for _ in items.add(generation.reasoning, generation.text, map(written_call, generation.tool_calls)):
-            pass  # events, which nobody reads here
+            pass  # the events aren't needed here
         return self._ended(generation, items)
 
     async def events(self) -> AsyncGenerator[str, None]:

@@ -20,7 +20,7 @@ class Items:
         self._open: dict[str, Any] | None = None
 
     def add(self, reasoning: str, text: str, calls: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Takes what a chunk brings, and yields the events of it; calls are in the form of chat completions."""
+        """Takes what a chunk brings, and yields its events; calls are in the form of chat completions."""
         if reasoning:
             yield from self._grow("reasoning", reasoning)
         if text:
@@ -30,7 +30,7 @@ class Items:
             yield from self._call(call)
 
     def close(self) -> Iterator[dict[str, Any]]:
-        """Ends the item that is growing, if there is one, and yields the events of that."""
+        """Ends the item that is growing, if there is one, and yields the events that say so."""
         item, self._open = self._open, None
         if item is None:
             return

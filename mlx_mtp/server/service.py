@@ -1,4 +1,4 @@
-"""Runs jobs: from a job to rows of a model's running batch, and from their chunks to whoever asked.
+"""Runs jobs: from a job to rows of a model's running batch, and from their chunks to the response.
 
 Not here: what requests and responses look like (the translations).
 """
