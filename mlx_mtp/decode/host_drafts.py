@@ -35,6 +35,10 @@ WEIGHT, FADE = 4.0, 0.95
 """Tokens that a prior is worth, and what every token leaves of the counts: a text may leave its source, and return."""
 
 
+NEIGHBOURS_LOSS = 0.02
+"""The share by which drafts of the host's may make a round longer for rows that have none: they gain nothing by it."""
+
+
 @dataclass(frozen=True)
 class Offer:
     """Drafts for a row.
@@ -142,12 +146,13 @@ def best_offers(decision: Decision, offers: Mapping[int, Offer]) -> dict[int, Of
         return {}
     lengths, taken = [*decision.lengths], dict[int, Offer]()
     tokens, seconds = decision.best[1] * count, decision.best[0]
+    longest = seconds * (1 + NEIGHBOURS_LOSS) if len(offers) < count else np.inf
     for i, offer in offers.items():
         expected = offer.tokens_by_length()
         others, total = tokens - decision.best[1], sum(lengths) - lengths[i]
         steps = max((own for j, own in enumerate(lengths) if j != i and j not in taken), default=0)
         took = cost.seconds(np.array(steps), (total + np.arange(1, len(expected))) / count)
-        goodput = (others + np.array(expected[1:])) / took
+        goodput = np.where(took <= longest, (others + np.array(expected[1:])) / took, 0.0)
         best = int(goodput.argmax())
         if goodput[best] > tokens / seconds:
             taken[i] = Offer(offer.source, offer.tokens[: best + 1], offer.chance)
