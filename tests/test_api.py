@@ -47,6 +47,18 @@ def test_a_stream_adds_up_to_the_generation(lm: mlx_mtp.MTPModel):
     assert chunks[-1].finish_reason == whole.finish_reason
 
 
+def test_chunks_say_what_came_from_drafts(lm: mlx_mtp.MTPModel):
+    chunks = list(lm.stream("What is a drafter?", max_tokens=60, temperature=0.0, draft_length=4, stop=["verif"]))
+    for chunk in chunks:
+        assert "".join(span.text for span in chunk.spans) == chunk.text
+    spans = [span for chunk in chunks for span in chunk.spans]
+    stats = chunks[-1].stats
+    assert 0 < sum(span.drafted for span in spans) <= stats.accepted
+    assert sum(not span.drafted for span in spans) >= 2  # the first token and at least one bonus token
+    plain = list(lm.stream("What is a drafter?", max_tokens=60, temperature=0.0, draft_length=0))
+    assert not any(span.drafted for chunk in plain for span in chunk.spans)
+
+
 def test_it_ends_by_itself_or_where_told(lm: mlx_mtp.MTPModel):
     ended = lm.generate(QUESTION, max_tokens=400, temperature=0)
     assert ended.finish_reason == "stop" and ended.tokens[-1] in lm.defaults.stop_tokens

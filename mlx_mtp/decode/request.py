@@ -171,6 +171,7 @@ class Row:
         limit: Most tokens that it can generate, see `token_limit`.
         width: Rows that the batch may have while this row is active, if more than the scheduler's `max_rows`.
         tokens: The tokens generated so far, the stop token included.
+        drafted: For each of `tokens`, whether it was an accepted draft. Only ever grows.
         unread: Those of `tokens` that `pop_unread` hasn't returned yet.
         logprobs: One for each of `tokens`, if they were asked for. Only ever grows.
         control: Steers its tokens; None for none.
@@ -198,6 +199,7 @@ class Row:
         self.number = next(_NUMBERS)
         self.request, self.stats, self.limit, self.width = request, stats, limit, width
         self.tokens: list[int] = []
+        self.drafted: list[bool] = []
         self.unread: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.control = request.control(request.prompt) if request.control else None
@@ -262,6 +264,7 @@ class Row:
             self.logprobs += [
                 TokenLogprob(token, own, top[:count]) for token, (own, top) in zip(tokens, scores, strict=False)
             ]
+        self.drafted += [i < accepted for i in range(len(tokens))]  # before `tokens`, which other threads read
         self.tokens += tokens
         self.unread += tokens
         if self.control:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..decode.logprobs import TokenLogprob
 from ..decode.request import Request, Row, Stats
@@ -64,12 +64,25 @@ class Generation:
         return asdict(self) | {"stats": asdict(self.stats) | self.stats.rates()}
 
 
+class Span(NamedTuple):
+    """A piece of text.
+
+    Attributes:
+        text: The text that one token completed, or that the end of the answer let go.
+        drafted: Whether that token was a draft that the target accepted; else it is the target's own.
+    """
+
+    text: str
+    drafted: bool
+
+
 @dataclass(frozen=True)
 class Chunk:
     """A piece of a streamed generation. The joined texts of all chunks are `Generation.text`.
 
     Attributes:
         text: New text; may be empty while a character or a possible stop string is incomplete.
+        spans: The same text, token by token, for those who want to show what came from drafts. Never an empty one.
         reasoning: New reasoning; only the first chunks of a generation have any.
         tool_calls: Tool calls that are now complete, see `Generation`.
         tool_errors: Errors of calls that ended in this chunk, see `Generation`.
@@ -87,6 +100,7 @@ class Chunk:
     finish_reason: str | None
     stats: Stats
     logprobs: list[TokenLogprob] | None = None
+    spans: Sequence[Span] = ()
 
 
 class Answer:
@@ -126,25 +140,30 @@ class Answer:
         if news.done and not news.error:  # an error cuts the answer off: there is no finish reason
             stopped = bool(tokens) and tokens[-1] in self.request.stop_tokens
             reason = "cancelled" if news.cancelled else "stop" if stopped else "length"
-        text = reasoning = ""
+        reasoning = ""
+        spans = list[Span]()
+        begin = self._generated
         known, failed = (len(decoder.calls), len(decoder.errors)) if decoder else (0, 0)
         for i, token in enumerate(tokens):
             answer, piece = decoder.push([token]) if decoder else ("", "")
-            text, reasoning = text + stops.push(answer), reasoning + piece
+            spans.append(Span(stops.push(answer), news.row.drafted[begin + i]))
+            reasoning += piece
             if stops.hit:  # the round's later tokens depend on the draft length: drop them
                 tokens = tokens[: i + 1]
                 break
         if decoder and reason:
-            text += stops.push(decoder.finish()) + stops.finish()
+            spans.append(Span(stops.push(decoder.finish()) + stops.finish(), False))
         self.reason = "stop" if stops.hit else reason
         calls, errors = (decoder.calls[known:], decoder.errors[failed:]) if decoder else ([], [])
-        begin, self._generated = self._generated, self._generated + len(tokens)
+        self._generated += len(tokens)
         scores = None if self.request.logprobs is None else news.row.logprobs[begin : self._generated]
         vars(self.stats).update(vars(news.stats))
         if stops.hit:
             self.row.cancel()
             self.stats.generated_tokens = self._generated
-        chunk = Chunk(text, reasoning, calls, errors, tokens, self.reason, self.stats, scores)
+        spans = [span for span in spans if span.text]
+        text = "".join(span.text for span in spans)
+        chunk = Chunk(text, reasoning, calls, errors, tokens, self.reason, self.stats, scores, spans)
         self._chunks.append(chunk)
         return chunk
 
