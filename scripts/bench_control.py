@@ -1,6 +1,7 @@
 """What control over the text costs, and what the host's drafts bring, as ratios of speeds in one run.
 
     beside        seven free rows beside one that is held to a JSON schema / beside one that is free as well
+    beside, 26b   the same on a mixture-of-experts pair of medium size, whose rounds take longer
     json          a record by schema with draft length "auto" / 0
     prediction    a text of which 90 % are known, with a prediction / with draft length 0
     quoting       a text that says again what its prompt says, "auto" with the host's drafts / with the drafter alone
@@ -16,10 +17,12 @@ from __future__ import annotations
 
 import json
 import platform
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 from unittest import mock
 
@@ -34,6 +37,7 @@ import typer
 import mlx_mtp
 from mlx_mtp.control.grammar import Grammars
 from mlx_mtp.decode.host_drafts import HostDrafts
+from scripts.medium_pair import add_tokenizer, make_medium_pair
 
 SCHEMA = {
     "type": "object",
@@ -86,10 +90,16 @@ def compare(name: str, bound: str, ours: Turn, baseline: Turn, turns: int) -> No
 def free_rows(lm: mlx_mtp.MTPModel, constrained: bool) -> float:
     """Seconds until seven free rows have their tokens, beside one that is constrained, or free as well."""
     rows: list[dict[str, Any]] = [{"prompt": prompt, "max_tokens": 100, "ignore_eos": True} for prompt in FREE]
-    if constrained:  # long enough to be there until the others are done
-        rows[-1] = {"prompt": FREE[-1], "max_tokens": 2000, "response_format": LONG_RECORDS}
-    found = lm.generate_batch(rows, temperature=0)
-    return max(it.stats.generation_seconds for it in found[:-1])
+    enough = threading.Event()
+    if constrained:  # it is there until the others are done
+        rows[-1] = {"prompt": FREE[-1], "max_tokens": 2000, "response_format": LONG_RECORDS, "cancel": enough}
+    slowest = 0.0
+    for finished, (index, result) in enumerate(lm.generate_each(rows, temperature=0), 1):
+        if index < len(rows) - 1:
+            slowest = max(slowest, result.stats.generation_seconds)
+        if finished == len(rows) - 1:
+            enough.set()
+    return slowest
 
 
 def without_lookup() -> Any:
@@ -131,6 +141,11 @@ def main(
                     return timed(prompt, max_tokens=150)()
 
             compare(name, bound, ours, alone, turns)
+    with TemporaryDirectory() as folder:
+        pair = make_medium_pair("26b", Path(folder))
+        add_tokenizer(pair[0])
+        with mlx_mtp.load(*pair, dtype="float32", profile=None) as lm:
+            compare("beside, 26b", ">= 0.97", lambda: free_rows(lm, True), lambda: free_rows(lm, False), turns)
     if tokenizer:
         mask_cost(tokenizer)
 

@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import platform
 import random
-import shutil
 import socket
 import tempfile
 import threading
@@ -39,11 +38,10 @@ import typer
 import uvicorn
 
 import mlx_mtp
-from mlx_mtp.checkpoint.pair import DEMO
 from mlx_mtp.server.app import make_app
 from mlx_mtp.server.registry import Entry, Models
 from scripts.bench_batch import PROMPTS
-from scripts.medium_pair import VOCAB, make_medium_pair
+from scripts.medium_pair import VOCAB, add_tokenizer, make_medium_pair
 
 CLIENTS = (1, 4, 8)
 TOKENS = 240
@@ -157,9 +155,7 @@ def main(
             pair: tuple[Path, Path] | tuple[()] = ()
             if name == "dense":
                 pair = make_medium_pair("31b", Path(folder))
-                # A server writes text. Tokens that this vocabulary lacks have none, and are counted like others.
-                for file in ("tokenizer.json", "tokenizer_config.json"):
-                    shutil.copy(DEMO / "target" / file, pair[0])
+                add_tokenizer(pair[0])  # a server writes text
             with mlx_mtp.load(*pair, dtype="float32", profile=None, cache_bytes=0) as lm:
                 if name == "dense":
                     prompts = [

@@ -10,6 +10,7 @@ all the work of their architecture.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_mtp.checkpoint.pair import DEMO
 from mlx_mtp.config import drafter_config, target_config
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
@@ -71,6 +73,12 @@ def make_medium_pair(kind: str, folder: Path) -> tuple[Path, Path]:
     inner = {name: name if name.startswith(("pre_", "post_")) else f"model.{name}" for name in weights}
     _rewrite(drafter, raw, {inner[name]: value for name, value in weights.items()})
     return target, drafter
+
+
+def add_tokenizer(target: Path) -> None:
+    """Gives a target the embedded pair's tokenizer, for what needs text; the vocabulary's further tokens have none."""
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / "target" / file, target)
 
 
 def _random(model: nn.Module, seed: int) -> dict[str, mx.array]:
