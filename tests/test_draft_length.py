@@ -11,7 +11,8 @@ from statistics import geometric_mean
 
 import pytest
 
-from mlx_mtp.decode.draft_length import DraftLengthPolicy
+from mlx_mtp.decode.draft_length import Decision, DraftLengthPolicy
+from mlx_mtp.decode.host_drafts import Offer, best_offers
 from mlx_mtp.decode.limits import MAX_DRAFT_LENGTH
 from mlx_mtp.decode.request import Request, Row, Stats
 from mlx_mtp.decode.round_cost import Prices
@@ -265,3 +266,22 @@ def test_unmeasured_rounds_are_no_reason_to_stop():
 
 def test_texts_of_the_clock_are_what_they_say():
     assert TEXTS["drifting"](0, 0) > 0.9 and TEXTS["drifting"](1999, 3) < 0.15
+
+
+def test_what_it_costs_to_wait_for_the_host_is_learnt_and_forgotten():
+    policy, (row,) = DraftLengthPolicy(), rows_of(10_000)
+
+    def plain(rounds: int) -> Decision:
+        for _ in range(rounds):
+            policy.observe(policy.next([row], drafting=False), [0], 0.01)
+        return policy.next([row], drafting=False)
+
+    decision = plain(40)
+    assert decision.cost
+    one, many = ({0: Offer("grammar", [1] * count, 1.0)} for count in (1, 15))
+    assert best_offers(decision, one) and best_offers(decision, many)
+    for _ in range(30):
+        policy.observe(replace(decision, lengths=[1], given=one), [1], 0.06, built_ahead=False)
+    assert 0.009 < decision.cost.wait_seconds < 0.02  # a round counts for twice its expected time at most
+    assert not best_offers(decision, one) and best_offers(decision, many)
+    assert best_offers(plain(400), one)

@@ -124,26 +124,32 @@ class DraftLengthPolicy:
         lengths = [length and max(0, min(length, row.remaining - 1)) for row, length in zip(rows, wanted, strict=True)]
         return Decision(rows, lengths, trial is not None, cost, self._best)
 
-    def observe(self, decision: Decision, accepted: Sequence[int | None], seconds: float | None) -> None:
+    def observe(
+        self, decision: Decision, accepted: Sequence[int | None], seconds: float | None, built_ahead: bool = True
+    ) -> None:
         """Learns from a finished round.
 
         Args:
             decision: What `next` returned for it.
             accepted: Accepted drafts of each row, without the bonus token; None for rows that were done before.
             seconds: How long the round took; None if it couldn't be measured.
+            built_ahead: Whether it was built before the previous round was read, so that the device didn't wait.
         """
-        assert decision.cost
-        if seconds is not None:
+        cost, lengths = decision.cost, decision.lengths
+        assert cost
+        if seconds is not None and built_ahead:
             # Drafts of the host's cost no steps of the drafter, which the price of a length has in it.
-            saved = max(decision.lengths) - decision.steps
-            decision.cost.observe(decision.lengths, seconds + saved * decision.cost.draft_seconds)
+            saved = max(lengths) - decision.steps
+            cost.observe(lengths, seconds + saved * cost.draft_seconds)
+        elif seconds is not None:
+            cost.observe_wait(float(cost.seconds(decision.steps, float(np.mean(lengths)))), seconds)
         outcome = [
             (row.number, length, count)
-            for i, (row, length, count) in enumerate(zip(decision.rows, decision.lengths, accepted, strict=True))
+            for i, (row, length, count) in enumerate(zip(decision.rows, lengths, accepted, strict=True))
             if count is not None and row.draft_length is None and i not in decision.given
         ]
         if decision.trial and outcome:
-            took = float(decision.cost.seconds(np.max(decision.lengths), float(np.mean(decision.lengths))))
+            took = float(cost.seconds(np.max(lengths), float(np.mean(lengths))))
             tokens = 1 + sum(count for _, _, count in outcome) / len(outcome)
             self._credit -= took / decision.best[0] - tokens / decision.best[1]
             self._rounds_to_choice = 0

@@ -313,9 +313,12 @@ class Engine:
                         row.receive(choices, count, length, scores.get(i), given.get(i))
                 if done.decision:
                     # The measured time overlaps with the next round: on a CPU, MLX computes while a round is submitted.
-                    # It counts only if both rounds cost about the same.
-                    own = before and len(in_flight) == 1 and same_cost(done.decision.lengths, next_lengths)
-                    self._policy.observe(done.decision, accepted, self._read_at - before if before and own else None)
+                    # It counts only if both rounds cost about the same, or if there is no next one yet.
+                    ahead = not done.decision.given or bool(next_lengths)
+                    own = before and len(in_flight) == 1
+                    own = own and (not ahead or same_cost(done.decision.lengths, next_lengths))
+                    seconds = self._read_at - before if before and own else None
+                    self._policy.observe(done.decision, accepted, seconds, ahead)
 
     def _settled(self, result: mx.array) -> mx.array:
         """A result that the host will wait for; a trace first records the work up to it."""

@@ -23,6 +23,8 @@ MAX_SLOWDOWN = 1.25
 """A round counts for at most this times its expected time: the machine may pause."""
 MAX_AGE = 64
 """Rounds after which a price that wasn't measured again is doubted."""
+WAIT_WEIGHT = 1 / 8
+"""Weight of the latest round in the estimate of what a round costs more that can't be built ahead."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class RoundCost:
         self._cached_line: list[float] | None = None
         self._draft: float = prices.draft if prices else like._draft if like else PRIOR_DRAFT
         self._packing: float = prices.packing if prices else like._packing if like else 0.0
+        self._wait: float = like._wait if like else 0.0
 
     @property
     def _line(self) -> list[float]:
@@ -98,6 +101,11 @@ class RoundCost:
         """Expected seconds of a step of the drafter."""
         return self._scale * self._draft
 
+    @property
+    def wait_seconds(self) -> float:
+        """Expected seconds that the device waits for the host if a round isn't built before the last one is read."""
+        return self._wait
+
     def even(self, length: int) -> float:
         """Expected seconds of a round in which all rows have this draft length."""
         return self._scale * self._line[length]
@@ -119,6 +127,16 @@ class RoundCost:
         even = np.interp(mean, range(len(self._line)), self._line)
         return np.asarray(self._scale * (even + (steps - mean) * self._draft + (steps > mean) * self._packing))
 
+    def observe_wait(self, expected: float, seconds: float) -> None:
+        """Learns from a round that wasn't built ahead.
+
+        Args:
+            expected: How long it would have taken if it had been.
+            seconds: How long it took.
+        """
+        # A pause of the machine, or the building of kernels, counts for a round at most.
+        self._wait += WAIT_WEIGHT * (min(max(seconds - expected, 0.0), expected) - self._wait)
+
     def observe(self, lengths: Sequence[int], seconds: float) -> None:
         """Learns from a round.
 
@@ -127,6 +145,7 @@ class RoundCost:
             seconds: How long the round took.
         """
         self._rounds += 1
+        self._wait *= 1 - 1 / MAX_AGE  # so that it is measured again, if it was overestimated
         steps, mean = max(lengths), sum(lengths) / len(lengths)
         if steps > mean or not self._ratios:
             expected = float(self.seconds(np.array(steps), np.array(mean)))
