@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
+import pytest
+
+import mlx_mtp
+from mlx_mtp.server.app import make_app
+from mlx_mtp.server.registry import Models
 from tests.support import dispatches
+from tests.support.server import entry, running
 
 
 def pytest_configure() -> None:
@@ -18,3 +25,17 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     dispatches.prepare()
     os.environ["MLX_MTP_PROFILES"] = os.path.join(os.devnull, "profiles")
+
+
+@pytest.fixture(scope="module")
+def lm() -> Iterator[mlx_mtp.MTPModel]:
+    """The embedded pair."""
+    with mlx_mtp.load() as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def address(lm: mlx_mtp.MTPModel) -> Iterator[str]:
+    """The address of a server that offers it as "demo"."""
+    with running(make_app(Models([entry("demo", lm)]))) as url:
+        yield url

@@ -13,9 +13,7 @@ import openai
 import pytest
 
 import mlx_mtp
-from mlx_mtp.server.app import make_app
-from mlx_mtp.server.registry import Models
-from tests.support.server import entry, running, wait_until
+from tests.support.server import wait_until
 
 PROMPTS = ["What is a drafter?", "Tell me a short story about a fox.", "What can you do?", "Write a Python function."]
 SCHEMA = {
@@ -32,18 +30,6 @@ LIGHTS = {
         "parameters": {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]},
     },
 }
-
-
-@pytest.fixture(scope="module")
-def lm() -> Iterator[mlx_mtp.MTPModel]:
-    with mlx_mtp.load() as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def address(lm: mlx_mtp.MTPModel) -> Iterator[str]:
-    with running(make_app(Models([entry("demo", lm)]))) as url:
-        yield url
 
 
 @pytest.fixture(scope="module")

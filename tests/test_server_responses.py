@@ -10,9 +10,6 @@ import openai
 import pytest
 
 import mlx_mtp
-from mlx_mtp.server.app import make_app
-from mlx_mtp.server.registry import Models
-from tests.support.server import entry, running
 
 CAPITAL = "What is the capital of France?"
 ASK: dict[str, Any] = {"model": "demo", "max_output_tokens": 60, "temperature": 0}
@@ -26,17 +23,8 @@ LIGHTS = {
 
 
 @pytest.fixture(scope="module")
-def lm() -> Iterator[mlx_mtp.MTPModel]:
-    with mlx_mtp.load() as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def client(lm: mlx_mtp.MTPModel) -> Iterator[openai.OpenAI]:
-    with (
-        running(make_app(Models([entry("demo", lm)]))) as url,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made,
-    ):
+def client(address: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as made:
         yield made
 
 
