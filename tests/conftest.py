@@ -11,8 +11,19 @@ import pytest
 import mlx_mtp
 from mlx_mtp.server.app import make_app
 from mlx_mtp.server.registry import Models
-from tests.support import dispatches
+from tests.support import dispatches, node
 from tests.support.server import entry, running
+
+MISSING = {
+    name: what
+    for name, what, there in (
+        ("test_server_javascript.py", "node with the packages of tests/javascript", node.find_client()),
+    )
+    if not there
+}
+"""Tests that can't run here, and what they need."""
+
+collect_ignore = list(MISSING)
 
 
 def pytest_configure() -> None:
@@ -25,6 +36,12 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     dispatches.prepare()
     os.environ["MLX_MTP_PROFILES"] = os.path.join(os.devnull, "profiles")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says which tests couldn't run."""
+    for name, what in MISSING.items():
+        terminalreporter.line(f"tests/{name} needs {what}, which this machine doesn't have", yellow=True)
 
 
 @pytest.fixture(scope="module")

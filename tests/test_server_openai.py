@@ -13,23 +13,7 @@ import openai
 import pytest
 
 import mlx_mtp
-from tests.support.server import wait_until
-
-PROMPTS = ["What is a drafter?", "Tell me a short story about a fox.", "What can you do?", "Write a Python function."]
-SCHEMA = {
-    "type": "object",
-    "properties": {"yes": {"type": "boolean"}},
-    "required": ["yes"],
-    "additionalProperties": False,
-}
-LIGHTS = {
-    "type": "function",
-    "function": {
-        "name": "lights",
-        "description": "Switches the lights",
-        "parameters": {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]},
-    },
-}
+from tests.support.server import LIGHTS, PROMPTS, SCHEMA, wait_until
 
 
 @pytest.fixture(scope="module")
