@@ -11,12 +11,13 @@ import pytest
 import mlx_mtp
 from mlx_mtp.server.app import make_app
 from mlx_mtp.server.registry import Models
-from tests.support import dispatches, node
+from tests.support import browser, dispatches, node
 from tests.support.server import entry, running
 
 MISSING = {
     name: what
     for name, what, there in (
+        ("test_server_page.py", "Chromium or Chrome", browser.find_chromium()),
         ("test_server_javascript.py", "node with the packages of tests/javascript", node.find_client()),
     )
     if not there
