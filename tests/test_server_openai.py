@@ -13,6 +13,8 @@ import openai
 import pytest
 
 import mlx_mtp
+from mlx_mtp.decode.logprobs import TokenLogprob
+from mlx_mtp.server.openai_logprobs import TextLogprobs
 from tests.support.server import LIGHTS, PROMPTS, SCHEMA, wait_until
 
 
@@ -175,6 +177,18 @@ def test_log_probabilities_are_those_of_the_call_in_python(client: openai.OpenAI
     assert "".join(it.token for it in scored) == direct.text
     assert bytes(byte for it in scored for byte in it.bytes).decode() == direct.text
     assert [len(it.top_logprobs) for it in scored] == [3] * 10
+
+
+def test_log_probabilities_of_thoughts_calls_and_special_tokens_are_left_out(lm: mlx_mtp.MTPModel):
+    thought, call = "<|channel>thought\nhm\n<channel|>", '<|tool_call>call:lights{how:<|"|>now<|"|>}<tool_call|>'
+    tokens = lm.encode(f"{thought}On it. {call}Done.<turn|>", chat_template=False)
+    scores = TextLogprobs(lm.tokenizer)
+    for token in tokens:
+        scores.push([TokenLogprob(token, -0.5, [(token, -0.5)])])
+    written = scores.pop()
+    assert "".join(it["token"] for it in written) == "On it. Done."
+    assert all(it["top_logprobs"][0]["token"] == it["token"] for it in written)
+    assert scores.pop() == []
 
 
 @pytest.mark.parametrize("stream", [False, True])
