@@ -1,25 +1,30 @@
-"""The browser to see the server's page in: the Chromium, or what is made of it, that this machine has."""
+"""The browser to see the server's page in: the Chromium, or what is made of it, that this machine has.
+
+As a command, it succeeds if there is one.
+"""
 
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
+
+from tests.support.node import PACKAGES
 
 COMMANDS = ("chromium", "google-chrome", "google-chrome-stable", "chromium-browser", "microsoft-edge")
 APPLICATIONS = ("Chromium", "Google Chrome", "Microsoft Edge")
 
 
 def find_chromium() -> str | None:
-    """Path of the program, a command or one of macOS's applications; None if this machine has none."""
-    commands = (shutil.which(name) for name in COMMANDS)
-    applications = (f"/Applications/{name}.app/Contents/MacOS/{name}" for name in APPLICATIONS)
-    return next(filter(None, commands), None) or next((it for it in applications if Path(it).exists()), None)
+    """Path of the program: a command, one of macOS's applications, or what npm brought; None if there is none."""
+    places = [f"/Applications/{name}.app/Contents/MacOS/{name}" for name in APPLICATIONS]
+    places.append(str(PACKAGES / ".chromium" / "chromium"))
+    return next((found for it in [*COMMANDS, *places] if (found := shutil.which(it))), None)
 
 
 @contextmanager
@@ -29,3 +34,7 @@ def chromium() -> Iterator[Browser]:
 
     with sync_playwright() as playwright, playwright.chromium.launch(executable_path=find_chromium()) as browser:
         yield browser
+
+
+if __name__ == "__main__":
+    sys.exit(find_chromium() is None)

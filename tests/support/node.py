@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent.parent / "javascript"
+PACKAGES = FOLDER / "node_modules"
 
 
 def find_client() -> Path | None:
     """The folder of OpenAI's client; None if it, or node, is missing."""
-    client = FOLDER / "node_modules" / "openai"
+    client = PACKAGES / "openai"
     return client if shutil.which("node") and client.exists() else None
 
 
