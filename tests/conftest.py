@@ -4,8 +4,27 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
-from tests.support import dispatches
+import pytest
+
+import mlx_mtp
+from mlx_mtp.server.app import make_app
+from mlx_mtp.server.registry import Models
+from tests.support import browser, dispatches, node
+from tests.support.server import entry, running
+
+MISSING = {
+    name: what
+    for name, what, there in (
+        ("test_server_page.py", "Chromium or Chrome", browser.find_chromium()),
+        ("test_server_javascript.py", "node with the packages of tests/javascript", node.find_client()),
+    )
+    if not there
+}
+"""Tests that can't run here, and what they need."""
+
+collect_ignore = list(MISSING)
 
 
 def pytest_configure() -> None:
@@ -18,3 +37,23 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     dispatches.prepare()
     os.environ["MLX_MTP_PROFILES"] = os.path.join(os.devnull, "profiles")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says which tests couldn't run."""
+    for name, what in MISSING.items():
+        terminalreporter.line(f"tests/{name} needs {what}, which this machine doesn't have", yellow=True)
+
+
+@pytest.fixture(scope="module")
+def lm() -> Iterator[mlx_mtp.MTPModel]:
+    """The embedded pair."""
+    with mlx_mtp.load() as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def address(lm: mlx_mtp.MTPModel) -> Iterator[str]:
+    """The address of a server that offers it as "demo"."""
+    with running(make_app(Models([entry("demo", lm)]))) as url:
+        yield url

@@ -12,9 +12,6 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import mlx_mtp
-from mlx_mtp.server.app import make_app
-from mlx_mtp.server.registry import Models
-from tests.support.server import entry, running
 
 # Older clients have an argument for the temperature.
 ASK: dict[str, Any] = {"model": "demo", "max_tokens": 60, "extra_body": {"temperature": 0}}
@@ -24,18 +21,6 @@ LIGHTS = {
     "description": "Switches the lights",
     "input_schema": {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]},
 }
-
-
-@pytest.fixture(scope="module")
-def lm() -> Iterator[mlx_mtp.MTPModel]:
-    with mlx_mtp.load() as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def address(lm: mlx_mtp.MTPModel) -> Iterator[str]:
-    with running(make_app(Models([entry("demo", lm)]))) as url:
-        yield url
 
 
 @pytest.fixture(scope="module")

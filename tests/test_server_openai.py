@@ -13,37 +13,9 @@ import openai
 import pytest
 
 import mlx_mtp
-from mlx_mtp.server.app import make_app
-from mlx_mtp.server.registry import Models
-from tests.support.server import entry, running, wait_until
-
-PROMPTS = ["What is a drafter?", "Tell me a short story about a fox.", "What can you do?", "Write a Python function."]
-SCHEMA = {
-    "type": "object",
-    "properties": {"yes": {"type": "boolean"}},
-    "required": ["yes"],
-    "additionalProperties": False,
-}
-LIGHTS = {
-    "type": "function",
-    "function": {
-        "name": "lights",
-        "description": "Switches the lights",
-        "parameters": {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]},
-    },
-}
-
-
-@pytest.fixture(scope="module")
-def lm() -> Iterator[mlx_mtp.MTPModel]:
-    with mlx_mtp.load() as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def address(lm: mlx_mtp.MTPModel) -> Iterator[str]:
-    with running(make_app(Models([entry("demo", lm)]))) as url:
-        yield url
+from mlx_mtp.decode.logprobs import TokenLogprob
+from mlx_mtp.server.openai_logprobs import TextLogprobs
+from tests.support.server import LIGHTS, PROMPTS, SCHEMA, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +93,27 @@ def test_streamed_pieces_make_the_same_text_and_end_with_the_usage(client: opena
     assert last.usage.total_tokens == direct.stats.prompt_tokens + direct.stats.generated_tokens
 
 
+@pytest.mark.parametrize("options", [{}, {"stop": ["verif"]}, {"draft_length": 0}])
+def test_a_stream_says_what_came_from_drafts_if_it_is_asked(
+    client: openai.OpenAI, lm: mlx_mtp.MTPModel, options: dict[str, Any]
+):
+    ask = {"model": "demo", "max_tokens": 60, "temperature": 0, "stream": True, "extra_body": options}
+    direct = list(lm.stream(PROMPTS[0], max_tokens=60, temperature=0, **options))
+    told = {"include_spans": True, "include_usage": True}
+    chunks = list(client.chat.completions.create(messages=user(PROMPTS[0]), stream_options=told, **ask))
+    choices = [choice for chunk in chunks for choice in chunk.choices]
+    spans = [span for choice in choices for span in getattr(choice, "spans", [])]
+    assert "".join(span["text"] for span in spans) == "".join(chunk.text for chunk in direct)
+    assert all("".join(span["text"] for span in getattr(it, "spans", [])) == (it.delta.content or "") for it in choices)
+    drafted = sum(span["drafted"] for span in spans)
+    if options.get("draft_length") == 0:
+        assert drafted == 0
+    else:
+        assert 0 < drafted <= chunks[-1].usage.completion_tokens_details.accepted_prediction_tokens
+    plain = client.chat.completions.create(messages=user(PROMPTS[0]), **ask)
+    assert not any(hasattr(choice, "spans") for chunk in plain for choice in chunk.choices)
+
+
 def test_parallel_requests_get_the_texts_that_they_get_alone(client: openai.OpenAI, lm: mlx_mtp.MTPModel):
     prompts = PROMPTS * 3
     alone = {it: lm.generate(it, max_tokens=40, temperature=0).text for it in PROMPTS}
@@ -186,19 +179,34 @@ def test_log_probabilities_are_those_of_the_call_in_python(client: openai.OpenAI
     assert [len(it.top_logprobs) for it in scored] == [3] * 10
 
 
+def test_log_probabilities_of_thoughts_calls_and_special_tokens_are_left_out(lm: mlx_mtp.MTPModel):
+    thought, call = "<|channel>thought\nhm\n<channel|>", '<|tool_call>call:lights{how:<|"|>now<|"|>}<tool_call|>'
+    tokens = lm.encode(f"{thought}On it. {call}Done.<turn|>", chat_template=False)
+    scores = TextLogprobs(lm.tokenizer)
+    for token in tokens:
+        scores.push([TokenLogprob(token, -0.5, [(token, -0.5)])])
+    written = scores.pop()
+    assert "".join(it["token"] for it in written) == "On it. Done."
+    assert all(it["top_logprobs"][0]["token"] == it["token"] for it in written)
+    assert scores.pop() == []
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_tool_is_called_and_its_answer_taken(client: openai.OpenAI, stream: bool):
     messages: list[Any] = user("Switch the lights on.")
     ask = {"model": "demo", "tools": [LIGHTS], "max_tokens": 60, "temperature": 0, "stream": stream}
-    answer = client.chat.completions.create(messages=messages, tool_choice="required", **ask)
+    answer = client.chat.completions.create(messages=messages, tool_choice="required", logprobs=True, **ask)
     if stream:
         chunks = list(answer)
         (call,) = [call for it in chunks for call in it.choices[0].delta.tool_calls or ()][:1]
         reason = chunks[-1].choices[0].finish_reason
         turn = {"role": "assistant", "tool_calls": [call.model_dump(exclude={"index"})]}
+        said = "".join(it.choices[0].delta.content or "" for it in chunks)
+        scores = [score for it in chunks if it.choices[0].logprobs for score in it.choices[0].logprobs.content]
     else:
         turn, reason = answer.choices[0].message, answer.choices[0].finish_reason
-        call = turn.tool_calls[0]
+        call, said, scores = turn.tool_calls[0], turn.content or "", answer.choices[0].logprobs.content
+    assert "".join(it.token for it in scores) == said  # none of the call's
     assert call.id
     assert call.function.name == "lights"
     assert isinstance(json.loads(call.function.arguments)["on"], bool)
@@ -253,9 +261,16 @@ def test_plain_completion_uses_no_chat_template(client: openai.OpenAI, lm: mlx_m
     several = client.completions.create(model="demo", prompt=[tokens, tokens], max_tokens=12, temperature=0)
     assert [it.text for it in several.choices] == [direct.text] * 2
     streamed = client.completions.create(
-        model="demo", prompt="The capital of", max_tokens=12, temperature=0, stream=True
+        model="demo",
+        prompt="The capital of",
+        max_tokens=12,
+        temperature=0,
+        stream=True,
+        stream_options={"include_spans": True},
     )
-    assert "".join(it.choices[0].text for it in streamed) == direct.text
+    choices = [it.choices[0] for it in streamed]
+    assert "".join(it.text for it in choices) == direct.text
+    assert "".join(span["text"] for it in choices for span in it.spans) == direct.text
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,6 @@ import openai
 import pytest
 
 import mlx_mtp
-from mlx_mtp.server.app import make_app
-from mlx_mtp.server.registry import Models
-from tests.support.server import entry, running
 
 CAPITAL = "What is the capital of France?"
 ASK: dict[str, Any] = {"model": "demo", "max_output_tokens": 60, "temperature": 0}
@@ -26,17 +23,8 @@ LIGHTS = {
 
 
 @pytest.fixture(scope="module")
-def lm() -> Iterator[mlx_mtp.MTPModel]:
-    with mlx_mtp.load() as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def client(lm: mlx_mtp.MTPModel) -> Iterator[openai.OpenAI]:
-    with (
-        running(make_app(Models([entry("demo", lm)]))) as url,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made,
-    ):
+def client(address: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as made:
         yield made
 
 
@@ -100,11 +88,38 @@ def test_an_answer_keeps_to_a_json_schema(client: openai.OpenAI):
     assert isinstance(json.loads(response.output_text)["yes"], bool)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_are_those_of_the_text(client: openai.OpenAI, lm: mlx_mtp.MTPModel, stream: bool):
+    direct = lm.generate(CAPITAL, max_tokens=60, temperature=0, thinking=True, logprobs=2)
+    ask = ASK | {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "reasoning": {"effort": "low"}}
+    response = client.responses.create(input=CAPITAL, stream=stream, **ask)
+    if stream:
+        events = list(response)
+        streamed = [score for it in events if it.type == "response.output_text.delta" for score in it.logprobs]
+        done = next(it for it in events if it.type == "response.output_text.done")
+        response = events[-1].response
+    thought, said = response.output
+    scores = said.content[0].logprobs
+    assert thought.content[0].text
+    assert "".join(it.token for it in scores) == said.content[0].text == direct.text
+    own = [it.logprob for it in direct.logprobs]
+    assert [it.logprob for it in scores] == own[-len(scores) - 1 : -1]  # the last one is the end of the turn
+    assert all(len(it.top_logprobs) == 2 for it in scores)
+    if stream:
+        assert [it.logprob for it in streamed] == [it.logprob for it in done.logprobs] == [it.logprob for it in scores]
+
+
+def test_without_asking_there_are_no_log_probabilities(client: openai.OpenAI):
+    (said,) = client.responses.create(input=CAPITAL, include=["reasoning.encrypted_content"], **ASK).output
+    assert said.content[0].logprobs == []
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"tools": [{"type": "web_search"}]}, "aren't supported"),
+        ({"include": ["message.output_text.logprobs"], "top_logprobs": 21}, "logprobs must be a whole number"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "item_reference"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:,"}]}]}, "reads text only"),
     ],

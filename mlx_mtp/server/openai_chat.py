@@ -7,16 +7,16 @@ import secrets
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from ..decode.logprobs import TokenLogprob
 from ..errors import PromptError
 from ..session.answer import Chunk, Generation
 from .bodies import joined_text
 from .events import event
-from .openai_common import SamplingBody, token_name, usage
+from .openai_common import IgnoredFields, SamplingBody, usage
+from .openai_logprobs import TextLogprobs
 from .service import Answers, Job
 
 
-class ChatBody(SamplingBody):
+class ChatBody(SamplingBody, IgnoredFields):
     """The body of a request.
 
     Attributes:
@@ -37,15 +37,8 @@ class ChatBody(SamplingBody):
     chat_template_kwargs: dict[str, Any] | None = None
     thinking_budget: int | None = None
 
-    # Ignored: they have no meaning for a model on this machine, or ask for less than it does anyway.
-    metadata: Any = None
+    # Ignored, besides `IgnoredFields`.
     modalities: Any = None
-    parallel_tool_calls: Any = None
-    prompt_cache_key: Any = None
-    prompt_cache_retention: Any = None
-    safety_identifier: Any = None
-    service_tier: Any = None
-    store: Any = None
     verbosity: Any = None
 
     def job(self, most_tokens: int) -> Job:
@@ -94,7 +87,7 @@ class ChatReply:
             {
                 "index": i,
                 "message": _message(it),
-                "logprobs": self._logprobs(it.logprobs),
+                "logprobs": _logprobs(TextLogprobs(self._answers.tokenizer), it),
                 "finish_reason": finish_reason(it.finish_reason, bool(it.tool_calls)),
             }
             for i, it in enumerate(generations)
@@ -106,21 +99,21 @@ class ChatReply:
         for i in range(self._answers.count):
             yield self._event(i, {"role": "assistant", "content": ""})
         calls = [0] * self._answers.count
+        scores = [TextLogprobs(self._answers.tokenizer) for _ in calls]
         async for i, chunk in self._answers.chunks():
-            if (delta := _delta(chunk, calls[i])) or chunk.logprobs:
-                yield self._event(i, delta, self._logprobs(chunk.logprobs))
+            logprobs = _logprobs(scores[i], chunk)
+            if delta := _delta(chunk, calls[i]):
+                yield self._event(i, delta, logprobs=logprobs, **self._body.spans(chunk))
             calls[i] += len(chunk.tool_calls)
             if chunk.finish_reason:
-                yield self._event(i, {}, finish=finish_reason(chunk.finish_reason, bool(calls[i])))
+                yield self._event(i, {}, finish_reason=finish_reason(chunk.finish_reason, bool(calls[i])))
         if self._body.with_usage:
             total = usage(self._answers.generations(), self._body.n or 1)
             yield event(self._object("chat.completion.chunk", []) | {"usage": total})
         yield "data: [DONE]\n\n"
 
-    def _event(
-        self, i: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish: str | None = None
-    ) -> str:
-        choice = {"index": i, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+    def _event(self, i: int, delta: dict[str, Any], **more: Any) -> str:
+        choice = {"index": i, "delta": delta, "logprobs": None, "finish_reason": None} | more
         usage_later = {"usage": None} if self._body.with_usage else {}
         return event(self._object("chat.completion.chunk", [choice]) | usage_later)
 
@@ -128,19 +121,13 @@ class ChatReply:
         answers = self._answers
         return {"id": self._id, "object": kind, "created": answers.begun, "model": answers.model, "choices": choices}
 
-    def _logprobs(self, scores: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
-        """Log-probabilities of tokens; special tokens, such as the one that ends the answer, are left out."""
-        if scores is None:
-            return None
-        special = self._answers.tokenizer.special
-        return {"content": [self._scored(it) for it in scores if it.token not in special], "refusal": None}
 
-    def _scored(self, score: TokenLogprob) -> dict[str, Any]:
-        def entry(token: int, logprob: float) -> dict[str, Any]:
-            text, raw = token_name(self._answers.tokenizer, token)
-            return {"token": text, "logprob": logprob, "bytes": raw}
-
-        return entry(score.token, score.logprob) | {"top_logprobs": [entry(*it) for it in score.top]}
+def _logprobs(scores: TextLogprobs, new: Generation | Chunk) -> dict[str, Any] | None:
+    """The field `logprobs` of a choice: those of new text, if they were asked for."""
+    if new.logprobs is None:
+        return None
+    scores.push(new.logprobs)
+    return {"content": scores.pop() if new.text else [], "refusal": None}
 
 
 def asks_for_thoughts(effort: str | None) -> bool:

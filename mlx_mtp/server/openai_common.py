@@ -1,4 +1,4 @@
-"""What OpenAI's interfaces for chat and for plain completion share: fields, usage, tokens by name."""
+"""What OpenAI's interfaces share: fields and usage."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..session.answer import Generation
+from ..session.answer import Chunk, Generation
 from ..session.options import GenerationOptions
-from ..text.tokenizer import Tokenizer
 from .bodies import Body, options_of
 
 MOST_CHOICES = 128
@@ -20,11 +19,26 @@ class StreamOptions(Body):
     """How a response is streamed."""
 
     include_usage: bool | None = None
+    include_spans: bool | None = None  # beyond OpenAI's interface
     include_obfuscation: Any = None  # ignored: there is no encryption whose side channel it would close
 
 
+class IgnoredFields(Body):
+    """What chat and responses ignore: it has no meaning for a model on this machine, or asks for less than it does."""
+
+    metadata: Any = None
+    parallel_tool_calls: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    safety_identifier: Any = None
+    service_tier: Any = None
+    store: Any = None
+    user: Any = None
+
+
 class SamplingBody(Body):
-    """Fields of both interfaces. Null is the same as a missing field."""
+    """Fields of chat and plain completion. Null is the same as a missing field."""
 
     model: str | None = None
     stream: bool | None = None
@@ -47,12 +61,15 @@ class SamplingBody(Body):
     ignore_eos: bool | None = None
     draft_length: int | Literal["auto"] | None = None
 
-    user: Any = None  # ignored
-
     @property
     def with_usage(self) -> bool:
         """Whether a stream ends with the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    def spans(self, chunk: Chunk) -> dict[str, Any]:
+        """The field `spans` of a streamed choice: the chunk's text by tokens, each a draft or not; {} if not wanted."""
+        wanted = self.stream_options and self.stream_options.include_spans
+        return {"spans": [span._asdict() for span in chunk.spans]} if wanted else {}
 
     def options(self, most_tokens: int, **more: Any) -> GenerationOptions:
         """The options of the fields that are given.
@@ -110,16 +127,3 @@ def usage(generations: Sequence[Generation], n: int) -> dict[str, Any]:
             "rejected_prediction_tokens": sum(it.drafted for it in stats) - accepted,
         },
     }
-
-
-def token_name(tokenizer: Tokenizer, token: int) -> tuple[str, list[int]]:
-    """A token's text, and its bytes. A token that is part of a character has the text U+FFFD."""
-    name = tokenizer.special.get(token)
-    if name is not None:
-        return name, list(name.encode())
-    raw = tokenizer.library.id_to_token(token) or ""
-    characters = tokenizer.characters()
-    text = characters.push(token) + characters.finish()
-    if len(raw) == 6 and raw.startswith("<0x"):  # a single byte, as in SentencePiece's vocabularies
-        return text, [int(raw[3:5], 16)]
-    return text, list(text.encode())

@@ -14,7 +14,8 @@ from ..session.answer import Generation
 from ..session.calls import Prompt
 from .events import event
 from .openai_chat import finish_reason
-from .openai_common import MOST_CHOICES, SamplingBody, token_name, usage
+from .openai_common import MOST_CHOICES, SamplingBody, usage
+from .openai_logprobs import token_name
 from .service import Answers, Job
 
 
@@ -36,6 +37,7 @@ class CompletionBody(SamplingBody):
     echo: Literal[False] | None = None
     suffix: Literal[""] | None = None
     best_of: Literal[1] | None = None
+    user: Any = None  # ignored
 
     def job(self, most_tokens: int) -> Job:
         """What the request asks for.
@@ -77,7 +79,8 @@ class CompletionReply:
         async for i, chunk in self._answers.chunks():
             if chunk.text or chunk.logprobs or chunk.finish_reason:
                 reason = chunk.finish_reason and finish_reason(chunk.finish_reason, called=False)
-                yield event(self._object([self._choice(i, chunk.text, chunk.logprobs, reason)]))
+                choice = self._choice(i, chunk.text, chunk.logprobs, reason) | self._body.spans(chunk)
+                yield event(self._object([choice]))
         if self._body.with_usage:
             yield event(self._object([]) | {"usage": usage(self._answers.generations(), self._body.n or 1)})
         yield "data: [DONE]\n\n"

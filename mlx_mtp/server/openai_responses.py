@@ -10,11 +10,15 @@ from pydantic import BaseModel, ConfigDict
 
 from ..errors import PromptError
 from ..session.answer import Generation
-from .bodies import Body, joined_text, options_of
+from .bodies import joined_text, options_of
 from .events import event
-from .openai_chat import asks_for_thoughts, written_call
+from .openai_chat import asks_for_thoughts
+from .openai_common import IgnoredFields
 from .response_items import Items
 from .service import Answers, Job
+
+LOGPROBS = "message.output_text.logprobs"
+"""What `include` asks for log-probabilities with; the rest of what it may list comes from OpenAI's own tools."""
 
 TEXT_PARTS = ("input_text", "output_text", "text")
 """Types of content parts that hold text."""
@@ -36,7 +40,7 @@ class TextFormat(BaseModel):
     format: dict[str, Any] | None = None
 
 
-class ResponsesBody(Body):
+class ResponsesBody(IgnoredFields):
     """The body of a request. Null is the same as a missing field."""
 
     input: str | list[dict[str, Any]]
@@ -50,6 +54,8 @@ class ResponsesBody(Body):
     tool_choice: str | dict[str, Any] | None = None
     text: TextFormat | None = None
     reasoning: Reasoning | None = None
+    include: list[str] | None = None
+    top_logprobs: int | None = None
 
     # Beyond OpenAI's interface.
     seed: int | None = None
@@ -61,19 +67,10 @@ class ResponsesBody(Body):
     conversation: Literal[None] = None
     previous_response_id: Literal[None] = None
 
-    # Ignored: they have no meaning for a model on this machine, or ask for less than it does anyway.
-    include: Any = None
+    # Ignored, besides `IgnoredFields`.
     max_tool_calls: Any = None
-    metadata: Any = None
-    parallel_tool_calls: Any = None
-    prompt_cache_key: Any = None
-    prompt_cache_retention: Any = None
-    safety_identifier: Any = None
-    service_tier: Any = None
-    store: Any = None
     stream_options: Any = None
     truncation: Any = None
-    user: Any = None
 
     def job(self, most_tokens: int) -> Job:
         """What the request asks for.
@@ -94,6 +91,7 @@ class ResponsesBody(Body):
             tools=[_tool(tool) for tool in self.tools or ()] or None,
             tool_choice=self._tool_choice,
             response_format=self._response_format,
+            logprobs=(self.top_logprobs or 0) if LOGPROBS in (self.include or ()) else None,
             thinking=asks_for_thoughts(self.reasoning.effort) if self.reasoning else None,
         )
         items = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
@@ -132,14 +130,14 @@ class ResponsesReply:
     def whole(self, generations: Sequence[Generation]) -> dict[str, Any]:
         """The response object."""
         (generation,) = generations
-        items = Items()
-        for _ in items.add(generation.reasoning, generation.text, map(written_call, generation.tool_calls)):
+        items = Items(self._answers.tokenizer)
+        for _ in items.add(generation):
             pass  # the events aren't needed here
         return self._ended(generation, items)
 
     async def events(self) -> AsyncGenerator[str, None]:
         """The response as server-sent events."""
-        items, number = Items(), 0
+        items, number = Items(self._answers.tokenizer), 0
 
         def numbered(events: Iterator[dict[str, Any]]) -> Iterator[str]:
             nonlocal number
@@ -151,7 +149,7 @@ class ResponsesReply:
         for text in numbered({"type": f"response.{it}", "response": begun} for it in ("created", "in_progress")):
             yield text
         async for _, chunk in self._answers.chunks():
-            for text in numbered(items.add(chunk.reasoning, chunk.text, map(written_call, chunk.tool_calls))):
+            for text in numbered(items.add(chunk)):
                 yield text
         for text in numbered(items.close()):
             yield text
@@ -186,6 +184,7 @@ class ResponsesReply:
             "temperature": body.temperature,
             "tool_choice": body.tool_choice or "auto",
             "tools": body.tools or [],
+            "top_logprobs": body.top_logprobs or 0,
             "top_p": body.top_p,
             "usage": None,
         }

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
+
+from ..session.answer import Chunk, Generation
+from ..text.tokenizer import Tokenizer
+from .openai_chat import written_call
+from .openai_logprobs import TextLogprobs
 
 
 class Items:
@@ -14,20 +19,22 @@ class Items:
         output: The items; the last one may be growing.
     """
 
-    def __init__(self) -> None:
-        """Begins without items."""
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Begins without items; the tokenizer names the tokens of log-probabilities."""
         self.output: list[dict[str, Any]] = []
         self._open: dict[str, Any] | None = None
+        self._logprobs = TextLogprobs(tokenizer)
 
-    def add(self, reasoning: str, text: str, calls: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Takes what a chunk brings, and yields its events; calls are in the form of chat completions."""
-        if reasoning:
-            yield from self._grow("reasoning", reasoning)
-        if text:
-            yield from self._grow("message", text)
-        for call in calls:
+    def add(self, new: Chunk | Generation) -> Iterator[dict[str, Any]]:
+        """Takes what has been generated since the last time, and yields the events that tell of it."""
+        self._logprobs.push(new.logprobs or ())
+        if new.reasoning:
+            yield from self._grow("reasoning", new.reasoning)
+        if new.text:
+            yield from self._grow("message", new.text)
+        for call in new.tool_calls:
             yield from self.close()
-            yield from self._call(call)
+            yield from self._call(written_call(call))
 
     def close(self) -> Iterator[dict[str, Any]]:
         """Ends the item that is growing, if there is one, and yields the events that say so."""
@@ -37,7 +44,8 @@ class Items:
         item["status"] = "completed"
         part = item["content"][0]
         here = self._place(item) | {"content_index": 0}
-        yield {"type": f"response.{part['type']}.done", **here, "text": part["text"], **_logprobs(item)}
+        scores = {"logprobs": part["logprobs"]} if "logprobs" in part else {}
+        yield {"type": f"response.{part['type']}.done", **here, "text": part["text"], **scores}
         yield {"type": "response.content_part.done", **here, "part": part}
         yield self._item_event("done", item)
 
@@ -50,8 +58,12 @@ class Items:
         assert item is not None
         part = item["content"][0]
         part["text"] += text
+        scores = {}
+        if kind == "message":
+            scores["logprobs"] = self._logprobs.pop()
+            part["logprobs"] += scores["logprobs"]
         here = self._place(item) | {"content_index": 0}
-        yield {"type": f"response.{part['type']}.delta", **here, "delta": text, **_logprobs(item)}
+        yield {"type": f"response.{part['type']}.delta", **here, "delta": text, **scores}
 
     def _begin(self, kind: str) -> Iterator[dict[str, Any]]:
         item: dict[str, Any] = {"type": kind, "status": "in_progress"}
@@ -61,7 +73,7 @@ class Items:
             part |= {"type": "reasoning_text"}
         else:
             item |= {"id": _id("msg"), "role": "assistant"}
-            part |= {"type": "output_text", "annotations": []}
+            part |= {"type": "output_text", "annotations": [], "logprobs": []}
         self.output.append(item)
         yield self._item_event("added", {**item, "content": []})
         item["content"] = [part]
@@ -85,11 +97,6 @@ class Items:
 
     def _item_event(self, what: str, item: dict[str, Any]) -> dict[str, Any]:
         return {"type": f"response.output_item.{what}", "output_index": len(self.output) - 1, "item": dict(item)}
-
-
-def _logprobs(item: dict[str, Any]) -> dict[str, list[Any]]:
-    """A field that the events of messages must have; there are no log-probabilities in it."""
-    return {"logprobs": []} if item["type"] == "message" else {}
 
 
 def _id(kind: str) -> str:

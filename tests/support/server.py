@@ -1,4 +1,4 @@
-"""A server in a thread of the tests' process."""
+"""A server in a thread of the tests' process, and what its clients ask for."""
 
 from __future__ import annotations
 
@@ -13,6 +13,22 @@ from fastapi import FastAPI
 
 import mlx_mtp
 from mlx_mtp.server.registry import Entry
+
+PROMPTS = ["What is a drafter?", "Tell me a short story about a fox.", "What can you do?", "Write a Python function."]
+LIGHTS = {
+    "type": "function",
+    "function": {
+        "name": "lights",
+        "description": "Switches the lights",
+        "parameters": {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]},
+    },
+}
+SCHEMA = {
+    "type": "object",
+    "properties": {"yes": {"type": "boolean"}},
+    "required": ["yes"],
+    "additionalProperties": False,
+}
 
 
 @contextmanager
