@@ -11,9 +11,7 @@ is paused, and others may take its place until the reader has caught up. A row w
 current step, which takes at most a round and a chunk of a prompt. Other rows are not affected. An error in a step ends
 all rows of the batch, each with an error of its own; rows in the queue are not affected.
 
-The thread also loads the model. It frees it on `close`, when the model is dropped, or when the interpreter exits, and
-then waits for another model. Threads are reused because MLX has a thread of its own for every stream ever made, and
-aborts the process at exit if that outlives the thread that made the stream.
+The thread also loads the model. It frees it on `close`, when the model is dropped, or when the interpreter exits.
 """
 
 from __future__ import annotations
@@ -21,14 +19,13 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import queue
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 
@@ -40,6 +37,7 @@ from ..models.target import Target
 from ..system.wired import WIRED
 from .inbox import Inbox, News
 from .loading import Loaded
+from .threads import ModelThread
 
 log = logging.getLogger(__name__)
 
@@ -62,34 +60,6 @@ class _Work:
     pieces: Iterator[Any] | None = None
 
 
-class _Thread:
-    """A daemon thread with an MLX stream; it runs tasks one after another and never ends."""
-
-    idle: ClassVar[list[_Thread]] = []
-
-    def __init__(self) -> None:
-        self._tasks: queue.SimpleQueue[Callable[[mx.Stream], None]] = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._run, name="mlx_mtp", daemon=True)
-        self.thread.start()
-
-    @classmethod
-    def start(cls, task: Callable[[mx.Stream], None]) -> threading.Thread:
-        """Runs a task in an idle thread, or in a new one, and returns the thread."""
-        try:
-            free = cls.idle.pop()
-        except IndexError:
-            free = cls()
-        free._tasks.put(task)
-        return free.thread
-
-    def _run(self) -> None:
-        stream = mx.new_thread_unsafe_stream(mx.default_device())
-        with mx.stream(stream):
-            while True:
-                self._tasks.get()(stream)
-                self.idle.append(self)
-
-
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
@@ -101,10 +71,6 @@ def _close_all() -> None:
         session.close(wait=False)
     for session in sessions:
         session.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_Thread.idle.clear)  # a forked child doesn't have these threads
 
 
 class Session:
@@ -129,7 +95,7 @@ class Session:
         self._owned: Loaded | None = None
         loaded: Future[None] = Future()
         self._ended = threading.Event()
-        self._thread = _Thread.start(lambda stream: self._main(stream, loaded))
+        self._thread = ModelThread.start(lambda stream: self._main(stream, loaded))
         _sessions.add(self)
         try:
             loaded.result()
