@@ -308,9 +308,13 @@ class Scheduler:
             row = self._next_waiting(running, rows)
         if hit:
             first.stats.cached_tokens = hit.start
-            return PrefillJob(hit.kv, groups, hit.start, self._branch_point(prompt, hit.start), hit.ring_states)
-        kv = KVBuffers(self._target.config, len(groups), self._target.dtype)
-        return PrefillJob(kv, groups, branch_point=self._branch_point(prompt, 0) if reuse and len(groups) == 1 else 0)
+            job = PrefillJob(hit.kv, groups, hit.start, self._branch_point(prompt, hit.start), hit.ring_states)
+        else:
+            kv = KVBuffers(self._target.config, len(groups), self._target.dtype)
+            branch_point = self._branch_point(prompt, 0) if reuse and len(groups) == 1 else 0
+            job = PrefillJob(kv, groups, branch_point=branch_point)
+        job.report()
+        return job
 
     def _next_waiting(self, running: list[Row], rows: list[Row]) -> Row | None:
         """The next row that may join: the first in the queue, or a later one that fits while the first doesn't.

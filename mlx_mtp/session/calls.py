@@ -91,11 +91,16 @@ class Calls:
             control=self._controls.control(options),
             logprobs=options.logprobs,
             prediction=self._predicted(options.prediction),
+            prefill_progress=options.prefill_progress,
         )
         scheduler.check(request)
         return [
             Answer(
-                replace(request, sampling=replace(request.sampling, seed=row_seed(seed, i))),
+                replace(
+                    request,
+                    sampling=replace(request.sampling, seed=row_seed(seed, i)),
+                    prefill_progress=request.prefill_progress if i == 0 else None,
+                ),
                 StopStrings(stop_strings),
                 self._tokenizer,
                 tools,

@@ -217,6 +217,8 @@ class Session:
 
     def _check_usable(self) -> None:
         self.owned()
+        if threading.current_thread() is self._thread:
+            raise MTPError("a callback can't use the model, whose thread waits for it: hand the work to another thread")
         if self._lent_to == threading.get_ident():
             raise MTPError("this thread has borrowed the models: leave `with lm.models()` before using them otherwise")
 
