@@ -54,6 +54,7 @@ def load(
     cache_bytes: int | None = None,
     adapter: str | Path | None = None,
     quantize_drafter: int | Literal["auto", "none"] | None = "auto",
+    idle_unload: float | None = None,
 ) -> MTPModel:
     """Loads a target and its drafter.
 
@@ -66,9 +67,9 @@ def load(
         dtype: "float32", "bfloat16" or "float16" for activations and unquantised weights. None takes the checkpoint's
             own; on the CPU, where 16-bit arithmetic is slow, float32. float16 is faster than bfloat16 on M1 and M2,
             but its range is too small for some models; loading one of them in it is an error, see `decode.overflow`.
-        profile: What `mlx-mtp tune` measured for this pair on this machine: "auto" for the saved profile, if there is
-            one; a file; or None. It sets the rows of a batch and the first estimates of what rounds cost. Without
-            one, batches have 8 rows, and costs are learnt while decoding.
+        profile: What `mlx-mtp tune` measured for this pair here: "auto" for the saved profile, if there is one; a file;
+            or None. It sets a batch's rows (8 without one) and the first estimates of what rounds cost, which are
+            learnt while decoding.
         drafter_position: Position of the drafter's queries: "committed" (that of the last committed token), "bonus"
             (one further, as in transformers) or "auto" (the better one of the profile, else "committed"). Changes
             acceptance, never the text.
@@ -80,6 +81,7 @@ def load(
             target's format (bits, group size, mode), with at least 4 bits; drafters with a clustered head (E2B, E4B),
             which gain little, only if `quantize` is given. A number of bits: that, in groups of 64. None or "none": as
             stored. Changes speed, memory and acceptance, never the text.
+        idle_unload: Seconds without calls after which the model is unloaded, see `MTPModel.unload`; None for never.
 
     Raises:
         CheckpointError: A checkpoint is missing, damaged, or not a Gemma 4 model, or overflows in float16.
@@ -88,13 +90,13 @@ def load(
         ProfileError: The profile's file is damaged, or was measured with something else.
         MTPError: Another argument can't be used.
     """
-    check_arguments(target, drafter, drafter_position, cache_bytes)
+    check_arguments(target, drafter, drafter_position, cache_bytes, idle_unload)
     pair = find_pair(target, drafter, quantize, dtype, quantize_drafter, check=check_fits)
     adapter = None if adapter is None else expanded(adapter)
     tuned = profiles.profile_for(profile, *pair, adapter)
     if drafter_position == "auto":
         drafter_position = (tuned and tuned.drafter_position) or "committed"
-    return MTPModel(*pair, drafter_position, cache_bytes, tuned, adapter)
+    return MTPModel(*pair, drafter_position, cache_bytes, tuned, adapter, idle_unload)
 
 
 class MTPModel:
@@ -107,8 +109,7 @@ class MTPModel:
         drafter_description, drafter_folder, drafter_config: The same for the drafter; None without one.
         drafter_format: The `quantization.Format` that the drafter was quantised to while loading, or None.
         adapter: Folder of the target's LoRA adapter, or None.
-        tokenizer: The target's `text.tokenizer.Tokenizer`; None if its folder has none, so that prompts must be token
-            ids.
+        tokenizer: The target's `text.tokenizer.Tokenizer`; None if its folder has none: prompts are token ids then.
         defaults: The target's `session.generation_config.GenerationDefaults`.
         profile: The `profile.Profile` of this pair on this machine, or None.
         kv_budget: Bytes that the KV of all rows together may take.
@@ -122,6 +123,7 @@ class MTPModel:
         cache_bytes: int | None,
         profile: profiles.Profile | None,
         adapter: Path | None = None,
+        idle_unload: float | None = None,
     ) -> None:
         self.profile, self.adapter = profile, adapter
         self.description, self.folder, self.config = description, description.folder, description.config
@@ -132,11 +134,11 @@ class MTPModel:
         self.defaults = read_generation(description)
         suppressed = tuple(self.defaults.suppress_tokens)
         self._session = Session(
-            partial(load_models, description, own, adapter, position, cache_bytes, profile, suppressed)
+            partial(load_models, description, own, adapter, position, cache_bytes, profile, suppressed), idle_unload
         )
         # The session holds no reference to this model, so dropping the model closes it and frees its memory.
         weakref.finalize(self, self._session.close).atexit = False
-        self.kv_budget = self._session.owned().kv_budget
+        self.kv_budget = self._session.capacity.kv_budget
         self.tokenizer = load_tokenizer(self.folder, self.defaults.stop_tokens)
         rows = profile.rows if profile else MAX_ROWS
         self._calls = Calls(self._session, self.tokenizer, self.config, self.defaults, self.folder, rows)
@@ -285,7 +287,7 @@ class MTPModel:
         """Starts a conversation; see `chat.Chat`."""
         from .chat import Chat
 
-        self._session.owned()
+        self._session.check_open()
         return Chat(self, system=system, thinking=thinking)
 
     def save_prompt(self, prompt: Prompt, path: str | Path) -> None:
@@ -368,6 +370,20 @@ class MTPModel:
     def models(self) -> AbstractContextManager[tuple[Target, Drafter | None]]:
         """Lends the target and the drafter to this thread for the block, to measure them; all rows wait meanwhile."""
         return self._session.lend()
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the models are in memory, see `unload`."""
+        return self._session.loaded
+
+    def unload(self) -> None:
+        """Frees the memory of weights and KV; the next call loads the models again, from the same files.
+
+        Waits until no call runs or waits, in any thread; a stream counts until it is read to its end or closed. To have
+        the memory at once, cancel them. If the next call can't load the models, it fails as `load` does, and a later
+        one tries again. Kept KV of earlier texts, and of `load_prompt`, is lost. After `close`, this is an error.
+        """
+        self._session.unload()
 
     def close(self) -> None:
         """Frees the models and their memory. Running calls fail with an error within a round.
