@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 
-from tests.support import dispatches
+from tests.support import dispatches, display
+
+collect_ignore = ["test_example_app.py"] if display.missing() else []
 
 
 def pytest_configure() -> None:
@@ -18,3 +20,9 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     dispatches.prepare()
     os.environ["MLX_MTP_PROFILES"] = os.path.join(os.devnull, "profiles")
+
+
+def pytest_report_header() -> str | None:
+    """Says what isn't tested on this machine."""
+    lacking = display.missing()
+    return f"not tested: tests/test_example_app.py, because {lacking}" if lacking else None
