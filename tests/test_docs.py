@@ -25,7 +25,7 @@ def blocks(page: str, kind: str) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, block.start(1)), block[1]) for block in found]
 
 
-@pytest.mark.parametrize("page", ["api.md"])
+@pytest.mark.parametrize("page", ["api.md", "macos-apps.md"])
 def test_the_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Blocks of a page continue each other."""
     monkeypatch.chdir(tmp_path)
@@ -34,6 +34,14 @@ def test_the_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert code
     for line, block in code:
         exec(compile("\n" * line + block, str(DOCS / page), "exec"), names)
+
+
+@pytest.mark.parametrize("kind", ["python notrun", "python toga"])
+def test_code_for_a_mac_is_python(kind: str):
+    code = blocks("macos-apps.md", kind)
+    assert code
+    for line, block in code:
+        compile("\n" * line + block, "macos-apps.md", "exec")
 
 
 def public(names: Iterable[str]) -> set[str]:
