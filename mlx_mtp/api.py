@@ -319,7 +319,7 @@ class MTPModel:
         return self._session.call(lambda owned: owned.scheduler.load_prompt(expanded(path)))
 
     def trace(self, path: str | Path) -> AbstractContextManager[None]:
-        """Records the work of host and device while the block runs, as a Chrome trace; see `decode.trace`.
+        """Records the work of host and device as a Chrome trace, until the block ends or the models are unloaded.
 
         Raises:
             MTPError: Another trace is being recorded.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import logging
 import shutil
 import threading
@@ -175,6 +176,9 @@ def test_calls_wait_while_it_loads_again(lm: mlx_mtp.MTPModel, gate: Gate):
     gate.open.clear()
     threads = [in_thread(lambda: lm.generate(QUESTION, **OPTIONS).tokens) for _ in range(3)]
     until(lambda: gate.loads == 2)
+    cancel = threading.Event()
+    threads.append(in_thread(lambda: lm.generate(QUESTION, cancel=cancel, **LONG).finish_reason))
+    cancel.set()
     given_up = lm.stream(QUESTION, **OPTIONS)
     reader, chunks = in_thread(lambda: list(given_up))
     given_up.close()
@@ -183,7 +187,17 @@ def test_calls_wait_while_it_loads_again(lm: mlx_mtp.MTPModel, gate: Gate):
     gate.open.set()
     for thread, _ in threads:
         thread.join(60)
-    assert [results for _, results in threads] == [[expected]] * 3 and gate.loads == 2
+    assert [results for _, results in threads] == [[expected]] * 3 + [["cancelled"]] and gate.loads == 2
+
+
+def test_a_trace_ends_with_the_model(lm: mlx_mtp.MTPModel, tmp_path: Path):
+    with lm.trace(tmp_path / "trace.json"):
+        lm.generate(QUESTION, **OPTIONS)
+        lm.unload()
+    assert not lm.loaded, "nothing is loaded only to end it"
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    with lm.trace(tmp_path / "again.json"):
+        lm.generate(QUESTION, **OPTIONS)
 
 
 def test_closing_while_it_loads_again_ends_all_calls(lm: mlx_mtp.MTPModel, gate: Gate):

@@ -78,8 +78,8 @@ class GenerationOptions:
             encodes it as the special token; the model then can't tell it from one of the chat template.
         chat_template: False completes a string as it is, after the token that begins texts: without messages, thinking
             or tools. The names of special tokens in it are encoded as special tokens.
-        cancel: Setting it, from any thread, ends the text within a round (or a chunk of the prompt). The text so far
-            is returned with the finish reason "cancelled".
+        cancel: Setting it, from any thread, ends the text within a round (or a chunk of the prompt, or once an unloaded
+            model is loaded again). The text so far is returned with the finish reason "cancelled".
         repetition_penalty: Divides the positive logits, and multiplies the negative ones, of tokens that the prompt or
             the text has (as transformers does; mlx-lm looks at the last 20 tokens only). 1 changes nothing.
         presence_penalty: Subtracted from the logits of tokens that the text has, as OpenAI does: not the prompt's.
