@@ -65,8 +65,8 @@ def load(
         quantize: Bits (2, 3, 4, 5, 6 or 8) to quantise both models to while loading. A drafter that is stored
             quantised isn't quantised again. None takes the target as stored.
         dtype: "float32", "bfloat16" or "float16" for activations and unquantised weights. None takes the checkpoint's
-            own; on the CPU, where 16-bit arithmetic is slow, float32. float16 is faster than bfloat16 on M1 and M2,
-            but its range is too small for some models; loading one of them in it is an error, see `decode.overflow`.
+            own; on the CPU, where 16-bit arithmetic is slow, float32. float16 is faster than bfloat16 on M1 and M2;
+            loading a model for which its range is too small is an error, see `decode.overflow`.
         profile: What `mlx-mtp tune` measured for this pair here: "auto" for the saved profile, if there is one; a file;
             or None. It sets a batch's rows (8 without one) and the first estimates of what rounds cost, which are
             learnt while decoding.
@@ -214,17 +214,14 @@ class MTPModel:
             prompts: Prompts as for `generate`, or dicts with "prompt" and options, which replace the common ones.
             batch_size: Prompts that decode at a time; "auto" for the number of the profile, or 8 without one.
             max_tokens: As for `generate`, for all prompts.
-            options: As for `generate`, for all prompts. The i-th prompt gets `row_seed(seed, i)`, so the first gets
-                the seed itself.
-            **more: As for `generate`, for all prompts.
+            options: Likewise. The i-th prompt gets `row_seed(seed, i)`, so the first gets the seed itself.
+            **more: Likewise.
 
         Returns:
             The generations, in the order of the prompts.
 
         Raises:
-            PromptError: A prompt or an option can't be used. Nothing is generated then.
-            MemoryBudgetError: The KV of a prompt doesn't fit, even alone.
-            MTPError: Decoding failed, or the model is closed.
+            MTPError: As for `generate`. If a prompt or an option can't be used, nothing is generated.
         """
         return self._calls.generate_batch(prompts, batch_size, resolve_options(options, max_tokens, more))
 
