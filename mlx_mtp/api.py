@@ -104,8 +104,7 @@ class MTPModel:
 
     Attributes:
         description: The target's `checkpoint.description.TargetDescription`, read before the weights.
-        folder: The target's folder.
-        config: The target's `config.TargetConfig`.
+        folder, config: The target's folder, and its `config.TargetConfig`.
         drafter_description, drafter_folder, drafter_config: The same for the drafter; None without one.
         drafter_format: The `quantization.Format` that the drafter was quantised to while loading, or None.
         adapter: Folder of the target's LoRA adapter, or None.
