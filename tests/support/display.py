@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 def missing() -> str | None:
     """What windows lack here, for a message; None if they can be shown."""
-    if importlib.util.find_spec("tkinter") is None:
+    if importlib.util.find_spec("_tkinter") is None:
         return "this Python has no tkinter"
     if sys.platform == "linux" and not os.environ.get("DISPLAY") and shutil.which("Xvfb") is None:
         return "there is neither a display nor Xvfb"
