@@ -382,10 +382,7 @@ class MTPModel:
         self._session.unload()
 
     def close(self) -> None:
-        """Frees the models and their memory. Running calls fail with an error within a round.
-
-        Any later call is an error, except a second `close`. May be called from any thread.
-        """
+        """Frees the models for good. Running calls fail within a round, later ones at once, except another `close`."""
         self._session.close()
 
     def __enter__(self) -> MTPModel:
