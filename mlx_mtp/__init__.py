@@ -9,6 +9,7 @@ Names are imported on first use, so that `import mlx_mtp` costs nothing.
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = VERSION
 
 set_defaults(os.environ)  # here, because MLX reads them once
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # what is shown, and where, is the app's choice
 
 _HOMES = {
     **dict.fromkeys(("load", "MTPModel"), "api"),

@@ -54,6 +54,7 @@ def load(
     cache_bytes: int | None = None,
     adapter: str | Path | None = None,
     quantize_drafter: int | Literal["auto", "none"] | None = "auto",
+    idle_unload: float | None = None,
 ) -> MTPModel:
     """Loads a target and its drafter.
 
@@ -64,11 +65,11 @@ def load(
         quantize: Bits (2, 3, 4, 5, 6 or 8) to quantise both models to while loading. A drafter that is stored
             quantised isn't quantised again. None takes the target as stored.
         dtype: "float32", "bfloat16" or "float16" for activations and unquantised weights. None takes the checkpoint's
-            own; on the CPU, where 16-bit arithmetic is slow, float32. float16 is faster than bfloat16 on M1 and M2,
-            but its range is too small for some models; loading one of them in it is an error, see `decode.overflow`.
-        profile: What `mlx-mtp tune` measured for this pair on this machine: "auto" for the saved profile, if there is
-            one; a file; or None. It sets the rows of a batch and the first estimates of what rounds cost. Without
-            one, batches have 8 rows, and costs are learnt while decoding.
+            own; on the CPU, where 16-bit arithmetic is slow, float32. float16 is faster than bfloat16 on M1 and M2;
+            loading a model for which its range is too small is an error, see `decode.overflow`.
+        profile: What `mlx-mtp tune` measured for this pair here: "auto" for the saved profile, if there is one; a file;
+            or None. It sets a batch's rows (8 without one) and the first estimates of what rounds cost, which are
+            learnt while decoding.
         drafter_position: Position of the drafter's queries: "committed" (that of the last committed token), "bonus"
             (one further, as in transformers) or "auto" (the better one of the profile, else "committed"). Changes
             acceptance, never the text.
@@ -80,6 +81,7 @@ def load(
             target's format (bits, group size, mode), with at least 4 bits; drafters with a clustered head (E2B, E4B),
             which gain little, only if `quantize` is given. A number of bits: that, in groups of 64. None or "none": as
             stored. Changes speed, memory and acceptance, never the text.
+        idle_unload: Seconds without calls after which the model is unloaded, see `MTPModel.unload`; None for never.
 
     Raises:
         CheckpointError: A checkpoint is missing, damaged, or not a Gemma 4 model, or overflows in float16.
@@ -88,13 +90,13 @@ def load(
         ProfileError: The profile's file is damaged, or was measured with something else.
         MTPError: Another argument can't be used.
     """
-    check_arguments(target, drafter, drafter_position, cache_bytes)
+    check_arguments(target, drafter, drafter_position, cache_bytes, idle_unload)
     pair = find_pair(target, drafter, quantize, dtype, quantize_drafter, check=check_fits)
     adapter = None if adapter is None else expanded(adapter)
     tuned = profiles.profile_for(profile, *pair, adapter)
     if drafter_position == "auto":
         drafter_position = (tuned and tuned.drafter_position) or "committed"
-    return MTPModel(*pair, drafter_position, cache_bytes, tuned, adapter)
+    return MTPModel(*pair, drafter_position, cache_bytes, tuned, adapter, idle_unload)
 
 
 class MTPModel:
@@ -102,13 +104,11 @@ class MTPModel:
 
     Attributes:
         description: The target's `checkpoint.description.TargetDescription`, read before the weights.
-        folder: The target's folder.
-        config: The target's `config.TargetConfig`.
+        folder, config: The target's folder, and its `config.TargetConfig`.
         drafter_description, drafter_folder, drafter_config: The same for the drafter; None without one.
         drafter_format: The `quantization.Format` that the drafter was quantised to while loading, or None.
         adapter: Folder of the target's LoRA adapter, or None.
-        tokenizer: The target's `text.tokenizer.Tokenizer`; None if its folder has none, so that prompts must be token
-            ids.
+        tokenizer: The target's `text.tokenizer.Tokenizer`; None if its folder has none: prompts are token ids then.
         defaults: The target's `session.generation_config.GenerationDefaults`.
         profile: The `profile.Profile` of this pair on this machine, or None.
         kv_budget: Bytes that the KV of all rows together may take.
@@ -122,6 +122,7 @@ class MTPModel:
         cache_bytes: int | None,
         profile: profiles.Profile | None,
         adapter: Path | None = None,
+        idle_unload: float | None = None,
     ) -> None:
         self.profile, self.adapter = profile, adapter
         self.description, self.folder, self.config = description, description.folder, description.config
@@ -132,11 +133,11 @@ class MTPModel:
         self.defaults = read_generation(description)
         suppressed = tuple(self.defaults.suppress_tokens)
         self._session = Session(
-            partial(load_models, description, own, adapter, position, cache_bytes, profile, suppressed)
+            partial(load_models, description, own, adapter, position, cache_bytes, profile, suppressed), idle_unload
         )
         # The session holds no reference to this model, so dropping the model closes it and frees its memory.
         weakref.finalize(self, self._session.close).atexit = False
-        self.kv_budget = self._session.owned().kv_budget
+        self.kv_budget = self._session.capacity.kv_budget
         self.tokenizer = load_tokenizer(self.folder, self.defaults.stop_tokens)
         rows = profile.rows if profile else MAX_ROWS
         self._calls = Calls(self._session, self.tokenizer, self.config, self.defaults, self.folder, rows)
@@ -212,17 +213,14 @@ class MTPModel:
             prompts: Prompts as for `generate`, or dicts with "prompt" and options, which replace the common ones.
             batch_size: Prompts that decode at a time; "auto" for the number of the profile, or 8 without one.
             max_tokens: As for `generate`, for all prompts.
-            options: As for `generate`, for all prompts. The i-th prompt gets `row_seed(seed, i)`, so the first gets
-                the seed itself.
-            **more: As for `generate`, for all prompts.
+            options: Likewise. The i-th prompt gets `row_seed(seed, i)`, so the first gets the seed itself.
+            **more: Likewise.
 
         Returns:
             The generations, in the order of the prompts.
 
         Raises:
-            PromptError: A prompt or an option can't be used. Nothing is generated then.
-            MemoryBudgetError: The KV of a prompt doesn't fit, even alone.
-            MTPError: Decoding failed, or the model is closed.
+            MTPError: As for `generate`. If a prompt or an option can't be used, nothing is generated.
         """
         return self._calls.generate_batch(prompts, batch_size, resolve_options(options, max_tokens, more))
 
@@ -285,7 +283,7 @@ class MTPModel:
         """Starts a conversation; see `chat.Chat`."""
         from .chat import Chat
 
-        self._session.owned()
+        self._session.check_open()
         return Chat(self, system=system, thinking=thinking)
 
     def save_prompt(self, prompt: Prompt, path: str | Path) -> None:
@@ -317,7 +315,7 @@ class MTPModel:
         return self._session.call(lambda owned: owned.scheduler.load_prompt(expanded(path)))
 
     def trace(self, path: str | Path) -> AbstractContextManager[None]:
-        """Records the work of host and device while the block runs, as a Chrome trace; see `decode.trace`.
+        """Records the work of host and device as a Chrome trace, until the block ends or the models are unloaded.
 
         Raises:
             MTPError: Another trace is being recorded.
@@ -369,11 +367,22 @@ class MTPModel:
         """Lends the target and the drafter to this thread for the block, to measure them; all rows wait meanwhile."""
         return self._session.lend()
 
-    def close(self) -> None:
-        """Frees the models and their memory. Running calls fail with an error within a round.
+    @property
+    def loaded(self) -> bool:
+        """Whether the models are in memory, see `unload`."""
+        return self._session.loaded
 
-        Any later call is an error, except a second `close`. May be called from any thread.
+    def unload(self) -> None:
+        """Frees the memory of weights and KV; the next call loads the models again, from the same files.
+
+        Waits until no call runs or waits, in any thread; a stream counts until it is read to its end or closed. To have
+        the memory at once, cancel them. If the next call can't load the models, it fails as `load` does, and a later
+        one tries again. Kept KV of earlier texts, and of `load_prompt`, is lost. After `close`, this is an error.
         """
+        self._session.unload()
+
+    def close(self) -> None:
+        """Frees the models for good. Running calls fail within a round, later ones at once, except another `close`."""
         self._session.close()
 
     def __enter__(self) -> MTPModel:

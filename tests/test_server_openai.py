@@ -313,7 +313,7 @@ def test_unknown_addresses_and_methods_are_errors_in_the_same_form(address: str)
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_rows(address: str, lm: mlx_mtp.MTPModel, stream: bool):
     body = {"messages": user("Hi"), "max_tokens": 4000, "ignore_eos": True, "n": 3, "stream": stream}
-    scheduler = lm._session.owned().scheduler
+    scheduler = lm._session.call(lambda it: it.scheduler)
 
     async def leave() -> None:
         async with httpx.AsyncClient() as client:
@@ -330,7 +330,7 @@ def test_a_client_that_leaves_frees_its_rows(address: str, lm: mlx_mtp.MTPModel,
 def test_a_failure_while_decoding_is_told_without_details(
     client: openai.OpenAI, lm: mlx_mtp.MTPModel, monkeypatch: pytest.MonkeyPatch
 ):
-    engine = lm._session.owned().scheduler.engine
+    engine = lm._session.call(lambda it: it.scheduler).engine
 
     def fail(*_: Any) -> None:
         raise RuntimeError("/secret/path")

@@ -95,7 +95,7 @@ def test_large_bodies_and_long_prompts_are_refused():
 
 def test_a_full_queue_is_said_and_empties_again():
     with serving(max_queue=1) as (client, lm):
-        scheduler = lm._session.owned().scheduler
+        scheduler = lm._session.call(lambda it: it.scheduler)
         with client.stream("POST", "/v1/chat/completions", json=LONG | {"n": 9, "stream": True}) as running_ones:
             assert running_ones.status_code == 200
             refused = client.post("/v1/chat/completions", json=HELLO)

@@ -48,6 +48,11 @@ class PrefillJob:
         """Whether the KV of all prompts is in the buffers."""
         return self.start >= max(map(len, self.prompts))
 
+    def report(self) -> None:
+        """Tells the rows how much of their prompts is prefilled."""
+        for row in (row for rows in self.rows for row in rows):
+            row.report_prefill(self.start)
+
     def next_end(self, chunk: int) -> int:
         """Position after the next chunk of at most `chunk` tokens; several prompts are one chunk of any length."""
         longest = max(map(len, self.prompts))
@@ -71,6 +76,7 @@ class PrefillJob:
         self.start = end
         if end == self.branch_point:
             self.ring_states += (self.kv.ring_state(end),)
+        self.report()
         return hidden
 
 

@@ -48,6 +48,7 @@ class Request:
         control: Makes the row's control, from the prompt; None for none.
         logprobs: Whether log-probabilities are wanted, and of how many tokens beside the chosen one; None for none.
         prediction: Token ids that most of the text is expected to be; empty for no expectation.
+        prefill_progress: Called with the number of prompt tokens that are prefilled, and of all; None for no calls.
 
     Raises:
         PromptError: max_tokens, exactness or draft_length is out of its range.
@@ -62,6 +63,7 @@ class Request:
     control: Callable[[Sequence[int]], RowControl] | None = None
     logprobs: int | None = None
     prediction: Sequence[int] = ()
+    prefill_progress: Callable[[int, int], object] | None = None
 
     def __post_init__(self) -> None:
         if not is_int(self.max_tokens) or self.max_tokens < 1:
@@ -310,10 +312,24 @@ class Row:
             self.fail(error)
             return logits
 
-    def fail(self, error: Exception) -> None:
-        """Ends the row with an error of its own, a `PromptError`: what it asks for doesn't work."""
+    def report_prefill(self, done: int) -> None:
+        """Tells the caller how many tokens of the prompt are prefilled; a callback that fails ends the row."""
+        if self.request.prefill_progress and not self.done:
+            total = len(self.request.prompt)
+            try:
+                self.request.prefill_progress(min(done, total), total)
+            except Exception as error:
+                self.fail(error, "prefill_progress")
+
+    def fail(self, error: Exception, failing: str = "a rule of the text") -> None:
+        """Ends the row with an error of its own, a `PromptError`: what it asks for doesn't work.
+
+        Args:
+            error: What was raised.
+            failing: What raised it, for the message.
+        """
         if not isinstance(error, PromptError):
-            failed = PromptError(str(error) if isinstance(error, MTPError) else f"a rule of the text failed: {error!r}")
+            failed = PromptError(str(error) if isinstance(error, MTPError) else f"{failing} failed: {error!r}")
             failed.__cause__, error = error, failed
         self.error, self.done = error, True
 

@@ -8,8 +8,8 @@ pass it. Rows whose reader is far behind leave the batch until it has caught up.
 Short prompts that wait together are prefilled in one padded block: what a shorter row computes past its end lies above
 its committed length and is never seen. Equal prompts that wait together are prefilled once.
 
-The scheduler has no thread: the owner of the model (session/owner.py) calls `step`. Only `check` and `row` are
-thread-safe.
+The scheduler has no thread: the owner of the model (session/owner.py) calls `step`. Rows are made, in any thread, by
+its `capacity`.
 
 Only "fast" requests share a batch. The other exactness levels promise results that could depend, in the last bit, on
 the batch's shape, so they run alone and reuse no KV.
@@ -17,25 +17,27 @@ the batch's shape, so they run alone and reuse no KV.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 
-from ..checkpoint.sizes import format_bytes, rows_bytes
+from ..checkpoint.sizes import format_bytes
 from ..errors import MemoryBudgetError
 from ..kv import KVBuffers, RingState, kv_bytes
 from ..kv.buffers import ring_slots
 from ..models.drafter import Drafter
 from ..models.target import Target
+from .capacity import Capacity
 from .draft_length import DraftLengthPolicy
 from .engine import Engine
 from .in_flight import Parked, Prefilled
 from .prefill import CHUNK, CHUNK_BESIDE, PrefillJob, prefill_by_chunks
 from .prompt_cache import Entry, PromptCache
 from .prompt_file import load_entry, save_entry
-from .request import Request, Row, Stats, check_prompt, token_limit
+from .request import Request, Row, Stats
 
 MAX_ROWS = 8
 """Default for the most rows of a batch."""
@@ -51,6 +53,7 @@ class Scheduler:
     """Runs requests on a target and its drafter.
 
     Attributes:
+        capacity: What it has room for.
         max_rows: Most rows of the batch, unless the `width` of an active row allows more.
         cache: KV of earlier prompts.
         engine: The running batch.
@@ -78,7 +81,8 @@ class Scheduler:
             policy: Chooses draft lengths; None for a policy without measured prices.
         """
         self.max_rows, self.cache = max_rows, PromptCache(cache_bytes)
-        self._target, self._budget = target, kv_budget
+        self.capacity = Capacity(target.config, target.dtype.size, sys.maxsize if kv_budget is None else kv_budget)
+        self._target = target
         self._ring = ring_slots(target.config.sliding_window)
         self.engine = Engine(target, drafter, suppress_tokens, policy)
         self._waiting: deque[Row] = deque()
@@ -100,42 +104,15 @@ class Scheduler:
     def kv_bytes(self) -> int:
         """KV bytes of all active rows at their full length."""
         requests = [row.request for row in self._active()]
-        return self._kv_bytes(requests) if requests else 0
-
-    def check(self, request: Request) -> None:
-        """Checks that a request can be run.
-
-        Raises:
-            PromptError: See `request.check_prompt`.
-            MemoryBudgetError: Its KV alone exceeds the budget.
-        """
-        check_prompt(request.prompt, self._target.config)
-        needed = self._kv_bytes([request])
-        if self._budget is not None and needed > self._budget:
-            raise MemoryBudgetError(
-                f"a prompt of {len(request.prompt)} tokens and up to {self._limit(request)} more need "
-                f"{format_bytes(needed)} of KV, and there are {format_bytes(self._budget)} for it: "
-                "ask for fewer tokens or shorten the prompt"
-            )
-
-    def row(self, request: Request, width: int = 0, stats: Stats | None = None) -> Row:
-        """Makes a row for `enqueue`; errors as in `check`. Thread-safe.
-
-        Args:
-            request: What to generate.
-            width: Rows that the batch may have while this one is active, if more than `max_rows`.
-            stats: Where to count; None for new statistics.
-        """
-        self.check(request)
-        return Row(request, stats or Stats(), self._limit(request), width)
+        return self.capacity.kv_bytes(requests) if requests else 0
 
     def enqueue(self, row: Row) -> None:
         """Adds a row to the queue."""
         self._waiting.append(row)
 
     def submit(self, request: Request, stats: Stats | None = None) -> Row:
-        """Adds a request to the queue and returns its row; errors as in `check`."""
-        row = self.row(request, stats=stats)
+        """Adds a request to the queue and returns its row; errors as in `Capacity.check`."""
+        row = self.capacity.row(request, stats=stats)
         self.enqueue(row)
         return row
 
@@ -185,11 +162,10 @@ class Scheduler:
             After every chunk, so that other work can run in between.
 
         Raises:
-            PromptError: See `check`.
-            MemoryBudgetError: See `check`.
+            PromptError, MemoryBudgetError: See `Capacity.check`.
             OSError: The file can't be written.
         """
-        self.check(Request(prompt, 1))
+        self.capacity.check(Request(prompt, 1))
         kv, _ = yield from prefill_by_chunks(self._target, prompt)
         save_entry(path, Entry(list(prompt), kv.row(0, kv.written), (), len(prompt)), self._target)
 
@@ -213,7 +189,7 @@ class Scheduler:
     def stream(self, request: Request, stats: Stats | None = None) -> Generator[list[int], None, None]:
         """Runs a request by itself and yields its new tokens after each round, the stop token included.
 
-        Errors as in `check` and `step`. Closing the generator cancels the request.
+        Errors as in `Capacity.check` and `step`. Closing the generator cancels the request.
         """
         row = self.submit(request, stats)
         try:
@@ -308,9 +284,13 @@ class Scheduler:
             row = self._next_waiting(running, rows)
         if hit:
             first.stats.cached_tokens = hit.start
-            return PrefillJob(hit.kv, groups, hit.start, self._branch_point(prompt, hit.start), hit.ring_states)
-        kv = KVBuffers(self._target.config, len(groups), self._target.dtype)
-        return PrefillJob(kv, groups, branch_point=self._branch_point(prompt, 0) if reuse and len(groups) == 1 else 0)
+            job = PrefillJob(hit.kv, groups, hit.start, self._branch_point(prompt, hit.start), hit.ring_states)
+        else:
+            kv = KVBuffers(self._target.config, len(groups), self._target.dtype)
+            branch_point = self._branch_point(prompt, 0) if reuse and len(groups) == 1 else 0
+            job = PrefillJob(kv, groups, branch_point=branch_point)
+        job.report()
+        return job
 
     def _next_waiting(self, running: list[Row], rows: list[Row]) -> Row | None:
         """The next row that may join: the first in the queue, or a later one that fits while the first doesn't.
@@ -341,7 +321,7 @@ class Scheduler:
             return False
         if len(running) >= self._width([*running, row]):
             return False
-        return self._budget is None or self._kv_bytes([it.request for it in (*rows, row)]) <= self._budget
+        return self.capacity.fits([it.request for it in (*rows, row)])
 
     def _fits_block(self, groups: list[list[Row]], idle: bool) -> bool:
         """Whether prompts can be prefilled together, in one chunk."""
@@ -382,11 +362,3 @@ class Scheduler:
                 ready.append(Prefilled(kv, hidden[i : i + 1], rows))
         self.cache.make_room(self._ring_state_bytes())
         return ready
-
-    def _kv_bytes(self, requests: Sequence[Request]) -> int:
-        """Bytes of the requests' KV when all of them have reached their full length."""
-        tokens = [len(request.prompt) + self._limit(request) for request in requests]
-        return rows_bytes(self._target.config, tokens, self._target.dtype.size)
-
-    def _limit(self, request: Request) -> int:
-        return token_limit(request, self._target.config)

@@ -77,7 +77,7 @@ class Calls:
             MemoryBudgetError: The KV doesn't fit, even alone.
             MTPError: The model is closed.
         """
-        scheduler = self._session.owned().scheduler
+        capacity = self._session.capacity
         stop_tokens, stop_strings = self._stops(options)
         seed = _drawn(options.seed)
         tools = Tools(options.tools) if options.tools else None
@@ -91,11 +91,16 @@ class Calls:
             control=self._controls.control(options),
             logprobs=options.logprobs,
             prediction=self._predicted(options.prediction),
+            prefill_progress=options.prefill_progress,
         )
-        scheduler.check(request)
+        capacity.check(request)
         return [
             Answer(
-                replace(request, sampling=replace(request.sampling, seed=row_seed(seed, i))),
+                replace(
+                    request,
+                    sampling=replace(request.sampling, seed=row_seed(seed, i)),
+                    prefill_progress=request.prefill_progress if i == 0 else None,
+                ),
                 StopStrings(stop_strings),
                 self._tokenizer,
                 tools,

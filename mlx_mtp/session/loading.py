@@ -33,20 +33,22 @@ class Loaded:
     """What a session's thread owns.
 
     Attributes:
+        name: The target's folder, for messages.
         target, drafter: The models; `drafter` may be None.
         scheduler: Runs requests on them.
         weights: Bytes of the weights of both.
-        kv_budget: Bytes that the KV of all rows together may take.
     """
 
+    name: str
     target: Target
     drafter: Drafter | None
     scheduler: Scheduler
     weights: int
-    kv_budget: int
 
 
-def check_arguments(target: object, drafter: object, drafter_position: str, cache_bytes: object) -> None:
+def check_arguments(
+    target: object, drafter: object, drafter_position: str, cache_bytes: object, idle_unload: object
+) -> None:
     """Checks those arguments of `api.load` that nothing else checks.
 
     Raises:
@@ -58,6 +60,10 @@ def check_arguments(target: object, drafter: object, drafter_position: str, cach
         raise MTPError(f"drafter_position must be auto, {' or '.join(POSITIONS)}, not {drafter_position!r}")
     if cache_bytes is not None and (not is_int(cache_bytes) or cache_bytes < 0):
         raise MTPError(f"cache_bytes must be a whole number of bytes or None, not {cache_bytes!r}")
+    if idle_unload is not None and (
+        isinstance(idle_unload, bool) or not isinstance(idle_unload, int | float) or not idle_unload > 0
+    ):
+        raise MTPError(f"idle_unload must be a number of seconds above 0 or None, not {idle_unload!r}")
 
 
 def load_models(
@@ -100,7 +106,8 @@ def load_models(
         cache_bytes=cached,
         policy=DraftLengthPolicy(profile.prices) if profile else None,
     )
-    return Loaded(target, drafter, scheduler, weights, budget)
+    log.debug("loaded %s: %s of weights, %s for KV", description.folder, *map(sizes.format_bytes, (weights, budget)))
+    return Loaded(str(description.folder), target, drafter, scheduler, weights)
 
 
 def load_tokenizer(folder: Path, stop_tokens: Collection[int]) -> Tokenizer | None:

@@ -47,6 +47,7 @@ class OptionFields(TypedDict, total=False):
     thinking_budget: int | None
     logits_processors: Sequence[Callable[[Sequence[int], mx.array], mx.array]] | None
     prediction: str | Sequence[int] | Mapping[str, Any] | None
+    prefill_progress: Callable[[int, int], object] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +78,8 @@ class GenerationOptions:
             encodes it as the special token; the model then can't tell it from one of the chat template.
         chat_template: False completes a string as it is, after the token that begins texts: without messages, thinking
             or tools. The names of special tokens in it are encoded as special tokens.
-        cancel: Setting it, from any thread, ends the text within a round (or a chunk of the prompt). The text so far
-            is returned with the finish reason "cancelled".
+        cancel: Setting it, from any thread, ends the text within a round (or a chunk of the prompt, or once an unloaded
+            model is loaded again). The text so far is returned with the finish reason "cancelled".
         repetition_penalty: Divides the positive logits, and multiplies the negative ones, of tokens that the prompt or
             the text has (as transformers does; mlx-lm looks at the last 20 tokens only). 1 changes nothing.
         presence_penalty: Subtracted from the logits of tokens that the text has, as OpenAI does: not the prompt's.
@@ -97,6 +98,11 @@ class GenerationOptions:
             is verified, while the device waits.
         prediction: What most of the text is expected to be, as when a text is edited: a string, token ids, or OpenAI's
             {"type": "content", "content": ...}. It is drafted from and changes nothing but the speed.
+        prefill_progress: Called with (done, total), the prompt tokens that are prefilled and those of the whole prompt:
+            when the prefill begins (done counts tokens from the prompt cache), and after every chunk. It runs in the
+            model's thread, which decodes nothing meanwhile: hand the numbers to your own thread and return. It can't
+            use the model. An exception in it ends this text with a PromptError, and no other text. Of n answers it
+            reports the first. A batch reports each prompt: give each its own, in its dict, to tell them apart.
 
     Raises:
         PromptError: A value can't be used.
@@ -128,6 +134,7 @@ class GenerationOptions:
     thinking_budget: int | None = None
     logits_processors: Sequence[Callable[[Sequence[int], mx.array], mx.array]] | None = None
     prediction: str | Sequence[int] | Mapping[str, Any] | None = None
+    prefill_progress: Callable[[int, int], object] | None = None
 
     def __post_init__(self) -> None:
         if not is_int(self.max_tokens) or self.max_tokens < 1:
@@ -143,6 +150,8 @@ class GenerationOptions:
             raise PromptError(f"cancel must be a threading.Event, not {self.cancel!r}")
         if self.logprobs is not None and (not is_int(self.logprobs) or not 0 <= self.logprobs <= MOST_LOGPROBS):
             raise PromptError(f"logprobs must be a whole number from 0 to {MOST_LOGPROBS}, not {self.logprobs!r}")
+        if self.prefill_progress is not None and not callable(self.prefill_progress):
+            raise PromptError(f"prefill_progress must be a function of two numbers, not {self.prefill_progress!r}")
         _check_penalties(self)
         _check_rules(self)
 

@@ -11,9 +11,8 @@ is paused, and others may take its place until the reader has caught up. A row w
 current step, which takes at most a round and a chunk of a prompt. Other rows are not affected. An error in a step ends
 all rows of the batch, each with an error of its own; rows in the queue are not affected.
 
-The thread also loads the model. It frees it on `close`, when the model is dropped, or when the interpreter exits, and
-then waits for another model. Threads are reused because MLX has a thread of its own for every stream ever made, and
-aborts the process at exit if that outlives the thread that made the stream.
+The thread also loads the model: at the beginning, and when it is used after `unload`. It frees it on `unload`, after
+some idle time, on `close`, when the model is dropped, or when the interpreter exits.
 """
 
 from __future__ import annotations
@@ -21,25 +20,26 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 
+from ..decode.capacity import Capacity
 from ..decode.request import Request, Row
-from ..decode.scheduler import Scheduler
 from ..errors import MTPError
 from ..models.drafter import Drafter
 from ..models.target import Target
 from ..system.wired import WIRED
 from .inbox import Inbox, News
 from .loading import Loaded
+from .threads import ModelThread
+from .work import Work
 
 log = logging.getLogger(__name__)
 
@@ -50,44 +50,6 @@ AHEAD = 1024
 
 POLL_SECONDS = 0.1
 """Seconds between two checks of the rows' cancel events while the thread is idle: an Event can't notify it."""
-
-
-@dataclass
-class _Work:
-    """Work to do between steps; if `run` returns a generator, a piece of it is done each time."""
-
-    run: Callable[[], Any]
-    result: Future[Any]
-    cancel: threading.Event | None
-    pieces: Iterator[Any] | None = None
-
-
-class _Thread:
-    """A daemon thread with an MLX stream; it runs tasks one after another and never ends."""
-
-    idle: ClassVar[list[_Thread]] = []
-
-    def __init__(self) -> None:
-        self._tasks: queue.SimpleQueue[Callable[[mx.Stream], None]] = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._run, name="mlx_mtp", daemon=True)
-        self.thread.start()
-
-    @classmethod
-    def start(cls, task: Callable[[mx.Stream], None]) -> threading.Thread:
-        """Runs a task in an idle thread, or in a new one, and returns the thread."""
-        try:
-            free = cls.idle.pop()
-        except IndexError:
-            free = cls()
-        free._tasks.put(task)
-        return free.thread
-
-    def _run(self) -> None:
-        stream = mx.new_thread_unsafe_stream(mx.default_device())
-        with mx.stream(stream):
-            while True:
-                self._tasks.get()(stream)
-                self.idle.append(self)
 
 
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -103,36 +65,34 @@ def _close_all() -> None:
         session.close()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_Thread.idle.clear)  # a forked child doesn't have these threads
-
-
 class Session:
     """Runs a model in a thread of its own. All public methods may be called from any thread."""
 
-    def __init__(self, load: Callable[[], Loaded]) -> None:
+    def __init__(self, load: Callable[[], Loaded], idle_unload: float | None = None) -> None:
         """Starts the thread, and waits until it has loaded the model.
 
         Args:
-            load: Loads the model; called in the thread.
+            load: Loads the model; called in the thread, and again when the model is used after `unload`.
+            idle_unload: Seconds without work after which the model is unloaded; None for never.
 
         Raises:
             BaseException: Any exception of `load`.
         """
         self._load = load
+        self._idle_unload = threading.TIMEOUT_MAX if idle_unload is None else min(idle_unload, threading.TIMEOUT_MAX)
         self._process = os.getpid()
         self._changed = threading.Condition()
-        self._work: list[_Work] = []
+        self._work: list[Work] = []
         self._readers: list[tuple[Row, weakref.ref[Inbox]]] = []
         self._closing = False
         self._lent_to: int | None = None
         self._owned: Loaded | None = None
-        loaded: Future[None] = Future()
+        self._capacity: Capacity  # of the latest load
         self._ended = threading.Event()
-        self._thread = _Thread.start(lambda stream: self._main(stream, loaded))
+        self._thread = ModelThread.start(self._main)
         _sessions.add(self)
         try:
-            loaded.result()
+            self.call(lambda _: None)
         except Exception:
             self.close()
             raise
@@ -152,20 +112,27 @@ class Session:
             cancel: Ends the row when it is set.
 
         Raises:
-            PromptError, MemoryBudgetError: See `Scheduler.check`.
+            PromptError, MemoryBudgetError: See `Capacity.check`.
             MTPError: The model is closed, or belongs to another process.
         """
-        row = self.owned().scheduler.row(request, width)
+        row = self.capacity.row(request, width)
         row.cancel_event = cancel
         inbox.expect(row, self._wake)
         # Weak, so that dropping an inbox ends its rows.
         reader = weakref.ref(inbox)
 
         def enqueue() -> None:
-            self._scheduler.enqueue(row)
+            self._use().scheduler.enqueue(row)
             self._readers.append((row, reader))
 
-        self._post(_Work(enqueue, Future(), None))
+        def queued(done: Future[None]) -> None:
+            if (error := done.exception()) is not None:  # the model couldn't be loaded, or was closed meanwhile
+                row.error, row.done = error, True
+                self._send(reader, row, [], True)
+
+        work = Work(enqueue)
+        work.result.add_done_callback(queued)
+        self._post(work)
         return row
 
     def call(self, work: Callable[[Loaded], T], cancel: threading.Event | None = None) -> T:
@@ -177,23 +144,35 @@ class Session:
 
         Raises:
             MTPError: The model is closed or belongs to another process, or the call was cancelled.
-            BaseException: Any exception of `work`.
+            BaseException: Any exception of `work`, or of loading the model.
         """
-        return cast(T, self._wait_for(lambda: work(self.owned()), cancel))
+        return cast(T, self._wait_for(Work(lambda: work(self._use()), cancel)))
 
     def run(self, work: Callable[[Loaded], Generator[Any, None, T]], cancel: threading.Event | None = None) -> T:
         """As `call`, for long work: `work` returns a generator, which advances once between two steps."""
-        return cast(T, self._wait_for(lambda: work(self.owned()), cancel))
+        return cast(T, self._wait_for(Work(lambda: work(self._use()), cancel)))
 
-    def _wait_for(self, work: Callable[[], Any], cancel: threading.Event | None) -> Any:
-        done: Future[Any] = Future()
-        self._post(_Work(work, done, cancel))
+    def unload(self) -> None:
+        """Frees the model and its KV as soon as no call runs or waits; the next call loads it again.
+
+        Raises:
+            MTPError: The model is closed, or belongs to another process.
+        """
+        self._wait_for(Work(self._unload, when_idle=True))
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the model is in memory."""
+        return self._owned is not None
+
+    def _wait_for(self, work: Work) -> Any:
+        self._post(work)
         try:
-            return done.result()
+            return work.result.result()
         except CancelledError:
             raise MTPError("this was cancelled") from None
         except BaseException:
-            done.cancel()  # this thread was interrupted
+            work.result.cancel()  # this thread was interrupted
             raise
 
     @contextmanager
@@ -204,36 +183,39 @@ class Session:
             MTPError: The model is closed, or belongs to another process.
         """
         if self._lent_to == threading.get_ident():
-            yield self.owned().target, self.owned().drafter
+            assert self._owned
+            yield self._owned.target, self._owned.drafter
             return
-        begun, ended, work = threading.Event(), threading.Event(), Future[Any]()
+        lent, ended = Future[Loaded](), threading.Event()
 
-        def wait() -> None:
-            begun.set()
+        def lend() -> None:
+            lent.set_result(self._use())
             ended.wait()
 
-        work.add_done_callback(lambda _: begun.set())  # if the model is closed before it begins
-        self._post(_Work(wait, work, None))
+        def failed(done: Future[None]) -> None:
+            if (error := done.exception()) is not None:
+                lent.set_exception(error)
+
+        work = Work(lend)
+        work.result.add_done_callback(failed)
+        self._post(work)
         try:
-            begun.wait()
-            owned = self.owned()
+            owned = lent.result()
             self._lent_to = threading.get_ident()
             yield owned.target, owned.drafter
         finally:
             self._lent_to = None
             ended.set()
 
-    def owned(self) -> Loaded:
-        """What the session owns. Only the session's thread, or within `lend`, may change it.
+    @property
+    def capacity(self) -> Capacity:
+        """What the model has room for, whether it is loaded or not.
 
         Raises:
             MTPError: The model is closed, or belongs to another process.
         """
-        owned = self._owned
-        self._check_process()
-        if owned is None or self._closing:
-            raise MTPError("the model is closed: load it again")
-        return owned
+        self.check_open()
+        return self._capacity
 
     def close(self, wait: bool = True) -> None:
         """Ends all rows and frees all memory. May be called more than once, and in any thread.
@@ -250,18 +232,27 @@ class Session:
             self._ended.wait()
 
     def _check_usable(self) -> None:
-        self.owned()
+        self.check_open()
+        if threading.current_thread() is self._thread:
+            raise MTPError("a callback can't use the model, whose thread waits for it: hand the work to another thread")
         if self._lent_to == threading.get_ident():
             raise MTPError("this thread has borrowed the models: leave `with lm.models()` before using them otherwise")
 
-    def _check_process(self) -> None:
+    def check_open(self) -> None:
+        """Checks that the model can be used.
+
+        Raises:
+            MTPError: It is closed, or belongs to another process.
+        """
         if os.getpid() != self._process:
             raise MTPError(
                 "this model was loaded before the process was forked, and its thread doesn't exist here: load it in "
                 "the child, or have multiprocessing start children with 'spawn'"
             )
+        if self._closing:
+            raise MTPError("the model is closed: load it again")
 
-    def _post(self, work: _Work) -> None:
+    def _post(self, work: Work) -> None:
         self._check_usable()
         with self._changed:
             if self._closing:
@@ -276,42 +267,69 @@ class Session:
 
     # In the session's thread
 
-    def _main(self, stream: mx.Stream, loaded: Future[None]) -> None:
+    def _main(self, stream: mx.Stream) -> None:
+        self._stream = stream
         try:
-            try:
-                self._owned = self._load()
-            except BaseException as error:
-                loaded.set_exception(error)
-                return
-            finally:
-                del self._load
-            loaded.set_result(None)
             while self._wait():
                 self._do_work()
                 self._step()
         except BaseException:
             log.exception("the thread of a model failed: the model is closed")
         finally:
-            self._end(stream)
+            self._end()
             self._ended.set()
 
     def _wait(self) -> bool:
         """Waits until there is something to do; returns False once the session closes."""
+        idle_until = time.monotonic() + self._idle_unload
         with self._changed:
-            while not self._closing and not self._work and not self._may_step():
+            while not self._closing and not self._may_work() and not self._may_step():
                 WIRED.release(self)
-                self._changed.wait(POLL_SECONDS if any(row.cancel_event for row, _ in self._readers) else None)
+                if self._readers:  # paused rows
+                    self._changed.wait(POLL_SECONDS if any(row.cancel_event for row, _ in self._readers) else None)
+                elif not self._owned:
+                    self._changed.wait()
+                elif (left := idle_until - time.monotonic()) > 0:
+                    self._changed.wait(left)
+                else:
+                    self._work.append(Work(self._unload, when_idle=True))
             return not self._closing
+
+    def _may_work(self) -> bool:
+        """Whether there is work that needn't wait for rows."""
+        return any(not self._readers or not item.when_idle for item in self._work)
 
     def _may_step(self) -> bool:
         """Whether the scheduler has anything to do: a row that isn't paused, or one that was cancelled."""
         self._check_readers()
-        return self._scheduler.busy
+        return self._owned is not None and self._owned.scheduler.busy
 
-    @property
-    def _scheduler(self) -> Scheduler:
-        assert self._owned
-        return self._owned.scheduler
+    def _use(self) -> Loaded:
+        """What the session owns; loads it if it isn't loaded.
+
+        Raises:
+            BaseException: Any exception of loading.
+        """
+        if self._owned is None:
+            self._owned = self._load()
+            self._capacity = self._owned.scheduler.capacity
+        return self._owned
+
+    def _unload(self) -> None:
+        if self._owned:
+            name = self._owned.name
+            self._free()
+            log.info("unloaded %s; its next use loads it again", name)
+
+    def _free(self) -> None:
+        """Frees what the session owns."""
+        if self._owned:
+            self._owned.scheduler.close()
+            self._owned = None
+        WIRED.release(self)
+        with suppress(Exception):
+            mx.synchronize(self._stream)
+        mx.clear_cache()
 
     def _check_readers(self) -> None:
         """Cancels rows whose reader is gone, and pauses those that are far ahead of their reader."""
@@ -324,37 +342,24 @@ class Session:
     def _do_work(self) -> None:
         with self._changed:
             work, self._work = self._work, []
-        left = []
+        idle = not self._readers and all(item.when_idle for item in work)
+        left: list[Work] = []
         for item in work:
-            self._scheduler.engine.disturb()
-            try:
-                if item.result.cancelled() or (item.cancel is not None and item.cancel.is_set()):
-                    item.result.cancel()
-                    item.pieces = None
-                    continue
-                result = item.run() if item.pieces is None else None
-                if item.pieces is None and isinstance(result, Generator):
-                    item.pieces = result
-                if item.pieces is None:
-                    _resolve(item.result, result)
-                else:
-                    next(item.pieces)
-                    left.append(item)
-            except StopIteration as stop:
-                _resolve(item.result, stop.value)
-            except BaseException as error:
-                with suppress(Exception):
-                    item.result.set_exception(error)
+            if self._owned:
+                self._owned.scheduler.engine.disturb()
+            if (item.when_idle and not idle) or not item.advance():
+                left.append(item)
         with self._changed:
             self._work = left + self._work
 
     def _step(self) -> None:
-        if not self._may_step():
+        owned = self._owned
+        if owned is None or not self._may_step():
             return
         if WIRED.possible:
-            WIRED.hold(self, cast(Loaded, self._owned).weights + self._scheduler.kv_bytes)
+            WIRED.hold(self, owned.weights + owned.scheduler.kv_bytes)
         try:
-            self._scheduler.step()
+            owned.scheduler.step()
         except BaseException as error:
             # The scheduler has ended every row of the batch with this error, which `_deliver` passes on.
             log.debug("a step has failed", exc_info=error)
@@ -375,26 +380,16 @@ class Session:
         if inbox is not None and (tokens or done):
             inbox.put(News(row, tokens, row.stats.snapshot(), done, row.cancelled, row.error))
 
-    def _end(self, stream: mx.Stream) -> None:
+    def _end(self) -> None:
         with self._changed:
             self._closing = True
             work, self._work = self._work, []
         for item in work:
-            with suppress(Exception):
-                item.result.set_exception(MTPError("the model was closed"))
+            item.fail(MTPError("the model was closed"))
         if self._owned:
             self._owned.scheduler.close()
         for row, reader in self._readers:
             row.error = row.error or MTPError("the model was closed")
             self._send(reader, row, row.pop_unread(), True)
         self._readers = []
-        self._owned = None
-        WIRED.release(self)
-        with suppress(Exception):
-            mx.synchronize(stream)
-        mx.clear_cache()
-
-
-def _resolve(result: Future[Any], value: Any) -> None:
-    with suppress(Exception):  # the caller was interrupted, which cancelled the future
-        result.set_result(value)
+        self._free()

@@ -14,7 +14,7 @@ from .owner import Session
 
 @contextmanager
 def tracing(session: Session, path: str | Path) -> Iterator[None]:
-    """Records until the block ends; see `decode.trace`.
+    """Records until the block ends, or the model is unloaded; see `decode.trace`.
 
     Raises:
         MTPError: Another trace is being recorded, or the model is closed.
@@ -36,6 +36,7 @@ def tracing(session: Session, path: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(MTPError):  # the model was closed meanwhile
-            session.call(end)
+        if session.loaded:  # else the engine that was recorded is gone
+            with suppress(MTPError):  # the model was closed meanwhile
+                session.call(end)
         trace.close()
