@@ -17,8 +17,8 @@ from tests.support.server import entry, running
 MISSING = {
     name: what
     for name, what in (
-        ("test_server_page.py", "" if browser.find_chromium() else "there is no Chromium or Chrome"),
-        ("test_server_javascript.py", "" if node.find_client() else "there is no node with tests/javascript's packages"),
+        ("test_server_page.py", "" if browser.find_chromium() else "no Chromium or Chrome"),
+        ("test_server_javascript.py", "" if node.find_client() else "no node with the packages of tests/javascript"),
         ("test_example_app.py", display.missing()),
     )
     if what
