@@ -136,7 +136,7 @@ class MTPModel:
         )
         # The session holds no reference to this model, so dropping the model closes it and frees its memory.
         weakref.finalize(self, self._session.close).atexit = False
-        self.kv_budget = self._session.owned().kv_budget
+        self.kv_budget = self._session.owned().scheduler.kv_budget or 0
         self.tokenizer = load_tokenizer(self.folder, self.defaults.stop_tokens)
         rows = profile.rows if profile else MAX_ROWS
         self._calls = Calls(self._session, self.tokenizer, self.config, self.defaults, self.folder, rows)
@@ -368,6 +368,19 @@ class MTPModel:
     def models(self) -> AbstractContextManager[tuple[Target, Drafter | None]]:
         """Lends the target and the drafter to this thread for the block, to measure them; all rows wait meanwhile."""
         return self._session.lend()
+
+    def limit_kv(self, most: int) -> None:
+        """Sets the bytes that the KV of rows and the prompt cache together may take from now on.
+
+        At first they may take what this model's weights leave of the memory. A process with several models divides it.
+
+        Args:
+            most: Bytes; divided as `load` says under `cache_bytes`. The cache drops what no longer fits.
+
+        Raises:
+            MemoryBudgetError: Requests that run or wait need more; the limit stays as it was.
+        """
+        self.kv_budget = self._session.call(lambda owned: owned.limit_kv(most))
 
     def close(self) -> None:
         """Frees the models and their memory. Running calls fail with an error within a round.

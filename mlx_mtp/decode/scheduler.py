@@ -52,6 +52,7 @@ class Scheduler:
 
     Attributes:
         max_rows: Most rows of the batch, unless the `width` of an active row allows more.
+        kv_budget: Most bytes for the KV of all rows; None for no limit. May shrink to `needed` between two steps.
         cache: KV of earlier prompts.
         engine: The running batch.
     """
@@ -78,7 +79,7 @@ class Scheduler:
             policy: Chooses draft lengths; None for a policy without measured prices.
         """
         self.max_rows, self.cache = max_rows, PromptCache(cache_bytes)
-        self._target, self._budget = target, kv_budget
+        self._target, self.kv_budget = target, kv_budget
         self._ring = ring_slots(target.config.sliding_window)
         self.engine = Engine(target, drafter, suppress_tokens, policy)
         self._waiting: deque[Row] = deque()
@@ -102,6 +103,11 @@ class Scheduler:
         requests = [row.request for row in self._active()]
         return self._kv_bytes(requests) if requests else 0
 
+    @property
+    def needed(self) -> int:
+        """The smallest KV budget with which all requests that are here can run."""
+        return max([self.kv_bytes, *(self._kv_bytes([row.request]) for row in self._waiting)])
+
     def check(self, request: Request) -> None:
         """Checks that a request can be run.
 
@@ -111,10 +117,10 @@ class Scheduler:
         """
         check_prompt(request.prompt, self._target.config)
         needed = self._kv_bytes([request])
-        if self._budget is not None and needed > self._budget:
+        if self.kv_budget is not None and needed > self.kv_budget:
             raise MemoryBudgetError(
                 f"a prompt of {len(request.prompt)} tokens and up to {self._limit(request)} more need "
-                f"{format_bytes(needed)} of KV, and there are {format_bytes(self._budget)} for it: "
+                f"{format_bytes(needed)} of KV, and there are {format_bytes(self.kv_budget)} for it: "
                 "ask for fewer tokens or shorten the prompt"
             )
 
@@ -341,7 +347,9 @@ class Scheduler:
             return False
         if len(running) >= self._width([*running, row]):
             return False
-        return self._budget is None or self._kv_bytes([it.request for it in (*rows, row)]) <= self._budget
+        if self.kv_budget is None or not rows:  # alone it fitted when it was checked
+            return True
+        return self._kv_bytes([it.request for it in (*rows, row)]) <= self.kv_budget
 
     def _fits_block(self, groups: list[list[Row]], idle: bool) -> bool:
         """Whether prompts can be prefilled together, in one chunk."""

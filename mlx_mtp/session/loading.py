@@ -16,7 +16,7 @@ from ..decode.draft_length import DraftLengthPolicy
 from ..decode.limits import is_int
 from ..decode.overflow import check_overflow
 from ..decode.scheduler import MAX_ROWS, Scheduler
-from ..errors import MTPError
+from ..errors import MemoryBudgetError, MTPError
 from ..models import self_test
 from ..models.drafter import POSITIONS, Drafter
 from ..models.target import Target
@@ -36,14 +36,27 @@ class Loaded:
         target, drafter: The models; `drafter` may be None.
         scheduler: Runs requests on them.
         weights: Bytes of the weights of both.
-        kv_budget: Bytes that the KV of all rows together may take.
+        cache_bytes: See `api.load`.
     """
 
     target: Target
     drafter: Drafter | None
     scheduler: Scheduler
     weights: int
-    kv_budget: int
+    cache_bytes: int | None
+
+    def limit_kv(self, most: int) -> int:
+        """See `MTPModel.limit_kv`; returns the bytes for rows."""
+        budget, cached = sizes.divide_kv(most, self.cache_bytes)
+        scheduler = self.scheduler
+        if budget < scheduler.needed:
+            raise MemoryBudgetError(
+                f"requests that run or wait need {sizes.format_bytes(scheduler.needed)} of KV, more than the "
+                f"{sizes.format_bytes(budget)} that would be left: try again when they have ended"
+            )
+        scheduler.kv_budget, scheduler.cache.limit = budget, cached
+        scheduler.cache.make_room(0)
+        return budget
 
 
 def check_arguments(target: object, drafter: object, drafter_position: str, cache_bytes: object) -> None:
@@ -100,7 +113,7 @@ def load_models(
         cache_bytes=cached,
         policy=DraftLengthPolicy(profile.prices) if profile else None,
     )
-    return Loaded(target, drafter, scheduler, weights, budget)
+    return Loaded(target, drafter, scheduler, weights, cache_bytes)
 
 
 def load_tokenizer(folder: Path, stop_tokens: Collection[int]) -> Tokenizer | None:
