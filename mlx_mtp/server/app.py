@@ -71,6 +71,7 @@ def make_app(models: Models, options: ServerOptions | None = None) -> FastAPI:
 
     # The pages of FastAPI's documentation load scripts from elsewhere.
     app = FastAPI(title="mlx-mtp", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.options, app.state.service = options, service
     errors.add_handlers(app)
     app.add_middleware(BodyLimit, most_bytes=options.max_body_bytes)
     app.add_middleware(Guard, options=options)
@@ -142,9 +143,10 @@ def _add_anthropic(app: FastAPI, service: Service) -> None:
         )
 
     @app.post("/v1/messages/count_tokens")
-    async def count_tokens(body: MessagesBody) -> dict[str, int]:
+    async def count_tokens(body: MessagesBody, request: Request) -> Response:
         """Counts the tokens of a conversation."""
-        return {"input_tokens": await service.count_tokens(body.job())}
+        count = await unless_disconnected(request.receive, service.count_tokens(body.job()))
+        return JSONResponse({"input_tokens": count})
 
 
 def _model(name: str) -> dict[str, Any]:
@@ -163,7 +165,9 @@ async def respond(
         stream: Whether the response is written as server-sent events.
         reply: Makes the translation of the job's answers.
     """
-    answers = await service.start(job)
+    answers = await unless_disconnected(request.receive, service.start(job))
+    if answers is None:
+        return Response()
     written = reply(answers)
     if stream:
         form = errors.form_for(request.url.path)

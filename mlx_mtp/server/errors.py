@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from ..errors import MemoryBudgetError, MTPError, PromptError
+from ..errors import MemoryBudgetError, MTPError, PromptError, printable
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class RequestError(Exception):
 
     Attributes:
         status: HTTP status.
-        message: One line for the client.
+        message: One line for the client; may quote what the client sent, of which it keeps a printable beginning.
         code: OpenAI's `code`, or None.
         param: The field at fault, or None.
     """
@@ -37,7 +37,8 @@ class RequestError(Exception):
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
         """Takes the attributes."""
         super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
+        self.status, self.message, self.code = status, printable(message), code
+        self.param = param and printable(param)
 
     @property
     def headers(self) -> dict[str, str]:

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import uvicorn
 from fastapi import FastAPI
 
 import mlx_mtp
+from mlx_mtp.server.connections import Server
 from mlx_mtp.server.registry import Entry
 
 
@@ -20,7 +20,7 @@ def running(app: FastAPI) -> Iterator[str]:
     """Runs an application on a free port; gives its address."""
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    server = Server(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     wait_until(lambda: server.started)
