@@ -37,6 +37,7 @@ class Connection(HttpToolsProtocol):
     _sending: asyncio.TimerHandle | None = None
     _reading: asyncio.TimerHandle | None = None
     _received = 0
+    _begun = False
     _in_head = True
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
@@ -65,7 +66,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Called before a request's first line."""
         super().on_message_begin()
-        self._in_head = True
+        self._begun = self._in_head = True
         if self._sending is None:
             self._expect_request()
 
@@ -104,7 +105,7 @@ class Connection(HttpToolsProtocol):
         self._sending = self.loop.call_later(self.options.stall_limit, self._sender_is_slow)
 
     def _request_is_complete(self) -> None:
-        self._received, self._in_head = 0, True
+        self._received, self._begun, self._in_head = 0, False, True
         if self._sending:
             self._sending.cancel()
             self._sending = None
@@ -120,7 +121,7 @@ class Connection(HttpToolsProtocol):
         """Ends the connection; with a response only if a request waits for one, not to answer a later one."""
         answered = self.cycle is None or self.cycle.response_complete
         waits = answered if self._in_head else not (self.cycle.response_started or self.pipeline)
-        if waits and (self._received or response is _TOO_MANY):
+        if waits and (self._begun or response is _TOO_MANY):
             self.transport.write(response)
         self.transport.close()
         self._expect_reader()

@@ -16,9 +16,16 @@ from mlx_mtp.server.registry import Entry
 
 
 @contextmanager
-def running(app: FastAPI) -> Iterator[str]:
-    """Runs an application on a free port; gives its address."""
+def running(app: FastAPI, send_buffer: int | None = None) -> Iterator[str]:
+    """Runs an application on a free port; gives its address.
+
+    Args:
+        app: Made by `make_app`.
+        send_buffer: Bytes that the system takes of a response before it is read; None for its usual number.
+    """
     listening = socket.socket()
+    if send_buffer is not None:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     listening.bind(("127.0.0.1", 0))
     server = Server(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
