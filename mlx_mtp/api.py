@@ -372,6 +372,16 @@ class MTPModel:
         """Whether the models are in memory, see `unload`."""
         return self._session.loaded
 
+    def limit_kv(self, most: int) -> None:
+        """Sets how many bytes the KV of rows and the prompt cache may take, for a process with several models.
+
+        At first, and after `unload`, that is what the weights leave. The cache drops what no longer fits.
+
+        Raises:
+            MemoryBudgetError: Requests that run or wait need more; the limit stays as it was.
+        """
+        self.kv_budget = self._session.call(lambda owned: owned.limit_kv(most))
+
     def unload(self) -> None:
         """Frees the memory of weights and KV; the next call loads the models again, from the same files.
 

@@ -19,9 +19,7 @@ class MTPError(Exception):
 
     def __init__(self, message: str) -> None:
         """Makes the message safe to print."""
-        if not message.isprintable():
-            message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message[: 2 * _LONGEST])
-        super().__init__(message if len(message) <= _LONGEST else f"{message[:_LONGEST]}...")
+        super().__init__(printable(message))
 
 
 class CheckpointError(MTPError):
@@ -42,6 +40,13 @@ class PromptError(MTPError):
 
 class MemoryBudgetError(MTPError):
     """The work doesn't fit in memory; the message says what is needed, what there is, and what to change."""
+
+
+def printable(message: str) -> str:
+    """A message as one line of printable characters, cut if it is very long."""
+    if not message.isprintable():
+        message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message[: 2 * _LONGEST])
+    return message if len(message) <= _LONGEST else f"{message[:_LONGEST]}..."
 
 
 def one_line(error: Exception) -> str:

@@ -35,10 +35,10 @@ BLAS = use_openblas()  # before MLX is imported
 import httpx
 import mlx.core as mx
 import typer
-import uvicorn
 
 import mlx_mtp
 from mlx_mtp.server.app import make_app
+from mlx_mtp.server.connections import Server
 from mlx_mtp.server.registry import Entry, Models
 from scripts.bench_batch import PROMPTS
 from scripts.medium_pair import VOCAB, add_tokenizer, make_medium_pair
@@ -98,7 +98,7 @@ def serving(lm: mlx_mtp.MTPModel) -> Iterator[str]:
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     app = make_app(Models([Entry("model", lambda: lm, 0)]))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    server = Server(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not server.started:

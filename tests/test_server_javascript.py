@@ -49,7 +49,7 @@ def test_an_answer_keeps_to_a_json_schema(address: str):
 @pytest.mark.parametrize("part, outcome", [("leave", "left the stream"), ("abort", "APIUserAbortError")])
 def test_a_client_that_leaves_frees_its_row(address: str, lm: mlx_mtp.MTPModel, part: str, outcome: str):
     assert play(address, part, ask("Hi", max_tokens=4000, ignore_eos=True), 200) == outcome
-    wait_until(lambda: not lm._session.owned().scheduler.busy, seconds=5)
+    wait_until(lambda: not lm._session.call(lambda it: it.scheduler).busy, seconds=5)
 
 
 def test_an_error_is_one_of_the_clients_own(address: str):

@@ -104,7 +104,7 @@ def test_an_answer_grows_while_it_is_written_and_stop_ends_it(page: Page, lm: ml
     )
     page.click("#stop")
     expect(page.locator(FIGURES)).to_have_text("stopped")
-    wait_until(lambda: not lm._session.owned().scheduler.busy, seconds=5)
+    wait_until(lambda: not lm._session.call(lambda it: it.scheduler).busy, seconds=5)
     said = page.locator(ANSWER).text_content() or ""
     assert said.startswith(early)
     page.unroute("**/v1/chat/completions")

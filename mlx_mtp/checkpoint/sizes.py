@@ -172,19 +172,34 @@ def memory_for_models() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def kv_budget(weights: int, cache_bytes: int | None = None) -> tuple[int, int]:
-    """Divides the memory that the models leave between running rows and the prompt cache.
+def spare_bytes(weights: int, memory: int | None = None) -> int:
+    """Bytes that weights leave for KV.
 
     Args:
-        weights: Bytes of the models' weights.
-        cache_bytes: Bytes of the prompt cache; None for a quarter of what there is.
+        weights: Bytes of all loaded weights.
+        memory: Bytes that weights and KV may take; None for `memory_for_models()`.
+    """
+    left = (memory_for_models() if memory is None else memory) - weights
+    return max(0, left * 7 // 8)  # an eighth is left for temporary arrays
+
+
+def divide_kv(spare: int, cache_bytes: int | None = None) -> tuple[int, int]:
+    """Divides memory between running rows and the prompt cache.
+
+    Args:
+        spare: Bytes for both.
+        cache_bytes: Most bytes of the prompt cache; None for a quarter of what there is.
 
     Returns:
         Bytes of KV for running rows, and for the prompt cache.
     """
-    spare = max(0, (memory_for_models() - weights) * 7 // 8)  # an eighth is left for temporary arrays
-    cached = spare // 4 if cache_bytes is None else cache_bytes
-    return max(0, spare - cached), cached
+    cached = spare // 4 if cache_bytes is None else min(spare, cache_bytes)
+    return spare - cached, cached
+
+
+def kv_budget(weights: int, cache_bytes: int | None = None) -> tuple[int, int]:
+    """The bytes of KV, as `divide_kv` gives them, of a model with these weights that has the machine to itself."""
+    return divide_kv(spare_bytes(weights), cache_bytes)
 
 
 def format_bytes(count: int) -> str:

@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import plistlib
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,8 +25,9 @@ KEY_VARIABLE = "MLX_MTP_API_KEY"
 DEMO_NAME = "demo"
 """What requests call the embedded pair."""
 
-_SHUTDOWN_SECONDS = 15
-"""How long running answers may take to end after SIGTERM: launchd kills a process after 20 seconds."""
+LEAST_CONTEXT = 8192
+"""Tokens of a row for whose KV there must be room before a model is loaded beside others: a chat of some length. With
+less, those that aren't in use are unloaded instead."""
 
 
 def serve(
@@ -85,9 +87,8 @@ def serve(
         return
     use_openblas()  # before MLX is imported
     try:
-        import uvicorn
-
         from ..server.app import make_app
+        from ..server.connections import Server, allow_connections
         from ..server.registry import Models
         from ..server.settings import ServerOptions
     except ModuleNotFoundError as error:
@@ -106,14 +107,12 @@ def serve(
         idle_unload=idle_unload,
     )
     logging.getLogger("uvicorn").setLevel(logging.INFO)
-    uvicorn.run(
-        make_app(Models(entries), options),
-        host=host,
-        port=port,
-        log_config=None,  # `main` has set up logging
-        server_header=False,
-        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
-    )
+    allow_connections(options.max_connections)
+    server = Server(make_app(Models(entries), options), host, port)
+    with suppress(KeyboardInterrupt):  # which uvicorn raises once it has ended
+        server.run()
+    if not server.started:
+        raise typer.Exit(1)  # the log says why
 
 
 def entry(model: str | None, no_draft: bool, quantize: int | None, quantize_drafter: str | int) -> Entry:
@@ -130,10 +129,13 @@ def entry(model: str | None, no_draft: bool, quantize: int | None, quantize_draf
     name = DEMO_NAME if model is None else model
     if model is not None and (folder := Path(model).expanduser()).is_dir():
         name = folder.resolve().name
+    target = pair[0]
+    least = min(LEAST_CONTEXT, target.config.text.max_positions)
     return Entry(
         name,
         partial(o.load, model, None, no_draft, quantize, quantize_drafter),
         sum(sizes.of(described).weights for described in pair if described),
+        sizes.row_bytes(target.config.text, least, target.dtype_bytes),
     )
 
 

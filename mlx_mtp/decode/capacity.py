@@ -11,14 +11,14 @@ from ..errors import MemoryBudgetError
 from .request import Request, Row, Stats, check_prompt, token_limit
 
 
-@dataclass(frozen=True)
+@dataclass
 class Capacity:
     """The context of a model, and the memory that there is for KV. Holds no weights; thread-safe.
 
     Attributes:
         config: The target's.
         dtype_bytes: Bytes of a key's or value's number.
-        kv_budget: Most bytes for the KV of all rows.
+        kv_budget: Most bytes for the KV of all rows. May shrink to `Scheduler.needed` between two steps.
     """
 
     config: TextConfig

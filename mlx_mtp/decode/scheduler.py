@@ -106,6 +106,11 @@ class Scheduler:
         requests = [row.request for row in self._active()]
         return self.capacity.kv_bytes(requests) if requests else 0
 
+    @property
+    def needed(self) -> int:
+        """The smallest KV budget with which all requests that are here can run."""
+        return max([self.kv_bytes, *(self.capacity.kv_bytes([row.request]) for row in self._waiting)])
+
     def enqueue(self, row: Row) -> None:
         """Adds a row to the queue."""
         self._waiting.append(row)
@@ -321,7 +326,8 @@ class Scheduler:
             return False
         if len(running) >= self._width([*running, row]):
             return False
-        return self.capacity.fits([it.request for it in (*rows, row)])
+        # Alone it fitted when it was checked; the budget may have shrunk since.
+        return not rows or self.capacity.fits([it.request for it in (*rows, row)])
 
     def _fits_block(self, groups: list[list[Row]], idle: bool) -> bool:
         """Whether prompts can be prefilled together, in one chunk."""

@@ -248,7 +248,7 @@ def _tool_choice(choice: dict[str, Any] | None) -> str | None:
     kind, name = choice.get("type"), choice.get("name")
     if kind == "tool" and isinstance(name, str):
         return name
-    if kind not in _CHOICES:
+    if not isinstance(kind, str) or kind not in _CHOICES:
         raise PromptError('tool_choice is a dict with the type "auto", "any", "none", or "tool" and a name')
     return _CHOICES[kind]
 

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from ..session.answer import Generation
-from . import errors
+from . import document, errors
 from .anthropic_messages import MessagesBody, MessagesReply
-from .events import Events, event, unless_disconnected
+from .events import Events, event, unless_disconnected, whole
 from .guard import Guard
 from .limits import BodyLimit
 from .metrics import CONTENT_TYPE
@@ -70,7 +70,15 @@ def make_app(models: Models, options: ServerOptions | None = None) -> FastAPI:
         await models.close()
 
     # The pages of FastAPI's documentation load scripts from elsewhere.
-    app = FastAPI(title="mlx-mtp", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="mlx-mtp",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses=document.responses(errors.OPENAI, answers=False),
+    )
+    document.describe(app)
+    app.state.options, app.state.service = options, service
     errors.add_handlers(app)
     app.add_middleware(BodyLimit, most_bytes=options.max_body_bytes)
     app.add_middleware(Guard, options=options)
@@ -89,7 +97,7 @@ def make_app(models: Models, options: ServerOptions | None = None) -> FastAPI:
         """A page to chat with the models."""
         return HTMLResponse(PAGE.read_text("utf-8"), headers={"Content-Security-Policy": PAGE_POLICY})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Figures for Prometheus."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
@@ -99,6 +107,7 @@ def make_app(models: Models, options: ServerOptions | None = None) -> FastAPI:
 
 def _add_openai(app: FastAPI, service: Service, options: ServerOptions) -> None:
     """Adds the routes of OpenAI's interface."""
+    answers = document.responses(errors.OPENAI)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -110,19 +119,19 @@ def _add_openai(app: FastAPI, service: Service, options: ServerOptions) -> None:
         """One of them."""
         return _model(service.models.find(name).name)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=answers)
     async def chat(body: ChatBody, request: Request) -> Response:
         """Answers a conversation."""
         job = body.job(options.max_tokens)
         return await respond(service, request, job, bool(body.stream), lambda answers: ChatReply(body, answers))
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=answers)
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Completes a text."""
         job = body.job(options.max_tokens)
         return await respond(service, request, job, bool(body.stream), lambda answers: CompletionReply(body, answers))
 
-    @app.post("/v1/responses")
+    @app.post("/v1/responses", responses=answers)
     async def responses(body: ResponsesBody, request: Request) -> Response:
         """Answers a conversation."""
         job = body.job(options.max_tokens)
@@ -132,7 +141,7 @@ def _add_openai(app: FastAPI, service: Service, options: ServerOptions) -> None:
 def _add_anthropic(app: FastAPI, service: Service) -> None:
     """Adds the routes of Anthropic's interface."""
 
-    @app.post("/v1/messages")
+    @app.post("/v1/messages", responses=document.responses(errors.ANTHROPIC))
     async def messages(body: MessagesBody, request: Request) -> Response:
         """Answers a conversation."""
         if body.max_tokens is None:
@@ -141,10 +150,11 @@ def _add_anthropic(app: FastAPI, service: Service) -> None:
             service, request, body.job(), bool(body.stream), lambda answers: MessagesReply(body, answers)
         )
 
-    @app.post("/v1/messages/count_tokens")
-    async def count_tokens(body: MessagesBody) -> dict[str, int]:
+    @app.post("/v1/messages/count_tokens", responses=document.responses(errors.ANTHROPIC, answers=False))
+    async def count_tokens(body: MessagesBody, request: Request) -> Response:
         """Counts the tokens of a conversation."""
-        return {"input_tokens": await service.count_tokens(body.job())}
+        count = await unless_disconnected(request.receive, service.count_tokens(body.job()))
+        return JSONResponse({"input_tokens": count})
 
 
 def _model(name: str) -> dict[str, Any]:
@@ -163,7 +173,9 @@ async def respond(
         stream: Whether the response is written as server-sent events.
         reply: Makes the translation of the job's answers.
     """
-    answers = await service.start(job)
+    answers = await unless_disconnected(request.receive, service.start(job))
+    if answers is None:
+        return Response()
     written = reply(answers)
     if stream:
         form = errors.form_for(request.url.path)
@@ -176,4 +188,4 @@ async def respond(
         generations = await unless_disconnected(request.receive, answers.all())
     finally:
         await answers.close()
-    return Response() if generations is None else JSONResponse(written.whole(generations))
+    return Response() if generations is None else whole(written.whole(generations))

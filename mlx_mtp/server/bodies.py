@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from ..errors import PromptError
 from ..session.options import GenerationOptions
@@ -15,6 +16,19 @@ class Body(BaseModel):
     """The body of a request. A field that it doesn't have is an error that names it."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_numbers(cls, body: Any) -> Any:
+        """Refuses NaN and infinity: Python reads them, but JSON has none, so no response could repeat them."""
+        left = [body]
+        while left:
+            value = left.pop()
+            if isinstance(value, dict | list):
+                left += value.values() if isinstance(value, dict) else value
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise ValueError("a number is NaN or infinite")
+        return body
 
 
 def options_of(**given: Any) -> GenerationOptions:

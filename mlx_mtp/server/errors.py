@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from ..errors import MemoryBudgetError, MTPError, PromptError
+from ..errors import MemoryBudgetError, MTPError, PromptError, printable
 
 log = logging.getLogger(__name__)
 
@@ -29,21 +29,29 @@ class RequestError(Exception):
 
     Attributes:
         status: HTTP status.
-        message: One line for the client.
+        message: One line for the client; may quote what the client sent, of which it keeps a printable beginning.
         code: OpenAI's `code`, or None.
         param: The field at fault, or None.
+        allow: The methods that the path has, if it lacks the request's.
     """
+
+    allow: str | None = None
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
         """Takes the attributes."""
         super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
+        self.status, self.message, self.code = status, printable(message), code
+        self.param = param and printable(param)
 
     @property
     def headers(self) -> dict[str, str]:
         """Headers of the response."""
         if self.status == 401:
             return {"WWW-Authenticate": "Bearer"}
+        if self.status == 500:  # after an exception uvicorn closes the connection, and a client should know
+            return {"Connection": "close"}
+        if self.allow:
+            return {"Allow": self.allow}
         return {"Retry-After": str(RETRY_SECONDS)} if self.status in (429, 503) else {}
 
 
@@ -97,7 +105,9 @@ def as_request_error(error: Exception) -> RequestError:
     if isinstance(error, PromptError | MemoryBudgetError):
         return RequestError(400, str(error))
     if isinstance(error, HTTPException):
-        return RequestError(error.status_code, str(error.detail))
+        refused = RequestError(error.status_code, str(error.detail))
+        refused.allow = (error.headers or {}).get("Allow")
+        return refused
     if isinstance(error, RequestValidationError):
         return _invalid(error)
     log.error("a request has failed", exc_info=error)

@@ -1,4 +1,4 @@
-"""Responses that are written while a text is generated, and clients that leave meanwhile."""
+"""Responses, whole or written while a text is generated, and clients that leave meanwhile."""
 
 from __future__ import annotations
 
@@ -20,8 +20,26 @@ def event(data: Any, name: str | None = None) -> str:
         data: Written as JSON.
         name: Its type, or None.
     """
-    text = f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    text = f"data: {_dumped(data)}\n\n"
     return text if name is None else f"event: {name}\n{text}"
+
+
+def whole(data: Any) -> Response:
+    """A response that isn't streamed.
+
+    Args:
+        data: Written as JSON.
+    """
+    return Response(_encoded(_dumped(data)), media_type="application/json")
+
+
+def _dumped(data: Any) -> str:
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+
+
+def _encoded(text: str) -> bytes:
+    """UTF-8. Half a surrogate pair, which a client may have sent as an escape, can't be encoded and becomes "?"."""
+    return text.encode(errors="replace")
 
 
 class Events(Response):
@@ -57,9 +75,9 @@ class Events(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             async for text in self._events:
-                await send({"type": "http.response.body", "body": text.encode(errors="replace"), "more_body": True})
+                await send({"type": "http.response.body", "body": _encoded(text), "more_body": True})
         except Exception as error:
-            await send({"type": "http.response.body", "body": self._failed(error).encode(), "more_body": True})
+            await send({"type": "http.response.body", "body": _encoded(self._failed(error)), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -44,7 +44,8 @@ class Guard:
         Raises:
             RequestError: Status 401 or 403.
         """
-        host, origin, options = headers.get("host", ""), headers.get("origin"), self._options
+        hosts, origin, options = headers.getlist("host"), headers.get("origin"), self._options
+        host = hosts[0] if len(hosts) == 1 else ""  # with two, a proxy in front may have gone by the other one
         if not _is_known(host, options.allowed_hosts):
             raise RequestError(403, f"this server isn't called {host!r}: --allow-host allows a name")
         foreign = origin is not None and urlsplit(origin).netloc != host
@@ -54,7 +55,8 @@ class Guard:
             return
         kind, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "")
-        if not secrets.compare_digest(given.encode(), options.api_key.encode()):
+        # Clients send the bytes of UTF-8, which ASGI's headers hold as characters of Latin-1.
+        if not secrets.compare_digest(given.encode("latin-1"), options.api_key.encode()):
             raise RequestError(401, "the API key is missing or wrong", "invalid_api_key")
 
 

@@ -9,8 +9,9 @@ import asyncio
 import secrets
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import ParamSpec, TypeVar
 
 from ..api import MTPModel, row_seed
 from ..errors import PromptError
@@ -22,6 +23,9 @@ from .errors import RequestError
 from .metrics import Metrics
 from .registry import Entry, Models
 from .settings import ServerOptions
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +57,10 @@ class Service:
     def __init__(self, models: Models, options: ServerOptions) -> None:
         """Takes the models and the limits."""
         self.models, self.options, self.metrics = models, options, Metrics(models)
+        self._running: set[threading.Event] = set()
 
     async def start(self, job: Job) -> Answers:
-        """Checks a job and starts it; the caller must close what it returns.
+        """Checks a job and starts it; the caller must close what it returns. May be cancelled while it waits.
 
         Raises:
             RequestError: There is no such model, it can't be loaded, or the queue is full.
@@ -66,7 +71,7 @@ class Service:
         try:
             lm = await self.models.loaded(entry)
             cancel = threading.Event()
-            streams = await asyncio.to_thread(self._streams, lm, job, cancel)
+            streams = await _to_its_end(self._streams, lm, job, cancel)
         except PromptError as error:
             entry.give(count)
             folder = entry.lm.folder if entry.lm else entry.name
@@ -74,7 +79,13 @@ class Service:
         except BaseException:
             entry.give(count)
             raise
-        return Answers(entry, lm, streams, cancel, self.options.time_limit, self.metrics)
+        self._running.add(cancel)
+        return Answers(entry, lm, streams, cancel, self.options.time_limit, self._ended)
+
+    def end_answers(self) -> None:
+        """Ends all running answers; each ends within a round, with what it has."""
+        for cancel in self._running:
+            cancel.set()
 
     async def count_tokens(self, job: Job) -> int:
         """The number of tokens of a job's prompts; errors as for `start`."""
@@ -82,9 +93,13 @@ class Service:
         entry.take(1, self.options.max_queue)
         try:
             lm = await self.models.loaded(entry)
-            return sum(map(len, await asyncio.to_thread(self._encoded, lm, job)))
+            return sum(map(len, await _to_its_end(self._encoded, lm, job)))
         finally:
             entry.give(1)
+
+    def _ended(self, cancel: threading.Event, model: str, last: Sequence[Chunk]) -> None:
+        self._running.discard(cancel)
+        self.metrics.count(model, [(chunk.finish_reason or "unfinished", chunk.stats) for chunk in last])
 
     def _streams(self, lm: MTPModel, job: Job, cancel: threading.Event) -> list[AsyncIterator[Chunk]]:
         """Prepares the rows of a job; runs in a thread, because encoding and compiling a grammar take time."""
@@ -130,7 +145,7 @@ class Answers:
         streams: Sequence[AsyncIterator[Chunk]],
         cancel: threading.Event,
         time_limit: float,
-        metrics: Metrics,
+        ended: Callable[[threading.Event, str, Sequence[Chunk]], None],
     ) -> None:
         """Takes over the places of an entry and its rows.
 
@@ -140,12 +155,12 @@ class Answers:
             streams: One for each answer.
             cancel: Ends all of them.
             time_limit: Seconds after which they end.
-            metrics: Counts them when they have ended.
+            ended: Called with `cancel`, the model's name, and the last chunk of each answer that has any.
         """
         self.model, self.count, self.begun = entry.name, len(streams), int(time.time())
         assert lm.tokenizer is not None
         self.tokenizer: Tokenizer = lm.tokenizer
-        self._entry, self._streams, self._metrics = entry, streams, metrics
+        self._entry, self._streams, self._cancel, self._ended = entry, streams, cancel, ended
         self._chunks: list[list[Chunk]] = [[] for _ in streams]
         self._timer = asyncio.get_running_loop().call_later(time_limit, cancel.set)
         self._waiting: dict[asyncio.Future[Chunk], int] = {}
@@ -197,5 +212,18 @@ class Answers:
             if isinstance(stream, AsyncGenerator):
                 await stream.aclose()
         self._entry.give(self.count)
-        last = [chunks[-1] for chunks in self._chunks if chunks]
-        self._metrics.count(self.model, [(chunk.finish_reason or "unfinished", chunk.stats) for chunk in last])
+        self._ended(self._cancel, self.model, [chunks[-1] for chunks in self._chunks if chunks])
+
+
+async def _to_its_end(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Calls a function in a thread. A caller that is cancelled waits for its end nevertheless.
+
+    A thread can't be stopped, and its request must keep its place in the queue as long: a client that asks and leaves
+    again and again could otherwise have any number of them.
+    """
+    working = asyncio.ensure_future(asyncio.to_thread(work, *args, **kwargs))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await asyncio.gather(working, return_exceptions=True)
+        raise

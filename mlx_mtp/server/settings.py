@@ -18,6 +18,10 @@ class ServerOptions:
         max_prompt_tokens: Longest prompt, in tokens; None for the model's context.
         max_tokens: Most tokens of an answer whose request doesn't say.
         time_limit: Seconds that an answer may take, waiting included; then it ends with what it has.
+        stall_limit: Seconds that a client may take to send a request, or not read a response.
+        max_connections: Most connections; more are refused.
+        shutdown_limit: Seconds that running answers have when the server ends. After two thirds of them they end with
+            what they have; launchd kills a process after 20.
         idle_unload: Seconds without a request after which a model is unloaded; None for never.
     """
 
@@ -29,4 +33,7 @@ class ServerOptions:
     max_prompt_tokens: int | None = None
     max_tokens: int = 4096
     time_limit: float = 3600.0
+    stall_limit: float = 30.0
+    max_connections: int = 2048
+    shutdown_limit: int = 15
     idle_unload: float | None = None

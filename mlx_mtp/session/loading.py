@@ -16,7 +16,7 @@ from ..decode.draft_length import DraftLengthPolicy
 from ..decode.limits import is_int
 from ..decode.overflow import check_overflow
 from ..decode.scheduler import MAX_ROWS, Scheduler
-from ..errors import MTPError
+from ..errors import MemoryBudgetError, MTPError
 from ..models import self_test
 from ..models.drafter import POSITIONS, Drafter
 from ..models.target import Target
@@ -37,6 +37,7 @@ class Loaded:
         target, drafter: The models; `drafter` may be None.
         scheduler: Runs requests on them.
         weights: Bytes of the weights of both.
+        cache_bytes: See `api.load`.
     """
 
     name: str
@@ -44,6 +45,20 @@ class Loaded:
     drafter: Drafter | None
     scheduler: Scheduler
     weights: int
+    cache_bytes: int | None
+
+    def limit_kv(self, most: int) -> int:
+        """See `MTPModel.limit_kv`; returns the bytes for rows."""
+        budget, cached = sizes.divide_kv(most, self.cache_bytes)
+        scheduler = self.scheduler
+        if budget < scheduler.needed:
+            raise MemoryBudgetError(
+                f"requests that run or wait need {sizes.format_bytes(scheduler.needed)} of KV, more than the "
+                f"{sizes.format_bytes(budget)} that would be left: try again when they have ended"
+            )
+        scheduler.capacity.kv_budget, scheduler.cache.limit = budget, cached
+        scheduler.cache.make_room(0)
+        return budget
 
 
 def check_arguments(
@@ -107,7 +122,7 @@ def load_models(
         policy=DraftLengthPolicy(profile.prices) if profile else None,
     )
     log.debug("loaded %s: %s of weights, %s for KV", description.folder, *map(sizes.format_bytes, (weights, budget)))
-    return Loaded(str(description.folder), target, drafter, scheduler, weights)
+    return Loaded(str(description.folder), target, drafter, scheduler, weights, cache_bytes)
 
 
 def load_tokenizer(folder: Path, stop_tokens: Collection[int]) -> Tokenizer | None:

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import uvicorn
 from fastapi import FastAPI
 
 import mlx_mtp
+from mlx_mtp.server.connections import Server
 from mlx_mtp.server.registry import Entry
 
 PROMPTS = ["What is a drafter?", "Tell me a short story about a fox.", "What can you do?", "Write a Python function."]
@@ -32,11 +32,18 @@ SCHEMA = {
 
 
 @contextmanager
-def running(app: FastAPI) -> Iterator[str]:
-    """Runs an application on a free port; gives its address."""
+def running(app: FastAPI, send_buffer: int | None = None) -> Iterator[str]:
+    """Runs an application on a free port; gives its address.
+
+    Args:
+        app: Made by `make_app`.
+        send_buffer: Bytes that the system takes of a response before it is read; None for its usual number.
+    """
     listening = socket.socket()
+    if send_buffer is not None:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     listening.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    server = Server(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     wait_until(lambda: server.started)
