@@ -21,6 +21,7 @@ from . import profile as profiles
 from .checkpoint.description import DrafterDescription, TargetDescription
 from .checkpoint.load import check_fits
 from .checkpoint.pair import find_pair
+from .checkpoint.progress import ProgressCallback
 from .decode.inspect import logits_after, proposal
 from .decode.noise import row_seed as row_seed
 from .decode.scheduler import MAX_ROWS
@@ -54,6 +55,7 @@ def load(
     cache_bytes: int | None = None,
     adapter: str | Path | None = None,
     quantize_drafter: int | Literal["auto", "none"] | None = "auto",
+    progress: ProgressCallback | None = None,
 ) -> MTPModel:
     """Loads a target and its drafter.
 
@@ -80,6 +82,9 @@ def load(
             target's format (bits, group size, mode), with at least 4 bits; drafters with a clustered head (E2B, E4B),
             which gain little, only if `quantize` is given. A number of bits: that, in groups of 64. None or "none": as
             stored. Changes speed, memory and acceptance, never the text.
+        progress: Called with an `mlx_mtp.Progress` again and again while files are downloaded and weights read, mostly
+            in other threads than the caller's, but never in two at once. Takes the place of huggingface_hub's progress
+            bars. An exception that it raises ends the loading; a running download goes on to its end first.
 
     Raises:
         CheckpointError: A checkpoint is missing, damaged, or not a Gemma 4 model, or overflows in float16.
@@ -89,12 +94,12 @@ def load(
         MTPError: Another argument can't be used.
     """
     check_arguments(target, drafter, drafter_position, cache_bytes)
-    pair = find_pair(target, drafter, quantize, dtype, quantize_drafter, check=check_fits)
+    pair = find_pair(target, drafter, quantize, dtype, quantize_drafter, check=check_fits, progress=progress)
     adapter = None if adapter is None else expanded(adapter)
     tuned = profiles.profile_for(profile, *pair, adapter)
     if drafter_position == "auto":
         drafter_position = (tuned and tuned.drafter_position) or "committed"
-    return MTPModel(*pair, drafter_position, cache_bytes, tuned, adapter)
+    return MTPModel(*pair, drafter_position, cache_bytes, tuned, adapter, progress)
 
 
 class MTPModel:
@@ -122,6 +127,7 @@ class MTPModel:
         cache_bytes: int | None,
         profile: profiles.Profile | None,
         adapter: Path | None = None,
+        progress: ProgressCallback | None = None,
     ) -> None:
         self.profile, self.adapter = profile, adapter
         self.description, self.folder, self.config = description, description.folder, description.config
@@ -132,7 +138,7 @@ class MTPModel:
         self.defaults = read_generation(description)
         suppressed = tuple(self.defaults.suppress_tokens)
         self._session = Session(
-            partial(load_models, description, own, adapter, position, cache_bytes, profile, suppressed)
+            partial(load_models, description, own, adapter, position, cache_bytes, profile, suppressed, progress)
         )
         # The session holds no reference to this model, so dropping the model closes it and frees its memory.
         weakref.finalize(self, self._session.close).atexit = False
