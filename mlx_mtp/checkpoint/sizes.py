@@ -172,17 +172,19 @@ def memory_for_models() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def kv_budget(weights: int, cache_bytes: int | None = None) -> tuple[int, int]:
+def kv_budget(weights: int, cache_bytes: int | None = None, memory: int | None = None) -> tuple[int, int]:
     """Divides the memory that the models leave between running rows and the prompt cache.
 
     Args:
         weights: Bytes of the models' weights.
         cache_bytes: Bytes of the prompt cache; None for a quarter of what there is.
+        memory: Bytes that models and KV may take; None for this machine's.
 
     Returns:
         Bytes of KV for running rows, and for the prompt cache.
     """
-    spare = max(0, (memory_for_models() - weights) * 7 // 8)  # an eighth is left for temporary arrays
+    have = memory_for_models() if memory is None else memory
+    spare = max(0, (have - weights) * 7 // 8)  # an eighth is left for temporary arrays
     cached = spare // 4 if cache_bytes is None else cache_bytes
     return max(0, spare - cached), cached
 

@@ -17,7 +17,7 @@ import typer
 
 from .. import __version__
 from ..errors import MTPError
-from . import batch, chat, convert, generate, info, serve, tune
+from . import batch, chat, convert, generate, get, info, models, serve, tune
 from . import options as o
 
 # The base class of typer's errors of usage, for which it has no public name.
@@ -35,7 +35,9 @@ app.command(name="batch", short_help="Answers the prompts of a file, several at 
 app.command(name="chat")(chat.chat)
 app.command(name="convert")(convert.convert)
 app.command(name="generate")(generate.generate)
+app.command(name="get", short_help="Downloads a model and its drafter.")(get.get)
 app.command(name="info", short_help="Shows a model's sizes, and whether it fits in memory.")(info.info)
+app.command(name="models", short_help="Lists the models: what is downloaded, what fits, how fast.")(models.models)
 app.command(name="serve", short_help="Serves models over HTTP, as OpenAI's and Anthropic's interfaces.")(serve.serve)
 app.command(name="tune", short_help="Measures which batch and draft length suit this machine.")(tune.tune)
 
