@@ -17,7 +17,7 @@ import typer
 
 from .. import __version__
 from ..errors import MTPError
-from . import batch, chat, convert, generate, get, info, models, serve, tune
+from . import batch, chat, convert, doctor, generate, get, info, models, serve, tune
 from . import options as o
 
 # The base class of typer's errors of usage, for which it has no public name.
@@ -34,6 +34,7 @@ app = typer.Typer(
 app.command(name="batch", short_help="Answers the prompts of a file, several at a time.")(batch.batch)
 app.command(name="chat")(chat.chat)
 app.command(name="convert")(convert.convert)
+app.command(name="doctor", short_help="Shows the machine, what is wrong with it, and what to do.")(doctor.doctor)
 app.command(name="generate")(generate.generate)
 app.command(name="get", short_help="Downloads a model and its drafter.")(get.get)
 app.command(name="info", short_help="Shows a model's sizes, and whether it fits in memory.")(info.info)
