@@ -23,10 +23,16 @@ from . import options as o
 # The base class of typer's errors of usage, for which it has no public name.
 _UsageError: Any = typer.BadParameter.__base__
 
+_FIRST_STEPS = """\
+mlx-mtp chat      talks to the small demo pair, without a download; chat MODEL to any Gemma 4
+mlx-mtp models    lists the sizes of Gemma 4: what fits in memory here, and how fast it is predicted to be
+mlx-mtp get E4B   downloads that size with its drafter, and says how to chat with it
+mlx-mtp doctor    says what this machine is, and what is wrong if something doesn't work
+mlx-mtp --help    lists all commands; each of them has --help too"""
+
 app = typer.Typer(
     help="Gemma 4 with its multi-token-prediction drafters, on MLX. Without a model: the embedded demo pair.",
     invoke_without_command=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -57,7 +63,7 @@ def _options(
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
-        print(context.get_help(), file=sys.stderr)
+        print(_FIRST_STEPS, file=sys.stderr)
         raise typer.Exit(2)
 
 

@@ -15,9 +15,22 @@ if TYPE_CHECKING:
     from ..checkpoint.description import DrafterDescription, TargetDescription
 
 
+def _sizes(incomplete: str) -> list[str]:
+    """The sizes that begin so, for the shell's completion."""
+    from ..checkpoint.candidates import SIZES
+
+    return [size for size in SIZES if size.lower().startswith(incomplete.lower())]
+
+
 def get(
     name: Annotated[
-        str, typer.Argument(help="E2B, E4B, 12B, 26B-A4B, 31B, or a repository.", metavar="NAME", show_default=False)
+        str,
+        typer.Argument(
+            help="E2B, E4B, 12B, 26B-A4B, 31B, or a repository.",
+            metavar="NAME",
+            show_default=False,
+            autocompletion=_sizes,
+        ),
     ],
     no_draft: Annotated[bool, typer.Option("--no-draft", help="Download no drafter.")] = False,
     debug: o.Debug = False,  # noqa: ARG001 - `main` reads it
