@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from mlx_mtp.checkpoint import fit, sizes
+from mlx_mtp.checkpoint.pair import find_pair
 from tests.support.command_line import Done, arguments, run
 from tests.support.tiny_checkpoints import make_pair
 from tests.support.tiny_hub import Hub, serve
@@ -119,6 +121,23 @@ def test_models_says_no_speed_where_it_knows_none(monkeypatch: pytest.MonkeyPatc
     tiny = run("models", "--chip", "M1").stdout
     assert "PREDICTED, not measured" in tiny and "no gain" not in tiny
     assert [cell for cell in tiny.split("31B")[1].splitlines()[0].split() if cell != "-"] == []
+
+
+def test_as_many_bits_as_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    target, drafter = make_pair("31b", tmp_path)
+    pair = find_pair(target, drafter, quantize_drafter="auto")
+    longest = pair[0].text.max_positions
+    # Of what the weights leave, an eighth is for temporary arrays and a quarter of the rest for the prompt cache.
+    room = 8 / 7 * 4 / 3 * sizes.row_bytes(pair[0].text, longest + 1, pair[0].dtype_bytes) + 10
+
+    def best(memory: float) -> fit.Fit | None:
+        monkeypatch.setattr(sizes, "memory_for_models", lambda: int(memory))
+        return fit.best(*pair)
+
+    for bits in (None, 8, 6, 4):
+        found = best(fit.fit(*pair, bits).needed + room)
+        assert found and found.quantize == bits and found.longest_context == longest
+    assert best(fit.fit(*pair, 4).needed) is None
 
 
 @pytest.mark.parametrize("args, culprit", [
