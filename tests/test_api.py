@@ -463,8 +463,8 @@ def test_progress_of_loading():
     reports: list[mlx_mtp.Progress] = []
     with mlx_mtp.load(progress=reports.append):
         pass
-    by_model = {name: [it for it in reports if it.model == name] for name in ("target", "drafter")}
-    assert reports == [*by_model["target"], *by_model["drafter"]]
+    by_model = {name: [it for it in reports if it.model == name] for name in ("demo/target", "demo/drafter")}
+    assert reports == [*by_model["demo/target"], *by_model["demo/drafter"]]
     for own in by_model.values():
         assert {it.stage for it in own} == {"load"} and len({it.total for it in own}) == 1
         counts = [it.done for it in own]

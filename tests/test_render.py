@@ -106,7 +106,7 @@ def test_downloads_and_what_takes_long_to_load_are_shown():
     done = piped(LOADING)
     assert (done.stdout, done.stderr) == ("", "downloading org/a\n")
     shown = without_escapes(in_terminal("-c", LOADING, columns=100))
-    assert re.search(r"downloading org/a.*1\.0/1\.0 MB", shown) and re.search(r"loading .*2\.0/2\.0 GB", shown)
+    assert re.search(r"downloading org/a.*1\.0/1\.0 MB", shown) and re.search(r"loading large.*2\.0/2\.0 GB", shown)
     assert "small" not in shown and "0/1.0 MB" in shown
 
 

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from ..config import DrafterConfig, TargetConfig, check_pair
 from ..errors import CheckpointError, MemoryBudgetError
+from ..files import published_name
 from ..models.drafter import POSITIONS, Drafter
 from ..models.target import Target
 from ..system.fusing import on_gpu
@@ -215,12 +216,12 @@ def _check_types(model: nn.Module, weights: dict[str, mx.array], folder: Path) -
 def _materialize(model: nn.Module, folder: Path, progress: ProgressCallback | None) -> None:
     """Reads the assigned weights into memory, and prepares the model's layers for running."""
     # So far nothing has been read, but sizes are known.
-    total, done = sizes.weight_bytes(model), 0
+    total, done, name = sizes.weight_bytes(model), 0, published_name(folder.absolute())
     check_memory(total, folder)
 
     def report() -> None:
         if progress:
-            progress(Progress("load", folder.name, done, total))
+            progress(Progress("load", name, done, total))
 
     report()
     for part in model.modules():

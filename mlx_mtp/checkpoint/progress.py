@@ -23,7 +23,7 @@ class Progress:
 
     Attributes:
         stage: "download", or "load": reading weights into memory, and quantising them if that is asked for.
-        model: The repository for a download, the name of the folder for loading.
+        model: The repository; for a folder elsewhere than in the hub's cache the end of its path.
         done: Bytes so far.
         total: Bytes at the end of the stage; of a download those of its files, of a model those it has in memory.
     """

@@ -143,7 +143,7 @@ def loading() -> Iterator[Callable[[Progress], None]]:
         if shown != (it.stage, it.model):
             bar.close()
             shown = it.stage, it.model
-            label = f"downloading {it.model}" if it.stage == "download" else "loading"
+            label = f"{'downloading' if it.stage == 'download' else 'loading'} {it.model}"
             done = bar.enter_context(progress(label, it.total, in_bytes=True, announce=it.stage == "download"))
         done(it.done)
 
