@@ -6,6 +6,7 @@ import getpass
 import json
 import platform
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -125,11 +126,11 @@ def test_what_is_wrong_with_mlx(mac: Mac, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()
 
     def fail() -> facts.Gpu:
-        raise ImportError("no suitable image found")
+        raise ImportError(f"{sys.prefix}/lib/core.so: no suitable image found")
 
     monkeypatch.setattr("mlx_mtp.doctor.facts.read_gpu", fail)
     found = report()
-    assert "no suitable image found" in found["problems"][0]["what"] and found["gpu"] is None
+    assert "PYTHON/lib/core.so: no suitable image found" in found["problems"][0]["what"] and found["gpu"] is None
     assert "no suitable image found" in run("doctor").stdout
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, one_line
 from ..files import sha256
-from .progress import ProgressCallback, watching
+from .progress import PARTIAL, ProgressCallback, bytes_in, watching
 from .sizes import format_bytes
 
 _LARGEST = 50 * 10**9
@@ -96,7 +96,7 @@ def _check_room(repository: str, blobs: Path, total: int) -> None:
     Raises:
         CheckpointError: It hasn't.
     """
-    needed = total - sum(path.stat().st_size for path in blobs.glob("*.mlx-mtp.incomplete"))
+    needed = total - bytes_in(blobs, f"*{PARTIAL}")
     free = shutil.disk_usage(blobs.parent).free
     if needed > free:
         raise CheckpointError(
@@ -159,7 +159,7 @@ def _fetch(library: _Library, blobs: Path, repository: str, commit: str, name: s
     if not re.fullmatch(r"[0-9a-f]{40,64}", etag) or known.size is None or known.size > _LARGEST:
         return
     blobs.mkdir(parents=True, exist_ok=True)
-    whole, partial = blobs / etag, blobs / f"{etag}.mlx-mtp.incomplete"
+    whole, partial = blobs / etag, blobs / f"{etag}{PARTIAL}"
     with partial.open("ab") as file:
         with suppress(OSError):  # some file systems have no locks
             fcntl.flock(file, fcntl.LOCK_EX)  # another process may be downloading it

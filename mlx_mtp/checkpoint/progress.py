@@ -12,6 +12,9 @@ from typing import Literal
 _POLL_SECONDS = 0.2
 """Seconds between two looks at a download: often enough for a progress bar, and a few `stat` calls each."""
 
+PARTIAL = ".mlx-mtp.incomplete"
+"""End of the names of files that an earlier attempt has begun, and that the next one goes on with."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -51,8 +54,8 @@ def watching(folder: Path, model: str, total: int, callback: ProgressCallback) -
         total: Bytes that are to arrive, those of earlier attempts included.
         callback: Receives the reports. What it raises is raised at the end of the block.
     """
-    before, ended, failed = _bytes(folder), threading.Event(), list[Exception]()
-    arrived = _bytes(folder, "*.mlx-mtp.incomplete")
+    before, ended, failed = bytes_in(folder), threading.Event(), list[Exception]()
+    arrived = bytes_in(folder, f"*{PARTIAL}")
 
     def report(done: int) -> None:
         callback(Progress("download", model, min(max(done, 0), total), total))
@@ -61,7 +64,7 @@ def watching(folder: Path, model: str, total: int, callback: ProgressCallback) -
         try:
             report(arrived)
             while not ended.wait(_POLL_SECONDS):
-                report(arrived + _bytes(folder) - before)
+                report(arrived + bytes_in(folder) - before)
         except Exception as error:
             failed.append(error)
 
@@ -77,12 +80,12 @@ def watching(folder: Path, model: str, total: int, callback: ProgressCallback) -
     report(total)
 
 
-def _bytes(folder: Path, pattern: str = "*") -> int:
-    """Bytes of the files in a folder; 0 if there is none."""
+def bytes_in(folder: Path, pattern: str = "*") -> int:
+    """Bytes of the files in a folder whose names match a pattern; 0 without a folder."""
     total = 0
     for path in folder.glob(pattern):
         try:
             total += path.stat().st_size
-        except OSError:  # renamed in between
+        except OSError:  # the download has renamed it meanwhile
             continue
     return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ class Facts:
         software: What is installed.
         mlx_error: Why MLX can't be imported; None if it can. What follows is empty then.
         gpu: The GPU; None if MLX can't be imported.
-        folders: Folders whose paths may be personal, and what to call them: the variables that can name them.
+        folders: Folders whose paths may be personal, and what to call them: mostly the variables that name them.
         cache_folder: The hub's cache.
         cache_free: Bytes free on its disk.
         cache: The Gemma 4 models in it.
@@ -71,7 +72,7 @@ def gather() -> Facts:
     common: dict[str, Any] = {
         "machine": machine.read(),
         "software": software.read(),
-        "folders": {Path(constants.HF_HOME): "$HF_HOME", cache: "$HF_HUB_CACHE"},
+        "folders": {Path(constants.HF_HOME): "$HF_HOME", cache: "$HF_HUB_CACHE", Path(sys.prefix): "PYTHON"},
         "cache_folder": cache,
         "cache_free": shutil.disk_usage(there).free,
     }
