@@ -19,6 +19,7 @@ from .system.version import VERSION
 if TYPE_CHECKING:
     from .api import MTPModel, load
     from .chat import Chat
+    from .checkpoint.progress import Progress
     from .errors import CheckpointError, MemoryBudgetError, MTPError, PairingError, ProfileError, PromptError
     from .session.answer import Chunk, Generation
     from .session.options import GenerationOptions
@@ -32,6 +33,7 @@ _HOMES = {
     **dict.fromkeys(("load", "MTPModel"), "api"),
     **dict.fromkeys(("Generation", "Chunk"), "session.answer"),
     "Chat": "chat",
+    "Progress": "checkpoint.progress",
     "GenerationOptions": "session.options",
     **dict.fromkeys(
         ("MTPError", "CheckpointError", "PairingError", "ProfileError", "PromptError", "MemoryBudgetError"), "errors"
@@ -49,6 +51,7 @@ __all__ = [
     "MemoryBudgetError",
     "PairingError",
     "ProfileError",
+    "Progress",
     "PromptError",
     "__version__",
     "load",

@@ -21,6 +21,7 @@ from . import profile as profiles
 from .checkpoint.description import DrafterDescription, TargetDescription
 from .checkpoint.load import check_fits
 from .checkpoint.pair import find_pair
+from .checkpoint.progress import ProgressCallback
 from .decode.inspect import logits_after, proposal
 from .decode.noise import row_seed as row_seed
 from .decode.scheduler import MAX_ROWS
@@ -55,6 +56,7 @@ def load(
     adapter: str | Path | None = None,
     quantize_drafter: int | Literal["auto", "none"] | None = "auto",
     idle_unload: float | None = None,
+    progress: ProgressCallback | None = None,
 ) -> MTPModel:
     """Loads a target and its drafter.
 
@@ -62,41 +64,36 @@ def load(
         target: A folder or a hub repository ("google/gemma-4-E4B-it"); None for the embedded demo pair.
         drafter: A folder or a repository. None finds the target's own: merged into its files, in a folder beside it,
             or in the hub's cache; if there is none that can be used, a warning says why. False loads no drafter.
-        quantize: Bits (2, 3, 4, 5, 6 or 8) to quantise both models to while loading. A drafter that is stored
-            quantised isn't quantised again. None takes the target as stored.
+        quantize: Bits (2, 3, 4, 5, 6 or 8) to quantise both models to while loading, but not what is stored quantised.
         dtype: "float32", "bfloat16" or "float16" for activations and unquantised weights. None takes the checkpoint's
-            own; on the CPU, where 16-bit arithmetic is slow, float32. float16 is faster than bfloat16 on M1 and M2;
-            loading a model for which its range is too small is an error, see `decode.overflow`.
+            own; on the CPU, where 16-bit arithmetic is slow, float32. float16 is faster than bfloat16 on M1 and M2.
         profile: What `mlx-mtp tune` measured for this pair here: "auto" for the saved profile, if there is one; a file;
-            or None. It sets a batch's rows (8 without one) and the first estimates of what rounds cost, which are
-            learnt while decoding.
-        drafter_position: Position of the drafter's queries: "committed" (that of the last committed token), "bonus"
-            (one further, as in transformers) or "auto" (the better one of the profile, else "committed"). Changes
-            acceptance, never the text.
-        cache_bytes: Most bytes of KV to keep of finished texts, for prompts that begin in the same way. None takes a
-            quarter of the memory that the models leave.
-        adapter: Folder of a LoRA adapter for the target, as mlx-lm or PEFT writes it. It isn't merged into the
-            weights, which may be quantised. The drafter isn't adapted, so acceptance may be lower.
-        quantize_drafter: The drafter's precision. "auto": if the target is quantised and the drafter isn't, the
-            target's format (bits, group size, mode), with at least 4 bits; drafters with a clustered head (E2B, E4B),
-            which gain little, only if `quantize` is given. A number of bits: that, in groups of 64. None or "none": as
-            stored. Changes speed, memory and acceptance, never the text.
+            or None. Sets a batch's rows (8 without one) and first estimates of what rounds cost, learnt while decoding.
+        drafter_position: Position of the drafter's queries: "committed" (the last committed token's), "bonus" (one
+            more, as in transformers) or "auto" (the profile's, else the first). Changes acceptance, never the text.
+        cache_bytes: Most bytes of KV to keep of finished texts; None takes a quarter of what the models leave.
+        adapter: Folder of a LoRA adapter for the target, as mlx-lm or PEFT writes it; weights may be quantised. The
+            drafter isn't adapted, so acceptance may be lower.
+        quantize_drafter: The drafter's precision. "auto": beside a quantised target, its format with at least 4 bits;
+            with a clustered head (E2B, E4B), which gains little, only if `quantize` is given. A number: bits, in groups
+            of 64. None or "none": as stored. Never changes the text.
         idle_unload: Seconds without calls after which the model is unloaded, see `MTPModel.unload`; None for never.
+        progress: Called with an `mlx_mtp.Progress` while files are downloaded and weights read, mostly in other threads
+            than the caller's, but never in two at once. An exception in it ends the loading, after a running download.
 
     Raises:
         CheckpointError: A checkpoint is missing, damaged, or not a Gemma 4 model, or overflows in float16.
-        PairingError: The drafter was made for another target.
-        MemoryBudgetError: The weights don't fit in this machine's memory.
+        PairingError, MemoryBudgetError: The drafter was made for another target; the weights don't fit in memory.
         ProfileError: The profile's file is damaged, or was measured with something else.
         MTPError: Another argument can't be used.
     """
     check_arguments(target, drafter, drafter_position, cache_bytes, idle_unload)
-    pair = find_pair(target, drafter, quantize, dtype, quantize_drafter, check=check_fits)
+    pair = find_pair(target, drafter, quantize, dtype, quantize_drafter, check=check_fits, progress=progress)
     adapter = None if adapter is None else expanded(adapter)
     tuned = profiles.profile_for(profile, *pair, adapter)
     if drafter_position == "auto":
         drafter_position = (tuned and tuned.drafter_position) or "committed"
-    return MTPModel(*pair, drafter_position, cache_bytes, tuned, adapter, idle_unload)
+    return MTPModel(*pair, drafter_position, cache_bytes, tuned, adapter, idle_unload, progress)
 
 
 class MTPModel:
@@ -110,8 +107,8 @@ class MTPModel:
         adapter: Folder of the target's LoRA adapter, or None.
         tokenizer: The target's `text.tokenizer.Tokenizer`; None if its folder has none: prompts are token ids then.
         defaults: The target's `session.generation_config.GenerationDefaults`.
-        profile: The `profile.Profile` of this pair on this machine, or None.
-        kv_budget: Bytes that the KV of all rows together may take.
+        profile: The pair's `profile.Profile`, or None.
+        kv_budget: Bytes that the KV of all rows may take.
     """
 
     def __init__(
@@ -123,6 +120,7 @@ class MTPModel:
         profile: profiles.Profile | None,
         adapter: Path | None = None,
         idle_unload: float | None = None,
+        progress: ProgressCallback | None = None,
     ) -> None:
         self.profile, self.adapter = profile, adapter
         self.description, self.folder, self.config = description, description.folder, description.config
@@ -133,7 +131,8 @@ class MTPModel:
         self.defaults = read_generation(description)
         suppressed = tuple(self.defaults.suppress_tokens)
         self._session = Session(
-            partial(load_models, description, own, adapter, position, cache_bytes, profile, suppressed), idle_unload
+            partial(load_models, description, own, adapter, position, cache_bytes, profile, suppressed, progress),
+            idle_unload,
         )
         # The session holds no reference to this model, so dropping the model closes it and frees its memory.
         weakref.finalize(self, self._session.close).atexit = False
@@ -386,8 +385,7 @@ class MTPModel:
         """Frees the memory of weights and KV; the next call loads the models again, from the same files.
 
         Waits until no call runs or waits, in any thread; a stream counts until it is read to its end or closed. To have
-        the memory at once, cancel them. If the next call can't load the models, it fails as `load` does, and a later
-        one tries again. Kept KV of earlier texts, and of `load_prompt`, is lost. After `close`, this is an error.
+        the memory at once, cancel them. Kept KV is lost. A call that can't load the models fails as `load` does.
         """
         self._session.unload()
 

@@ -240,6 +240,37 @@ def saved_profile(key: Key) -> Profile | None:
     return profile
 
 
+@dataclass(frozen=True)
+class SavedProfile:
+    """A file in the profile folder.
+
+    Attributes:
+        path: The file.
+        profile: The profile; None if the file isn't one.
+        why_not: Why it isn't used on this machine, in one line; None if it is, as far as that can be said without the
+            model's files.
+    """
+
+    path: Path
+    profile: Profile | None
+    why_not: str | None
+
+
+def saved_profiles() -> list[SavedProfile]:
+    """All saved profiles, by the names of their files."""
+    return [_saved(path) for path in listed(profile_folder(), "*.json")]
+
+
+def _saved(path: Path) -> SavedProfile:
+    profile = None
+    try:
+        profile = load_profile(path)
+        check_profile(profile, replace(profile.key, **machine()), path)
+    except ProfileError as error:
+        return SavedProfile(path, profile, str(error))
+    return SavedProfile(path, profile, None)
+
+
 def profile_for(
     wanted: str | Path | None,
     target: TargetDescription,

@@ -457,3 +457,24 @@ def test_a_chat_can_think(lm: mlx_mtp.MTPModel):
 def test_every_public_name_can_be_imported():
     for name in mlx_mtp.__all__:
         assert getattr(mlx_mtp, name) is not None
+
+
+def test_progress_of_loading():
+    reports: list[mlx_mtp.Progress] = []
+    with mlx_mtp.load(progress=reports.append):
+        pass
+    by_model = {name: [it for it in reports if it.model == name] for name in ("demo/target", "demo/drafter")}
+    assert reports == [*by_model["demo/target"], *by_model["demo/drafter"]]
+    for own in by_model.values():
+        assert {it.stage for it in own} == {"load"} and len({it.total for it in own}) == 1
+        counts = [it.done for it in own]
+        assert counts[0] == 0 and counts[-1] == own[0].total > 0 and counts == sorted(counts) and len(counts) > 10
+
+
+def test_what_a_progress_callback_raises_ends_the_loading():
+    def stop(report: mlx_mtp.Progress) -> None:
+        if report.done:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        mlx_mtp.load(progress=stop)

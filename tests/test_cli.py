@@ -54,9 +54,25 @@ def test_version():
     assert start("--version").stdout.startswith("mlx-mtp 0.")
 
 
-def test_nothing_at_all_shows_the_help():
+def test_nothing_at_all_says_what_to_do_next():
     done = run()
-    assert done.returncode == 2 and done.stdout == "" and "generate" in done.stderr
+    assert done.returncode == 2 and done.stdout == ""
+    steps = done.stderr.splitlines()
+    assert len(steps) == 5 and all(len(step) <= 110 for step in steps)
+    for step in steps[:-1]:
+        program, command, *_ = step.split()
+        assert program == "mlx-mtp" and run(command, "--help").returncode == 0
+
+
+@pytest.mark.parametrize("typed, expected", [
+    ("mlx-mtp ge", ["generate", "get"]), ("mlx-mtp get E", ["E2B", "E4B"]), ("mlx-mtp info --no", ["--no-draft"]),
+])  # fmt: skip
+def test_the_shell_completes_without_importing_mlx(typed: str, expected: list[str]):
+    code = "import sys; sys.argv = ['mlx-mtp']\nfrom mlx_mtp.cli import main\n"
+    code += "try: main()\nexcept SystemExit: pass\nassert 'mlx.core' not in sys.modules"
+    place = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" ")), "_MLX_MTP_COMPLETE": "complete_bash"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | place)
+    assert done.stdout.split() == expected and not done.stderr
 
 
 def test_generate_prints_the_answer_and_nothing_else():

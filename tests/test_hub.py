@@ -197,12 +197,14 @@ def test_an_interrupted_download_goes_on(hub: Hub, run: Run):
     run("-c", SMALL_CHUNKS + FIND, "org/model")
     broken_off, hub.cut = hub.cut, None
     hub.names()
-    done = run("-c", FIND, "org/model")
+    done = run("-c", FIND.replace("weights()", "weights(print)"), "org/model")
     assert done.returncode == 0, done.stderr
     assert hub.names() == {broken_off}
+    report, *_, path = done.stdout.splitlines()
+    assert f"done={hub.begun[broken_off]}," in report, "progress begins with what was there"
     served = hub.root / "org" / "model" / broken_off
     assert served.stat().st_size // 4 < hub.begun[broken_off], "it goes on where it was broken off"
-    assert (Path(done.stdout.strip()) / broken_off).read_bytes() == served.read_bytes()
+    assert (Path(path) / broken_off).read_bytes() == served.read_bytes()
 
 
 def test_a_library_without_the_parts_used_here_downloads_by_itself(hub: Hub, run: Run):
@@ -263,3 +265,31 @@ def test_an_etag_that_is_no_checksum_names_no_file_of_ours(hub: Hub, run: Run, t
     done = run("-c", FIND, "org/model")
     assert done.returncode == 0, done.stderr
     assert {path.name for path in Path(done.stdout.strip()).iterdir()} >= SHARDS
+
+
+REPORTING = (
+    "import mlx_mtp; mlx_mtp.load('org/model', progress=lambda it: print(it.stage, it.model, it.done, it.total))"
+)
+
+
+def test_progress_of_a_download_and_of_loading(hub: Hub, run: Run):
+    done = run("-c", REPORTING)
+    assert done.returncode == 0, done.stderr
+    assert "%" not in done.stderr, "the library's bars are shown too"
+    reports = [line.split() for line in done.stdout.splitlines()]
+    stages = list(dict.fromkeys((stage, model) for stage, model, _, _ in reports))
+    pair = ("org/model", "org/model-assistant")
+    assert stages == [(stage, model) for stage in ("download", "load") for model in pair]
+    bytes_done = [(int(n), int(total)) for *what, n, total in reports if what == ["download", "org/model"]]
+    served = sum((hub.root / "org" / "model" / name).stat().st_size for name in SHARDS)
+    assert bytes_done[0] == (0, served) and bytes_done[-1] == (served, served)
+    assert bytes_done == sorted(bytes_done)
+    again = run("-c", REPORTING)
+    assert "download" not in again.stdout and "load" in again.stdout
+
+
+def test_a_disk_without_room_is_an_error_before_the_download(hub: Hub, run: Run):
+    full = "import shutil; shutil.disk_usage = lambda _: shutil._ntuple_diskusage(10, 10, 0);"
+    done = run("-c", full + "import sys, mlx_mtp.cli; mlx_mtp.cli.main()", "generate", "x", "--model", "org/model")
+    assert done.returncode == 1 and "make room, or set HF_HOME" in done.stderr.splitlines()[-1], done.stderr
+    assert not hub.names() & SHARDS

@@ -92,6 +92,24 @@ def test_progress_is_for_terminals():
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", in_terminal("-c", BAR, NO_COLOR="1")), "a colour"
 
 
+LOADING = """
+from mlx_mtp.cli import render
+from mlx_mtp.checkpoint.progress import Progress
+with render.loading() as report:
+    for stage, model, total in (("download", "org/a", 10**6), ("load", "small", 10**6), ("load", "large", 2 * 10**9)):
+        for share in range(3):
+            report(Progress(stage, model, share * total // 2, total))
+"""
+
+
+def test_downloads_and_what_takes_long_to_load_are_shown():
+    done = piped(LOADING)
+    assert (done.stdout, done.stderr) == ("", "downloading org/a\n")
+    shown = without_escapes(in_terminal("-c", LOADING, columns=100))
+    assert re.search(r"downloading org/a.*1\.0/1\.0 MB", shown) and re.search(r"loading large.*2\.0/2\.0 GB", shown)
+    assert "small" not in shown and "0/1.0 MB" in shown
+
+
 def test_info_fits_a_narrow_terminal():
     shown = without_escapes(in_terminal("-m", "mlx_mtp", "info", columns=60)).rstrip("\n").split("\n")
     assert all(len(line.rstrip()) <= 60 for line in shown) and any(line.startswith("  in memory") for line in shown)

@@ -15,8 +15,16 @@ from pathlib import Path
 from ..files import published_name
 
 _FORMAT = re.compile(r"(.+?)-((?:OptiQ-)?\d+bit|bf16|fp16|mxfp4|mxfp8|nvfp4)")
-_SIZES = {size.lower(): size for size in ("E2B", "E4B", "12B", "26B-A4B", "31B")}
-_SIZE = re.compile(rf"(?:^|/)gemma-4-({'|'.join(_SIZES)})-it(?![a-z])", re.IGNORECASE)
+SIZES = ("E2B", "E4B", "12B", "26B-A4B", "31B")
+"""The sizes of Gemma 4, as they stand in the names of repositories."""
+
+_SIZE = re.compile(rf"(?:^|/)gemma-4-({'|'.join(SIZES)})-it(?![a-z])", re.IGNORECASE)
+
+
+def size_of(name: str) -> str | None:
+    """The size that a repository's name contains, one of SIZES; None without one."""
+    found = _SIZE.search(name)
+    return next(size for size in SIZES if size.lower() == found[1].lower()) if found else None
 
 
 def drafter_names(target: str) -> list[str]:
@@ -33,8 +41,8 @@ def drafter_names(target: str) -> list[str]:
         model, form = stored.groups()
         names += [f"{base}-assistant-{f}" for base in (model, model.removesuffix("-qat")) for f in (form, "bf16")]
         names.append(f"{model}-assistant")
-    if size := _SIZE.search(target):
-        names.append(f"google/gemma-4-{_SIZES[size[1].lower()]}-it-assistant")
+    if size := size_of(target):
+        names.append(f"google/gemma-4-{size}-it-assistant")
     return list(dict.fromkeys(names))
 
 

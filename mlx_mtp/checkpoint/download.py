@@ -11,8 +11,9 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from inspect import signature
@@ -20,6 +21,8 @@ from pathlib import Path
 
 from ..errors import CheckpointError, one_line
 from ..files import sha256
+from .progress import PARTIAL, ProgressCallback, bytes_in, watching
+from .sizes import format_bytes
 
 _LARGEST = 50 * 10**9
 """Largest file, in bytes, that hubs send over plain HTTP; larger ones are left to huggingface_hub."""
@@ -34,29 +37,37 @@ def description(repository: str) -> Path:
     Raises:
         CheckpointError: The download failed.
     """
-    with _clear_errors(repository):
+    with _without_bars(), _clear_errors(repository):
         # Leaves out all subfolders except "ad...", which has additional chat templates.
         return _snapshot(repository, None, ["*.json", "*.jinja", "tokenizer.model"], ["[!a]*/*", "?[!d]*/*"])
 
 
-def weights(repository: str, folder: Path, patterns: list[str]) -> None:
+def weights(repository: str, folder: Path, patterns: list[str], progress: ProgressCallback | None = None) -> None:
     """Downloads the files of a repository's top folder that match one of the patterns.
 
     Args:
         repository: The repository.
         folder: Its local folder, from `description`.
         patterns: File names, or glob patterns of them.
+        progress: Receives reports, in place of huggingface_hub's progress bars; none if all files are there.
 
     Raises:
-        CheckpointError: The download failed; another call resumes it.
+        CheckpointError: The download failed, and another call resumes it; or the disk has no room for it.
     """
     commit = folder.name  # the same commit as the files that are there
     begun = folder.parents[1] / f"{commit}.mlx-mtp.begun"
-    with _clear_errors(repository):
-        library = _library() if begun.exists() else None
-        if library:
-            for name in _missing(repository, folder, patterns):
-                _fetch(library, repository, commit, name)
+    blobs = folder.parents[1] / "blobs"
+    missing = _missing(repository, folder, patterns)
+    total = sum(missing.values())
+    _check_room(repository, blobs, total)
+    with (
+        _without_bars() if progress else nullcontext(),
+        watching(blobs, repository, total, progress) if progress and missing else nullcontext(),
+        _clear_errors(repository),
+    ):
+        if begun.exists() and (library := _library()):
+            for name in missing:
+                _fetch(library, blobs, repository, commit, name)
         with suppress(OSError):  # the cache may be read-only
             begun.touch()
         _snapshot(repository, commit, patterns)
@@ -64,26 +75,55 @@ def weights(repository: str, folder: Path, patterns: list[str]) -> None:
             begun.unlink()
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Meanwhile huggingface_hub shows no progress bars."""
+    from huggingface_hub import utils
+
+    shown = not utils.are_progress_bars_disabled()  # type: ignore[attr-defined]  # the package has no __all__
+    if shown:
+        utils.disable_progress_bars()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if shown:
+            utils.enable_progress_bars()  # type: ignore[attr-defined]
+
+
+def _check_room(repository: str, blobs: Path, total: int) -> None:
+    """Checks that the disk of the cache has room for what is still to come.
+
+    Raises:
+        CheckpointError: It hasn't.
+    """
+    needed = total - bytes_in(blobs, f"*{PARTIAL}")
+    free = shutil.disk_usage(blobs.parent).free
+    if needed > free:
+        raise CheckpointError(
+            f"{repository}: {format_bytes(needed)} are still to be downloaded, and the disk of the hub's cache has "
+            f"{format_bytes(free)} left: make room, or set HF_HOME to a folder on another disk"
+        )
+
+
 @dataclass(frozen=True)
 class _Library:
     """Functions of huggingface_hub that aren't part of its stable interface."""
 
     http_get: Callable[..., None]
-    repo_folder_name: Callable[..., str]
     build_hf_headers: Callable[[], dict[str, str]]
 
 
 def _library() -> _Library | None:
     """These functions; None if this version of the library doesn't have them: then only the library downloads."""
     try:
-        from huggingface_hub.file_download import http_get, repo_folder_name
+        from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # the package has no __all__
     except ImportError:
         return None
     wanted = {"resume_size", "headers", "expected_size", "displayed_filename"}
     if not wanted <= signature(http_get).parameters.keys():
         return None
-    return _Library(http_get, repo_folder_name, build_hf_headers)
+    return _Library(http_get, build_hf_headers)
 
 
 def _snapshot(repository: str, commit: str | None, patterns: list[str], ignored: list[str] = _BELOW) -> Path:
@@ -92,24 +132,25 @@ def _snapshot(repository: str, commit: str | None, patterns: list[str], ignored:
     return Path(snapshot_download(repository, revision=commit, allow_patterns=patterns, ignore_patterns=ignored))
 
 
-def _missing(repository: str, folder: Path, patterns: list[str]) -> list[str]:
-    """Names of matching files that haven't been downloaded."""
-    from huggingface_hub import constants, list_repo_files
+def _missing(repository: str, folder: Path, patterns: list[str]) -> dict[str, int]:
+    """Names and bytes of matching files that are yet to be downloaded; none if the hub can't be asked."""
+    from huggingface_hub import constants, list_repo_tree
+    from huggingface_hub.hf_api import RepoFile
 
-    if constants.HF_HUB_OFFLINE:
-        return []
-    names = patterns
-    if any("*" in pattern for pattern in patterns):
-        if any(path.exists() for pattern in patterns for path in folder.glob(pattern)):
-            return []  # without an index, a model has a single file
-        files = list_repo_files(repository, revision=folder.name)
-        names = [name for name in files if "/" not in name and any(fnmatchcase(name, p) for p in patterns)]
-    return [name for name in names if not (folder / name).exists()]
+    there = {path.name for pattern in patterns for path in folder.glob(pattern) if path.exists()}
+    # Without an index, a model has a single file.
+    complete = bool(there) if any("*" in pattern for pattern in patterns) else there == set(patterns)
+    files: list[RepoFile] = []
+    if not constants.HF_HUB_OFFLINE and not complete:
+        with suppress(Exception):  # `_snapshot` says better what is wrong, if it needs the hub at all
+            files = [it for it in list_repo_tree(repository, revision=folder.name) if isinstance(it, RepoFile)]
+    wanted = [it for it in files if it.path not in there and any(fnmatchcase(it.path, p) for p in patterns)]
+    return {it.path: it.size for it in wanted}
 
 
-def _fetch(library: _Library, repository: str, commit: str, name: str) -> None:
+def _fetch(library: _Library, blobs: Path, repository: str, commit: str, name: str) -> None:
     """Downloads a file to the cache, resuming an earlier attempt."""
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     url, headers = hf_hub_url(repository, name, revision=commit), library.build_hf_headers()
     known = get_hf_file_metadata(url, headers=headers)
@@ -117,9 +158,8 @@ def _fetch(library: _Library, repository: str, commit: str, name: str) -> None:
     # The etag becomes a file name, and mirrors may send anything.
     if not re.fullmatch(r"[0-9a-f]{40,64}", etag) or known.size is None or known.size > _LARGEST:
         return
-    blobs = Path(constants.HF_HUB_CACHE) / library.repo_folder_name(repo_id=repository, repo_type="model") / "blobs"
     blobs.mkdir(parents=True, exist_ok=True)
-    whole, partial = blobs / etag, blobs / f"{etag}.mlx-mtp.incomplete"
+    whole, partial = blobs / etag, blobs / f"{etag}{PARTIAL}"
     with partial.open("ab") as file:
         with suppress(OSError):  # some file systems have no locks
             fcntl.flock(file, fcntl.LOCK_EX)  # another process may be downloading it

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from . import download
+from .progress import ProgressCallback
 from .safetensors_files import INDEX, weight_files
 
 
@@ -28,8 +29,11 @@ class Place:
     folder: Path
     repository: str | None = None
 
-    def fetch_weights(self) -> Path:
+    def fetch_weights(self, progress: ProgressCallback | None = None) -> Path:
         """Downloads a repository's weights, if they aren't there already, and returns the folder.
+
+        Args:
+            progress: Receives reports of a download.
 
         Raises:
             CheckpointError: The download failed.
@@ -38,12 +42,12 @@ class Place:
             return self.folder
         if (self.folder / INDEX).is_file():
             names = [path.name for path in weight_files(self.folder)]
-            download.weights(self.repository, self.folder, names)
+            download.weights(self.repository, self.folder, names, progress)
             return self.folder
-        download.weights(self.repository, self.folder, ["model*.safetensors"])
+        download.weights(self.repository, self.folder, ["model*.safetensors"], progress)
         # If there are model*.safetensors, other safetensors files are copies in another layout.
         if not any(self.folder.glob("model*.safetensors")):
-            download.weights(self.repository, self.folder, ["*.safetensors"])
+            download.weights(self.repository, self.folder, ["*.safetensors"], progress)
         return self.folder
 
 

@@ -17,11 +17,13 @@ from mlx.utils import tree_flatten
 
 from ..config import DrafterConfig, TargetConfig, check_pair
 from ..errors import CheckpointError, MemoryBudgetError
+from ..files import published_name
 from ..models.drafter import POSITIONS, Drafter
 from ..models.target import Target
 from ..system.fusing import on_gpu
 from . import adapters, sizes
 from .description import AnyDescription, DrafterDescription, TargetDescription, errors_name
+from .progress import Progress, ProgressCallback
 from .quantization import Scheme
 from .safetensors_files import check_tied, tensors
 from .tensor_names import MERGED_DRAFTER, VISION_AND_AUDIO, Source, of_merged_drafter
@@ -29,12 +31,15 @@ from .tensor_names import MERGED_DRAFTER, VISION_AND_AUDIO, Source, of_merged_dr
 log = logging.getLogger(__name__)
 
 
-def load_target(target: TargetDescription, adapter: Path | None = None) -> Target:
+def load_target(
+    target: TargetDescription, adapter: Path | None = None, progress: ProgressCallback | None = None
+) -> Target:
     """Loads a target.
 
     Args:
         target: Its description.
         adapter: Folder of a LoRA adapter to add, see adapters.py.
+        progress: Receives reports.
 
     Returns:
         The target, with its weights in memory.
@@ -51,17 +56,20 @@ def load_target(target: TargetDescription, adapter: Path | None = None) -> Targe
         adapters.apply(adapters.read_adapter(adapter), model, target.table)
     if not on_gpu() and target.text.num_experts and model.dtype != mx.float32:
         raise CheckpointError("mixture-of-experts models run on the CPU in float32 only: load with dtype='float32'")
-    _materialize(model, target.folder)
+    _materialize(model, target.folder, progress)
     return model
 
 
-def load_drafter(drafter: DrafterDescription, target: TargetConfig, position: str) -> Drafter:
+def load_drafter(
+    drafter: DrafterDescription, target: TargetConfig, position: str, progress: ProgressCallback | None = None
+) -> Drafter:
     """Loads a drafter and checks that it fits a target.
 
     Args:
         drafter: Its description; the dtype should be the target's.
         target: The target's config.
         position: One of `models.drafter.POSITIONS`.
+        progress: Receives reports.
 
     Returns:
         The drafter, with its weights in memory.
@@ -72,7 +80,7 @@ def load_drafter(drafter: DrafterDescription, target: TargetConfig, position: st
         MemoryBudgetError: The weights don't fit in this machine's memory.
     """
     model = open_drafter(drafter, target, position)
-    _materialize(model, drafter.folder)
+    _materialize(model, drafter.folder, progress)
     return model
 
 
@@ -205,10 +213,17 @@ def _check_types(model: nn.Module, weights: dict[str, mx.array], folder: Path) -
             )
 
 
-def _materialize(model: nn.Module, folder: Path) -> None:
+def _materialize(model: nn.Module, folder: Path, progress: ProgressCallback | None) -> None:
     """Reads the assigned weights into memory, and prepares the model's layers for running."""
     # So far nothing has been read, but sizes are known.
-    check_memory(sum(array.nbytes for _, array in _parameters(model)), folder)
+    total, done, name = sizes.weight_bytes(model), 0, published_name(folder.absolute())
+    check_memory(total, folder)
+
+    def report() -> None:
+        if progress:
+            progress(Progress("load", name, done, total))
+
+    report()
     for part in model.modules():
         if hasattr(part, "prepare"):
             part.prepare()
@@ -218,7 +233,11 @@ def _materialize(model: nn.Module, folder: Path) -> None:
         if not part.children():
             mx.eval(part.parameters())
             mx.clear_cache()
+            done = min(done + sizes.weight_bytes(part), total)
+            report()
     mx.eval(model.parameters())
+    done = total
+    report()
 
 
 def _gather(source: Source, stored: dict[str, mx.array]) -> mx.array:

@@ -14,6 +14,7 @@ from ..files import listed
 from . import candidates, drafter_precision, hub
 from .description import AnyDescription, DrafterDescription, TargetDescription, check_dtype, read_drafter, read_target
 from .load import open_drafter
+from .progress import ProgressCallback
 from .quantization import Format
 from .safetensors_files import weight_files
 
@@ -38,6 +39,7 @@ def find_pair(
     quantize_drafter: int | str | None = None,
     weights: bool = True,
     check: Check = _no_check,
+    progress: ProgressCallback | None = None,
 ) -> tuple[TargetDescription, DrafterDescription | None]:
     """Finds a target and its drafter.
 
@@ -51,6 +53,7 @@ def find_pair(
         quantize_drafter: As for `api.load`.
         weights: Whether to download a repository's weights, or only the files that describe the model.
         check: Called with the description of each model before its weights are downloaded, and of each candidate.
+        progress: Receives reports of downloads.
 
     Returns:
         The descriptions of target and drafter as they are to be loaded; both have the same folder if the drafter is
@@ -67,14 +70,14 @@ def find_pair(
         target, drafter = DEMO / "target", DEMO / "drafter" if drafter is None else drafter
     place = hub.find(target)
     described = read_target(place.folder, common, dtype)
-    _check_and_fetch(place, described, weights, check)
+    _check_and_fetch(place, described, weights, check, progress)
     if drafter is False:
         return described, None
     if drafter is not None:
         with suggest_no_draft():
             place = hub.find(drafter)
             own = drafter_precision.for_target(read_drafter(place.folder, dtype=dtype), described, quantize_drafter)
-            _check_and_fetch(place, own, weights, check)
+            _check_and_fetch(place, own, weights, check, progress)
             return described, own
 
     def usable(candidate: str | Path) -> DrafterDescription:
@@ -84,7 +87,7 @@ def find_pair(
         check_pair(described.config, found.config)
         check(found if found.stored else drafter_precision.for_target(found, described, quantize_drafter))
         if weights:
-            place.fetch_weights()
+            place.fetch_weights(progress)
         if weights or _is_complete(found.folder):
             open_drafter(found, described.config)
         return found
@@ -96,11 +99,13 @@ def find_pair(
         return described, drafter_precision.for_target(found, described, quantize_drafter)
 
 
-def _check_and_fetch(place: hub.Place, described: AnyDescription, weights: bool, check: Check) -> None:
+def _check_and_fetch(
+    place: hub.Place, described: AnyDescription, weights: bool, check: Check, progress: ProgressCallback | None
+) -> None:
     """Checks a model and downloads its weights, if it is in a repository and weights are wanted."""
     if weights and place.repository:
         check(described)
-        place.fetch_weights()
+        place.fetch_weights(progress)
 
 
 def _is_complete(folder: Path) -> bool:

@@ -197,9 +197,9 @@ def divide_kv(spare: int, cache_bytes: int | None = None) -> tuple[int, int]:
     return spare - cached, cached
 
 
-def kv_budget(weights: int, cache_bytes: int | None = None) -> tuple[int, int]:
-    """The bytes of KV, as `divide_kv` gives them, of a model with these weights that has the machine to itself."""
-    return divide_kv(spare_bytes(weights), cache_bytes)
+def kv_budget(weights: int, cache_bytes: int | None = None, memory: int | None = None) -> tuple[int, int]:
+    """The bytes of KV, as `divide_kv` gives them, of a model with these weights that has the memory to itself."""
+    return divide_kv(spare_bytes(weights, memory), cache_bytes)
 
 
 def format_bytes(count: int) -> str:

@@ -17,16 +17,22 @@ import typer
 
 from .. import __version__
 from ..errors import MTPError
-from . import batch, chat, convert, generate, info, serve, tune
+from . import batch, chat, convert, doctor, generate, get, info, models, serve, tune
 from . import options as o
 
 # The base class of typer's errors of usage, for which it has no public name.
 _UsageError: Any = typer.BadParameter.__base__
 
+_FIRST_STEPS = """\
+mlx-mtp chat      talks to the small demo pair, without a download; chat MODEL to any Gemma 4
+mlx-mtp models    lists the sizes of Gemma 4: what fits in memory here, and how fast it is predicted to be
+mlx-mtp get E4B   downloads that size with its drafter, and says how to chat with it
+mlx-mtp doctor    says what this machine is, and what is wrong if something doesn't work
+mlx-mtp --help    lists all commands; each of them has --help too"""
+
 app = typer.Typer(
     help="Gemma 4 with its multi-token-prediction drafters, on MLX. Without a model: the embedded demo pair.",
     invoke_without_command=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -34,8 +40,11 @@ app = typer.Typer(
 app.command(name="batch", short_help="Answers the prompts of a file, several at a time.")(batch.batch)
 app.command(name="chat")(chat.chat)
 app.command(name="convert")(convert.convert)
+app.command(name="doctor", short_help="Shows the machine, what is wrong with it, and what to do.")(doctor.doctor)
 app.command(name="generate")(generate.generate)
+app.command(name="get", short_help="Downloads a model and its drafter.")(get.get)
 app.command(name="info", short_help="Shows a model's sizes, and whether it fits in memory.")(info.info)
+app.command(name="models", short_help="Lists the models: what is downloaded, what fits, how fast.")(models.models)
 app.command(name="serve", short_help="Serves models over HTTP, as OpenAI's and Anthropic's interfaces.")(serve.serve)
 app.command(name="tune", short_help="Measures which batch and draft length suit this machine.")(tune.tune)
 
@@ -54,7 +63,7 @@ def _options(
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
-        print(context.get_help(), file=sys.stderr)
+        print(_FIRST_STEPS, file=sys.stderr)
         raise typer.Exit(2)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -16,11 +15,8 @@ if TYPE_CHECKING:
     from ..checkpoint.description import AnyDescription, DrafterDescription, TargetDescription
     from ..simulate.chips import Chip
 
-_PREDICTED_AT = 1024
-"""Context in tokens for which speeds are predicted."""
-
-_TYPICAL_ERROR = 0.15
-"""Median error of the cost model against published figures, see docs/cost_model.md."""
+PREDICTED = "PREDICTED, not measured"
+HOW_GOOD = " (half of the published speeds lie outside such a range, see docs/cost_model.md)"
 
 _FITS = "fits the target"
 """Value of "pairing" for a drafter that was made for the target."""
@@ -41,7 +37,7 @@ def info(
 ) -> None:
     """Shows sizes, memory, pairing, whether a model fits, and its predicted speed; downloads no weights."""
     o.check_loading(drafter, no_draft, quantize, quantize_drafter)
-    machine = _chip(chip)
+    machine = chip_named(chip)
     facts = describe(model, False if no_draft else drafter, quantize, machine, quantize_drafter)
     if as_json:
         print(json.dumps(facts))
@@ -68,9 +64,9 @@ def describe(
     Raises:
         CheckpointError: A config.json is missing or isn't Gemma 4's, or downloaded weights can't be loaded.
     """
-    from ..checkpoint import drafter_precision, sizes
+    from ..checkpoint import fit as fits
+    from ..checkpoint import sizes
     from ..checkpoint.pair import find_pair, suggest_no_draft
-    from ..checkpoint.quantization import Format
     from ..config import check_pair
     from ..errors import PairingError
     from ..kv import kv_bytes
@@ -128,16 +124,12 @@ def describe(
 
     def fit(bits: int | None) -> dict[str, Any]:
         """Memory of the pair if it is quantised to `bits` while loading."""
-        like = replace(target, quantize=Format(bits) if bits else None)
-        size = sizes.of(like)
-        needed = size.weights
-        if own:
-            needed += sizes.of(drafter_precision.for_target(own, like, quantize_drafter)).weights
+        found = fits.fit(target, own, bits, quantize_drafter)
         return {
             "quantize": bits,
-            "needed": needed,
-            "bytes_read_per_token": size.read_per_token,
-            "longest_context": sizes.longest_context(text, sizes.kv_budget(needed)[0], dtype_bytes),
+            "needed": found.needed,
+            "bytes_read_per_token": found.read_per_token,
+            "longest_context": found.longest_context,
         }
 
     asked = fit(quantize)
@@ -149,7 +141,7 @@ def describe(
         "choices": [],
     }
     if not target.stored:
-        facts["machine"]["choices"] = [fit(bits) for bits in (None, 8, 6, 4)]
+        facts["machine"]["choices"] = [fit(bits) for bits in fits.CHOICES]
     facts["expected"] = None
     if chip:
         fitting = own if facts["drafter"] and facts["drafter"]["pairing"] == _FITS else None
@@ -157,7 +149,7 @@ def describe(
     return facts
 
 
-def _chip(name: str | None) -> Chip | None:
+def chip_named(name: str | None) -> Chip | None:
     """The chip with a name, or this machine's; None if there are no figures for this machine."""
     from ..simulate.chips import chip, this_chip
 
@@ -168,28 +160,11 @@ def _chip(name: str | None) -> Chip | None:
 
 
 def _expected(target: TargetDescription, drafter: DrafterDescription | None, chip: Chip) -> dict[str, Any]:
-    """The cost model's prediction for one row, as ranges.
-
-    A range is the prediction within _TYPICAL_ERROR; half of the published figures lie outside theirs. `drafting_tps` is
-    None without a drafter, or if no draft length is faster than plain decoding; `draft_length` is then None or 0.
-    """
+    """The cost model's prediction for one row, see `report.single_row`."""
     from ..simulate import cost_model, report
 
     own = (drafter.config, target.format, drafter.format) if drafter else (None, target.format, None)
-    pair = cost_model.pair(target.config, *own)
-    (alone, *_) = report.choices(chip, pair, _PREDICTED_AT, batches=(1,)) or (None,)
-
-    def around(speed: float) -> list[float]:
-        return [speed / (1 + _TYPICAL_ERROR), speed * (1 + _TYPICAL_ERROR)]
-
-    return {
-        "chip": chip.name,
-        "context": _PREDICTED_AT,
-        "typical_error": _TYPICAL_ERROR,
-        "plain_tps": around(alone.plain) if alone else None,
-        "drafting_tps": around(alone.best) if alone and alone.drafts else None,
-        "draft_length": alone.drafts if alone and drafter else None,
-    }
+    return report.single_row(chip, cost_model.pair(target.config, *own))
 
 
 def _lengths(longest: int) -> list[int]:
@@ -287,18 +262,16 @@ def _table(facts: dict[str, Any]) -> list[tuple[str, str]]:
 def _speed(expected: dict[str, Any]) -> str:
     if expected["plain_tps"] is None:
         return "does NOT fit, in its largest configuration"
-    plain = f"{_range(expected['plain_tps'])} tok/s plain"
+    plain = f"{speed_range(expected['plain_tps'])} tok/s plain"
     if drafts := expected["draft_length"]:
-        drafting = f"{_range(expected['drafting_tps'])} with {drafts} drafts a round"
+        drafting = f"{speed_range(expected['drafting_tps'])} with {drafts} drafts a round"
     else:
         drafting = "no gain from drafting" if drafts == 0 else "no drafter"
-    return (
-        f"PREDICTED, not measured: {plain}, {drafting}, one row at {expected['context']:,} tokens (half of the "
-        "published speeds lie outside such a range, see docs/cost_model.md)"
-    )
+    return f"{PREDICTED}: {plain}, {drafting}, one row at {expected['context']:,} tokens{HOW_GOOD}"
 
 
-def _range(speeds: list[float]) -> str:
+def speed_range(speeds: list[float]) -> str:
+    """A range of tokens per second in words."""
     return "{:.0f} to {:.0f}".format(*speeds)
 
 

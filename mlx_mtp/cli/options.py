@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..system.blas import use_openblas
+from . import render
 
 if TYPE_CHECKING:
     from ..api import MTPModel
@@ -97,14 +98,16 @@ def load(
     use_openblas()
     from .. import api
 
-    return api.load(
-        model,
-        drafter=False if no_draft else drafter,
-        quantize=quantize,
-        quantize_drafter=quantize_drafter,  # type: ignore[arg-type]  # the option's parser has checked it
-        profile=profile,
-        adapter=adapter,
-    )
+    with render.loading() as progress:
+        return api.load(
+            model,
+            drafter=False if no_draft else drafter,
+            quantize=quantize,
+            quantize_drafter=quantize_drafter,  # type: ignore[arg-type]  # the option's parser has checked it
+            profile=profile,
+            adapter=adapter,
+            progress=progress,
+        )
 
 
 def tracing(lm: MTPModel, file: Path | None) -> AbstractContextManager[None]:

@@ -12,12 +12,14 @@ import io
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import IO, TYPE_CHECKING, Any, Union
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+    from ..checkpoint.progress import Progress
 
 Part = Union[str, "Table"]
 """A paragraph, or a table made by `table` or `pairs`."""
@@ -26,6 +28,9 @@ _ENDLESS = 100_000
 """Width of a console that never wraps."""
 
 _REFRESH_SECONDS = 0.1
+
+_LARGE = 10**9
+"""Bytes of a model from which `loading` shows a bar; an SSD reads less than that in a second."""
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = ()) -> Table:
@@ -118,6 +123,31 @@ def progress(
             drawn = now if due else drawn
 
         bar.refresh()
+        yield report
+
+
+@contextmanager
+def loading() -> Iterator[Callable[[Progress], None]]:
+    """Shows downloads, and the loading of large models, as `progress` does.
+
+    Yields:
+        A callback for `api.load`.
+    """
+    bar, shown = ExitStack(), ("", "")
+    done: Callable[[float], None] = lambda _: None  # noqa: E731
+
+    def report(it: Progress) -> None:
+        nonlocal done, shown
+        if it.stage == "load" and it.total < _LARGE:
+            return
+        if shown != (it.stage, it.model):
+            bar.close()
+            shown = it.stage, it.model
+            label = f"{'downloading' if it.stage == 'download' else 'loading'} {it.model}"
+            done = bar.enter_context(progress(label, it.total, in_bytes=True, announce=it.stage == "download"))
+        done(it.done)
+
+    with bar:
         yield report
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime, timezone
 from itertools import count
 from pathlib import Path
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from ..decode.objective import OBJECTIVES
-from ..errors import MTPError, ProfileError, PromptError
-from ..files import listed, parse_json
+from ..errors import MTPError, PromptError
+from ..files import parse_json
 from ..system.blas import use_openblas
 from . import options as o
 from . import render
@@ -231,18 +231,15 @@ def _list(as_json: bool) -> None:
     from .. import profile
 
     rows: list[dict[str, Any]] = []
-    for path in listed(profile.profile_folder(), "*.json"):
-        row: dict[str, Any] = {"path": str(path), "usable": True}
+    for saved in profile.saved_profiles():
+        row: dict[str, Any] = {"path": str(saved.path), "usable": saved.why_not is None}
         rows.append(row)
-        try:
-            known = profile.load_profile(path)
+        if known := saved.profile:
             row |= {"model": known.key.model, "quantize": known.key.quantize, "drafter": known.key.drafter,
                     "device": known.key.device, "objective": known.objective, "rows": known.rows,
                     "drafts": known.drafts, "measured": known.measured}  # fmt: skip
-            # The rest of the key could only be checked with the model's files.
-            profile.check_profile(known, replace(known.key, **profile.machine()), path)
-        except ProfileError as error:
-            row |= {"usable": False, "why": str(error)}
+        if saved.why_not:
+            row["why"] = saved.why_not
     if as_json:
         print(json.dumps(rows))
         return

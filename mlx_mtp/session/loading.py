@@ -12,6 +12,7 @@ from ..checkpoint import sizes
 from ..checkpoint.description import DrafterDescription, TargetDescription
 from ..checkpoint.load import load_drafter, load_target
 from ..checkpoint.pair import suggest_no_draft
+from ..checkpoint.progress import ProgressCallback
 from ..decode.draft_length import DraftLengthPolicy
 from ..decode.limits import is_int
 from ..decode.overflow import check_overflow
@@ -89,6 +90,7 @@ def load_models(
     cache_bytes: int | None,
     profile: Profile | None,
     suppress_tokens: tuple[int, ...],
+    progress: ProgressCallback | None = None,
 ) -> Loaded:
     """Loads a pair.
 
@@ -100,14 +102,15 @@ def load_models(
         cache_bytes: See `api.load`.
         profile: The pair's profile, or None.
         suppress_tokens: Token ids that are never chosen.
+        progress: See `api.load`.
 
     Raises:
         MTPError: See `api.load`.
     """
-    target, drafter = load_target(description, adapter), None
+    target, drafter = load_target(description, adapter, progress), None
     if drafter_description:
         with suggest_no_draft():
-            drafter = load_drafter(drafter_description, description.config, position)
+            drafter = load_drafter(drafter_description, description.config, position, progress)
     self_test.at_load(target, drafter)
     check_overflow(target, drafter)
     weights = sizes.weight_bytes(target, drafter)

@@ -29,6 +29,9 @@ _CLOCK_GHZ = {
     "M5": 1.750, "M5 Pro": 1.750, "M5 Max": 1.750,
 }  # fmt: skip
 
+METAL_SHARE = 0.75
+"""About the share of a Mac's memory that Metal recommends for the GPU."""
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -49,6 +52,11 @@ class Chip:
     gpu_cores: int
     memory: int
     source: str
+
+    @property
+    def memory_for_models(self) -> int:
+        """Bytes that models and KV may take."""
+        return int(METAL_SHARE * self.memory * 1e9)
 
     @property
     def fp32_tflops(self) -> float:

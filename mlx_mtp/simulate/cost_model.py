@@ -93,11 +93,8 @@ def pair(
 
 
 def fits(chip: Chip, pair: Pair, batch: int, context: int) -> bool:
-    """Whether the pair and the KV of `batch` rows fit in three quarters of the chip's largest memory.
-
-    That share is about the working set that Metal recommends for the GPU.
-    """
-    return pair.weights + batch * kv_bytes(pair.target, context, 2) <= 0.75 * chip.memory * 1e9
+    """Whether the pair and the KV of `batch` rows fit in the chip's largest memory."""
+    return pair.weights + batch * kv_bytes(pair.target, context, 2) <= chip.memory_for_models
 
 
 def distinct_experts(experts: int, per_token: int, tokens: int, overlap: float = 0.0) -> float:

@@ -13,6 +13,12 @@ from .chips import Chip
 BATCHES = (1, 2, 4, 6, 8)
 LONGEST_DRAFT = 8
 
+PREDICTED_AT = 1024
+"""Context in tokens for which `single_row` predicts."""
+
+TYPICAL_ERROR = 0.15
+"""Median error of the cost model against published figures, see docs/cost_model.md."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -107,4 +113,26 @@ def simulation_facts(
         "context": context,
         "choices": [asdict(choice) for choice in found],
         "chosen": asdict(chosen(found, alone, objective)) if found else None,
+    }
+
+
+def single_row(chip: Chip, pair: model.Pair) -> dict[str, Any]:
+    """The prediction for one row as JSON values, speeds as ranges.
+
+    A range is the prediction within TYPICAL_ERROR; half of the published figures lie outside theirs. `drafting_tps` is
+    None without a drafter, or if no draft length is faster than plain decoding; `draft_length` is then None or 0. All
+    are None if the pair doesn't fit in the chip's largest memory.
+    """
+    (alone, *_) = choices(chip, pair, PREDICTED_AT, batches=(1,)) or (None,)
+
+    def around(speed: float) -> list[float]:
+        return [speed / (1 + TYPICAL_ERROR), speed * (1 + TYPICAL_ERROR)]
+
+    return {
+        "chip": chip.name,
+        "context": PREDICTED_AT,
+        "typical_error": TYPICAL_ERROR,
+        "plain_tps": around(alone.plain) if alone else None,
+        "drafting_tps": around(alone.best) if alone and alone.drafts else None,
+        "draft_length": alone.drafts if alone and pair.drafter else None,
     }
