@@ -75,7 +75,7 @@ def tune(
     if objective not in OBJECTIVES:
         raise typer.BadParameter(f"expected {', '.join(OBJECTIVES)}", param_hint="--objective")
     o.check_loading(drafter, no_draft, quantize, quantize_drafter)
-    rows, tokens = _numbers(batch_sizes, "--batch-sizes"), _numbers(contexts, "--contexts")
+    rows, tokens = o.numbers(batch_sizes, "--batch-sizes"), o.numbers(contexts, "--contexts")
     if show:
         _list(as_json)
     elif simulate is not None:
@@ -163,13 +163,6 @@ def _tune(
             ) from failed
     if not found.complete:
         raise typer.Exit(o.INTERRUPTED)
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise typer.BadParameter("expected whole numbers from 1, with commas between them", param_hint=option)
-    return sorted({int(part) for part in parts})
 
 
 def _read_prompts(path: Path) -> list[Any]:

@@ -1,0 +1,96 @@
+"""How a peer, another program on the same weights, runs in a process of its own and is asked for measurements.
+
+The process reads a line of JSON, the job, loads the models and answers a line. Then it reads a line for each run and
+answers what was measured. This module and the peers' import nothing of the package but system/, so that they run in an
+environment that has only the peer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any, TypedDict
+
+from ..system.blas import has_openblas, use_openblas
+
+
+class Job(TypedDict):
+    """What a peer loads.
+
+    Attributes:
+        target: The target's folder.
+        drafter: The drafter's folder; None for none.
+        dtype: MLX's name of the type of activations and unquantised weights, such as "bfloat16".
+    """
+
+    target: str
+    drafter: str | None
+    dtype: str
+
+
+class Measured(TypedDict):
+    """What a peer measured.
+
+    Attributes:
+        seconds: Of the whole batch, prefill included.
+        first_token: Seconds until a row's first token, the mean over rows.
+        active, peak, pool: Bytes of MLX in the peer's process after the run: in use, at most in use, and kept unused.
+    """
+
+    seconds: float
+    first_token: float
+    active: int
+    peak: int
+    pool: int
+
+
+Tick = Callable[[int], None]
+"""To be called with a row's number for each of its tokens, as soon as it is known."""
+
+Decode = Callable[[list[list[int]], int, int, Tick], None]
+"""Decodes a batch greedily: prompts, tokens of each row whatever they are, draft length (0 for plain), and a tick."""
+
+
+def serve(package: str, load: Callable[[Job], Decode]) -> None:
+    """Serves runs until stdin ends.
+
+    Args:
+        package: Name of the peer's distribution, for its version.
+        load: Loads the models, and returns what decodes with them.
+    """
+    use_openblas()  # before MLX is imported
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed isn't an answer
+
+    def answer(what: Any) -> None:
+        print(json.dumps(what), file=answers, flush=True)
+
+    decode = load(json.loads(sys.stdin.readline()))
+    answer({"version": version(package), "openblas": has_openblas()})
+    for line in sys.stdin:
+        asked = json.loads(line)
+        answer(timed(decode, asked["prompts"], asked["tokens"], asked["draft_length"]))
+
+
+def timed(decode: Decode, prompts: list[list[int]], tokens: int, draft_length: int) -> Measured:
+    """Measures one run."""
+    import mlx.core as mx
+
+    first: dict[int, float] = {}
+    mx.reset_peak_memory()
+    begun = time.perf_counter()
+
+    def tick(row: int) -> None:
+        if row not in first:
+            first[row] = time.perf_counter() - begun
+
+    decode(prompts, tokens, draft_length, tick)
+    return {
+        "seconds": time.perf_counter() - begun,
+        "first_token": sum(first.values()) / len(first),
+        "active": mx.get_active_memory(),
+        "peak": mx.get_peak_memory(),
+        "pool": mx.get_cache_memory(),
+    }
