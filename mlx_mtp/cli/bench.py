@@ -51,8 +51,11 @@ def bench(
     # Without a profile, so that figures don't depend on what this machine was tuned for.
     with ExitStack() as stack:
         lm = stack.enter_context(o.load(model, drafter, False, quantize, quantize_drafter, profile=None, cache_bytes=0))
+        from ..decode.scheduler import MAX_ROWS
         from ..measuring import speed
 
+        if max(rows) > MAX_ROWS:
+            raise typer.BadParameter(f"at most {MAX_ROWS} rows decode together here", param_hint="--batch-sizes")
         if (longest := max(prompts) + tokens) > (room := lm.config.text.max_positions):
             raise typer.BadParameter(
                 f"{longest:,} tokens with --tokens, and the model's context is {room:,}", param_hint="--contexts"

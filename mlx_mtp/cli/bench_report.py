@@ -85,12 +85,21 @@ def _acceptance(found: Speeds) -> list[str]:
 def _memory(found: Speeds) -> list[str]:
     rows = []
     for case in found.cases():
-        runs = found.runs[case].values()
-        most = (max(sizes) for sizes in zip(*((it.active, it.peak, it.pool) for it in runs), strict=True))
+        most = _most_memory(found, case).values()
         rows.append([*_named(case), *(f"{size / 1e9:.3f}" for size in most)])
     headers = ["context", "batch", "program", "drafts", "active", "peak", "pool"]
     return ["", "MLX's memory in GB: in use after a run, most in use, and kept unused; the most of all turns:", "",
             *markdown(headers, rows, words=(2,))]  # fmt: skip
+
+
+def _most_memory(found: Speeds, case: Case) -> dict[str, int]:
+    """Bytes by name, each the most of all turns."""
+    every = found.measured(case)
+    return {
+        "active": max(it["active"] for it in every),
+        "peak": max(it["peak"] for it in every),
+        "pool": max(it["pool"] for it in every),
+    }
 
 
 def _named(case: Case) -> list[str]:
@@ -131,14 +140,12 @@ def facts(lm: MTPModel, found: Speeds, versions: Mapping[str, str]) -> dict[str,
     for case in found.cases():
         plain = found.ratio(case, replace(case, draft_length=0))
         same, best = _against(found, case)
-        runs = [*found.runs[case].values()]
         cases.append(asdict(case) | {
             "prompt_tps": asdict(found.prompt(case)), "first_token_seconds": asdict(found.first_token(case)),
             "tps": asdict(found.generation(case)), "over_plain": plain and asdict(plain),
             "ours_over_this": same and asdict(same), "our_best_over_this": best and asdict(best),
             "accepted_by_position": kept_by_position(found.stats(case)),
-            "memory_bytes": {name: max(getattr(it, name) for it in runs) for name in ("active", "peak", "pool")},
-            "turns": len(runs),
+            "memory_bytes": _most_memory(found, case), "turns": len(found.runs[case]),
         })  # fmt: skip
     return {
         "machine": machine_facts(), "model": model_facts(lm), "peers": dict(versions), "tokens": found.tokens,

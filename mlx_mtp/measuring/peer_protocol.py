@@ -32,19 +32,54 @@ class Job(TypedDict):
 
 
 class Measured(TypedDict):
-    """What a peer measured.
+    """What was measured of a batch that was decoded.
 
     Attributes:
-        seconds: Of the whole batch, prefill included.
+        seconds: Wall-clock seconds until the last token, prefill included.
+        prompts: Seconds until every row had its first token.
         first_token: Seconds until a row's first token, the mean over rows.
-        active, peak, pool: Bytes of MLX in the peer's process after the run: in use, at most in use, and kept unused.
+        further: Tokens of all rows that came later than `prompts`.
+        active, peak, pool: Bytes of MLX after the run: in use, at most in use, and kept unused.
     """
 
     seconds: float
+    prompts: float
     first_token: float
+    further: int
     active: int
     peak: int
     pool: int
+
+
+class Clock:
+    """Notes when the tokens of a batch come, and MLX's memory; it begins when it is made."""
+
+    def __init__(self) -> None:
+        import mlx.core as mx
+
+        mx.reset_peak_memory()
+        self._begun = time.perf_counter()
+        self._came: dict[int, list[float]] = {}
+
+    def tick(self, row: int, tokens: int = 1) -> None:
+        """Notes that so many tokens of a row have just come."""
+        self._came.setdefault(row, []).extend([time.perf_counter() - self._begun] * tokens)
+
+    def measured(self) -> Measured:
+        """What there is to say at the end."""
+        import mlx.core as mx
+
+        firsts = [times[0] for times in self._came.values()]
+        came = [at for times in self._came.values() for at in times]
+        return {
+            "seconds": max(came),
+            "prompts": max(firsts),
+            "first_token": sum(firsts) / len(firsts),
+            "further": sum(at > max(firsts) for at in came),
+            "active": mx.get_active_memory(),
+            "peak": mx.get_peak_memory(),
+            "pool": mx.get_cache_memory(),
+        }
 
 
 Tick = Callable[[int], None]
@@ -71,26 +106,6 @@ def serve(package: str, load: Callable[[Job], Decode]) -> None:
     answer({"version": version(package), "openblas": has_openblas()})
     for line in sys.stdin:
         asked = json.loads(line)
-        answer(timed(decode, asked["prompts"], asked["tokens"], asked["draft_length"]))
-
-
-def timed(decode: Decode, prompts: list[list[int]], tokens: int, draft_length: int) -> Measured:
-    """Measures one run."""
-    import mlx.core as mx
-
-    first: dict[int, float] = {}
-    mx.reset_peak_memory()
-    begun = time.perf_counter()
-
-    def tick(row: int) -> None:
-        if row not in first:
-            first[row] = time.perf_counter() - begun
-
-    decode(prompts, tokens, draft_length, tick)
-    return {
-        "seconds": time.perf_counter() - begun,
-        "first_token": sum(first.values()) / len(first),
-        "active": mx.get_active_memory(),
-        "peak": mx.get_peak_memory(),
-        "pool": mx.get_cache_memory(),
-    }
+        clock = Clock()
+        decode(asked["prompts"], asked["tokens"], asked["draft_length"], clock.tick)
+        answer(clock.measured())

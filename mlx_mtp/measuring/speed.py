@@ -4,23 +4,20 @@ In every turn each program decodes each batch once at every draft length, all in
 the machine hits all of them; ratios are taken within a turn. The first turn warms up: kernels are compiled, memory is
 allocated, and the automatic draft length learns what rounds cost.
 
-    prompt speed       all prompt tokens / seconds of a run that ends with the first token of each row
-    generation speed   all further tokens / (seconds of the whole run - seconds of the prompts)
+    prompt speed       all prompt tokens / seconds until every row has its first token
+    generation speed   tokens of all rows that come after that / seconds from there to the last one
 """
 
 from __future__ import annotations
 
-import time
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from statistics import fmean
 from typing import TYPE_CHECKING, Protocol
 
-import mlx.core as mx
-
 from ..decode.request import Stats
-from .peer_protocol import Measured
+from .peer_protocol import Clock, Measured
 from .prompts import prompt_of
 from .spread import Spread
 
@@ -29,9 +26,6 @@ if TYPE_CHECKING:
 
 OURS = "mlx-mtp"
 """Our name in tables."""
-
-_PROMPTS_ONLY = None
-"""In place of a draft length: a run of one token a row, which is its prompts alone."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +36,13 @@ class Case:
         program: OURS, or a peer's name.
         context: Prompt tokens of each row.
         rows: Rows of the batch.
-        draft_length: Tokens to draft in a round, 0 for plain decoding, or "auto"; None for the prompts alone.
+        draft_length: Tokens to draft in a round, 0 for plain decoding, or "auto".
     """
 
     program: str
     context: int
     rows: int
-    draft_length: int | str | None
+    draft_length: int | str
 
 
 @dataclass(frozen=True)
@@ -56,18 +50,18 @@ class Run:
     """One run of a case.
 
     Attributes:
-        seconds: Wall-clock seconds, prefill included.
-        first_token: Seconds until a row's first token, the mean over rows.
-        active, peak, pool: Bytes of MLX after the run: in use, at most in use, and kept unused.
+        measured: Times and memory.
         stats: Of each row; empty for peers.
     """
 
-    seconds: float
-    first_token: float
-    active: int
-    peak: int
-    pool: int
+    measured: Measured
     stats: Sequence[Stats] = ()
+
+    @property
+    def tps(self) -> float:
+        """Tokens per second of all rows after the prompts; 0 if all came at once."""
+        after = self.measured["seconds"] - self.measured["prompts"]
+        return self.measured["further"] / after if after else 0.0
 
 
 class Program(Protocol):
@@ -100,18 +94,23 @@ class Ours:
 
     def run(self, prompts: Sequence[Sequence[int]], tokens: int, draft_length: int | str) -> Run:
         """See `Program.run`."""
-        with self.lm.models():
-            mx.reset_peak_memory()
-        begun = time.perf_counter()
-        found = self.lm.generate_batch(
-            [[*it] for it in prompts], len(prompts), max_tokens=tokens, temperature=0, draft_length=draft_length,
-            ignore_eos=True,
-        )  # fmt: skip
-        seconds = time.perf_counter() - begun
-        stats = [it.stats for it in found]
-        with self.lm.models():
-            memory = mx.get_active_memory(), mx.get_peak_memory(), mx.get_cache_memory()
-        return Run(seconds, fmean(it.prompt_seconds for it in stats), *memory, stats)
+        clock = Clock()
+
+        async def row(number: int, prompt: Sequence[int]) -> Stats:
+            stats = Stats()
+            async for chunk in self.lm.astream(
+                [*prompt], tokens, temperature=0, draft_length=draft_length, ignore_eos=True
+            ):
+                if chunk.tokens:
+                    clock.tick(number, len(chunk.tokens))
+                stats = chunk.stats
+            return stats
+
+        async def rows() -> list[Stats]:
+            return await asyncio.gather(*(row(i, prompt) for i, prompt in enumerate(prompts)))
+
+        stats = asyncio.run(rows())
+        return Run(clock.measured(), stats)
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ class Theirs:
 
     def run(self, prompts: Sequence[Sequence[int]], tokens: int, draft_length: int | str) -> Run:
         """See `Program.run`."""
-        return Run(**self.peer(prompts, tokens, int(draft_length)))
+        return Run(self.peer(prompts, tokens, int(draft_length)))
 
 
 @dataclass
@@ -149,38 +148,32 @@ class Speeds:
     runs: dict[Case, dict[int, Run]] = field(default_factory=dict)
 
     def cases(self) -> list[Case]:
-        """The cases of which there is a speed, in the order of a table."""
-        found = [case for case in self.runs if case.draft_length is not _PROMPTS_ONLY and self.by_turn(case)]
+        """The cases that were measured, in the order of a table."""
         return sorted(
-            found,
+            (case for case in self.runs if self.by_turn(case)),
             key=lambda it: (it.context, it.rows, it.program != OURS, it.program, it.draft_length == "auto",
                             str(it.draft_length).zfill(2)),
         )  # fmt: skip
 
     def by_turn(self, case: Case) -> dict[int, float]:
-        """Tokens per second of all rows after their first ones, by turn."""
-        prompts = self.runs.get(_prompts(case), {})
-        found = {}
-        for turn, run in self.runs.get(case, {}).items():
-            if turn not in prompts:
-                continue
-            # The prompts of several rows are interleaved with tokens of the rows that begin first.
-            before = run.first_token if case.rows == 1 else prompts[turn].seconds
-            if run.seconds > before:
-                found[turn] = case.rows * (self.tokens - 1) / (run.seconds - before)
-        return found
+        """Tokens per second of all rows after the prompts, by turn."""
+        return {turn: run.tps for turn, run in self.runs.get(case, {}).items() if run.tps}
 
     def generation(self, case: Case) -> Spread:
-        """Tokens per second of all rows after their first ones."""
+        """Tokens per second of all rows after the prompts."""
         return Spread.of([*self.by_turn(case).values()])
 
     def prompt(self, case: Case) -> Spread:
         """Prompt tokens per second of all rows."""
-        return Spread.of([case.rows * case.context / run.seconds for run in self.runs[_prompts(case)].values()])
+        return Spread.of([case.rows * case.context / it["prompts"] for it in self.measured(case)])
 
     def first_token(self, case: Case) -> Spread:
         """Seconds until a row's first token, the mean over rows."""
-        return Spread.of([run.first_token for run in self.runs[_prompts(case)].values()])
+        return Spread.of([it["first_token"] for it in self.measured(case)])
+
+    def measured(self, case: Case) -> list[Measured]:
+        """Times and memory of all turns."""
+        return [run.measured for run in self.runs[case].values()]
 
     def ratio(self, case: Case, baseline: Case) -> Spread | None:
         """Generation speed as a multiple of another case's, turn by turn; None without a common turn."""
@@ -209,7 +202,7 @@ def measure(
         lm: The pair, loaded with `cache_bytes=0`: a cached prompt needs no prefill.
         programs: What to measure.
         contexts: Prompt tokens of each row.
-        batches: Rows.
+        batches: Rows, at most `decode.scheduler.MAX_ROWS`.
         draft_lengths: Draft lengths; each program takes those that it knows.
         turns: Turns besides the warm-up.
         found: Receives the runs.
@@ -228,8 +221,8 @@ def measure(
         order = [*cases]
         Random(turn).shuffle(order)  # noqa: S311 - not a secret
         for case in order:
-            tokens, length = (1, 0) if case.draft_length is None else (found.tokens, case.draft_length)
-            run = by_name[case.program].run(prompts[case.context][: case.rows], tokens, length)
+            batch = prompts[case.context][: case.rows]
+            run = by_name[case.program].run(batch, found.tokens, case.draft_length)
             if turn:
                 found.runs.setdefault(case, {})[turn] = run
             done += 1
@@ -239,14 +232,14 @@ def measure(
 def cases_of(
     programs: Sequence[Program], contexts: Sequence[int], batches: Sequence[int], draft_lengths: Sequence[int | str]
 ) -> list[Case]:
-    """What each turn measures: the prompts alone, and every draft length that a program knows."""
+    """What each turn measures: every draft length that a program knows, at every context and batch."""
     return [
         Case(program.name, context, rows, length)
         for context in contexts
         for rows in batches
         for program in programs
-        for length in (_PROMPTS_ONLY, *draft_lengths)
-        if length is None or program.can(length)
+        for length in draft_lengths
+        if program.can(length)
     ]
 
 
@@ -259,7 +252,3 @@ def kept_by_position(stats: Sequence[Stats]) -> list[float]:
         kept = sum(it.accepted_by_position[position] for it in stats if position < len(it.accepted_by_position))
         found.append(kept / drafted)
     return found
-
-
-def _prompts(case: Case) -> Case:
-    return Case(case.program, case.context, case.rows, _PROMPTS_ONLY)
