@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from ..measuring.speed import Case, Speeds
     from ..measuring.spread import Spread
 
+_DISTURBED = 1.3
+"""Ratio of the fastest to the slowest turn that shows a disturbance, as for the tuner."""
+
 
 def report(lm: MTPModel, found: Speeds, versions: Mapping[str, str], command: str) -> list[str]:
     """What was measured, as lines of Markdown.
@@ -31,7 +34,18 @@ def report(lm: MTPModel, found: Speeds, versions: Mapping[str, str], command: st
     ]  # fmt: skip
     if not found.cases():
         return [*lines, "", "Nothing was measured."]
-    return [*lines, *_speeds(found, bool(versions)), *_acceptance(found), *_memory(found)]
+    return [*lines, *_disturbed(found), *_speeds(found, bool(versions)), *_acceptance(found), *_memory(found)]
+
+
+def _disturbed(found: Speeds) -> list[str]:
+    """A warning if one case's speed differs much between turns."""
+    spreads = {case: found.generation(case) for case in found.cases()}
+    worst = max(spreads, key=lambda case: spreads[case].high / spreads[case].low)
+    if (factor := spreads[worst].high / spreads[worst].low) <= _DISTURBED:
+        return []
+    named = f"{worst.program} at context {worst.context:,}, batch {worst.rows}, draft length {worst.draft_length}"
+    busy = f"The machine was busy with something else: one turn of {named} was {factor:.1f} times as fast as another."
+    return ["", f"{busy} Measure again when it is idle."]
 
 
 def _speeds(found: Speeds, compared: bool) -> list[str]:

@@ -6,10 +6,10 @@ settings must give. The turns go on until the time is up, and every other one ha
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
+from time import monotonic, perf_counter
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -219,16 +219,16 @@ def compare(
         found: Receives what is found, setting by setting.
         progress: Called with the seconds that have passed, before each text or batch.
     """
-    begun = time.monotonic()
+    begun = monotonic()
     with lm.models() as pair:
         found.kernels = self_test(*pair)
     found.scores = compared_scores(lm, wanted)
     for setting in (PLAIN, *wanted):
         found.outcomes[setting] = Outcome()
-    until = max(begun + seconds, time.monotonic() + seconds / 2)
+    until = max(begun + seconds, monotonic() + seconds / 2)
 
     def over() -> bool:
-        now = time.monotonic()
+        now = monotonic()
         progress(now - begun)
         return now >= until
 
@@ -267,12 +267,12 @@ class _Turn:
     def _decode(self, setting: Setting, rows: Sequence[int]) -> list[Generation]:
         how = SAMPLINGS[self._sampling]
         prompts = [{"prompt": self._prompt(row), "seed": self._seed(row)} for row in rows]
-        begun = time.perf_counter()
+        begun = perf_counter()
         texts = self._lm.generate_batch(
             prompts, len(prompts), max_tokens=self._tokens, draft_length=setting.draft_length,
             exactness=setting.exactness, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p, min_p=how.min_p,
         )  # fmt: skip
-        self._found.outcomes[setting].count(self._sampling, texts, time.perf_counter() - begun)
+        self._found.outcomes[setting].count(self._sampling, texts, perf_counter() - begun)
         return texts
 
     def _prompt(self, row: int) -> list[int]:
