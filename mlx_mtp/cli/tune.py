@@ -110,6 +110,7 @@ def _tune(
 ) -> None:
     with o.load(model, drafter, no_draft, quantize, quantize_drafter, profile=None, adapter=adapter) as lm:
         from .. import profile
+        from ..measuring.prompts import PROMPTS
         from ..tuning import acceptance, choose, costs
         from ..tuning.plot import write_plot
 
@@ -119,7 +120,7 @@ def _tune(
         try:
             with render.progress("measuring", total) as done:
                 acceptance.measure(
-                    lm, found, batches, contexts=contexts, prompts=prompts or acceptance.PROMPTS,
+                    lm, found, batches, contexts=contexts, prompts=prompts or PROMPTS,
                     progress=lambda _: done(next(steps_done)),
                 )  # fmt: skip
         except KeyboardInterrupt:

@@ -7,13 +7,36 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.pair import DEMO
 from ..errors import PromptError
-from ..tuning.acceptance import PROMPTS
 
 if TYPE_CHECKING:
     from ..api import MTPModel
 
+PROMPTS: dict[str, tuple[str, ...]] = {
+    "chat": (
+        "What is speculative decoding?",
+        "What is the capital of France, and what is it known for?",
+        "How many minutes are 3 hours?",
+    ),
+    "code": (
+        "Write a Python function that reverses a string.",
+        "Write a Python function that counts the words of a text.",
+        "Write a Python function that adds two numbers.",
+    ),
+    "JSON": (
+        "Give me a JSON record for a book.",
+        "Write a JSON object that describes a city.",
+        "Give me the JSON for a person named Anna.",
+    ),
+    "prose": (
+        "Tell me a short story about a fox.",
+        "Describe a walk along a river in autumn.",
+        "Tell me about the history of the bicycle.",
+    ),
+}
+"""Questions by kind of text; the tuner measures acceptance on their answers."""
+
 QUESTIONS = tuple(chain.from_iterable(zip(*PROMPTS.values(), strict=True)))
-"""The tuner's prompts, so that the first few are of different kinds."""
+"""The same in an order in which the first few are of different kinds."""
 
 _PRIME = 7919
 """Step between token ids of a prompt for a model that comes without a tokenizer: no id comes twice for long."""
