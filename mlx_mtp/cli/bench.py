@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 def bench(
     model: o.Model = None,
     drafter: o.Drafter = None,
+    no_draft: o.NoDraft = False,
     quantize: o.Quantize = None,
     quantize_drafter: o.QuantizeDrafter = "auto",
     batch_sizes: Annotated[str, typer.Option(help="Batch sizes.", metavar="N,N,...")] = "1,4",
@@ -50,7 +51,9 @@ def bench(
         quantize_drafter = "none"  # the same weights for all
     # Without a profile, so that figures don't depend on what this machine was tuned for.
     with ExitStack() as stack:
-        lm = stack.enter_context(o.load(model, drafter, False, quantize, quantize_drafter, profile=None, cache_bytes=0))
+        lm = stack.enter_context(
+            o.load(model, drafter, no_draft, quantize, quantize_drafter, profile=None, cache_bytes=0)
+        )
         from ..decode.scheduler import MAX_ROWS
         from ..measuring import speed
 

@@ -30,7 +30,7 @@ def report(lm: MTPModel, found: Speeds, versions: Mapping[str, str], command: st
     turns = max((len(runs) for runs in found.runs.values()), default=0)
     lines = [
         f"**{model_line(lm)}**", "", f"{machine_line()}{others}", "", f"`{command}`", "",
-        f"Greedy, {found.tokens} tokens a row, {turns} turns; medians (lowest to highest).",
+        f"Greedy, {found.tokens} tokens a row, {turns} turn{'s' if turns != 1 else ''}; medians (lowest to highest).",
     ]  # fmt: skip
     if not found.cases():
         return [*lines, "", "Nothing was measured."]

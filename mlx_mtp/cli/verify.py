@@ -18,6 +18,7 @@ from .verify_report import facts, report
 def verify(
     model: o.Model = None,
     drafter: o.Drafter = None,
+    no_draft: o.NoDraft = False,
     adapter: o.Adapter = None,
     quantize: o.Quantize = None,
     quantize_drafter: o.QuantizeDrafter = "auto",
@@ -37,7 +38,7 @@ def verify(
 ) -> None:
     """Checks kernels and texts on this machine, and prints a report; exits with 1 if something is wrong."""
     rows, lengths = o.numbers(batch_sizes, "--batch-sizes"), o.draft_lengths(draft_lengths)
-    with o.load(model, drafter, False, quantize, quantize_drafter, adapter=adapter, cache_bytes=0) as lm:
+    with o.load(model, drafter, no_draft, quantize, quantize_drafter, adapter=adapter, cache_bytes=0) as lm:
         from ..measuring import texts
 
         found, complete = texts.Comparison(), True
