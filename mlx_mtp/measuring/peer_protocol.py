@@ -61,9 +61,10 @@ class Clock:
         self._begun = time.perf_counter()
         self._came: dict[int, list[float]] = {}
 
-    def tick(self, row: int, tokens: int = 1) -> None:
-        """Notes that so many tokens of a row have just come."""
-        self._came.setdefault(row, []).extend([time.perf_counter() - self._begun] * tokens)
+    def tick(self, row: int, tokens: int = 1, at: float | None = None) -> None:
+        """Notes that so many tokens of a row came at a time, in seconds from the beginning; None for now."""
+        at = time.perf_counter() - self._begun if at is None else at
+        self._came.setdefault(row, []).extend([at] * tokens)
 
     def measured(self) -> Measured:
         """What there is to say at the end."""

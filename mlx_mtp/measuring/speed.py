@@ -101,9 +101,9 @@ class Ours:
             async for chunk in self.lm.astream(
                 [*prompt], tokens, temperature=0, draft_length=draft_length, ignore_eos=True
             ):
-                if chunk.tokens:
-                    clock.tick(number, len(chunk.tokens))
                 stats = chunk.stats
+                # When the row had them, which doesn't depend on how soon this thread takes them.
+                clock.tick(number, len(chunk.tokens), stats.prompt_seconds + stats.generation_seconds)
             return stats
 
         async def rows() -> list[Stats]:
