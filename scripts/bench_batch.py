@@ -2,7 +2,7 @@
 
     plain    our plain decoding / mlx-lm's BatchGenerator on the same target
     MTP      our decoding with the drafter / our plain decoding, at the same batch size
-    mlx-vlm  our decoding with the drafter / mlx-vlm's, same pair and draft length (with --mlx-vlm, see peer_mlx_vlm.py)
+    mlx-vlm  our decoding with the drafter / mlx-vlm's, same pair and draft length (with --mlx-vlm)
     rounds   tokens per row and round, and their ratio to that of the same prompts one by one
 
 In these batches all rows begin together and have the same length, stop tokens ignored, so that the rows of plain
@@ -13,18 +13,23 @@ weights are constructed so that some drafts are accepted (medium_pair.py). Every
 in which all variants take turns.
 
     python scripts/bench_batch.py [--repeats 5] [--draft-length 4] [--mlx-vlm PYTHON] [--part queue] [--json]
+
+mlx-vlm may have an environment of its own, with the same BLAS:
+
+    python -m venv /tmp/mlx-vlm
+    /tmp/mlx-vlm/bin/pip install "mlx[cpu]" mlx-vlm==0.7.10 scipy-openblas32==0.3.23.293.2
+    python scripts/bench_batch.py --mlx-vlm /tmp/mlx-vlm/bin/python
 """
 
 from __future__ import annotations
 
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
@@ -34,13 +39,16 @@ from mlx_mtp.system.blas import use_openblas
 BLAS = use_openblas()  # before MLX is imported
 
 import mlx.core as mx
-import mlx.nn as nn
 import typer
-from mlx_lm.generate import BatchGenerator
-from mlx_lm.utils import load_model
 
 import mlx_mtp
 from mlx_mtp.checkpoint.pair import DEMO
+from mlx_mtp.errors import MTPError
+from mlx_mtp.measuring import peer_mlx_lm
+from mlx_mtp.measuring.machine import machine_line
+from mlx_mtp.measuring.peer_protocol import Job
+from mlx_mtp.measuring.peers import Peer
+from mlx_mtp.measuring.spread import Spread, seconds
 from scripts.medium_pair import VOCAB, make_medium_pair
 
 SIZES = (1, 2, 4, 8)
@@ -56,38 +64,6 @@ PROMPTS = (
     "Give me a JSON record for a book.",
     "List the months of the year.",
 )
-
-
-class MlxVlm:
-    """mlx-vlm in a process of its own, which runs batches on request."""
-
-    def __init__(self, python: Path, target: Path, drafter: Path, prompts: list[list[int]]) -> None:
-        script = Path(__file__).with_name("peer_mlx_vlm.py")
-        self._process = subprocess.Popen([python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._send({"target": str(target), "drafter": str(drafter), "prompts": prompts, "tokens": TOKENS})
-        if (blas := self._answer()["blas"]) != BLAS:
-            raise typer.BadParameter(f"there BLAS is {blas}, and here {BLAS}: see {script}", param_hint="--mlx-vlm")
-
-    def run(self, rows: int, draft_length: int) -> float:
-        """Tokens per second."""
-        self._send({"rows": rows, "draft_length": draft_length})
-        return float(self._answer()["tps"])
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.communicate()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            raise typer.BadParameter("mlx-vlm has failed, see above", param_hint="--mlx-vlm")
-        return dict(json.loads(line))
-
-    def _send(self, message: dict[str, Any]) -> None:
-        assert self._process.stdin
-        self._process.stdin.write(json.dumps(message) + "\n")
-        self._process.stdin.flush()
 
 
 def begun(name: str, repeat: int, repeats: int, facts: str = "") -> None:
@@ -106,16 +82,9 @@ def ours(lm: mlx_mtp.MTPModel, prompts: Sequence[list[int]], draft_length: int |
     return generated / seconds, (generated - len(results)) / sum(result.stats.rounds for result in results)
 
 
-def mlx_lm(model: nn.Module, prompts: Sequence[list[int]]) -> float:
-    """Tokens per second of mlx-lm's batch, prefill included."""
-    started = time.perf_counter()
-    batch = BatchGenerator(model, max_tokens=TOKENS, completion_batch_size=len(prompts))
-    batch.insert([list(prompt) for prompt in prompts])
-    generated = 0
-    while responses := batch.next_generated():
-        generated += len(responses)
-    batch.close()
-    return generated / (time.perf_counter() - started)
+def total_tps(rows: int, work: Callable[[], object]) -> float:
+    """Tokens per second of so many rows, prefill included."""
+    return rows * TOKENS / seconds(work)
 
 
 def measure(
@@ -130,11 +99,13 @@ def measure(
     """Ratios for one pair, by batch size."""
     target, drafter = folders
     rows: dict[str, list[float]] = {}
-    peer = MlxVlm(vlm, target, drafter, prompts) if vlm else None
+    job: Job = {"target": str(target), "drafter": str(drafter), "dtype": "float32"}
+    try:
+        peer = Peer("mlx-vlm", job, vlm) if vlm else None
+    except MTPError as error:
+        raise typer.BadParameter(str(error), param_hint="--mlx-vlm") from None
     with mlx_mtp.load(target, drafter, dtype="float32", profile=None, cache_bytes=0) as lm:
-        # mlx-lm takes the vocabulary's size from the top level of config.json, where no Gemma 4 checkpoint has it.
-        theirs, _ = load_model(target, model_config={"vocab_size": lm.config.text.vocab_size})
-        theirs.set_dtype(mx.float32)
+        theirs = peer_mlx_lm.load_target(target, mx.float32)
         # All texts have the same length, so that the mean over texts is one over rounds too.
         alone = [1 / ours(lm, [prompt], k)[1] for prompt in prompts[: max(sizes)]]
         for repeat in range(repeats + 1):
@@ -144,15 +115,17 @@ def measure(
                 plain, _ = ours(lm, batch, 0)
                 mtp, tokens = ours(lm, batch, k)
                 auto, _ = ours(lm, batch, "auto")
+                mlx_lm = total_tps(size, partial(peer_mlx_lm.decode, theirs, batch, TOKENS))
                 figures = {
-                    "plain / mlx-lm": plain / mlx_lm(theirs, batch),
+                    "plain / mlx-lm": plain / mlx_lm,
                     f"MTP ({k}) / plain": mtp / plain,
                     "MTP (auto) / plain": auto / plain,
                     "tokens a round": tokens,
                     "tokens a round / one by one": tokens * statistics.mean(alone[:size]),
                 }
                 if peer:
-                    figures |= {f"MTP ({k}) / mlx-vlm's MTP ({k})": mtp / peer.run(size, k)}
+                    theirs_mtp = size * TOKENS / peer.run(batch, TOKENS, k)["seconds"]
+                    figures |= {f"MTP ({k}) / mlx-vlm's MTP ({k})": mtp / theirs_mtp}
                 if repeat:  # the first time warms up
                     for label, value in figures.items():
                         rows.setdefault(f"{name}, {size} rows: {label}", []).append(value)
@@ -213,13 +186,11 @@ def main(
     if as_json:
         print(json.dumps({name: statistics.median(values) for name, values in rows.items()} | {"blas": BLAS}))
         return
-    print(
-        f"{platform.machine()} {platform.system()}, mlx {mx.__version__} on {mx.default_device()}, BLAS {BLAS}, float32"
-    )
+    print(f"{machine_line()}, BLAS {BLAS}, float32")
     lengths = f"{TOKENS} tokens a row (queue: up to {2 * TOKENS})"
     print(f"{lengths}, greedy, {repeats} repetitions; median (lowest to highest)")
     for name, values in rows.items():
-        print(f"  {name:44} {statistics.median(values):5.2f}   ({min(values):.2f} to {max(values):.2f})")
+        print(f"  {name:44} {Spread.of(values).text()}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ tokenizer.json, which isn't part of this project), also what a grammar's mask co
 from __future__ import annotations
 
 import json
-import platform
 import threading
 import time
 from collections.abc import Callable
@@ -30,13 +29,14 @@ from mlx_mtp.system.blas import use_openblas
 
 BLAS = use_openblas()
 
-import mlx.core as mx
 import tokenizers
 import typer
 
 import mlx_mtp
 from mlx_mtp.control.grammar import Grammars
 from mlx_mtp.decode.host_drafts import HostDrafts
+from mlx_mtp.measuring.machine import machine_line
+from mlx_mtp.measuring.spread import Spread, seconds
 from scripts.medium_pair import add_tokenizer, make_medium_pair
 
 SCHEMA = {
@@ -73,18 +73,11 @@ CODE = "Write a Python function that counts the words of a text."
 Turn = Callable[[], float]
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """How long something takes."""
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
-
-
 def compare(name: str, bound: str, ours: Turn, baseline: Turn, turns: int) -> None:
     """Prints how many times as fast `ours` is, by seconds that both return in turn."""
     ours(), baseline()
-    ratios = sorted(baseline() / ours() for _ in range(turns))
-    print(f"{name:<12} {median(ratios):5.2f}  ({ratios[0]:.2f} to {ratios[-1]:.2f}), {bound}", flush=True)
+    ratios = Spread.of([baseline() / ours() for _ in range(turns)])
+    print(f"{name:<12} {ratios.text()}, {bound}", flush=True)
 
 
 def free_rows(lm: mlx_mtp.MTPModel, constrained: bool) -> float:
@@ -112,7 +105,7 @@ def main(
     tokenizer: Annotated[Path | None, typer.Option(help="A published tokenizer.json.")] = None,
 ) -> None:
     """Measures and prints."""
-    print(f"{platform.machine()} {platform.system()}, mlx {mx.__version__} on {mx.default_device()}, BLAS {BLAS}")
+    print(f"{machine_line()}, BLAS {BLAS}")
     with mlx_mtp.load() as lm:
 
         def timed(prompt: Any, **options: Any) -> Turn:

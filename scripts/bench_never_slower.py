@@ -20,8 +20,6 @@ simulate_draft_length.py does the same on a simulated clock, for many costs of r
 from __future__ import annotations
 
 import json
-import platform
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -40,10 +38,11 @@ import mlx.core as mx
 import typer
 
 import mlx_mtp
-from mlx_mtp import profile
 from mlx_mtp.decode.request import Request, Row
 from mlx_mtp.decode.scheduler import Scheduler
 from mlx_mtp.kv import KVBuffers
+from mlx_mtp.measuring.machine import machine_line
+from mlx_mtp.measuring.spread import Spread
 from mlx_mtp.models.drafter import Drafter, SharedKV
 from mlx_mtp.models.ragged import RaggedBlock
 from mlx_mtp.models.target import Target
@@ -255,12 +254,12 @@ def main(
         return
     kind = ("bfloat16" if bits is None else f"{bits} bits") if pair in KNOWN_MODELS else "float32"
     print(
-        f"{platform.machine()} {platform.system()}, mlx {mx.__version__} on {profile.device()}, BLAS {BLAS}\n"
+        f"{machine_line()}, BLAS {BLAS}\n"
         f"{pair} pair, {kind}, {tokens} tokens, greedy, {repeats} repetitions; median (lowest to highest)"
     )
     print(f"  {'':20}{'auto / plain':24}auto / best of 0, {', '.join(map(str, FIXED))}")
     for label, found in machine.items():
-        cells = (f"{statistics.median(v):5.2f} ({min(v):.2f} to {max(v):.2f})" for v in found.values())
+        cells = (Spread.of(ratios).text() for ratios in found.values())
         print(f"  {label:20}" + "    ".join(f"{cell:20}" for cell in cells))
 
 

@@ -12,7 +12,6 @@ on a fast GPU. Needs two cores. The variants take turns, and the ratio is the me
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -29,6 +28,8 @@ import typer
 from mlx_mtp.decode.prefill import prefill
 from mlx_mtp.decode.round import decode_round, first_state
 from mlx_mtp.decode.sampling import Sampler, SamplingOptions
+from mlx_mtp.measuring.machine import machine_line
+from mlx_mtp.measuring.spread import Spread
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
 from tests.support.deep_pair import LAYERS, deep_pair
@@ -77,11 +78,9 @@ def main(
     if as_json:
         print(json.dumps({"serial / pipelined": statistics.median(ratios), "blas": BLAS}))
         return
-    print(
-        f"{platform.machine()} {platform.system()}, mlx {mx.__version__} on {mx.default_device()}, BLAS {BLAS}, float32"
-    )
+    print(f"{machine_line()}, BLAS {BLAS}, float32")
     print(f"{LAYERS} layers, {draft_length} drafts a round, {repeats} repetitions; median (lowest to highest)")
-    print(f"  speed-up by pipelining   {statistics.median(ratios):5.2f}   ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"  speed-up by pipelining   {Spread.of(ratios).text()}")
     print(f"  a serial round takes     {statistics.median(took):5.1f} ms")
 
 

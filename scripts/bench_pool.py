@@ -10,7 +10,6 @@ chunk relative to the KV's size, and the time with the bound relative to the tim
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -27,6 +26,7 @@ import typer
 
 from mlx_mtp.decode.prefill import prefill
 from mlx_mtp.kv import KVBuffers
+from mlx_mtp.measuring.machine import machine_line
 from mlx_mtp.models.target import Target
 from tests.support.deep_pair import LAYERS, deep_pair
 
@@ -66,7 +66,7 @@ def main(
     if as_json:
         print(json.dumps(found | {"blas": BLAS, "tokens": tokens}))
         return
-    print(f"{platform.machine()} {platform.system()}, mlx {mx.__version__} on {mx.default_device()}, BLAS {BLAS}")
+    print(f"{machine_line()}, BLAS {BLAS}")
     print(f"a random target of {LAYERS} layers, float32, {tokens:,} tokens, {repeats} repetitions")
     for name, value in found.items():
         print(f"  {name:28s} {value:6.2f}")

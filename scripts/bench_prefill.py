@@ -10,11 +10,8 @@ figure is the median ratio of mlx-lm's seconds to ours: above 1, ours is faster.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -25,17 +22,12 @@ BLAS = use_openblas()  # before MLX is imported
 import mlx.core as mx
 import typer
 from mlx_lm.generate import generate_step
-from mlx_lm.utils import load_model
 
 import mlx_mtp
+from mlx_mtp.measuring.machine import machine_line
+from mlx_mtp.measuring.peer_mlx_lm import load_target
+from mlx_mtp.measuring.spread import Spread, seconds
 from scripts.medium_pair import VOCAB, make_medium_pair
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def ratios(kind: str, length: int, repeats: int) -> list[float]:
@@ -43,7 +35,7 @@ def ratios(kind: str, length: int, repeats: int) -> list[float]:
     prompt = [5 + (i * 7919) % (VOCAB - 10) for i in range(length)]
     with tempfile.TemporaryDirectory() as folder:
         target, _ = make_medium_pair(kind, Path(folder))
-        theirs, _ = load_model(target, model_config={"vocab_size": VOCAB})
+        theirs = load_target(target, mx.float32)
         with mlx_mtp.load(target, drafter=False, profile=None, cache_bytes=0) as lm:
 
             def ours() -> object:
@@ -71,10 +63,10 @@ def main(
     if as_json:
         print(json.dumps({f"{kind} {length}": statistics.median(all_) for (kind, length), all_ in found.items()}))
         return
-    print(f"{platform.machine()} {platform.system()}, mlx {mx.__version__} on {mx.default_device()}, BLAS {BLAS}")
-    print("prefill, ours / mlx-lm's speed (from - to)")
+    print(f"{machine_line()}, BLAS {BLAS}")
+    print("prefill, ours / mlx-lm's speed; median (lowest to highest)")
     for (kind, length), all_ in found.items():
-        print(f"  {kind} {length:6,} tokens  {statistics.median(all_):5.2f}  ({min(all_):.2f} - {max(all_):.2f})")
+        print(f"  {kind} {length:6,} tokens  {Spread.of(all_).text()}")
 
 
 if __name__ == "__main__":

@@ -13,11 +13,8 @@ Every ratio is the median over repetitions in which all variants take turns.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from typing import Annotated
 
 from mlx_mtp.system.blas import use_openblas
@@ -27,13 +24,15 @@ BLAS = use_openblas()  # before MLX is imported
 import mlx.core as mx
 import typer
 from mlx_lm.generate import generate_step
-from mlx_lm.utils import load_model
 
 import mlx_mtp
 from mlx_mtp.checkpoint.pair import DEMO
 from mlx_mtp.decode.prefill import prefill
 from mlx_mtp.decode.round import draft, first_state, verify
 from mlx_mtp.decode.sampling import Sampler, SamplingOptions
+from mlx_mtp.measuring.machine import machine_line
+from mlx_mtp.measuring.peer_mlx_lm import load_target
+from mlx_mtp.measuring.spread import Spread, seconds
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
 
@@ -48,13 +47,6 @@ PROMPTS = (
     "How does speculative decoding work?",
 )
 MAX_TOKENS = 160
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def decode(lm: mlx_mtp.MTPModel, prompt: list[int], draft_length: int | str) -> mlx_mtp.Generation:
@@ -106,9 +98,7 @@ def main(
 ) -> None:
     """Runs the benchmark and prints its table."""
     lm = mlx_mtp.load(dtype="float32")
-    # mlx-lm takes the vocabulary's size from the top level of config.json, where no Gemma 4 checkpoint has it.
-    theirs, _ = load_model(DEMO / "target", model_config={"vocab_size": lm.config.text.vocab_size})
-    theirs.set_dtype(mx.float32)
+    theirs = load_target(DEMO / "target", mx.float32)
     prompts = [lm.encode(text) for text in PROMPTS]
 
     k = draft_length
@@ -150,11 +140,10 @@ def main(
     if as_json:
         print(json.dumps({name: statistics.median(values) for name, values in rows.items()} | {"blas": BLAS}))
         return
-    machine = f"{platform.machine()} {platform.system()}"
-    print(f"{machine}, mlx {mx.__version__} on {mx.default_device()}, BLAS {BLAS}, float32")
+    print(f"{machine_line()}, BLAS {BLAS}, float32")
     print(f"{len(PROMPTS)} chat prompts, greedy, {repeats} repetitions; median (lowest to highest)")
     for name, values in rows.items():
-        print(f"  {name:24} {statistics.median(values):5.2f}   ({min(values):.2f} to {max(values):.2f})")
+        print(f"  {name:24} {Spread.of(values).text()}")
 
 
 if __name__ == "__main__":

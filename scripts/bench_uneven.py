@@ -14,14 +14,12 @@ uses the pairs of medium size of bench_batch.py (float32): dense and MoE.
 from __future__ import annotations
 
 import json
-import platform
 import random
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -32,12 +30,12 @@ BLAS = use_openblas()  # before MLX is imported
 import mlx.core as mx
 import typer
 
-from mlx_mtp import profile
 from mlx_mtp.decode.prefill import prefill
 from mlx_mtp.decode.round import RoundState, draft, verify
 from mlx_mtp.decode.sampling import Sampler, SamplingOptions
 from mlx_mtp.errors import MTPError
 from mlx_mtp.kv import BatchKV
+from mlx_mtp.measuring.machine import machine_line
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
 from scripts.medium_pair import make_medium_pair
@@ -111,7 +109,7 @@ def main(
         raise typer.BadParameter("expected 2, 4 or 8", param_hint="--rows")
     found = {}
     print(
-        f"{platform.machine()} {platform.system()}, mlx {version('mlx')} on {profile.device()}, BLAS {BLAS}",
+        f"{machine_line()}, BLAS {BLAS}",
         file=sys.stderr if as_json else sys.stdout,
     )
     for name, (target, drafter) in models(model, bits).items():

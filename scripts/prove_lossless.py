@@ -39,6 +39,7 @@ from mlx_mtp.checkpoint.quantization import Format
 from mlx_mtp.decode.request import Request, Stats
 from mlx_mtp.decode.sampling import SamplingOptions
 from mlx_mtp.decode.scheduler import Scheduler
+from mlx_mtp.measuring.texts import first_difference
 from mlx_mtp.text.tokenizer import Tokenizer
 from tests.support.random_requests import alone, differs, make_request, run_at_random
 from tests.support.scripted_drafter import LuckyDrafter, ScriptedDrafter
@@ -112,8 +113,10 @@ def compare(
         runs += [("own", own, 3, exactness) for exactness in ("invariant", "stepwise")]
         for who, drafter, length, exactness in runs:
             text, stats = generate(target, drafter, prompt, tokens, sampling, length, exactness)
-            differs_at = next((i for i in range(tokens) if text[i : i + 1] != plain[i : i + 1]), None)
-            yield Run(sampling, who, length, exactness, len(text), differs_at, stats.mean_accepted, len(set(text)))
+            yield Run(
+                sampling, who, length, exactness, len(text), first_difference(plain, text), stats.mean_accepted,
+                len(set(text)),
+            )  # fmt: skip
 
 
 def demo_pair() -> tuple[Path, Path, list[int]]:

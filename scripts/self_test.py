@@ -9,10 +9,8 @@ all per-layer embeddings are smaller than the real ones. Meant for a GPU: on a C
 
 from __future__ import annotations
 
-import platform
 import sys
 import time
-from collections import Counter
 from dataclasses import replace
 
 from mlx_mtp.system.blas import use_openblas
@@ -24,6 +22,8 @@ import mlx.core as mx
 import mlx_mtp
 from mlx_mtp.checkpoint.description import activation_dtype
 from mlx_mtp.config import TextConfig
+from mlx_mtp.measuring.kernels import complaints, summary
+from mlx_mtp.measuring.machine import machine_line
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.self_test import Finding, self_test
 from mlx_mtp.models.target import Target
@@ -64,22 +64,16 @@ def main(sizes: list[str]) -> int:
     known = [*KNOWN_MODELS, "demo"]
     if unknown := set(sizes) - set(known):
         raise SystemExit(f"unknown sizes {', '.join(sorted(unknown))}: use {', '.join(known)}")
-    name = mx.device_info().get("device_name", "unknown")
-    print(f"{platform.platform()}, {name}, {mx.default_device()}, mlx {mx.__version__}", flush=True)
+    print(machine_line(), flush=True)
     failed = False
     for size in sizes or known:
         started = time.perf_counter()
         found = findings(size)
-        kinds = Counter(type(it.shape).__name__.removesuffix("Shape").lower() for it in found)
-        what = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
-        wrong = [it for it in found if it.wrong]
+        wrong = complaints(found)
         failed = failed or bool(wrong)
-        verdict = (
-            f"{len(wrong)} WRONG" if wrong else f"right, off by {max(it.share for it in found):.2f} of what may be"
-        )
-        print(f"{size}: {what} kernels: {verdict} ({time.perf_counter() - started:.1f} s)", flush=True)
-        for it in wrong:
-            print(f"  {it.shape}: {it.wrong}; {'avoided' if it.avoided else 'NO OTHER WAY'}", flush=True)
+        print(f"{size}: {summary(found)} ({time.perf_counter() - started:.1f} s)", flush=True)
+        for line in wrong:
+            print(f"  {line}", flush=True)
         mx.clear_cache()
     return int(failed)
 

@@ -90,6 +90,7 @@ def test_progress_is_for_terminals():
     shown = without_escapes(in_terminal("-c", BAR, columns=100))
     assert "[x] work" in shown and "3/3" in shown
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", in_terminal("-c", BAR, NO_COLOR="1")), "a colour"
+    assert in_terminal("-c", BAR, TERM="dumb") == "[x] work\r\n", "which can't draw a line again"
 
 
 LOADING = """

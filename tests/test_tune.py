@@ -23,9 +23,11 @@ from mlx_mtp.cli import app
 from mlx_mtp.decode.objective import OBJECTIVES
 from mlx_mtp.decode.round_cost import Prices
 from mlx_mtp.errors import MemoryBudgetError, MTPError, ProfileError, PromptError
+from mlx_mtp.measuring import prompts
+from mlx_mtp.measuring.spread import Spread
 from mlx_mtp.models.moe import Router
 from mlx_mtp.tuning import acceptance, choose, costs
-from mlx_mtp.tuning.costs import Measurement, Seconds, Step
+from mlx_mtp.tuning.costs import Measurement, Step
 from mlx_mtp.tuning.plot import check_plot, write_plot
 from tests.support.command_line import Done, arguments, run
 from tests.support.tiny_checkpoints import make_pair
@@ -54,8 +56,8 @@ def measured(lm: mlx_mtp.MTPModel, **options: object) -> Measurement:
     return found
 
 
-def seconds(value: float) -> Seconds:
-    return Seconds(value, value, value)
+def seconds(value: float) -> Spread:
+    return Spread(value, value, value)
 
 
 def synthetic(
@@ -254,7 +256,7 @@ def test_times_of_a_busy_machine_are_noticed():
     assert choose.timing_anomaly(synthetic(steady, 0.1, [0.5]).steps) is None
     disturbed = synthetic(steady | {8: [4.0, 9.0, 5.0, 6.0]}, 0.1, [0.5]).steps
     assert choose.timing_anomaly(disturbed) is None, "it takes as long each time: a kernel that wider blocks don't use"
-    disturbed[-1].verify[2] = Seconds(9.0, 5.0, 10.0)
+    disturbed[-1].verify[2] = Spread(9.0, 5.0, 10.0)
     why = choose.timing_anomaly(disturbed)
     assert why and "batch 8" in why and "a block of 2 took 1.8 times as long as one of 3" in why
 
@@ -421,7 +423,7 @@ def test_what_was_measured_is_shown_where_no_profile_can_be_saved(tmp_path: Path
 def test_prompts_need_a_tokenizer(tmp_path: Path):
     target, drafter = make_pair("31b", tmp_path)
     with mlx_mtp.load(target, drafter=drafter) as lm, pytest.raises(PromptError, match="token ids"):
-        measured(lm, prompts=acceptance.PROMPTS)
+        measured(lm, prompts=prompts.PROMPTS)
 
 
 @pytest.mark.parametrize("content, name, culprit", [

@@ -17,7 +17,7 @@ import typer
 
 from .. import __version__
 from ..errors import MTPError
-from . import batch, chat, convert, doctor, generate, get, info, models, serve, tune
+from . import batch, bench, chat, convert, doctor, generate, get, info, models, serve, tune, verify
 from . import options as o
 
 # The base class of typer's errors of usage, for which it has no public name.
@@ -38,6 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(name="batch", short_help="Answers the prompts of a file, several at a time.")(batch.batch)
+app.command(name="bench", short_help="Measures speed and memory, also beside other programs.")(bench.bench)
 app.command(name="chat")(chat.chat)
 app.command(name="convert")(convert.convert)
 app.command(name="doctor", short_help="Shows the machine, what is wrong with it, and what to do.")(doctor.doctor)
@@ -47,6 +48,7 @@ app.command(name="info", short_help="Shows a model's sizes, and whether it fits 
 app.command(name="models", short_help="Lists the models: what is downloaded, what fits, how fast.")(models.models)
 app.command(name="serve", short_help="Serves models over HTTP, as OpenAI's and Anthropic's interfaces.")(serve.serve)
 app.command(name="tune", short_help="Measures which batch and draft length suit this machine.")(tune.tune)
+app.command(name="verify", short_help="Checks on this machine that drafting changes no text.")(verify.verify)
 
 
 def _print_version(wanted: bool) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..decode.limits import MAX_DRAFT_LENGTH
 from ..system.blas import use_openblas
 from . import render
 
@@ -92,6 +93,7 @@ def load(
     quantize_drafter: str | int,
     profile: str | None = "auto",
     adapter: str | None = None,
+    cache_bytes: int | None = None,
 ) -> MTPModel:
     """Loads the pair that the options name, with a fast BLAS."""
     check_loading(drafter, no_draft, quantize, quantize_drafter)
@@ -106,8 +108,36 @@ def load(
             quantize_drafter=quantize_drafter,  # type: ignore[arg-type]  # the option's parser has checked it
             profile=profile,
             adapter=adapter,
+            cache_bytes=cache_bytes,
             progress=progress,
         )
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """The value of an option that is a list of whole numbers from 1, sorted.
+
+    Raises:
+        typer.BadParameter: Exit code 2.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise typer.BadParameter("expected whole numbers from 1, with commas between them", param_hint=option)
+    return sorted({int(part) for part in parts})
+
+
+def draft_lengths(text: str) -> list[int | str]:
+    """The value of --draft-lengths: numbers and "auto" with commas between them, in their order.
+
+    Raises:
+        typer.BadParameter: Exit code 2.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part == "auto" or (part.isdecimal() and int(part) <= MAX_DRAFT_LENGTH) for part in parts):
+        raise typer.BadParameter(
+            f"expected auto and numbers from 0 to {MAX_DRAFT_LENGTH}, with commas between them",
+            param_hint="--draft-lengths",
+        )
+    return [part if part == "auto" else int(part) for part in dict.fromkeys(parts)]
 
 
 def tracing(lm: MTPModel, file: Path | None) -> AbstractContextManager[None]:

@@ -9,6 +9,7 @@ Rich is imported only when something is printed, so that `--help` is fast.
 from __future__ import annotations
 
 import io
+import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -83,7 +84,7 @@ def show(parts: Iterable[Part]) -> None:
 def progress(
     label: str, total: float, *, in_bytes: bool = False, announce: bool = True
 ) -> Iterator[Callable[[float], None]]:
-    """Shows a progress bar on stderr if that is a terminal.
+    """Shows a progress bar on stderr if that is a terminal that can redraw a line (TERM isn't "dumb").
 
     No thread is used: the bar is redrawn in the calls that report progress, at most ten times a second.
 
@@ -91,12 +92,12 @@ def progress(
         label: Name of the work.
         total: Amount of work.
         in_bytes: Whether `total` is a number of bytes.
-        announce: Whether to print the label if stderr isn't a terminal.
+        announce: Whether to print the label where there is no bar.
 
     Yields:
         A function to call with the amount of work done so far.
     """
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         if announce:
             print(label, file=sys.stderr, flush=True)
         yield lambda _: None

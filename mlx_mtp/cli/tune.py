@@ -75,7 +75,7 @@ def tune(
     if objective not in OBJECTIVES:
         raise typer.BadParameter(f"expected {', '.join(OBJECTIVES)}", param_hint="--objective")
     o.check_loading(drafter, no_draft, quantize, quantize_drafter)
-    rows, tokens = _numbers(batch_sizes, "--batch-sizes"), _numbers(contexts, "--contexts")
+    rows, tokens = o.numbers(batch_sizes, "--batch-sizes"), o.numbers(contexts, "--contexts")
     if show:
         _list(as_json)
     elif simulate is not None:
@@ -110,6 +110,7 @@ def _tune(
 ) -> None:
     with o.load(model, drafter, no_draft, quantize, quantize_drafter, profile=None, adapter=adapter) as lm:
         from .. import profile
+        from ..measuring.prompts import PROMPTS
         from ..tuning import acceptance, choose, costs
         from ..tuning.plot import write_plot
 
@@ -119,7 +120,7 @@ def _tune(
         try:
             with render.progress("measuring", total) as done:
                 acceptance.measure(
-                    lm, found, batches, contexts=contexts, prompts=prompts or acceptance.PROMPTS,
+                    lm, found, batches, contexts=contexts, prompts=prompts or PROMPTS,
                     progress=lambda _: done(next(steps_done)),
                 )  # fmt: skip
         except KeyboardInterrupt:
@@ -163,13 +164,6 @@ def _tune(
             ) from failed
     if not found.complete:
         raise typer.Exit(o.INTERRUPTED)
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise typer.BadParameter("expected whole numbers from 1, with commas between them", param_hint=option)
-    return sorted({int(part) for part in parts})
 
 
 def _read_prompts(path: Path) -> list[Any]:

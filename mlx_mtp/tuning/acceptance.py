@@ -11,35 +11,12 @@ from ..decode.limits import MAX_AUTO_LENGTH
 from ..decode.request import Stats, check_prompt
 from ..decode.sampling import SamplingOptions
 from ..errors import PromptError
+from ..measuring.prompts import PROMPTS
 from ..models.drafter import POSITIONS
 from .costs import BATCHES, CONTEXTS, LENGTHS, Measurement, Progress, measure_costs, no_progress
 
 if TYPE_CHECKING:
     from ..api import MTPModel
-
-PROMPTS: dict[str, tuple[str, ...]] = {
-    "chat": (
-        "What is speculative decoding?",
-        "What is the capital of France, and what is it known for?",
-        "How many minutes are 3 hours?",
-    ),
-    "code": (
-        "Write a Python function that reverses a string.",
-        "Write a Python function that counts the words of a text.",
-        "Write a Python function that adds two numbers.",
-    ),
-    "JSON": (
-        "Give me a JSON record for a book.",
-        "Write a JSON object that describes a city.",
-        "Give me the JSON for a person named Anna.",
-    ),
-    "prose": (
-        "Tell me a short story about a fox.",
-        "Describe a walk along a river in autumn.",
-        "Tell me about the history of the bicycle.",
-    ),
-}
-"""Prompts whose answers acceptance is measured on, by kind of text."""
 
 ANSWER_TOKENS = 96
 """Most tokens of an answer that acceptance is measured on."""

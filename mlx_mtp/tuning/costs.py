@@ -25,6 +25,7 @@ from ..decode.round import RoundState, draft, verify
 from ..decode.sampling import Sampler, SamplingOptions
 from ..errors import MemoryBudgetError
 from ..kv import BatchKV, KVBuffers, kv_bytes
+from ..measuring.spread import Spread
 from ..models.drafter import Drafter
 from ..models.target import Target
 from .experts import recorded_experts
@@ -47,34 +48,14 @@ _PACKED = -1
 
 
 @dataclass(frozen=True)
-class Seconds:
-    """Times of several laps, in seconds.
-
-    Attributes:
-        median: Their median.
-        low: The shortest.
-        high: The longest.
-    """
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, laps: Sequence[float]) -> Seconds:
-        """From the times of single laps."""
-        return cls(median(laps), min(laps), max(laps))
-
-
-@dataclass(frozen=True)
 class Step:
     """Times of the parts of a round, for a batch size and a context.
 
     Attributes:
         context: Committed tokens of each row.
         rows: Rows of the batch.
-        verify: By block width, a verify pass with sampling; width 1 is a plain decoding step.
-        draft: One step of the drafter; None without one.
+        verify: By block width, seconds of a verify pass with sampling; width 1 is a plain decoding step.
+        draft: Seconds of one step of the drafter; None without one.
         host: Seconds in which the host builds the graph of the widest verify pass, while the device is busy.
         experts: By block width, the mean number of distinct experts that a layer is asked for; empty for dense models.
         packing: Seconds by which a pass over a ragged block exceeds one over equal widths with as many tokens.
@@ -82,8 +63,8 @@ class Step:
 
     context: int
     rows: int
-    verify: dict[int, Seconds]
-    draft: Seconds | None
+    verify: dict[int, Spread]
+    draft: Spread | None
     host: float
     experts: dict[int, float]
     packing: float = 0.0
@@ -232,8 +213,8 @@ def _step(
             times, building = _time(run, kv)
             laps[width] += times
             host += building if width == widest else []
-    verified = {width: Seconds.of(laps[width]) for width in lengths}
-    drafted = Seconds.of([lap / _DRAFTS for lap in laps[0]]) if drafter else None
+    verified = {width: Spread.of(laps[width]) for width in lengths}
+    drafted = Spread.of([lap / _DRAFTS for lap in laps[0]]) if drafter else None
     experts = {}
     if target.config.num_experts:
         with recorded_experts(target) as asked:
