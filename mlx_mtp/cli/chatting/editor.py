@@ -6,6 +6,7 @@ import hashlib
 import re
 import select
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,9 @@ _LARGE_PASTE = 5_000
 
 _PAUSE_SECONDS = 0.02
 """How long a terminal without bracketed paste may take until it sends the next piece of a paste."""
+
+_TYPED_AHEAD_SECONDS = 0.3
+"""What arrives this soon after the prompt was typed while an answer ran: each Enter ends a message of its own."""
 
 _PASTED = re.compile(r"\[pasted \w+: [\d,]+ lines, [\d,]+ characters\]")
 
@@ -55,9 +59,10 @@ class Editor:
         """
         kept: History = InMemoryHistory() if history is None else _FileHistory(str(history))
         self._pastes: dict[str, str] = {}
+        self._prompted = 0.0
         self._session: PromptSession[str] = PromptSession(
             history=kept,
-            key_bindings=_keys(self._shortened),
+            key_bindings=_keys(self._shortened, self._pasting),
             completer=_Completer(commands, options),
             complete_style=CompleteStyle.READLINE_LIKE,  # others keep lines below the prompt free for a menu
             complete_while_typing=False,
@@ -68,6 +73,7 @@ class Editor:
 
     def read(self, begin: str = "") -> Entry | None:
         """See `Reader.read`."""
+        self._prompted = time.monotonic()
         try:
             text = self._session.prompt("> ", default=begin)
         except KeyboardInterrupt:
@@ -84,6 +90,14 @@ class Editor:
         except (KeyboardInterrupt, EOFError):
             return ""
 
+    def _pasting(self, event: KeyPressEvent) -> bool:
+        """Whether an Enter is part of a paste, in a terminal that doesn't mark pastes: more follows at once."""
+        if time.monotonic() - self._prompted < _TYPED_AHEAD_SECONDS:
+            return False
+        if any(press.key != Keys.CPRResponse for press in event.key_processor.input_queue):
+            return True
+        return bool(select.select([sys.stdin], [], [], _PAUSE_SECONDS)[0])
+
     def _shortened(self, paste: str) -> str:
         """A paste, or a note in its place if it is large; `read` puts it back."""
         if len(paste) <= _LARGE_PASTE:
@@ -94,7 +108,7 @@ class Editor:
         return note
 
 
-def _keys(shortened: Callable[[str], str]) -> KeyBindings:
+def _keys(shortened: Callable[[str], str], pasting: Callable[[KeyPressEvent], bool]) -> KeyBindings:
     keys = KeyBindings()
 
     @keys.add(Keys.BracketedPaste)
@@ -105,31 +119,24 @@ def _keys(shortened: Callable[[str], str]) -> KeyBindings:
     @keys.add("enter")
     def _(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
-        if _more_is_coming(event) or unfinished(buffer.text):
+        entered = entry(buffer.text)
+        if (pasting(event) and not (entered and entered.command)) or unfinished(buffer.text):
             buffer.insert_text("\n")
         else:
             buffer.validate_and_handle()
 
     @keys.add("escape", "enter")
-    @keys.add("c-j")
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
     return keys
 
 
-def _more_is_coming(event: KeyPressEvent) -> bool:
-    """Whether an Enter is part of a paste, in a terminal that doesn't mark pastes: nobody types as fast."""
-    if any(press.key != Keys.CPRResponse for press in event.key_processor.input_queue):
-        return True
-    return bool(select.select([sys.stdin], [], [], _PAUSE_SECONDS)[0])
-
-
 class _Completer(Completer):
     """Completes names of commands, and what follows them."""
 
     def __init__(self, commands: Sequence[str], options: Sequence[str]) -> None:
-        self._commands = WordCompleter(list(commands), WORD=True)
+        self._commands = WordCompleter([f"{name} " for name in commands], WORD=True)
         path, switch = PathCompleter(expanduser=True), WordCompleter(["on", "off"])
         self._after: dict[str, Completer] = {
             **dict.fromkeys(("/file", "/load", "/save"), path),
