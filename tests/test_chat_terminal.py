@@ -68,14 +68,16 @@ def test_a_paste_of_several_lines_is_one_message(terminal: Terminal, home: Path)
 
 
 def test_a_huge_paste_is_a_note_in_the_line(terminal: Terminal, home: Path):
+    terminal.say("/reset")
     terminal.wait_for_prompt()
-    terminal.paste("The beginning." + "\n" * 6000 + "The end.")
-    terminal.wait_for("6,001 lines, 6,022 characters]")
+    pasted = "architecture\n" * 399 + "architecture"  # a long word of one token
+    terminal.paste(pasted)
+    terminal.wait_for("400 lines, 5,199 characters]")
     terminal.send(" What is it?\r")
     terminal.wait_for_prompt()
-    sent = json.loads(kept(home, "last.json").read_text())[-2]["content"]
-    assert sent == "The beginning." + "\n" * 6000 + "The end. What is it?"
-    assert "The end." not in terminal.text()
+    assert json.loads(kept(home, "last.json").read_text())[0]["content"] == pasted + " What is it?"
+    assert terminal.text().count("architecture") < 200, "the paste itself is shown"
+    assert b"reading the prompt: 0 of " in terminal.raw and "reading the prompt" not in terminal.text()
 
 
 def test_lines_are_edited_and_found_again(terminal: Terminal, home: Path):
@@ -165,9 +167,8 @@ def test_several_answers_side_by_side_and_one_goes_on(tmp_path: Path):
         assert terminal.wait_for_end() == 0
 
 
-def test_nothing_is_kept_if_so_wished(tmp_path: Path):
-    with chatting(tmp_path, "--no-history", NO_COLOR="1") as terminal:
-        terminal.say("/drafts")
+def test_nothing_is_kept_if_so_wished_and_control_c_ends_the_answer_alone(tmp_path: Path):
+    with chatting(tmp_path, "--no-history", "--show-drafts", NO_COLOR="1") as terminal:
         terminal.say("Who are you?")
         terminal.wait_for_prompt()
         assert any(underlined for _, underlined in terminal.style("I can answer questions about this"))
@@ -175,18 +176,14 @@ def test_nothing_is_kept_if_so_wished(tmp_path: Path):
         terminal.say("/resume")
         terminal.wait_for_prompt()
         assert "--no-history" in terminal.text()
+        for setting in ("max_tokens 4000", "draft_length 0", "temperature 2", "seed 4"):
+            terminal.say(f"/set {setting}")
+        terminal.say("Tell me a long story about a fox, a bear and a bird.")
+        terminal.wait_for("bird.\nO")
+        terminal.interrupt()
+        terminal.wait_for("[stopped]")
+        terminal.wait_for_prompt()
+        assert "^C" not in terminal.text() and terminal.text().count("tok/s") == 2
         terminal.send("\x04")
         assert terminal.wait_for_end() == 0
     assert not list(tmp_path.rglob("*.json")) and not list(tmp_path.rglob("history"))
-
-
-def test_control_c_ends_the_answer_alone(tmp_path: Path):
-    with chatting(tmp_path, "--max-tokens", 4000, "--draft-length", 0, "--temperature", 2, "--seed", 4) as terminal:
-        terminal.say("Tell me a long story about a fox, a bear and a bird.")
-        terminal.wait_for("bird.\nO")
-        terminal.send("typed ahead")
-        terminal.interrupt()
-        terminal.wait_for("[stopped]")
-        terminal.wait_for("tok/s")
-        terminal.wait_for("> ")
-        assert "^C" not in terminal.text()

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from ...session.answer import Chunk
 
-_PATIENCE_SECONDS = 0.5
-"""A prefill that takes longer shows how far it is."""
+_LONG_PREFILL = 512
+"""Tokens of a prompt that are still to be read from which on one sees how far it is; fewer take a moment."""
 
 _REFRESH_SECONDS = 0.1
 
@@ -134,8 +134,8 @@ class Terminal:
 
     def prefill(self, done: int, total: int) -> None:
         """See `Screen.prefill`."""
-        if done < total:
-            self.status.show(f"reading the prompt: {done:,} of {total:,} tokens", _PATIENCE_SECONDS)
+        if total - done >= _LONG_PREFILL or self.status.shown:
+            self.status.show(f"reading the prompt: {done:,} of {total:,} tokens")
 
     def note(self, text: str) -> None:
         """See `Screen.note`."""
@@ -210,34 +210,33 @@ class _Thought:
 
 
 class _Status:
-    """A line at the end of the output that is written over, until the `with` statement ends."""
+    """A line at the end of the output that is written over, until the `with` statement ends.
+
+    Attributes:
+        shown: Whether there is such a line now.
+    """
 
     def __init__(self, terminal: Console) -> None:
         self._console = terminal
         self._lock = threading.Lock()  # the model's thread reports the prefill
-        self._active = self._shown = False
-        self._began = self._due = 0.0
+        self._active = self.shown = False
+        self._due = 0.0
 
     def __enter__(self) -> None:
-        self._active, self._began, self._due = True, time.monotonic(), 0.0
+        self._active, self._due = True, 0.0
 
     def __exit__(self, *_: object) -> None:
         self.clear()
         with self._lock:
             self._active = False
 
-    def show(self, text: str, patience: float = 0.0) -> None:
-        """Shows a text, if the last change was long enough ago.
-
-        Args:
-            text: The text.
-            patience: Seconds since the `with` statement began before which nothing is shown.
-        """
+    def show(self, text: str) -> None:
+        """Shows a text, if the last change was long enough ago."""
         with self._lock:
             now = time.monotonic()
-            if not self._active or now < max(self._due, self._began + patience):
+            if not self._active or now < self._due:
                 return
-            self._due, self._shown = now + _REFRESH_SECONDS, True
+            self._due, self.shown = now + _REFRESH_SECONDS, True
             with self._console.capture() as captured:
                 self._console.print(text[: self._console.width - 1], style="dim", end="", soft_wrap=True)
             self._console.file.write(f"\r{captured.get()}\x1b[K")
@@ -246,9 +245,9 @@ class _Status:
     def clear(self) -> None:
         """Takes the line away."""
         with self._lock:
-            if self._shown:
+            if self.shown:
                 self._console.file.write("\r\x1b[K")
-                self._shown = False
+                self.shown = False
 
 
 @contextmanager
