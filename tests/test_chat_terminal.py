@@ -81,17 +81,21 @@ def test_a_huge_paste_is_a_note_in_the_line(terminal: Terminal, home: Path):
 
 
 def test_lines_are_edited_and_found_again(terminal: Terminal, home: Path):
+    (home / "notes.txt").write_text("notes")
     terminal.say("/reset")
+    terminal.say(f"/file {home}/not\t")  # the rest is completed
+    terminal.wait_for("notes.txt, ")
     terminal.say("Who are thou?\x1b[D\x1b[D" + "\x7f" * 3 + "yo")
     terminal.wait_for_prompt()
     messages = json.loads(kept(home, "last.json").read_text())
-    assert [it["content"] for it in messages if it["role"] == "user"] == ["Who are you?"]
+    attached = "\n\nnotes.txt:\n```\nnotes\n```"
+    assert [it["content"] for it in messages if it["role"] == "user"] == [f"Who are you?{attached}"]
     terminal.say("/edit")
     terminal.wait_for("> Who are you?")
     terminal.send(" Really?\r")
     terminal.wait_for_prompt()
     messages = json.loads(kept(home, "last.json").read_text())
-    assert [it["content"] for it in messages if it["role"] == "user"] == ["Who are you? Really?"]
+    assert [it["content"] for it in messages if it["role"] == "user"] == [f"Who are you? Really?{attached}"]
     terminal.say("one\\\rtwo")
     terminal.wait_for_prompt()
     terminal.send("\x1b[A")  # up

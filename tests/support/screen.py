@@ -65,7 +65,12 @@ class Terminal:
     def say(self, text: str) -> None:
         """Types a line at a new prompt."""
         self.wait_for_prompt()
+        seen = len(self.raw)
         self.send(text + "\r")
+        deadline = time.monotonic() + SECONDS
+        while len(self.raw) == seen:  # else the old prompt would be taken for the next one
+            assert time.monotonic() < deadline, f"nothing is read:\n{self.text()}"
+            self._read(0.1)
 
     def paste(self, text: str) -> None:
         """Pastes as a terminal does that marks pastes."""

@@ -64,8 +64,8 @@ def _help(talk: Talk, _: str) -> None:
 
 _LINES = 'A \\ at the end continues a line in the next one. Put text of several lines between """ and """.'
 _EDITING = (
-    "Alt-Enter begins a new line (so does \\ before Enter); a paste is one piece. Up and Ctrl-R find earlier entries,\n"
-    "Tab completes commands and paths, Ctrl-X Ctrl-E opens $EDITOR."
+    "Alt-Enter begins a new line, and so does \\ before Enter; a paste is one piece.\n"
+    "Up and Ctrl-R find earlier messages, Tab completes, Ctrl-X Ctrl-E opens $EDITOR."
 )
 
 

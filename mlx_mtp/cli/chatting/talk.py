@@ -55,6 +55,8 @@ class Talk:
     thoughts: list[str] = field(default_factory=list)
     _begin: str = ""
     _replacing: bool = False
+    # The latest message, what was typed of it, and the files in it.
+    _sent: tuple[str, str, list[Attached]] = ("", "", [])
 
     @property
     def messages(self) -> Messages:
@@ -73,6 +75,8 @@ class Talk:
             replacing, self._replacing = self._replacing, False
             try:
                 if entered is None:
+                    if replacing:  # the files are those of the message that stays
+                        self.attached.clear()
                     continue
                 if not entered.command:
                     self.say(entered.text, replacing)
@@ -81,9 +85,11 @@ class Talk:
             except MTPError as error:  # the chat goes on: the user can say something else
                 print(f"error: {error}", file=sys.stderr)
 
-    def edit(self, text: str) -> None:
-        """Begins the next entry with a text, whose message takes the place of the latest turn."""
-        self._begin, self._replacing = text, True
+    def edit(self, message: str) -> None:
+        """Begins the next entry with the latest message, whose place it takes; files in it are attached again."""
+        sent, typed, attached = self._sent
+        self._replacing = True
+        self._begin, self.attached = (typed, list(attached)) if message == sent else (message, [])
 
     def say(self, text: str, replacing: bool = False) -> None:
         """Sends a message with the attached files, and shows the answer.
@@ -99,13 +105,16 @@ class Talk:
         if replacing:
             self.chat.undo()
         try:
-            self._answer("\n\n".join([text, *map(str, self.attached)]))
+            message = "\n\n".join([text, *map(str, self.attached)])
+            self._answer(message)
         finally:
             if replacing and len(self.messages) < len(before):
                 self.chat.restore(before)
                 self.chat.stats = stats
-        self.attached.clear()
-        self.keep()
+        if self.chat.stats:  # else it was stopped before anything came, and can be sent again
+            self._sent = message, text, self.attached
+            self.attached = []
+            self.keep()
 
     def keep(self) -> None:
         """Keeps the conversation for later sessions, unless it is a script's."""
@@ -125,9 +134,10 @@ class Talk:
         Raises:
             MTPError: There is none of that number.
         """
-        if not answer.isdecimal():
-            raise MTPError("give the number of an answer: /pick 2")
-        self.chat.choose(int(answer) - 1)
+        try:
+            self.chat.choose(int(answer) - 1)
+        except (MTPError, ValueError):
+            raise MTPError(f"there is no answer {answer!r} to go on with") from None
         self.screen.note(f"the conversation goes on with answer {int(answer)}")
         self.keep()
 
