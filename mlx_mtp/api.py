@@ -278,12 +278,12 @@ class MTPModel:
         (answer,) = self._calls.prepare(prompt, resolve_options(options, max_tokens, more))
         return self._calls.astream(answer)
 
-    def chat(self, system: str | None = None, thinking: bool = False) -> Chat:
+    def chat(self, system: str | None = None, thinking: bool = False, *, rolling: bool = False) -> Chat:
         """Starts a conversation; see `chat.Chat`."""
         from .chat import Chat
 
         self._session.check_open()
-        return Chat(self, system=system, thinking=thinking)
+        return Chat(self, system=system, thinking=thinking, rolling=rolling)
 
     def save_prompt(self, prompt: Prompt, path: str | Path) -> None:
         """Prefills a prompt and saves its KV to a file, for `load_prompt` in another process.

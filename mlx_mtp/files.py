@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -121,6 +122,13 @@ def sample(path: Path) -> bytes:
             file.seek(size * i // _SAMPLES)
             found.append(file.read(_SAMPLE_BYTES))
     return b"".join(found)
+
+
+def data_folder() -> Path:
+    """The package's folder among the user's data; it may not exist yet."""
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Application Support/mlx_mtp"
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "mlx_mtp"
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from .checkpoint.description import DrafterDescription, TargetDescription
 from .decode.objective import Objective
 from .decode.round_cost import Prices
 from .errors import ProfileError, one_line
-from .files import expanded, listed, parse_json, published_name, read_bytes, replacing, sample
+from .files import data_folder, expanded, listed, parse_json, published_name, read_bytes, replacing, sample
 from .models.drafter import Position
 from .system.blas import has_openblas
 from .system.version import VERSION
@@ -165,9 +165,7 @@ def profile_folder() -> Path:
     """The folder of saved profiles: MLX_MTP_PROFILES if it is set, else in the user's data folder."""
     if given := os.environ.get("MLX_MTP_PROFILES"):
         return expanded(given)
-    if sys.platform == "darwin":
-        return Path.home() / "Library/Application Support/mlx_mtp/profiles"
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "mlx_mtp/profiles"
+    return data_folder() / "profiles"
 
 
 def save_profile(profile: Profile) -> Path:

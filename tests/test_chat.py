@@ -144,3 +144,112 @@ def test_an_answer_that_never_began_has_no_statistics(lm: mlx_mtp.MTPModel):
     assert chat.stats is not None
     chat.send("Who are you?", **GREEDY).close()
     assert chat.stats is None and len(chat.messages) == 2
+
+
+STORY = "Tell me a short story about a fox."
+
+
+def test_a_rolling_conversation_leaves_out_its_oldest_turns(lm: mlx_mtp.MTPModel):
+    chat = lm.chat(system="Answer briefly.", rolling=True)
+    most = 1024  # tokens that an answer may have, which must have room too
+    long, short = (
+        [{"role": "user", "content": "word " * words}, {"role": "assistant", "content": "word " * words}]
+        for words in (1700, 100)
+    )
+    # More than the context holds.
+    chat.restore([{"role": "system", "content": "Answer briefly."}, *short, *long, *(short * 3)])
+    answer = say(chat, "Who are you?", max_tokens=most)
+    left_out = chat.forgotten
+    assert left_out == 4 and len(chat.messages) == 12, "the history keeps all"
+    seen = [{"role": "system", "content": "Answer briefly."}, *chat.messages[4:10]]
+    assert (
+        answer == lm.generate([*seen, {"role": "user", "content": "Who are you?"}], temperature=0, max_tokens=most).text
+    )
+    say(chat, "What is a drafter?", max_tokens=most)
+    assert chat.forgotten == left_out, "each turn would prefill the whole prompt again"
+    assert chat.stats is not None and chat.stats.cached_tokens > 500
+    with pytest.raises(mlx_mtp.PromptError, match="shorten"):
+        chat.send("word " * 5000)
+    chat.rolling = False
+    with pytest.raises(mlx_mtp.PromptError, match="reset"):
+        chat.send("Who are you?")
+    assert len(chat.messages) == 14
+    chat.reset()
+    assert say(chat, "Who are you?") and chat.forgotten == 0
+
+
+def test_several_answers_are_those_of_their_seeds(lm: mlx_mtp.MTPModel):
+    chat = lm.chat()
+    wild: dict[str, Any] = {"temperature": 1.0, "seed": 3, "max_tokens": 30}
+    texts = ["", "", ""]
+    for i, chunk in chat.send_several(STORY, 3, **wild):
+        texts[i] += chunk.text
+    expected = lm.generate(STORY, n=3, **wild)
+    assert isinstance(expected, list) and texts == [answer.text for answer in expected] and len(set(texts)) > 1
+    assert chat.messages == [{"role": "user", "content": STORY}, {"role": "assistant", "content": texts[0]}]
+    chat.choose(2)
+    chat.choose(1)
+    assert len(chat.messages) == 2 and chat.messages[1]["content"] == texts[1]
+    history = [*chat.messages, {"role": "user", "content": "Go on."}]
+    assert say(chat, "Go on.") == lm.generate(history, **GREEDY).text
+    for i in (0, 3, -1, True):
+        with pytest.raises(mlx_mtp.PromptError, match="no answer"):
+            chat.choose(i)
+    for n in (0, 17, "2"):
+        with pytest.raises(mlx_mtp.PromptError, match="n must be"):
+            chat.send_several(STORY, n)  # type: ignore[arg-type]
+    assert len(chat.messages) == 4
+
+
+def test_several_answers_end_together(lm: mlx_mtp.MTPModel):
+    chat = lm.chat()
+    long: dict[str, Any] = {"temperature": 2.0, "max_tokens": 4000, "draft_length": 0}
+    running = chat.send_several(STORY, 3, **long)
+    first = {next(running)[0] for _ in range(6)}
+    assert len(first) > 1, "they run one after another"
+    running.close()
+    assert list(running) == [] and len(chat.messages) == 2
+    chat.send_several(STORY, 3, **long)
+    assert len(chat.messages) == 2, "dropped before anything came"
+    with pytest.raises(mlx_mtp.PromptError, match="division"):
+        list(chat.send_several(STORY, 2, logits_processors=[lambda tokens, logits: 1 / 0]))  # type: ignore[list-item]
+
+
+def test_turns_are_taken_back(lm: mlx_mtp.MTPModel):
+    chat = lm.chat()
+    assert chat.undo() is None
+    first = say(chat, "Who are you?")
+    say(chat, "What is a drafter?")
+    assert chat.undo() == "What is a drafter?" and len(chat.messages) == 2
+    assert chat.undo() == "Who are you?" and chat.messages == []
+    assert say(chat, "Who are you?") == first
+    running = chat.send(STORY, **GREEDY)
+    next(running)
+    assert chat.undo() == STORY and list(running) == [] and len(chat.messages) == 2
+
+
+@pytest.mark.parametrize("messages", [
+    "text", [1], {"role": "user"}, [{"role": "user", "content": "x"}], [{"role": "assistant", "content": "x"}],
+    [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}],
+    [{"role": "user", "content": "x"}, {"role": "assistant", "content": None}],
+    [{"role": "user", "content": "x"}, {"role": "assistant", "content": ["y"]}],
+    [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}],
+])  # fmt: skip
+def test_what_is_no_conversation_is_not_restored(lm: mlx_mtp.MTPModel, messages: Any):
+    chat = lm.chat(system="Answer briefly.")
+    say(chat, "Who are you?")
+    before = list(chat.messages)
+    with pytest.raises(mlx_mtp.PromptError, match="conversation"):
+        chat.restore(messages)
+    assert chat.messages == before and chat.system == "Answer briefly."
+
+
+def test_a_restored_conversation_goes_on(lm: mlx_mtp.MTPModel):
+    chat = lm.chat(system="Answer briefly.")
+    say(chat, "Who are you?")
+    other = lm.chat(system="Other.")
+    other.restore([{"role": "system", "content": "Answer briefly."}, *chat.messages])
+    assert other.system == chat.system and other.messages == chat.messages
+    assert say(other, "What is a drafter?") == say(chat, "What is a drafter?")
+    other.restore([])
+    assert other.system is None and other.messages == []

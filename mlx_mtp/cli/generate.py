@@ -29,9 +29,7 @@ def generate(
     adapter: o.Adapter = None,
     *,
     generation: GenerationOptions,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; may be repeated.", metavar="TEXT")
-    ] = None,
+    stop: o.Stop = None,
     tools: Annotated[
         Any,
         typer.Option(
@@ -51,8 +49,7 @@ def generate(
     debug: o.Debug = False,  # noqa: ARG001 - `main` reads it
 ) -> None:
     """Answers one prompt, on stdout."""
-    if stop and not all(stop):
-        raise typer.BadParameter("an empty text would stop everything", param_hint="--stop")
+    o.check_stop(stop)
     if prompt is None:
         if sys.stdin.isatty():
             raise typer.BadParameter("give a prompt, or pipe one to stdin", param_hint="PROMPT")

@@ -76,7 +76,7 @@ def _text(path: str) -> str:
 
 
 @dataclass
-class _Generation:
+class SharedOptions:
     """The options of every command that generates; names and meaning are those of `GenerationOptions`."""
 
     draft_length: Annotated[
@@ -183,12 +183,12 @@ class _Generation:
 def generating(max_tokens: int = 256) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorates a command that generates.
 
-    The command takes `generation: GenerationOptions`; its command line has the options of `_Generation` there.
+    The command takes `generation: GenerationOptions`; its command line has the options of `SharedOptions` there.
 
     Args:
         max_tokens: The command's default of --max-tokens.
     """
-    annotations = inspect.get_annotations(_Generation, eval_str=True)
+    annotations = inspect.get_annotations(SharedOptions, eval_str=True)
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         shared = [
@@ -198,7 +198,7 @@ def generating(max_tokens: int = 256) -> Callable[[Callable[..., None]], Callabl
                 default=max_tokens if field.name == "max_tokens" else field.default,
                 annotation=annotation,
             )
-            for field, annotation in zip(fields(_Generation), annotations.values(), strict=True)
+            for field, annotation in zip(fields(SharedOptions), annotations.values(), strict=True)
         ]
         # The module of `GenerationOptions` imports MLX, so the name can't be looked up here.
         signature = inspect.signature(command, locals={"GenerationOptions": object}, eval_str=True)
@@ -208,7 +208,7 @@ def generating(max_tokens: int = 256) -> Callable[[Callable[..., None]], Callabl
             parameters += shared if parameter.name == "generation" else [own]
 
         def run(**given: Any) -> None:
-            checked = _Generation(**{parameter.name: given.pop(parameter.name) for parameter in shared})
+            checked = SharedOptions(**{parameter.name: given.pop(parameter.name) for parameter in shared})
             use_openblas()  # before MLX is imported
             from ..session.options import GenerationOptions
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,6 +55,7 @@ QuantizeDrafter = Annotated[
     ),
 ]
 System = Annotated[str | None, typer.Option(help="System prompt.", metavar="TEXT")]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.", metavar="TEXT")]
 Think = Annotated[bool, typer.Option("--think", help="Ask the model to think first.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Complete the text as it is, without the chat template.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
@@ -67,6 +68,16 @@ TraceFile = Annotated[
     typer.Option("--trace", help="Write a Chrome trace of draft, verify and host to this file.", metavar="FILE"),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def check_stop(stop: Sequence[str] | None) -> None:
+    """Checks the texts that end an answer.
+
+    Raises:
+        typer.BadParameter: Exit code 2.
+    """
+    if stop and not all(stop):
+        raise typer.BadParameter("an empty text would stop everything", param_hint="--stop")
 
 
 def check_loading(
@@ -146,18 +157,22 @@ def tracing(lm: MTPModel, file: Path | None) -> AbstractContextManager[None]:
 
 
 def show(chunks: Iterable[Chunk]) -> list[Chunk]:
-    """Prints an answer as it is generated, with its reasoning on stderr; returns its chunks."""
+    """Prints an answer as it is generated, with its reasoning on stderr; returns its chunks.
+
+    A terminal gets no control characters; a pipe gets the text as it is.
+    """
     seen, reasoning = [], ""
+    out, err = ((render.harmless if stream.isatty() else str) for stream in (sys.stdout, sys.stderr))
     for chunk in chunks:
         seen.append(chunk)
         if chunk.reasoning:
             reasoning = chunk.reasoning
-            print(reasoning, end="", file=sys.stderr, flush=True)
+            print(err(reasoning), end="", file=sys.stderr, flush=True)
         if chunk.text:
             if reasoning:
                 print("---" if reasoning.endswith("\n") else "\n---", file=sys.stderr, flush=True)
                 reasoning = ""
-            print(chunk.text, end="", flush=True)
+            print(out(chunk.text), end="", flush=True)
     return seen
 
 

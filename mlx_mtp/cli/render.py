@@ -1,4 +1,4 @@
-"""Prints tables on stdout and progress on stderr, both with rich.
+"""Prints tables on stdout and progress on stderr, both with rich, and makes text of any origin safe for a terminal.
 
 If a stream isn't a terminal, tables have no colours and are never wrapped, and no progress bar is drawn, so that the
 output doesn't depend on the environment. In a terminal, NO_COLOR switches colours off.
@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 
 Part = Union[str, "Table"]
 """A paragraph, or a table made by `table` or `pairs`."""
+
+_HARMLESS = {
+    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t\r"},  # Unicode's pictures of them
+    ord("\r"): None,
+    0x7F: 0x2421,
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+}
+"""What is shown for control characters, which could move the cursor, recolour the screen or write to the clipboard."""
 
 _ENDLESS = 100_000
 """Width of a console that never wraps."""
@@ -65,17 +73,22 @@ def pairs(rows: Iterable[tuple[str, str]], width: int = 0) -> Table:
     return made
 
 
+def harmless(text: str) -> str:
+    """Text of any origin as a terminal may show it: without control characters but newlines and tabs."""
+    return text.translate(_HARMLESS)
+
+
 def plain(parts: Iterable[Part]) -> str:
     """The parts as text, as they are printed if stdout isn't a terminal."""
     stream = io.StringIO()
-    _write(_console(stream, terminal=False), parts)
+    _write(console(stream, terminal=False), parts)
     return "\n".join(line.rstrip() for line in stream.getvalue().rstrip("\n").split("\n"))
 
 
 def show(parts: Iterable[Part]) -> None:
     """Prints the parts to stdout."""
     if sys.stdout.isatty():
-        _write(_console(sys.stdout, terminal=True), parts)
+        _write(console(sys.stdout, terminal=True), parts)
     else:
         print(plain(parts))
 
@@ -113,7 +126,7 @@ def progress(
         *figures,
         rich.TimeRemainingColumn(),
     ]
-    with rich.Progress(*columns, console=_console(sys.stderr, terminal=True), auto_refresh=False) as bar:
+    with rich.Progress(*columns, console=console(sys.stderr, terminal=True), auto_refresh=False) as bar:
         task, drawn = bar.add_task(label, total=total), 0.0
 
         def report(done: float) -> None:
@@ -158,7 +171,8 @@ def _grid(show_header: bool) -> Table:
     return Table(box=None, show_header=show_header, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
 
 
-def _console(stream: IO[str], terminal: bool) -> Console:
+def console(stream: IO[str], terminal: bool) -> Console:
+    """A rich console that takes text as it is; without a terminal, one that neither colours nor wraps."""
     from rich.console import Console
 
     # Without markup, because brackets may occur in names of files and models.
@@ -168,6 +182,6 @@ def _console(stream: IO[str], terminal: bool) -> Console:
     )  # fmt: skip
 
 
-def _write(console: Console, parts: Iterable[Part]) -> None:
+def _write(on: Console, parts: Iterable[Part]) -> None:
     for part in parts:
-        console.print(part, soft_wrap=isinstance(part, str))
+        on.print(part, soft_wrap=isinstance(part, str))
