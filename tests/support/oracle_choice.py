@@ -87,12 +87,12 @@ def _hash(*numbers: int) -> int:
     return int(blake2b(text, digest_size=8).hexdigest(), 16)
 
 
-def adjusted(oracle: Oracle, logits: Array, prompt: list[int], text: list[int], wish: Wish) -> Array:
+def adjusted(cap: float | None, logits: Array, prompt: list[int], text: list[int], wish: Wish) -> Array:
     """Logits [vocab] after the softcap and all that a wish does to them; minus infinity for what may not come."""
     logits = logits.copy()
     logits[list(wish.suppressed)] = -np.inf
-    if oracle.cap is not None:
-        logits = np.where(np.isinf(logits), logits, oracle.cap * np.tanh(logits / oracle.cap))
+    if cap is not None:
+        logits = np.where(np.isinf(logits), logits, cap * np.tanh(logits / cap))
     for token, bias in wish.bias.items():
         logits[token] += bias
     for token in {*prompt, *text}:
@@ -104,6 +104,12 @@ def adjusted(oracle: Oracle, logits: Array, prompt: list[int], text: list[int], 
     if wish.allowed:
         logits = np.where(wish.allowed(text), logits, -np.inf)
     return logits
+
+
+def distribution(cap: float | None, logits: Array, prompt: list[int], text: list[int], wish: Wish) -> Array:
+    """The probability of every token to come next, at a temperature above 0; arguments as for `adjusted`."""
+    scores = adjusted(cap, logits, prompt, text, wish)
+    return softmax(np.where(_kept(scores, wish), scores / wish.temperature, -np.inf))
 
 
 def chosen(oracle: Oracle, logits: Array, prompt: list[int], text: list[int], wish: Wish) -> int:
@@ -142,7 +148,7 @@ def possible(
 def _scores(oracle: Oracle, logits: Array, prompt: list[int], text: list[int], wish: Wish) -> Array:
     """What is compared: greedy texts are chosen before the softcap, which changes no order but hides differences."""
     if wish.temperature > 0 or wish.controlled:
-        return adjusted(oracle, logits, prompt, text, wish)
+        return adjusted(oracle.cap, logits, prompt, text, wish)
     scores = logits.copy()
     scores[list(wish.suppressed)] = -np.inf
     return scores

@@ -187,6 +187,8 @@ class Judge:
         if given.logprobs is None or len(given.logprobs) != len(given.tokens):
             yield "log-probabilities are missing"
             return
+        if not len(logits):
+            return
         cap = self.oracle.cap
         capped = logits if cap is None else cap * np.tanh(logits / cap)
         scores = capped - np.log(np.exp(capped - capped.max(-1, keepdims=True)).sum(-1, keepdims=True))
