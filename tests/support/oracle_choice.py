@@ -141,7 +141,7 @@ def possible(
     near += 2 * NEAR * wish.temperature
     drawn = scores + wish.temperature * noise(wish.seed, len(prompt) + len(text), oracle.vocab)
     surely, perhaps = _surely_and_perhaps_kept(scores, near, wish)
-    best = np.where(surely, drawn, -np.inf).max()
+    best = np.where(surely, drawn, -np.inf).max()  # minus infinity if none is sure
     return set(np.flatnonzero(perhaps & (drawn >= best - near)).tolist())
 
 
@@ -187,4 +187,5 @@ def _surely_and_perhaps_kept(scores: Array, near: float, wish: Wish) -> tuple[np
         slack = near + SAME_SHARE * wish.temperature
         surely, perhaps = surely & (scores > edge + slack), perhaps & (scores >= edge - slack)
     top = finite & (scores >= best - near)
-    return surely | (scores == best), perhaps | top
+    # Filters keep the best token; but which one that is isn't sure if another is as near.
+    return surely | top if top.sum() == 1 else surely, perhaps | top
