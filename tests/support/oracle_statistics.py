@@ -22,7 +22,7 @@ from mlx_mtp.control.row import Rules
 from mlx_mtp.decode.adjustments import Adjustment
 from mlx_mtp.decode.noise import gumbel, row_seed, seed_key
 from mlx_mtp.decode.request import Request
-from mlx_mtp.decode.sampling import SamplingOptions
+from mlx_mtp.decode.sampling import Sampler, SamplingOptions
 from mlx_mtp.decode.scheduler import Scheduler
 from mlx_mtp.kv import KVBuffers
 from mlx_mtp.models.target import Target
@@ -267,6 +267,17 @@ def draw(wish: Wish, drafter: Any, samples: int, length: int = 250, draft_length
 
 
 # How often a draft is accepted
+
+
+def agreement(target: Array, drafter: Array, temperature: float, positions: int) -> float:
+    """How often the sampler draws the same token from a target's logits and a drafter's, at so many positions."""
+    options, at = [SamplingOptions(temperature=temperature, seed=5)], mx.arange(positions)[None]
+
+    def drawn(logits: Array, cap: float | None) -> mx.array:
+        block = mx.broadcast_to(mx.array(logits, mx.float32), (1, positions, len(logits)))
+        return Sampler(options, cap).target(block, at)
+
+    return float((drawn(target, CAP) == drawn(drafter, None)).mean().item())
 
 
 def coupled_share(target: Array, drafter: Array) -> float:
