@@ -208,9 +208,12 @@ def check_pair(target: TargetConfig, drafter: DrafterConfig) -> None:
     if d.vocab_size > t.vocab_size:
         clashes.append(f"vocabulary {d.vocab_size}, the target has {t.vocab_size}")
     for sliding in {layer.sliding for layer in d.layers}:
+        name = "sliding" if sliding else "full"
+        if not any(layer.sliding == sliding for layer in t.layers):
+            clashes.append(f"{name} layers, the target has none")
+            continue
         reader = next(layer for layer in d.layers if layer.sliding == sliding)
         source = t.layers[t.kv_source_layer(sliding)]
-        name = "sliding" if sliding else "full"
         if (reader.head_dim, reader.kv_heads) != (source.head_dim, source.kv_heads):
             clashes.append(
                 f"{name} layers with {reader.kv_heads} KV heads of {reader.head_dim}, "

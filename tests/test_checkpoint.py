@@ -17,6 +17,7 @@ import pytest
 
 import mlx_mtp
 from mlx_mtp.checkpoint.pair import DEMO
+from mlx_mtp.config import check_pair, drafter_config, target_config
 from mlx_mtp.errors import CheckpointError, MTPError, PairingError
 from tests.support.tiny_checkpoints import VOCAB, make_pair
 
@@ -305,6 +306,13 @@ def test_target_as_drafter(pair: tuple[Path, Path]) -> None:
 def test_drafter_of_another_size(target: str, drafter: str, clashes: list[str], tmp_path: Path) -> None:
     message = failure(PairingError, *make_pair(target, tmp_path, drafter=drafter))
     assert all(clash in message for clash in clashes)
+
+
+def test_drafter_with_a_kind_of_layer_that_the_target_lacks(pair: tuple[Path, Path]) -> None:
+    target, drafter = (json.loads((folder / "config.json").read_text()) for folder in pair)
+    target["text_config"]["layer_types"] = ["full_attention"] * 6
+    with pytest.raises(PairingError, match="it expects sliding layers, the target has none"):
+        check_pair(target_config(target), drafter_config(drafter))
 
 
 @pytest.mark.parametrize("field, value", [("sliding_window", 32), ("vocab_size", 1024)])

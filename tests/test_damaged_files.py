@@ -398,6 +398,15 @@ def test_a_tokenizer_that_cannot_be_read(tmp_path: Path, change: Json):
     check_error(error)
 
 
+@pytest.mark.parametrize("name", ["bos_token", "eos_token"])
+def test_a_special_token_whose_name_no_token_can_have(tmp_path: Path, name: str):
+    write_tokenizer(tmp_path)
+    sound = Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({name: "\ud800"}))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.stop_tokens == sound.stop_tokens and tokenizer.bos == (None if name == "bos_token" else sound.bos)
+
+
 @pytest.mark.parametrize(
     "part, value", [("key", {"model": 5}), ("costs", {"1": {"verify": {"1": 10**400}, "draft": 0, "packing": 0}})]
 )

@@ -123,6 +123,7 @@ def test_the_config_may_add_tokens(folder: Path, tmp_path: Path, original: Sente
     assert tokenizer.decode([size, size + 1]) == "<plain>"
     for wrong, culprit in (
         ({"7": {"content": "<other>"}}, "'<other>' the id"), ({"x": {"content": "a"}}, "'x'"), ({"9": 5}, "'9'"),
+        ({"9": {"content": "\ud800"}}, "'9'"), ({"9" * 5000: {"content": "a"}}, "added token '999"),
     ):  # fmt: skip
         config.write_text(json.dumps({"added_tokens_decoder": wrong}))
         with pytest.raises(CheckpointError, match=culprit):

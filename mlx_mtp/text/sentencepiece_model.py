@@ -27,6 +27,9 @@ _CONTROL = re.compile(r"<\|[^<>|]+\|?>|<[^<>|]+\|>")
 """Names in the form of Gemma 4's control tokens: <|turn>, <turn|>, <|"|>. A tokenizer.model may have them as
 user-defined pieces, which aren't control tokens by themselves."""
 
+_HALF = re.compile("[\ud800-\udfff]")
+"""Half a surrogate pair: JSON may hold it, no token's name can."""
+
 _SAMPLE = "Two  spaces, a\ttab,\nnew\n\nlines; 1,234 naïve cafés — 日本語のテキスト, 👩‍👧, e\u0301. def f(x):"
 """Text on which a converted model must give the same ids as the original."""
 
@@ -120,13 +123,20 @@ def _add_tokens(result: tokenizers.Tokenizer, added: Any, path: Path) -> None:
     """Adds the tokens of tokenizer_config.json; marks those that it calls special."""
     if not isinstance(added, Mapping):
         return
-    for number, token in sorted(added.items(), key=lambda item: int(item[0]) if str(item[0]).isdecimal() else -1):
+    for number, token in sorted(added.items(), key=lambda item: _id(item[0])):
         name = token.get("content") if isinstance(token, Mapping) else None
-        if not isinstance(name, str) or not name or not str(number).isdecimal():
-            raise CheckpointError(f"{path.parent / 'tokenizer_config.json'}: added token {number!r} has no name or id")
+        if not isinstance(name, str) or not name or _HALF.search(name) or _id(number) < 0:
+            raise CheckpointError(
+                f"{path.parent / 'tokenizer_config.json'}: added token {number!r:.80} has no name or id"
+            )
         if token.get("special") is True:
             result.add_special_tokens([name])
         elif result.token_to_id(name) is None:
             result.add_tokens([AddedToken(name, normalized=False)])
         if (found := result.token_to_id(name)) != int(number):
             raise CheckpointError(f"{path} gives {name!r} the id {found}, tokenizer_config.json {number}: {_WAY_OUT}")
+
+
+def _id(text: str) -> int:
+    """The id that a key stands for, or -1 if it is none: Python refuses to read numbers of thousands of digits."""
+    return int(text) if text.isdecimal() and len(text) < 10 else -1

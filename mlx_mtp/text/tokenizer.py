@@ -55,16 +55,14 @@ class Tokenizer:
         bos_token: str | None = None,
     ) -> None:
         """See `from_folder`."""
-        self.folder = folder
+        self.folder, self.library = folder, tokenizer
         names = [*_STOPS, eos_token] if eos_token else _STOPS
-        ids = (tokenizer.token_to_id(name) for name in names)
-        self.stop_tokens = frozenset(i for i in ids if i is not None)
-        self.bos = tokenizer.token_to_id(bos_token or "<bos>")
+        self.stop_tokens = frozenset(i for i in map(self.token_id, names) if i is not None)
+        self.bos = self.token_id(bos_token or "<bos>")
         added = tokenizer.get_added_tokens_decoder()
         self.special = {i: token.content for i, token in added.items() if token.special}
         self.control = ControlTokens(self.special.values())
         tokenizer.encode_special_tokens = True  # as plain text: `_ids` cuts out those that are meant
-        self.library = tokenizer
         self._template = template
 
     @classmethod
@@ -201,14 +199,14 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int | None:
         """The id of the token of that name, or None if there is none."""
-        return self.library.token_to_id(token)
+        try:
+            return self.library.token_to_id(token)
+        except UnicodeEncodeError:  # half a surrogate pair, which no token's name has
+            return None
 
     def special_id(self, text: str) -> int | None:
         """The id of the special token of that name, or None if there is none."""
-        try:
-            token = self.token_id(text)
-        except UnicodeEncodeError:  # half a surrogate pair, which no token's name has
-            return None
+        token = self.token_id(text)
         return token if token in self.special else None
 
 
