@@ -78,7 +78,7 @@ class ChatWindow:
         text = self.entry.get("1.0", "end").strip()
         if text and not self.busy:
             self.entry.delete("1.0", "end")
-            self._write([(text + "\n", "you")])
+            self._write_line(text, "you")
             self._set_busy(True)
             self.worker.ask(text)
 
@@ -116,7 +116,7 @@ class ChatWindow:
             self._write([(f" [{event.note}]", "note")] if event.note else [])
             self._set_busy(False)
         elif isinstance(event, Failed):
-            self._write([(f"{event.message}\n", "note")])
+            self._write_line(event.message, "note")
             self.status["text"] = ""
             self._set_busy(False)
 
@@ -125,12 +125,15 @@ class ChatWindow:
         at_end = self.text.dlineinfo("end-1c") is not None
         self.text["state"] = "normal"
         for piece, shade in pieces:
-            # A message or a note begins a line of its own.
-            new_line = shade == "you" and self.text.index("end-1c") != "1.0"
-            self.text.insert("end", "\n" * new_line + piece, shade)
+            self.text.insert("end", piece, shade)
         self.text["state"] = "disabled"
         if at_end:
             self.text.see("end")
+
+    def _write_line(self, line: str, shade: str) -> None:
+        """Adds a line of its own."""
+        begins = self.text.get("end-2c") == "\n"  # a text always ends with a newline, after what was written
+        self._write([(f"{line}\n" if begins else f"\n{line}\n", shade)])
 
     def _clear(self) -> None:
         self.text["state"] = "normal"
