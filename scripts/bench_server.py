@@ -7,7 +7,10 @@ All texts have the same length, stop tokens ignored, greedy. Clients run in a pr
 Turns alternate; medians of ratios, with their spread. Then the time to the first token of requests that arrive at
 random (exponential gaps) at 0.7 times the rate that 8 clients reached.
 
-    python scripts/bench_server.py [--turns 5] [--part embedded] [--part dense] [--requests 40]
+With --peers, instead: this server beside mlx-lm's and mlx-vlm's, on the same weights in float32, as total tokens per
+second and as ratios. mlx-vlm's runs with the drafter and without; peer_servers.py says how they are set up.
+
+    python scripts/bench_server.py [--turns 5] [--part embedded] [--part dense] [--requests 40] [--peers PYTHON]
 """
 
 from __future__ import annotations
@@ -18,12 +21,13 @@ import multiprocessing
 import platform
 import random
 import socket
+import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Annotated, Any
@@ -44,6 +48,8 @@ from scripts.bench_batch import PROMPTS
 from scripts.medium_pair import VOCAB, add_tokenizer, make_medium_pair
 
 CLIENTS = (1, 4, 8)
+PEER_DRAFT = 4
+"""mlx-vlm's draft length, which is fixed; ours is chosen for each row."""
 TOKENS = 240
 LOAD = 0.7
 """Share of the highest rate at which requests arrive at random: above it queues grow without end now and then."""
@@ -138,10 +144,96 @@ def measure(
         return ratios, clients.submit(ask_at_random, url, prompts, rate, requests).result()
 
 
+def export_pair(folder: Path) -> Path:
+    """Writes the embedded pair to a folder, in float32, and so that no token stops a text."""
+    for part in ("target", "drafter"):
+        shutil.copytree(DEMO / part, folder / part)
+        file = folder / part / "model.safetensors"
+        weights = {name: it.astype(mx.float32) for name, it in mx.load(str(file)).items()}
+        mx.save_safetensors(str(file), weights, {"format": "pt"})
+        for name in ("config.json", "generation_config.json"):
+            config = json.loads((folder / part / name).read_text("utf-8"))
+            for section in (config, config.get("text_config") or {}):
+                changed = {"eos_token_id": [0], "dtype": "float32"}  # 0 pads, and is never chosen
+                section |= {key: value for key, value in changed.items() if key in section}
+            (folder / part / name).write_text(json.dumps(config), "utf-8")
+    return folder
+
+
+def chat_at_once(url: str, body: dict[str, Any], prompts: Sequence[str]) -> float:
+    """Asks for answers of `TOKENS` tokens to all prompts at once; returns total tokens per second."""
+
+    async def run() -> float:
+        async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+            begun, asked = time.perf_counter(), []
+            for prompt in prompts:
+                message = {"role": "user", "content": prompt}
+                fields = {"messages": [message], "max_tokens": TOKENS, "temperature": 0, **body}
+                asked.append(client.post("/v1/chat/completions", json=fields))
+            answers = await asyncio.gather(*asked)
+            seconds = time.perf_counter() - begun
+        counts = [answer.raise_for_status().json()["usage"]["completion_tokens"] for answer in answers]
+        if counts != [TOKENS] * len(prompts):
+            raise RuntimeError(f"answers of {counts} tokens, not of {TOKENS}")
+        return sum(counts) / seconds
+
+    return asyncio.run(run())
+
+
+@contextmanager
+def peer(python: Path, name: str, pair: Path, draft_length: int) -> Iterator[str]:
+    """Runs a peer's server; gives its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script, url = Path(__file__).with_name("peer_servers.py"), f"http://127.0.0.1:{port}"
+    command = [python, script, name, pair / "target", pair / "drafter", str(draft_length), str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            while process.poll() is None:
+                try:
+                    httpx.get(f"{url}/health", timeout=60)
+                    break
+                except httpx.ConnectError:
+                    time.sleep(0.2)
+            else:
+                raise RuntimeError(f"{name}'s server ended at once: run {script} by hand")
+            yield url
+        finally:
+            process.terminate()
+
+
+def beside_peers(python: Path, folder: Path, clients: Executor, turns: int) -> dict[str, list[float]]:
+    """Tokens per second of every server, and how many times a peer's ours has."""
+    pair = export_pair(folder / "pair")
+    target = {"model": str(pair / "target")}
+    results: dict[str, list[float]] = {}
+    with ExitStack() as stack:
+        lm = stack.enter_context(mlx_mtp.load(pair / "target", pair / "drafter", profile=None))
+        servers = {"ours": (stack.enter_context(serving(lm)), {"ignore_eos": True})}
+        for label, name, draft_length in (
+            ("mlx-lm", "mlx-lm", 0), ("mlx-vlm", "mlx-vlm", 0), ("mlx-vlm, drafter", "mlx-vlm", PEER_DRAFT),
+        ):  # fmt: skip
+            url = stack.enter_context(peer(python, name, pair, draft_length))
+            servers[label] = url, target if name == "mlx-vlm" else {"model": "default_model"}
+        for turn in range(turns + 1):
+            for count in CLIENTS:
+                ours = 0.0
+                for label, (url, body) in servers.items():
+                    rate = clients.submit(chat_at_once, url, body, PROMPTS[:count]).result()
+                    ours = ours or rate
+                    if turn:  # the first time warms up
+                        results.setdefault(f"{count} clients, {label}: tokens/s", []).append(rate)
+                        if label != "ours":
+                            results.setdefault(f"{count} clients, ours / {label}", []).append(ours / rate)
+    return dict(sorted(results.items()))
+
+
 def main(
     turns: Annotated[int, typer.Option(help="Repetitions of every variant.")] = 5,
     part: Annotated[list[str] | None, typer.Option(help="embedded, dense (medium size), or both.")] = None,
     requests: Annotated[int, typer.Option(help="Requests that arrive at random.", min=2)] = 40,
+    peers: Annotated[Path | None, typer.Option(help="Python of an environment with mlx-lm and mlx-vlm.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Runs the benchmark and prints its table."""
@@ -151,7 +243,9 @@ def main(
     results: dict[str, Any] = {}
     spawned = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, mp_context=spawned) as clients:
-        for name in part or ["embedded"]:
+        if peers:
+            results |= beside_peers(peers, Path(folder), clients, turns)
+        for name in [] if peers else part or ["embedded"]:
             pair: tuple[Path, Path] | tuple[()] = ()
             if name == "dense":
                 pair = make_medium_pair("31b", Path(folder))
