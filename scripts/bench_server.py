@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import platform
 import random
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -41,6 +42,7 @@ import mlx.core as mx
 import typer
 
 import mlx_mtp
+from mlx_mtp.checkpoint.pair import DEMO
 from mlx_mtp.server.app import make_app
 from mlx_mtp.server.connections import Server
 from mlx_mtp.server.registry import Entry, Models
