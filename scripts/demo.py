@@ -84,6 +84,8 @@ def main() -> int:
         f"by position {by_position([accepted[j] for j in range(len(accepted))], draft_lengths)}\n"
         f"texts {'equal' if equal else 'DIFFER'}"
     )
+    if not equal:
+        print("on a GPU two tokens with nearly equal scores may swap: `mlx-mtp verify` says whether that is all")
     return 0 if equal else 1
 
 

@@ -250,19 +250,21 @@ def _schema(rng: Random) -> bytes:
 def prepared() -> Iterator[tuple[Files, Guard]]:
     """A folder to damage, and who watches over it."""
     logging.disable(logging.WARNING)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name).resolve()
-        target, drafter = write_pair(folder, PAIR)
-        (folder / "outside.safetensors").write_bytes((target / "model.safetensors").read_bytes())
-        with mlx_mtp.load(target, drafter=drafter, profile=None, dtype="float32") as lm:
-            files = Files(folder, lm, target, drafter)
-            for _, _, read in files.kinds.values():  # what is imported late is imported now
-                try:
-                    read()
-                except (MTPError, OSError):
-                    continue
-            yield files, Guard(folder)
-    logging.disable(logging.NOTSET)
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name).resolve()
+            target, drafter = write_pair(folder, PAIR)
+            (folder / "outside.safetensors").write_bytes((target / "model.safetensors").read_bytes())
+            with mlx_mtp.load(target, drafter=drafter, profile=None, dtype="float32") as lm:
+                files = Files(folder, lm, target, drafter)
+                for _, _, read in files.kinds.values():  # what is imported late is imported now
+                    try:
+                        read()
+                    except (MTPError, OSError):
+                        continue
+                yield files, Guard(folder)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def wrong(files: Files, guard: Guard, kind: str, seed: int, number: int) -> tuple[str, bool]:

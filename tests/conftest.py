@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -44,6 +45,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Says which tests couldn't run."""
     for name, what in MISSING.items():
         terminalreporter.line(f"tests/{name} wasn't run: {what}", yellow=True)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """Gives a test the package's loggers as Python makes them, whatever ran before it in this process."""
+    logging.getLogger("mlx_mtp").setLevel(logging.NOTSET)
+    for name in list(logging.root.manager.loggerDict):
+        if name.split(".")[0] == "mlx_mtp":
+            logging.getLogger(name).disabled = False
+    yield
 
 
 @pytest.fixture(scope="module")

@@ -187,6 +187,7 @@ def test_wrong_use(tmp_path: Path):
 
 
 def test_the_help_names_every_option_that_a_line_may_have():
-    options = {field.name for field in fields(mlx_mtp.GenerationOptions)} - {"cancel", "logits_processors"}
+    functions = {"cancel", "logits_processors", "prefill_progress"}
+    options = {field.name for field in fields(mlx_mtp.GenerationOptions)} - functions
     shown = run("batch", "--help").stdout
     assert options <= set(re.findall(r"\w+", shown.partition("A line of OUT.jsonl")[0]))

@@ -175,7 +175,10 @@ def test_no_drafter_is_one_line(hub: Hub, run: Run):
     assert len(warnings) == 1 and "org/copies-assistant-4bit" in warnings[0]
 
 
-LOAD = "import sys, mlx_mtp; lm = mlx_mtp.load(sys.argv[1]); print(lm.drafter_folder, lm.generate([5]).tokens)"
+LOAD = (
+    "import logging, sys, mlx_mtp; logging.basicConfig(); lm = mlx_mtp.load(sys.argv[1]); "
+    "print(lm.drafter_folder, lm.generate([5]).tokens)"
+)
 
 
 def test_a_drafter_that_cannot_be_used_stands_in_nobodys_way(hub: Hub, run: Run):

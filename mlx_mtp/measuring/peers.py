@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -90,8 +92,9 @@ class Peer:
         return found
 
     def close(self) -> None:
-        """Ends the process, whatever it is doing."""
-        self._process.kill()
+        """Ends the process, whatever it is doing, and those that it has started: they hold its pipes open."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
         self._said.close()
 
