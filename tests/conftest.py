@@ -48,13 +48,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(autouse=True)
-def logging_as_it_was() -> Iterator[None]:
+def logging_as_it_was() -> None:
     """Gives a test the package's loggers as Python makes them, whatever ran before it in this process."""
     logging.getLogger("mlx_mtp").setLevel(logging.NOTSET)
     for name in list(logging.root.manager.loggerDict):
         if name.split(".")[0] == "mlx_mtp":
             logging.getLogger(name).disabled = False
-    yield
 
 
 @pytest.fixture(scope="module")
