@@ -10,7 +10,7 @@ need_javascript() {
         optional=--include=optional
     fi
     echo "installing the packages of tests/javascript (once; later runs skip this)" >&2
-    if ! npm install --prefix "$folder" "$optional" --no-package-lock --no-audit --no-fund --fetch-retries=1 --loglevel=error >&2; then
+    if ! npm install --prefix "$folder" "$optional" --no-package-lock --no-audit --no-fund --fetch-retries=1 --fetch-timeout=120000 --loglevel=error >&2; then
         echo "npm could not install them; see its message above" >&2
     elif [ "$optional" = --include=optional ]; then
         unpack_chromium "$folder"

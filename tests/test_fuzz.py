@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlx_mtp.errors import CheckpointError
+from scripts import fuzz_files
 from scripts.fuzz_files import Files, Guard, prepared, wrong
 
 
@@ -26,10 +25,6 @@ def test_no_case_does_more_than_raise_our_errors(prepared_files: tuple[Files, Gu
     results = {kind: [wrong(files, guard, kind, 5, i) for i in range(6)] for kind in files.kinds}
     assert not [(kind, problem) for kind, found in results.items() for problem, _ in found if problem]
     assert sum(refused for found in results.values() for _, refused in found) > 50
-
-
-def too_much_memory() -> None:
-    bytearray(300 * 2**20)
 
 
 def too_long() -> None:
@@ -59,15 +54,10 @@ def test_what_a_case_must_not_do_is_noticed(prepared_files: tuple[Files, Guard],
         del files.kinds["bad"]
 
 
-def test_memory_that_a_case_takes_is_noticed():
-    """In a process of its own: one that has used more memory before doesn't grow."""
-    code = (
-        "from scripts.fuzz_files import prepared, wrong\n"
-        "from tests.test_fuzz import too_much_memory\n"
-        "with prepared() as (files, guard):\n"
-        "    path, make, _ = files.kinds['messages']\n"
-        "    files.kinds['bad'] = path, make, too_much_memory\n"
-        "    print(wrong(files, guard, 'bad', 0, 0)[0])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.startswith("takes ") and done.stdout.endswith(" MB\n"), done.stderr
+def test_memory_that_a_case_takes_is_noticed(prepared_files: tuple[Files, Guard], monkeypatch: pytest.MonkeyPatch):
+    """The peak is made up: a process that has used more memory before doesn't grow, nor does its child."""
+    files, guard = prepared_files
+    peaks = iter(range(0, 2**40, 300 * 2**20))
+    monkeypatch.setattr(fuzz_files, "_peak", lambda: next(peaks))
+    monkeypatch.setitem(files.kinds, "bad", (*files.kinds["messages"][:2], lambda: None))
+    assert "takes 300 MB" in wrong(files, guard, "bad", 0, 0)[0]
