@@ -40,7 +40,7 @@ def run_mlx_vlm(target: Path, drafter: Path, draft_length: int, port: str) -> No
     from mlx_vlm.tokenizer_utils import load_tokenizer
     from transformers import AutoTokenizer
 
-    from scripts.peer_mlx_vlm import NeverStops, load_target
+    from mlx_mtp.measuring.peer_mlx_vlm import NeverStops, load_target
 
     def load(*_: object, **__: object) -> tuple[Any, Any]:
         language_model = load_target(target)
