@@ -9,6 +9,8 @@ random (exponential gaps) at 0.7 times the rate that 8 clients reached.
 
 With --peers, instead: this server beside mlx-lm's and mlx-vlm's, on the same weights in float32, as total tokens per
 second and as ratios. mlx-vlm's runs with the drafter and without; peer_servers.py says how they are set up.
+"embedded" is so small that a step's cost is mostly the host's; in "dense" it is that of reading the weights, as it is
+with the models that people use (medium_pair.py).
 
     python scripts/bench_server.py [--turns 5] [--part embedded] [--part dense] [--requests 40] [--peers PYTHON]
 """
@@ -146,20 +148,31 @@ def measure(
         return ratios, clients.submit(ask_at_random, url, prompts, rate, requests).result()
 
 
-def export_pair(folder: Path) -> Path:
-    """Writes the embedded pair to a folder, in float32, and so that no token stops a text."""
-    for part in ("target", "drafter"):
-        shutil.copytree(DEMO / part, folder / part)
-        file = folder / part / "model.safetensors"
-        weights = {name: it.astype(mx.float32) for name, it in mx.load(str(file)).items()}
-        mx.save_safetensors(str(file), weights, {"format": "pt"})
-        for name in ("config.json", "generation_config.json"):
-            config = json.loads((folder / part / name).read_text("utf-8"))
-            for section in (config, config.get("text_config") or {}):
-                changed = {"eos_token_id": [0], "dtype": "float32"}  # 0 pads, and is never chosen
-                section |= {key: value for key, value in changed.items() if key in section}
-            (folder / part / name).write_text(json.dumps(config), "utf-8")
-    return folder
+def make_pair(part: str, folder: Path) -> tuple[Path, Path, Sequence[str]]:
+    """Writes the pair of a part in float32, and so that no token stops a text; gives prompts for it, too."""
+    if part == "embedded":
+        pair, prompts = (folder / "target", folder / "drafter"), PROMPTS
+        for source, copy in zip((DEMO / "target", DEMO / "drafter"), pair, strict=True):
+            shutil.copytree(source, copy)
+            weights = {name: it.astype(mx.float32) for name, it in mx.load(str(copy / "model.safetensors")).items()}
+            mx.save_safetensors(str(copy / "model.safetensors"), weights, {"format": "pt"})
+    else:
+        pair = make_medium_pair("31b", folder)
+        add_tokenizer(pair[0])
+        file = str(pair[0] / "model.safetensors")
+        weights = dict(mx.load(file))
+        (embedding,) = (name for name in weights if name.endswith("embed_tokens.weight"))
+        weights[embedding][0] = 0  # so that its logit is never the highest
+        mx.save_safetensors(file, weights)
+        dice = random.Random(0)
+        prompts = tuple("".join(f"[{dice.randrange(VOCAB // 2, VOCAB)}]" for _ in range(10 + 7 * i)) for i in range(8))
+    for file in (path / name for path in pair for name in ("config.json", "generation_config.json")):
+        config = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        for section in (config, config.get("text_config") or {}):
+            changed = {"eos_token_id": [0], "dtype": "float32"}  # the token 0 is never chosen
+            section |= {key: value for key, value in changed.items() if key in section}
+        file.write_text(json.dumps(config), "utf-8")
+    return *pair, prompts
 
 
 def chat_at_once(url: str, body: dict[str, Any], prompts: Sequence[str]) -> float:
@@ -174,7 +187,9 @@ def chat_at_once(url: str, body: dict[str, Any], prompts: Sequence[str]) -> floa
                 asked.append(client.post("/v1/chat/completions", json=fields))
             answers = await asyncio.gather(*asked)
             seconds = time.perf_counter() - begun
-        counts = [answer.raise_for_status().json()["usage"]["completion_tokens"] for answer in answers]
+        if failed := [answer.text for answer in answers if answer.is_error]:
+            raise RuntimeError(f"{url} answered {failed[0]}")
+        counts = [answer.json()["usage"]["completion_tokens"] for answer in answers]
         if counts != [TOKENS] * len(prompts):
             raise RuntimeError(f"answers of {counts} tokens, not of {TOKENS}")
         return sum(counts) / seconds
@@ -183,13 +198,13 @@ def chat_at_once(url: str, body: dict[str, Any], prompts: Sequence[str]) -> floa
 
 
 @contextmanager
-def peer(python: Path, name: str, pair: Path, draft_length: int) -> Iterator[str]:
+def peer(python: Path, name: str, pair: tuple[Path, Path], draft_length: int) -> Iterator[str]:
     """Runs a peer's server; gives its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     script, url = Path(__file__).with_name("peer_servers.py"), f"http://127.0.0.1:{port}"
-    command = [python, script, name, pair / "target", pair / "drafter", str(draft_length), str(port)]
+    command = [python, script, name, *pair, str(draft_length), str(port)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             while process.poll() is None:
@@ -205,13 +220,14 @@ def peer(python: Path, name: str, pair: Path, draft_length: int) -> Iterator[str
             process.terminate()
 
 
-def beside_peers(python: Path, folder: Path, clients: Executor, turns: int) -> dict[str, list[float]]:
+def beside_peers(part: str, python: Path, folder: Path, clients: Executor, turns: int) -> dict[str, list[float]]:
     """Tokens per second of every server, and how many times a peer's ours has."""
-    pair = export_pair(folder / "pair")
-    target = {"model": str(pair / "target")}
+    target_folder, drafter_folder, prompts = make_pair(part, folder)
+    pair = target_folder, drafter_folder
+    target = {"model": str(target_folder)}
     results: dict[str, list[float]] = {}
     with ExitStack() as stack:
-        lm = stack.enter_context(mlx_mtp.load(pair / "target", pair / "drafter", profile=None))
+        lm = stack.enter_context(mlx_mtp.load(*pair, profile=None))
         servers = {"ours": (stack.enter_context(serving(lm)), {"ignore_eos": True})}
         for label, name, draft_length in (
             ("mlx-lm", "mlx-lm", 0), ("mlx-vlm", "mlx-vlm", 0), ("mlx-vlm, drafter", "mlx-vlm", PEER_DRAFT),
@@ -222,12 +238,12 @@ def beside_peers(python: Path, folder: Path, clients: Executor, turns: int) -> d
             for count in CLIENTS:
                 ours = 0.0
                 for label, (url, body) in servers.items():
-                    rate = clients.submit(chat_at_once, url, body, PROMPTS[:count]).result()
+                    rate = clients.submit(chat_at_once, url, body, prompts[:count]).result()
                     ours = ours or rate
                     if turn:  # the first time warms up
-                        results.setdefault(f"{count} clients, {label}: tokens/s", []).append(rate)
+                        results.setdefault(f"{part}, {count} clients, {label}: tokens/s", []).append(rate)
                         if label != "ours":
-                            results.setdefault(f"{count} clients, ours / {label}", []).append(ours / rate)
+                            results.setdefault(f"{part}, {count} clients, ours / {label}", []).append(ours / rate)
     return dict(sorted(results.items()))
 
 
@@ -245,9 +261,10 @@ def main(
     results: dict[str, Any] = {}
     spawned = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, mp_context=spawned) as clients:
-        if peers:
-            results |= beside_peers(peers, Path(folder), clients, turns)
-        for name in [] if peers else part or ["embedded"]:
+        for name in part or ["embedded"]:
+            if peers:
+                results |= beside_peers(name, peers, Path(folder) / name, clients, turns)
+                continue
             pair: tuple[Path, Path] | tuple[()] = ()
             if name == "dense":
                 pair = make_medium_pair("31b", Path(folder))

@@ -44,6 +44,7 @@ def make_medium_pair(kind: str, folder: Path) -> tuple[Path, Path]:
     text |= {"layer_types": 2 * text["layer_types"], "max_position_embeddings": CONTEXT}
     if text["num_experts"]:
         text |= {"num_experts": 32, "moe_intermediate_size": 128}
+    raw["vocab_size"] = VOCAB  # which mlx-lm's loader reads
     weights = _random(Target(target_config(raw).text), 3)
     for name in weights:
         if name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):
@@ -76,9 +77,16 @@ def make_medium_pair(kind: str, folder: Path) -> tuple[Path, Path]:
 
 
 def add_tokenizer(target: Path) -> None:
-    """Gives a target the embedded pair's tokenizer, for what needs text; the vocabulary's further tokens have none."""
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO / "target" / file, target)
+    """Gives a target the embedded pair's tokenizer, for what needs text; each further token is its number in brackets.
+
+    The chat template is the last message alone, so that a prompt ends with a token that the caller chose.
+    """
+    shutil.copy(DEMO / "target" / "tokenizer_config.json", target)
+    raw = json.loads((DEMO / "target" / "tokenizer.json").read_text("utf-8"))
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    raw["added_tokens"] += [{"id": i, "content": f"[{i}]", **plain} for i in range(len(raw["model"]["vocab"]), VOCAB)]
+    (target / "tokenizer.json").write_text(json.dumps(raw), "utf-8")
+    (target / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}", "utf-8")
 
 
 def _random(model: nn.Module, seed: int) -> dict[str, mx.array]:
