@@ -8,9 +8,12 @@ Turns alternate; medians of ratios, with their spread. Then the time to the firs
 random (exponential gaps) at 0.7 times the rate that 8 clients reached.
 
 With --peers, instead: this server beside mlx-lm's and mlx-vlm's, on the same weights in float32, as total tokens per
-second and as ratios. mlx-vlm's runs with the drafter and without; peer_servers.py says how they are set up.
-"embedded" is so small that a step's cost is mostly the host's; in "dense" it is that of reading the weights, as it is
-with the models that people use (medium_pair.py).
+second and as ratios. mlx-vlm's runs with the drafter and without; peer_servers.py says how they are set up. Each of N
+clients sends its next prompt when the last one is answered.
+
+    embedded   texts end where the model ends them; so small that a step's cost is mostly the host's
+    dense      240 tokens a text; a step's cost is that of reading the weights, as in the models that people use
+               (medium_pair.py)
 
     python scripts/bench_server.py [--turns 5] [--part embedded] [--part dense] [--requests 40] [--peers PYTHON]
 """
@@ -148,51 +151,59 @@ def measure(
         return ratios, clients.submit(ask_at_random, url, prompts, rate, requests).result()
 
 
-def make_pair(part: str, folder: Path) -> tuple[Path, Path, Sequence[str]]:
-    """Writes the pair of a part in float32, and so that no token stops a text; gives prompts for it, too."""
+def make_pair(part: str, folder: Path) -> tuple[Path, Path, list[list[str]]]:
+    """Writes the pair of a part in float32; gives what each of eight clients asks one after another, too."""
+    dice = random.Random(0)
     if part == "embedded":
-        pair, prompts = (folder / "target", folder / "drafter"), PROMPTS
+        pair = folder / "target", folder / "drafter"
         for source, copy in zip((DEMO / "target", DEMO / "drafter"), pair, strict=True):
             shutil.copytree(source, copy)
             weights = {name: it.astype(mx.float32) for name, it in mx.load(str(copy / "model.safetensors")).items()}
             mx.save_safetensors(str(copy / "model.safetensors"), weights, {"format": "pt"})
+        asked = [dice.sample(PROMPTS, 4) for _ in range(8)]
     else:
         pair = make_medium_pair("31b", folder)
         add_tokenizer(pair[0])
-        file = str(pair[0] / "model.safetensors")
-        weights = dict(mx.load(file))
-        (embedding,) = (name for name in weights if name.endswith("embed_tokens.weight"))
-        weights[embedding][0] = 0  # so that its logit is never the highest
-        mx.save_safetensors(file, weights)
-        dice = random.Random(0)
-        prompts = tuple("".join(f"[{dice.randrange(VOCAB // 2, VOCAB)}]" for _ in range(10 + 7 * i)) for i in range(8))
-    for file in (path / name for path in pair for name in ("config.json", "generation_config.json")):
-        config = json.loads(file.read_text("utf-8")) if file.exists() else {}
-        for section in (config, config.get("text_config") or {}):
-            changed = {"eos_token_id": [0], "dtype": "float32"}  # the token 0 is never chosen
-            section |= {key: value for key, value in changed.items() if key in section}
+        _never_stop(pair[0])
+        asked = [["".join(f"[{dice.randrange(VOCAB // 2, VOCAB)}]" for _ in range(10 + 7 * i))] for i in range(8)]
+    for file in (path / "config.json" for path in pair):
+        config = json.loads(file.read_text("utf-8"))
+        for section in (config, config["text_config"]):
+            section["dtype"] = "float32"
         file.write_text(json.dumps(config), "utf-8")
-    return *pair, prompts
+    return *pair, asked
 
 
-def chat_at_once(url: str, body: dict[str, Any], prompts: Sequence[str]) -> float:
-    """Asks for answers of `TOKENS` tokens to all prompts at once; returns total tokens per second."""
+def _never_stop(target: Path) -> None:
+    """Makes the token 0 the only one that stops a text, with a logit that is never the highest."""
+    file = str(target / "model.safetensors")
+    weights = dict(mx.load(file))
+    (embedding,) = (name for name in weights if name.endswith("embed_tokens.weight"))
+    weights[embedding][0] = 0
+    mx.save_safetensors(file, weights)
+    for path in (target / "config.json", target / "generation_config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"eos_token_id": [0]}), "utf-8")
+
+
+def ask_in_turn(url: str, body: dict[str, Any], asked: Sequence[Sequence[str]]) -> float:
+    """Runs clients that each ask their prompts one after another; returns total tokens per second."""
+
+    async def ask(client: httpx.AsyncClient, prompts: Sequence[str]) -> int:
+        tokens = 0
+        for prompt in prompts:
+            message = {"role": "user", "content": prompt}
+            fields = {"messages": [message], "max_tokens": TOKENS, "temperature": 0, **body}
+            answer = await client.post("/v1/chat/completions", json=fields)
+            if answer.is_error:
+                raise RuntimeError(f"{url} answered {answer.text}")
+            tokens += answer.json()["usage"]["completion_tokens"]
+        return tokens
 
     async def run() -> float:
         async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-            begun, asked = time.perf_counter(), []
-            for prompt in prompts:
-                message = {"role": "user", "content": prompt}
-                fields = {"messages": [message], "max_tokens": TOKENS, "temperature": 0, **body}
-                asked.append(client.post("/v1/chat/completions", json=fields))
-            answers = await asyncio.gather(*asked)
-            seconds = time.perf_counter() - begun
-        if failed := [answer.text for answer in answers if answer.is_error]:
-            raise RuntimeError(f"{url} answered {failed[0]}")
-        counts = [answer.json()["usage"]["completion_tokens"] for answer in answers]
-        if counts != [TOKENS] * len(prompts):
-            raise RuntimeError(f"answers of {counts} tokens, not of {TOKENS}")
-        return sum(counts) / seconds
+            begun = time.perf_counter()
+            tokens = await asyncio.gather(*(ask(client, prompts) for prompts in asked))
+            return sum(tokens) / (time.perf_counter() - begun)
 
     return asyncio.run(run())
 
@@ -222,23 +233,21 @@ def peer(python: Path, name: str, pair: tuple[Path, Path], draft_length: int) ->
 
 def beside_peers(part: str, python: Path, folder: Path, clients: Executor, turns: int) -> dict[str, list[float]]:
     """Tokens per second of every server, and how many times a peer's ours has."""
-    target_folder, drafter_folder, prompts = make_pair(part, folder)
-    pair = target_folder, drafter_folder
-    target = {"model": str(target_folder)}
+    target, drafter, asked = make_pair(part, folder)
     results: dict[str, list[float]] = {}
     with ExitStack() as stack:
-        lm = stack.enter_context(mlx_mtp.load(*pair, profile=None))
-        servers = {"ours": (stack.enter_context(serving(lm)), {"ignore_eos": True})}
+        lm = stack.enter_context(mlx_mtp.load(target, drafter, profile=None))
+        servers = {"ours": (stack.enter_context(serving(lm)), {})}
         for label, name, draft_length in (
             ("mlx-lm", "mlx-lm", 0), ("mlx-vlm", "mlx-vlm", 0), ("mlx-vlm, drafter", "mlx-vlm", PEER_DRAFT),
         ):  # fmt: skip
-            url = stack.enter_context(peer(python, name, pair, draft_length))
-            servers[label] = url, target if name == "mlx-vlm" else {"model": "default_model"}
+            url = stack.enter_context(peer(python, name, (target, drafter), draft_length))
+            servers[label] = url, {"model": str(target) if name == "mlx-vlm" else "default_model"}
         for turn in range(turns + 1):
             for count in CLIENTS:
                 ours = 0.0
                 for label, (url, body) in servers.items():
-                    rate = clients.submit(chat_at_once, url, body, prompts[:count]).result()
+                    rate = clients.submit(ask_in_turn, url, body, asked[:count]).result()
                     ours = ours or rate
                     if turn:  # the first time warms up
                         results.setdefault(f"{part}, {count} clients, {label}: tokens/s", []).append(rate)

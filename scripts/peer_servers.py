@@ -6,11 +6,12 @@
 
 mlx-lm's takes a whole model as a draft model, which Gemma's drafters aren't, so it runs without one. mlx-vlm's can't
 load a checkpoint without a vision tower, so this script loads the language model, and leaves the tower as it is made,
-which costs nothing as long as no image comes. Neither can be asked to ignore stop tokens, so here none stops a text.
+which costs nothing as long as no image comes.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ BLAS = use_openblas()  # before MLX is imported
 
 
 def run_mlx_lm(target: Path, port: str) -> None:
-    """Runs mlx-lm's server until it is ended; the target's files name no token that stops."""
+    """Runs mlx-lm's server until it is ended."""
     from mlx_lm import server
 
     thoughts = '{"enable_thinking": false}'
@@ -38,9 +39,12 @@ def run_mlx_vlm(target: Path, drafter: Path, draft_length: int, port: str) -> No
     from mlx_vlm.models.gemma4.gemma4 import Model
     from mlx_vlm.server import generation
     from mlx_vlm.tokenizer_utils import load_tokenizer
+    from mlx_vlm.utils import StoppingCriteria
     from transformers import AutoTokenizer
 
-    from mlx_mtp.measuring.peer_mlx_vlm import NeverStops, load_target
+    from mlx_mtp.measuring.peer_mlx_vlm import load_target
+
+    stops = json.loads((target / "generation_config.json").read_text("utf-8"))["eos_token_id"]
 
     def load(*_: object, **__: object) -> tuple[Any, Any]:
         language_model = load_target(target)
@@ -48,12 +52,12 @@ def run_mlx_vlm(target: Path, drafter: Path, draft_length: int, port: str) -> No
         model = Model(config)
         model.language_model = language_model
         tokenizer = AutoTokenizer.from_pretrained(target)
-        tokenizer.stopping_criteria = NeverStops()
+        tokenizer.stopping_criteria = StoppingCriteria(stops, tokenizer)
         tokenizer.detokenizer = load_tokenizer(target, return_tokenizer=False)(tokenizer)
         return model, tokenizer
 
     generation.load = load
-    generation.resolve_eos_token_ids = lambda *_: set()
+    generation.resolve_eos_token_ids = lambda *_: set(stops)
     drafting = ["--draft-model", str(drafter), "--draft-kind", "mtp", "--draft-block-size", str(draft_length + 1)]
     sys.argv = ["mlx_vlm.server", "--model", str(target), "--port", port, *(drafting if draft_length else [])]
     server.main()
