@@ -23,12 +23,6 @@ QUESTION = "What is a drafter?"
 GREEDY = {"max_tokens": 40, "temperature": 0.0}
 
 
-@pytest.fixture(scope="module")
-def lm() -> Iterator[mlx_mtp.MTPModel]:
-    with mlx_mtp.load() as model:
-        yield model
-
-
 def test_a_prompt_in_every_form(lm: mlx_mtp.MTPModel):
     text = lm.generate(QUESTION, **GREEDY)
     messages = lm.generate([{"role": "user", "content": QUESTION}], **GREEDY)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,12 +10,6 @@ import pytest
 import mlx_mtp
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 40}
-
-
-@pytest.fixture(scope="module")
-def lm() -> Iterator[mlx_mtp.MTPModel]:
-    with mlx_mtp.load() as model:
-        yield model
 
 
 def say(chat: mlx_mtp.Chat, text: str, **options: Any) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,6 @@ from tests.support.random_controls import SCHEMA, TOOLS, compare_at_random
 STORY = "Tell me a short story about a fox."
 CODE = "Write a Python function that reverses a string."
 BY_SCHEMA = {"type": "json_schema", "json_schema": {"name": "record", "schema": SCHEMA}}
-
-
-@pytest.fixture(scope="module")
-def lm() -> Iterator[mlx_mtp.MTPModel]:
-    with mlx_mtp.load() as model:
-        yield model
 
 
 @pytest.mark.parametrize("seed", range(3))

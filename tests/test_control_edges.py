@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -99,12 +99,6 @@ def test_a_rule_that_fails_ends_its_own_row_alone(pair: tuple[Target, Drafter], 
     assert isinstance(failing.error, PromptError)
     assert ("must return an array" if place == "shape" else "not today") in str(failing.error)
     assert [row.tokens for row in rows] == [alone(target, request) for request in others]
-
-
-@pytest.fixture(scope="module")
-def lm() -> Iterator[mlx_mtp.MTPModel]:
-    with mlx_mtp.load() as model:
-        yield model
 
 
 def letters(text: str) -> dict[str, Any]:
