@@ -289,3 +289,23 @@ def test_what_it_costs_to_wait_for_the_host_is_learnt_and_forgotten():
         given(many, 0.3)
     assert 1 < len(best_offers(plain(1), many)[0].tokens) <= MAX_AUTO_LENGTH  # its price says nothing of shorter ones
     assert best_offers(plain(400), one)
+
+
+def test_long_drafts_of_the_host_are_tried_once():
+    policy, (row,) = DraftLengthPolicy(), rows_of(10_000)
+    offer = {0: Offer("prompt", [1] * MAX_DRAFT_LENGTH, 0.8)}
+
+    def round_of(length: int, seconds: float, given: dict[int, Offer] | None = None) -> Decision:
+        decision = replace(policy.next([row]), lengths=[length], trial=False, given=given or {})
+        policy.observe(decision, [length], seconds)
+        return decision
+
+    for _ in range(20):
+        round_of(0, 0.01)
+        decision = round_of(5, 0.02)
+    decision = replace(decision, best=(0.02, 5.0))
+    (tried,) = best_offers(decision, offer).values()
+    assert len(tried.tokens) > MAX_AUTO_LENGTH
+    for _ in range(3):
+        round_of(len(tried.tokens), 0.06, {0: tried})
+    assert not any(len(it.tokens) > MAX_AUTO_LENGTH for it in best_offers(decision, offer).values())

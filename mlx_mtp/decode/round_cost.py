@@ -134,9 +134,14 @@ class RoundCost:
         return np.asarray(self._scale * (even + (steps - mean) * self._draft + (steps > mean) * self._packing))
 
     def seconds_late(self, steps: np.ndarray | float, mean: np.ndarray | float, rows: int) -> np.ndarray:
-        """Like `seconds`, of rounds with the host's drafts, where `steps` counts those of the drafter."""
-        has_wait = (mean > self._longest) & (rows == 1)
-        return np.asarray(self.seconds(steps, mean) + np.where(has_wait, 0.0, self._wait))
+        """Like `seconds`, of rounds with the host's drafts, where `steps` counts those of the drafter.
+
+        Lengths that only the host's drafts reach are outside of what the drafter's rounds tell: while none of them is
+        measured they are taken for as cheap as they may be, and so are tried.
+        """
+        known = any(self.settled(k) for k in range(self._longest + 1, MAX_DRAFT_LENGTH + 1))
+        seconds, is_host_length = self.seconds(steps, mean), (mean > self._longest) & (rows == 1)
+        return np.where(is_host_length, seconds * (1.0 if known else UNKNOWN_SHARE), seconds + self._wait)
 
     def observe_late(self, lengths: Sequence[int], steps: int, seconds: float) -> None:
         """Learns from a round with the host's drafts.
