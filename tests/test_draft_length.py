@@ -13,7 +13,7 @@ import pytest
 
 from mlx_mtp.decode.draft_length import Decision, DraftLengthPolicy
 from mlx_mtp.decode.host_drafts import Offer, best_offers
-from mlx_mtp.decode.limits import MAX_DRAFT_LENGTH
+from mlx_mtp.decode.limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH
 from mlx_mtp.decode.request import Request, Row, Stats
 from mlx_mtp.decode.round_cost import Prices
 from tests.support.simulated_cases import BATCH_COSTS, COSTS, GPU, TEXTS, BatchCost, curve, mixed_rows
@@ -270,18 +270,42 @@ def test_texts_of_the_clock_are_what_they_say():
 
 def test_what_it_costs_to_wait_for_the_host_is_learnt_and_forgotten():
     policy, (row,) = DraftLengthPolicy(), rows_of(10_000)
+    one, five, many = ({0: Offer("grammar", [1] * count, 1.0)} for count in (1, 5, 15))
 
     def plain(rounds: int) -> Decision:
         for _ in range(rounds):
             policy.observe(policy.next([row], drafting=False), [0], 0.01)
         return policy.next([row], drafting=False)
 
-    decision = plain(40)
-    assert decision.cost
-    one, many = ({0: Offer("grammar", [1] * count, 1.0)} for count in (1, 15))
-    assert best_offers(decision, one) and best_offers(decision, many)
+    def given(offer: dict[int, Offer], seconds: float) -> None:
+        length = len(offer[0].tokens)
+        policy.observe(replace(plain(1), lengths=[length], given=offer), [length], seconds)
+
+    assert best_offers(plain(40), one) and best_offers(plain(40), many)
     for _ in range(30):
-        policy.observe(replace(decision, lengths=[1], given=one), [1], 0.06, built_ahead=False)
-    assert 0.009 < decision.cost.wait_seconds < 0.02  # a round counts for twice its expected time at most
-    assert not best_offers(decision, one) and best_offers(decision, many)
+        given(one, 0.06)
+    assert not best_offers(plain(1), one) and best_offers(plain(1), five)  # a round counts for twice its price at most
+    for _ in range(10):
+        given(many, 0.3)
+    assert 1 < len(best_offers(plain(1), many)[0].tokens) <= MAX_AUTO_LENGTH  # its price says nothing of shorter ones
     assert best_offers(plain(400), one)
+
+
+def test_long_drafts_of_the_host_are_tried_once():
+    policy, (row,) = DraftLengthPolicy(), rows_of(10_000)
+    offer = {0: Offer("prompt", [1] * MAX_DRAFT_LENGTH, 0.8)}
+
+    def round_of(length: int, seconds: float, given: dict[int, Offer] | None = None) -> Decision:
+        decision = replace(policy.next([row]), lengths=[length], trial=False, given=given or {})
+        policy.observe(decision, [length], seconds)
+        return decision
+
+    for _ in range(20):
+        round_of(0, 0.01)
+        decision = round_of(5, 0.02)
+    decision = replace(decision, best=(0.02, 5.0))
+    (tried,) = best_offers(decision, offer).values()
+    assert len(tried.tokens) > MAX_AUTO_LENGTH
+    for _ in range(3):
+        round_of(len(tried.tokens), 0.06, {0: tried})
+    assert not any(len(it.tokens) > MAX_AUTO_LENGTH for it in best_offers(decision, offer).values())

@@ -124,25 +124,20 @@ class DraftLengthPolicy:
         lengths = [length and max(0, min(length, row.remaining - 1)) for row, length in zip(rows, wanted, strict=True)]
         return Decision(rows, lengths, trial is not None, cost, self._best)
 
-    def observe(
-        self, decision: Decision, accepted: Sequence[int | None], seconds: float | None, built_ahead: bool = True
-    ) -> None:
+    def observe(self, decision: Decision, accepted: Sequence[int | None], seconds: float | None) -> None:
         """Learns from a finished round.
 
         Args:
             decision: What `next` returned for it.
             accepted: Accepted drafts of each row, without the bonus token; None for rows that were done before.
             seconds: How long the round took; None if it couldn't be measured.
-            built_ahead: Whether it was built before the previous round was read, so that the device didn't wait.
         """
         cost, lengths = decision.cost, decision.lengths
         assert cost
-        if seconds is not None and built_ahead:
-            # Drafts of the host's cost no steps of the drafter, which the price of a length has in it.
-            saved = max(lengths) - decision.steps
-            cost.observe(lengths, seconds + saved * cost.draft_seconds)
+        if seconds is not None and decision.given:
+            cost.observe_late(lengths, decision.steps, seconds)
         elif seconds is not None:
-            cost.observe_wait(float(cost.seconds(decision.steps, float(np.mean(lengths)))), seconds)
+            cost.observe(lengths, seconds)
         outcome = [
             (row.number, length, count)
             for i, (row, length, count) in enumerate(zip(decision.rows, lengths, accepted, strict=True))
@@ -158,7 +153,7 @@ class DraftLengthPolicy:
     def _cost_of(self, size: int, exactness: str) -> RoundCost:
         if (size, exactness) not in self._costs:
             prices = self._prices(size) if self._prices and exactness == "fast" else None
-            self._costs[size, exactness] = RoundCost(prices, self._cost if self._costs else None)
+            self._costs[size, exactness] = RoundCost(prices, self._cost if self._costs else None, self._longest)
         return self._costs[size, exactness]
 
     def _choose(self, others: Sequence[int], waiting: bool) -> None:

@@ -314,11 +314,9 @@ class Engine:
                 if done.decision:
                     # The measured time overlaps with the next round: on a CPU, MLX computes while a round is submitted.
                     # It counts only if both rounds cost about the same, or if there is no next one yet.
-                    ahead = not done.decision.given or bool(next_lengths)
-                    own = before and len(in_flight) == 1
-                    own = own and (not ahead or same_cost(done.decision.lengths, next_lengths))
-                    seconds = self._read_at - before if before and own else None
-                    self._policy.observe(done.decision, accepted, seconds, ahead)
+                    alone = bool(done.decision.given) and not next_lengths
+                    own = len(in_flight) == 1 and (alone or same_cost(done.decision.lengths, next_lengths))
+                    self._policy.observe(done.decision, accepted, self._read_at - before if before and own else None)
 
     def _settled(self, result: mx.array) -> mx.array:
         """A result that the host will wait for; a trace first records the work up to it."""

@@ -151,8 +151,7 @@ def best_offers(decision: Decision, offers: Mapping[int, Offer]) -> dict[int, Of
         expected = offer.tokens_by_length()
         others, total = tokens - decision.best[1], sum(lengths) - lengths[i]
         steps = max((own for j, own in enumerate(lengths) if j != i and j not in taken), default=0)
-        # Drafts of the host's follow the text as it is, so the round can't be built before the last one is read.
-        took = cost.seconds(np.array(steps), (total + np.arange(1, len(expected))) / count) + cost.wait_seconds
+        took = cost.seconds_late(steps, (total + np.arange(1, len(expected))) / count, count)
         goodput = np.where(took <= longest, (others + np.array(expected[1:])) / took, 0.0)
         best = int(goodput.argmax())
         if goodput[best] > tokens / seconds:

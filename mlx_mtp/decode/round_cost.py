@@ -10,7 +10,7 @@ from typing import Annotated
 import numpy as np
 from annotated_types import Interval
 
-from .limits import MAX_DRAFT_LENGTH
+from .limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH
 
 PRIOR_SLOPE, PRIOR_DRAFT = 0.2, 0.1
 """Guesses until measured, as shares of a plain step: what a draft adds to a round, and the drafter's part of that."""
@@ -51,15 +51,23 @@ class RoundCost:
 
     Prices are ratios to a prior, interpolated for lengths that were never measured. They share a scale: if rounds get
     slower with the context or with other work on the machine, lengths that weren't tried lately are scaled as well.
+
+    A round with the host's drafts can't be built before the last one is read, so the device waits for the host. What
+    that costs is an estimate of its own, added to the price of the same round built ahead; lengths that are never built
+    ahead, because only the host drafts so many tokens, have it in their price.
     """
 
-    def __init__(self, prices: Prices | None = None, like: RoundCost | None = None) -> None:
+    def __init__(
+        self, prices: Prices | None = None, like: RoundCost | None = None, longest: int = MAX_AUTO_LENGTH
+    ) -> None:
         """Begins with measured prices or a prior.
 
         Args:
             prices: Measured prices; None if there are none.
             like: The estimate for another batch size, which is the prior; None for a guess.
+            longest: Longest draft length that the drafter gets.
         """
+        self._longest = longest
         guess = 1 + PRIOR_SLOPE * np.arange(MAX_DRAFT_LENGTH + 1)
         self._prior = np.array([like.even(k) for k in range(len(guess))]) if like else guess
         self._ratios = {k: seconds / self._prior[k] for k, seconds in prices.even().items()} if prices else {}
@@ -80,8 +88,11 @@ class RoundCost:
         settled = [k for k in known if self.settled(k)] or known
         usual = np.interp(known, settled, [self._ratios[k] for k in settled]) if known else []
         ratios = [min(self._ratios[k], ratio / UNKNOWN_SHARE) for k, ratio in zip(known, usual, strict=True)] or [1.0]
-        line = np.interp(range(len(self._prior)), known or [0], ratios) * self._prior
-        self._cached_line = line.tolist()
+        line = np.interp(range(len(self._prior)), known or [0], ratios)
+        if built_ahead := sum(k <= self._longest for k in known):
+            # The wait that is in the prices of longer ones isn't in theirs.
+            line[: self._longest + 1] = np.interp(range(self._longest + 1), known[:built_ahead], ratios[:built_ahead])
+        self._cached_line = (line * self._prior).tolist()
         return self._cached_line
 
     def settled(self, length: int) -> bool:
@@ -100,11 +111,6 @@ class RoundCost:
     def draft_seconds(self) -> float:
         """Expected seconds of a step of the drafter."""
         return self._scale * self._draft
-
-    @property
-    def wait_seconds(self) -> float:
-        """Expected seconds that the device waits for the host if a round isn't built before the last one is read."""
-        return self._wait
 
     def even(self, length: int) -> float:
         """Expected seconds of a round in which all rows have this draft length."""
@@ -127,13 +133,28 @@ class RoundCost:
         even = np.interp(mean, range(len(self._line)), self._line)
         return np.asarray(self._scale * (even + (steps - mean) * self._draft + (steps > mean) * self._packing))
 
-    def observe_wait(self, expected: float, seconds: float) -> None:
-        """Learns from a round that wasn't built ahead.
+    def seconds_late(self, steps: np.ndarray | float, mean: np.ndarray | float, rows: int) -> np.ndarray:
+        """Like `seconds`, of rounds with the host's drafts, where `steps` counts those of the drafter.
+
+        Lengths that only the host's drafts reach are outside of what the drafter's rounds tell: while none of them is
+        measured they are taken for as cheap as they may be, and so are tried.
+        """
+        known = any(self.settled(k) for k in range(self._longest + 1, MAX_DRAFT_LENGTH + 1))
+        seconds, is_host_length = self.seconds(steps, mean), (mean > self._longest) & (rows == 1)
+        return np.where(is_host_length, seconds * (1.0 if known else UNKNOWN_SHARE), seconds + self._wait)
+
+    def observe_late(self, lengths: Sequence[int], steps: int, seconds: float) -> None:
+        """Learns from a round with the host's drafts.
 
         Args:
-            expected: How long it would have taken if it had been.
-            seconds: How long it took.
+            lengths: Draft length of each row.
+            steps: Steps of the drafter.
+            seconds: How long the round took.
         """
+        if len(lengths) == 1 and lengths[0] > self._longest:
+            self.observe(lengths, seconds + (lengths[0] - steps) * self.draft_seconds)
+            return
+        expected = float(self.seconds(steps, sum(lengths) / len(lengths)))
         # A pause of the machine, or the building of kernels, counts for a round at most.
         self._wait += WAIT_WEIGHT * (min(max(seconds - expected, 0.0), expected) - self._wait)
 
