@@ -105,7 +105,7 @@ def opened(folder: Path, seed: int, calls: int, max_tokens: int) -> Iterator[Hou
         unloading = ServerOptions(max_queue=16, stall_limit=1.0, idle_unload=1.0)
         apps = [make_app(Models([shared]), limits), make_app(Models(own), unloading)]
         house = House(lm, alone, [stack.enter_context(running(app)) for app in apps], [shared, *own], folder)
-        wait_until(house.is_quiet)
+        alone.lm.unload()
         lm.unload()
         yield house
 
