@@ -278,7 +278,7 @@ class Callers:
 
     def _client(self, dice: Random) -> None:
         """A client of a server, which asks for some answers in a row."""
-        with httpx.Client(base_url=dice.choice(self.urls), timeout=300, verify=False) as http:
+        with httpx.Client(base_url=dice.choice(self.urls), timeout=900, verify=False) as http:
             for number, call in zip(*self._some(dice, 3), strict=True):
                 if (body := as_body(call)) is not None:
                     n = dice.choice([1, 1, MOST_ANSWERS])
