@@ -15,7 +15,6 @@ Exits with 1 if one of them finds something. The same seed draws the same reques
 from __future__ import annotations
 
 import asyncio
-import json
 import statistics
 import sys
 import time
@@ -35,11 +34,11 @@ from mlx_mtp.server.app import make_app
 from mlx_mtp.server.guard import Guard
 from mlx_mtp.server.registry import Models
 from mlx_mtp.server.settings import ServerOptions
+from tests.support.bad_clients import CHAT, KINDS, misbehave
 from tests.support.bodies import nearly_right
 from tests.support.server import entry, running, wait_until
 from tests.test_server_siege import CHECKS, tells_of_the_machine
 
-CHAT = "/v1/chat/completions"
 CLIENTS = 40
 KEY = "k" * 64
 
@@ -105,7 +104,7 @@ def connections(seconds: float, first: int) -> list[str]:
                 while time.monotonic() < end:
                     prompt = dice.choice(prompts)
                     body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 12, "temperature": 0}
-                    kind = dice.choice(("ask", "ask", "leave", "half", "stop", "silent"))
+                    kind = dice.choice(("ask", "ask", *KINDS))
                     seen[kind] += 1
                     if kind == "ask":
                         answer = await http.post(CHAT, json=body)
@@ -114,38 +113,18 @@ def connections(seconds: float, first: int) -> list[str]:
                             found.append(f"{prompt}: {answer.status_code} {answer.text[:200]}")
                     else:
                         with suppress(ConnectionError):
-                            await _misbehave(http.base_url, kind, body, dice)
+                            await misbehave(url, kind, body, dice)
 
             async def all_clients() -> None:
                 async with httpx.AsyncClient(base_url=url, timeout=120) as http:
                     await asyncio.gather(*(client(number, http) for number in range(CLIENTS)))
 
             asyncio.run(all_clients())
-            wait_until(lambda: served.answers == 0 and not lm._session.owned().scheduler.busy)
+            wait_until(lambda: served.answers == 0 and not lm._session.call(lambda it: it.scheduler).busy)
             if httpx.get(f"{url}/health").status_code != 200:
                 found.append("the server isn't well")
     print(f"connections: {dict(seen)}")
     return found
-
-
-async def _misbehave(url: httpx.URL, kind: str, body: dict[str, object], dice: Random) -> None:
-    """Does what a client shouldn't, on a connection of its own."""
-    reader, writer = await asyncio.open_connection(url.host, url.port)
-    try:
-        content = json.dumps(body | {"max_tokens": 2000, "ignore_eos": True, "stream": True}).encode()
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        whole = f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
-        writer.write(whole[: dice.randrange(len(whole))] if kind == "stop" else whole)
-        await writer.drain()
-        if kind == "half":
-            writer.write_eof()
-            await reader.read()
-        elif kind == "stop":
-            await reader.read()  # until the server ends it
-        else:
-            await asyncio.sleep(dice.random() * (2 if kind == "silent" else 0.2))
-    finally:
-        writer.close()
 
 
 def keys(seconds: float, first: int) -> list[str]:

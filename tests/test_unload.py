@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
 import json
 import logging
 import shutil
@@ -97,6 +98,17 @@ def test_the_memory_is_given_back_and_the_next_call_loads_again(lm: mlx_mtp.MTPM
     before = held()
     lm.unload()
     assert held() < before - WEIGHTS, "and again"
+
+
+def test_loading_leaves_no_graph_of_what_was_drawn(lm: mlx_mtp.MTPModel):
+    """New layers draw weights that nobody reads; the generator's next state hangs on all of that until it is known."""
+
+    def operations(_: object) -> int:
+        graph = io.StringIO()
+        mx.export_to_dot(graph, mx.random.state[0])
+        return graph.getvalue().count("label")
+
+    assert lm._session.call(operations) == 0
 
 
 def test_every_kind_of_call_loads_again(lm: mlx_mtp.MTPModel, tmp_path: Path):

@@ -236,6 +236,8 @@ def _materialize(model: nn.Module, folder: Path, progress: ProgressCallback | No
             done = min(done + sizes.weight_bytes(part), total)
             report()
     mx.eval(model.parameters())
+    # The layers have drawn weights that nothing has read. Unless the generator's state is known, MLX keeps that graph.
+    mx.eval(mx.random.state)
     done = total
     report()
 
