@@ -22,7 +22,8 @@ from mlx_mtp.tuning.choose import Option
 from mlx_mtp.tuning.plot import write_plot
 from tests.support.command_line import run
 from tests.support.faults import Trial
-from tests.support.long_work import Batch, Chat, Convert, Work, files
+from tests.support.killed import FILE_BYTES
+from tests.support.long_work import Batch, Convert, files
 from tests.support.tiny_checkpoints import make_pair
 from weights_convert import converter
 
@@ -37,29 +38,30 @@ def shared(tmp_path: Path) -> Path:
     return tmp_path / "shared"
 
 
-@pytest.mark.parametrize("kind", [Convert, Chat])
-def test_what_was_killed_runs_to_its_end(kind: type[Work], shared: Path, tmp_path: Path):
-    work = kind(shared)
-    whole = Trial(work, tmp_path / "whole")
-    changes = whole.run().changes
-    expected, names = work.result(whole.folder), work.names(whole.folder)
-    trial = Trial(work, tmp_path / "killed")
-    for more in range(3):  # each run goes on, or begins again
-        assert trial.run(replace(trial.plan, change=changes // 3 + more)).killed
-    trial.complete(expected, names)
-    assert not whole.problems and not trial.problems
+def test_a_conversion_that_was_killed_runs_to_its_end(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    work = Convert(shared)
+    whole, trial = Trial(work, tmp_path / "whole"), Trial(work, tmp_path / "killed")
+    monkeypatch.setattr("weights_convert.plan.FILE_BYTES", FILE_BYTES)
+    assert run(*work.arguments(whole.folder)[1:]).returncode == 0
+    for change in (15, 16, 17):  # each run goes on where the one before was killed
+        assert trial.run(replace(trial.plan, change=change)).killed
+    trial.complete(work.result(whole.folder), work.names(whole.folder))
+    assert not trial.problems
 
 
-def test_a_disk_that_is_full_in_mid_batch(shared: Path, tmp_path: Path):
+def test_a_batch_that_is_killed_twice_and_then_finds_the_disk_full(shared: Path, tmp_path: Path):
     work = Batch(shared)
     trial = Trial(work, tmp_path / "new")
+    for change in (2, 3):
+        assert trial.run(replace(trial.plan, change=change)).killed
     failed = trial.fail(replace(trial.plan, largest=3_000))
     output = tmp_path / "new" / "out.jsonl"
     assert f"error: {output} can't be written: File too large; the same command continues" in failed.errors
-    assert 0 < len(work.finished(trial.folder)) < 16
-    trial.run()
-    assert not trial.problems
-    assert [json.loads(line)["index"] for line in output.read_text().splitlines()] == list(range(16))
+    kept = work.finished(trial.folder)
+    assert 0 < len(kept) < 16 and not trial.problems
+    assert run(*work.arguments(trial.folder)[1:]).returncode == 0
+    assert work.finished(trial.folder).items() >= kept.items() and work.names(trial.folder) == {"out.jsonl"}
+    assert [index for index, _, _ in work.result(trial.folder)] == list(range(16))
 
 
 def test_an_output_that_ends_in_its_first_word(tmp_path: Path):

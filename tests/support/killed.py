@@ -22,6 +22,9 @@ from typing import Any
 PROMPTS = ("Who are you?", "Tell me a short story about a fox, an owl and a river, and then what they say.")
 """What `prompts` saves by turns in the same file."""
 
+FILE_BYTES, CHUNK_BYTES = 400_000, 20_000
+"""Sizes of the pieces in which `convert` writes, so that a tiny model has many."""
+
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _EVENTS = {f"os.{name}" for name in ("rename", "remove", "rmdir", "mkdir", "link", "symlink", "chmod", "truncate")}
 
@@ -84,11 +87,11 @@ def _die() -> None:
 
 
 def _command_line(arguments: list[str]) -> None:
-    """The command line, with pieces so small that a tiny model has many."""
+    """The command line, with small pieces of work."""
     if arguments[0] == "convert":
         import weights_convert.plan as plan
 
-        plan.FILE_BYTES, plan.CHUNK_BYTES = 400_000, 20_000
+        plan.FILE_BYTES, plan.CHUNK_BYTES = FILE_BYTES, CHUNK_BYTES
     elif arguments[0] == "get":
         import huggingface_hub.constants
 
