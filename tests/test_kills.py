@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,6 +99,17 @@ def test_a_conversion_that_was_killed_at_its_edges(tmp_path: Path):
     assert files(converter.convert(source, new)) == expected
     (new / "conversion.json").write_text("{}")  # after the folder was renamed
     assert files(converter.convert(source, new)) == expected
+
+
+def test_an_unquantised_model_is_made_again(tmp_path: Path):
+    """The process was killed while it learned weights from one, or while it wrote it."""
+    source = make_pair("e2b", tmp_path)[0]
+    expected = files(converter.convert(source, tmp_path / "expected"))
+    aside = tmp_path / "new.partial"
+    for name in ("unquantised", "unquantised.partial"):
+        shutil.copytree(tmp_path / "expected", aside / name)
+    (aside / "conversion.json").write_text("{}")
+    assert files(converter.convert(source, tmp_path / "new")) == expected
 
 
 def test_a_partial_folder_is_known_until_it_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -226,7 +226,7 @@ def _finished_files(aside: Path, plan: Plan) -> dict[str, str]:
     elif journal:
         log.warning("%s is from another source or other options: starting again", aside)
     _write_journal(aside, plan, done)
-    shutil.rmtree(aside / _UNQUANTISED, ignore_errors=True)
+    _delete_unquantised(aside)
     for path in listed(aside):
         if path.name != _JOURNAL and path.name not in done:
             path.unlink()
@@ -239,10 +239,16 @@ def _delete(aside: Path) -> None:
     The journal goes last: a process that is killed here leaves a folder that the next one knows as a conversion's.
     """
     with suppress(OSError):
-        shutil.rmtree(aside / _UNQUANTISED, ignore_errors=True)
+        _delete_unquantised(aside)
         for path in sorted(aside.iterdir(), key=lambda path: path.name == _JOURNAL):
             path.unlink()
         aside.rmdir()
+
+
+def _delete_unquantised(aside: Path) -> None:
+    """Deletes what learning weights has left in a partial folder: a conversion, complete or not."""
+    for path in aside.glob(f"{_UNQUANTISED}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_journal(aside: Path, plan: Plan, done: dict[str, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -303,7 +304,7 @@ class Get(Work):
                 "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}  # fmt: skip
 
     def _blobs(self, folder: Path) -> list[Path]:
-        return [path for path in folder.glob("hub/*/blobs/*") if not path.name.endswith(".incomplete")]
+        return [path for path in folder.glob("hub/*/blobs/*") if re.fullmatch("[0-9a-f]{64}", path.name)]
 
     def wrong(self, folder: Path) -> Iterator[str]:
         for path in self._blobs(folder):
@@ -317,8 +318,8 @@ class Get(Work):
         return {name: content for name, content in files(folder).items() if "/snapshots/" in name}
 
     def names(self, folder: Path) -> set[str]:
-        # The library writes the 40 bytes of a commit to a temporary file, which a kill can leave.
-        return {name for name in super().names(folder) if "/refs/" not in name}
+        # Not what a kill leaves of the library's own: empty files, and one with the 40 bytes of a commit.
+        return {name for name, content in files(folder).items() if content and "/refs/" not in name}
 
 
 KINDS: tuple[type[Work], ...] = (Convert, Learn, Batch, Trace, Tune, Prompts, Chat, Get)
