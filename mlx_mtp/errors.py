@@ -1,7 +1,8 @@
 """The package's exceptions.
 
-Every failure that a user can cause or fix raises one of these, with a message of one line that says what to do. Any
-other exception is a defect of the package.
+Every failure that a user can cause or fix raises one of these, with a message of one line that says what to do; a file
+that can't be written (`save_prompt`, `trace`) raises an OSError that names it. Any other exception is a defect of the
+package.
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -21,6 +23,9 @@ LARGEST_JSON = 2**27
 
 _DEEPEST_JSON = 100
 """Deepest nesting that is accepted: configs have five levels, and recursive functions copy and print what is read."""
+
+_LONGEST_NAME = 40
+"""Characters of a file's name in that of its temporary file; a name has at most 255 bytes, a character up to four."""
 
 _SAMPLES, _SAMPLE_BYTES = 64, 2**12
 """Number of pieces that `sample` reads, and bytes of each: a disk reads at least that many for a single byte."""
@@ -136,8 +141,9 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
     """Writes a file completely or not at all.
 
     The `with` statement gives a temporary file in the same folder, which replaces `path` at the end; after an error it
-    is deleted. Its name is unique, so that two processes can write the same file: the last one wins. The permissions of
-    a replaced file are kept.
+    is deleted. Its name is unique, so that two processes can write the same file: the last one wins. It is locked, so
+    that one that a killed process has left can be told from one in use, and is deleted by the next attempt. The
+    permissions of a replaced file are kept.
 
     Args:
         path: The file to write; links are followed.
@@ -149,15 +155,15 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
     Raises:
         OSError: A file couldn't be written; always names `path`.
     """
-    aside = None
+    aside, handle = None, -1
     try:
         path = writable(path)
-        # A name has at most 255 bytes, and a character up to four of them.
-        aside = path.with_name(f"{path.name[:40]}.{secrets.token_hex(8)}.partial{suffix}")
-        aside.touch(exist_ok=False)
+        _delete_leftovers(path)
+        aside, handle = _new_file_beside(path, suffix)
         yield aside
         with suppress(FileNotFoundError):
             shutil.copymode(path, aside)
+        os.fsync(handle)  # or the name could outlive a loss of power, and the contents not
         os.replace(aside, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
@@ -165,6 +171,33 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
         if aside:
             with suppress(OSError):
                 aside.unlink()
+            os.close(handle)
+
+
+def _new_file_beside(path: Path, suffix: str) -> tuple[Path, int]:
+    """Makes a temporary file for `path`, and locks it; returns it and the handle that holds the lock."""
+    while True:
+        aside = path.with_name(f"{path.name[:_LONGEST_NAME]}.{secrets.token_hex(8)}.partial{suffix}")
+        handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with suppress(OSError):  # some file systems have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if aside.exists():  # another process may have taken it for a leftover before it was locked
+            return aside, handle
+        os.close(handle)
+
+
+def _delete_leftovers(path: Path) -> None:
+    """Deletes the temporary files for `path` that no process has locked: those who made them were killed."""
+    ours = re.compile(rf"{re.escape(path.name[:_LONGEST_NAME])}\.[0-9a-f]{{16}}\.partial(\.\w+)?")
+    with suppress(OSError):  # the folder can't be listed
+        for name in filter(ours.fullmatch, os.listdir(path.parent)):
+            with suppress(OSError):  # it is locked, gone meanwhile, or the file system has no locks
+                handle = os.open(path.with_name(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.with_name(name).unlink()
+                finally:
+                    os.close(handle)
 
 
 def writable(path: Path) -> Path:

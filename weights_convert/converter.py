@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,7 @@ Progress = Callable[[str, int, int], None]
 """Called with a parameter's name, the bytes written so far, and the bytes in total."""
 
 _JOURNAL = "conversion.json"
+_UNQUANTISED = "unquantised"
 _COPIED = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
@@ -79,6 +80,8 @@ class Conversion:
             CheckpointError: The source can't be read, or the destination can't be written.
         """
         if self.done:
+            with suppress(OSError):  # it is left if the process was killed at the end; the folder may be read-only
+                (self.destination / _JOURNAL).unlink()
             log.info("%s is there already", self.destination)
             return self.destination
         try:
@@ -105,24 +108,23 @@ class Conversion:
             _write_rest(aside, self.plan, self.source, finished)
         finally:
             if not finished:
-                shutil.rmtree(aside, ignore_errors=True)  # there is nothing to continue with
+                _delete(aside)  # there is nothing to continue with
         if self.destination.exists():
             self.destination.rmdir()
         aside.rename(self.destination)
         (self.destination / _JOURNAL).unlink()
 
     def _learned(self, learning: Learning) -> Plan:
-        """The plan with learnt weights. Makes a temporary unquantised conversion beside the destination."""
+        """The plan with learnt weights. Makes a temporary unquantised conversion in the partial folder."""
         assert self.scheme is not None
         data = learning.sequences(self.source)
-        beside = self.destination.with_name(f"{self.destination.name}.unquantised")
-        plain = prepare(self.source, beside, None, self.dtype)
+        plain = prepare(self.source, self.aside / _UNQUANTISED, None, self.dtype)
         learning.check_memory(plain.plan.total)
         try:
             plain.run()
-            return learn(self.plan, beside, data, learning.method, self.scheme.common)
+            return learn(self.plan, plain.destination, data, learning.method, self.scheme.common)
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(plain.destination, ignore_errors=True)
 
 
 def prepare(
@@ -203,12 +205,13 @@ def _locked(aside: Path) -> Iterator[None]:
 
 
 def _finished_files(aside: Path, plan: Plan) -> dict[str, str]:
-    """The files that an interrupted conversion has finished, with their checksums. Deletes all other files.
+    """The files that an interrupted conversion has finished, with their checksums. Deletes all others.
 
     Raises:
         CheckpointError: The folder isn't that of a conversion.
     """
-    if listed(aside) and not (aside / _JOURNAL).is_file():
+    # The process may have been killed when it wrote the first journal.
+    if not (aside / _JOURNAL).is_file() and any(not path.name.startswith(_JOURNAL) for path in listed(aside)):
         raise CheckpointError(f"{aside} is in the way, and isn't an interrupted conversion: move it")
     journal = read_json(aside / _JOURNAL, required=False)
     done: dict[str, str] = {}
@@ -223,10 +226,29 @@ def _finished_files(aside: Path, plan: Plan) -> dict[str, str]:
     elif journal:
         log.warning("%s is from another source or other options: starting again", aside)
     _write_journal(aside, plan, done)
+    _delete_unquantised(aside)
     for path in listed(aside):
         if path.name != _JOURNAL and path.name not in done:
             path.unlink()
     return done
+
+
+def _delete(aside: Path) -> None:
+    """Deletes a partial folder as far as possible.
+
+    The journal goes last: a process that is killed here leaves a folder that the next one knows as a conversion's.
+    """
+    with suppress(OSError):
+        _delete_unquantised(aside)
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == _JOURNAL):
+            path.unlink()
+        aside.rmdir()
+
+
+def _delete_unquantised(aside: Path) -> None:
+    """Deletes what learning weights has left in a partial folder: a conversion, complete or not."""
+    for path in aside.glob(f"{_UNQUANTISED}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_journal(aside: Path, plan: Plan, done: dict[str, str]) -> None:

@@ -5,7 +5,6 @@ Checksums are in SHA256SUMS, in the format of sha256sum: `sha256sum -c SHA256SUM
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,8 +56,6 @@ def write_safetensors(path: Path, parameters: list[Parameter], progress: Callabl
                     offsets[i] += file.write(_bytes(part))
                     progress(parameter.name, part.nbytes)
             mx.clear_cache()
-        file.flush()
-        os.fsync(file.fileno())
     return sha256(path)
 
 

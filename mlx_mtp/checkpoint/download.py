@@ -27,6 +27,12 @@ from .sizes import format_bytes
 _LARGEST = 50 * 10**9
 """Largest file, in bytes, that hubs send over plain HTTP; larger ones are left to huggingface_hub."""
 
+_LEFTOVER = re.compile(r"([^.]+)\.[0-9a-f]{8}\.incomplete")
+"""Name of a file that the library is downloading, or was: its etag, and what no other attempt has."""
+
+_LOCK_SECONDS = 0.01
+"""How long the lock of a leftover is waited for; 0 would mean ten seconds to the library."""
+
 _BELOW = ["*/*"]
 """Matches files in subfolders, which have the model in other formats; without it, patterns match in all folders."""
 
@@ -57,6 +63,7 @@ def weights(repository: str, folder: Path, patterns: list[str], progress: Progre
     commit = folder.name  # the same commit as the files that are there
     begun = folder.parents[1] / f"{commit}.mlx-mtp.begun"
     blobs = folder.parents[1] / "blobs"
+    _delete_leftovers(blobs)
     missing = _missing(repository, folder, patterns)
     total = sum(missing.values())
     _check_room(repository, blobs, total)
@@ -88,6 +95,22 @@ def _without_bars() -> Iterator[None]:
     finally:
         if shown:
             utils.enable_progress_bars()  # type: ignore[attr-defined]
+
+
+def _delete_leftovers(blobs: Path) -> None:
+    """Deletes what killed processes have left of the library's own downloads, which it never goes on with.
+
+    The library locks an etag while it downloads the file.
+    """
+    try:
+        from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # the package has no __all__
+    except ImportError:
+        return
+    locks = blobs.parents[1] / ".locks" / blobs.parent.name
+    for path in blobs.glob("*.incomplete"):
+        if found := _LEFTOVER.fullmatch(path.name):
+            with suppress(OSError), WeakFileLock(locks / f"{found[1]}.lock", timeout=_LOCK_SECONDS):
+                path.unlink()
 
 
 def _check_room(repository: str, blobs: Path, total: int) -> None:

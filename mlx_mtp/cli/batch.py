@@ -10,6 +10,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
@@ -76,7 +77,7 @@ def batch(
         with (
             o.load(model, drafter, no_draft, quantize, quantize_drafter, adapter=adapter) as lm,
             o.tracing(lm, trace),
-            _only(output, done) as file,
+            _appending(output, done) as file,
         ):
             answers = _answers(lm, lines, todo, size, generation)
             with render.progress("prompts", len(todo)) as report:
@@ -88,7 +89,7 @@ def batch(
     except KeyboardInterrupt:
         print(f"\nstopped: {len(done)} answers are in {output}; the same command continues", file=sys.stderr)
         raise typer.Exit(o.INTERRUPTED) from None
-    _only(output, dict(sorted(done.items()))).close()
+    _write(output, dict(sorted(done.items())))
     if failed := sum("error" in answer for answer in done.values()):
         raise MTPError(f'{failed} of {len(done)} lines have no answer: see their "error" in {output}')
 
@@ -175,18 +176,33 @@ def _finished(output: Path, lines: list[str]) -> dict[int, dict[str, Any]]:
             raise PromptError(f"{output} exists and isn't the output of this command: choose another name") from None
         if 0 <= index < len(lines) and digest == _head(index, lines[index])["line_sha256"]:
             done[index] = answer
-    if rest and not whole and not rest.startswith('{"index"'):
+    begin = '{"index"'
+    if rest and not whole and rest[: len(begin)] != begin[: len(rest)]:
         raise PromptError(f"{output} exists and isn't the output of this command: choose another name")
     if whole and not done:
         raise PromptError(f"{output} has the answers of another input: choose another name")
     return done
 
 
-def _only(output: Path, answers: Mapping[int, dict[str, Any]]) -> IO[str]:
-    """Reduces the file to these answers, and opens it for appending."""
+def _write(output: Path, answers: Mapping[int, dict[str, Any]]) -> None:
+    """Makes the file hold just these answers."""
     with replacing(output) as aside:
         aside.write_text("".join(map(_line, answers.values())), "utf-8")
-    return output.open("a", encoding="utf-8")
+
+
+@contextmanager
+def _appending(output: Path, answers: Mapping[int, dict[str, Any]]) -> Iterator[IO[str]]:
+    """Makes the file hold just these answers, and opens it for more.
+
+    Raises:
+        MTPError: They can't be written.
+    """
+    _write(output, answers)
+    try:
+        with output.open("a", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        raise MTPError(f"{output} can't be written: {error.strerror or error}; the same command continues") from None
 
 
 def _line(answer: dict[str, Any]) -> str:

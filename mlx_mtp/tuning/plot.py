@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import MTPError
+from ..files import replacing
 
 if TYPE_CHECKING:
     from .choose import Option
@@ -40,6 +41,9 @@ def write_plot(options: Sequence[Option], path: Path, title: str) -> None:
         options: At least one.
         path: The file, see `check_plot`.
         title: The title of the figure.
+
+    Raises:
+        OSError: The file can't be written.
     """
     import matplotlib
 
@@ -60,5 +64,6 @@ def write_plot(options: Sequence[Option], path: Path, title: str) -> None:
         axis.legend()
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with replacing(path, path.suffix) as aside:
+        figure.savefig(aside, dpi=120)
     plt.close(figure)

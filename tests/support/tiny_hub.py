@@ -6,13 +6,17 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+_PIECE = 2**16
+"""Bytes that are sent at a time."""
 
 
 class Hub:
@@ -25,6 +29,7 @@ class Hub:
         begun: By name, at which byte the latest download of a file began.
         gated: Whether only those may read who have accepted the terms.
         etag_begins: What stands before the checksum in the files' etags.
+        pause: Seconds after each piece of a file, for downloads that last.
     """
 
     def __init__(self, repositories: Path):
@@ -32,6 +37,7 @@ class Hub:
         self.cut: str | None = None
         self.gated = False
         self.etag_begins = ""
+        self.pause = 0.0
         self.begun: dict[str, int] = {}
         self.root, self._sent = repositories, set[str]()
         hub = self
@@ -93,8 +99,8 @@ class Hub:
         else:
             self._send(request, 206 if begin else 200, data[begin:], headers, len(data) // 2 if cut else None)
 
-    @staticmethod
     def _send(
+        self,
         request: BaseHTTPRequestHandler,
         status: int,
         data: bytes,
@@ -106,7 +112,11 @@ class Hub:
             request.send_header(name, value)
         request.end_headers()
         if request.command == "GET":
-            request.wfile.write(data[:cut])
+            sent = data[:cut]
+            with suppress(ConnectionError):  # whoever asked is gone
+                for begin in range(0, len(sent), _PIECE):
+                    request.wfile.write(sent[begin : begin + _PIECE])
+                    time.sleep(self.pause)
 
 
 @contextmanager

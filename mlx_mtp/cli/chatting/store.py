@@ -52,9 +52,11 @@ class Store:
             OSError: It can't be written.
         """
         self._make_folder()
-        if not self._kept and self._last.exists():
-            os.replace(self._last, self._before)
-        write_conversation(self._last, messages, private=True)
+        with replacing(self._last) as aside:
+            aside.chmod(_PRIVATE)
+            _write(aside, messages)
+            if not self._kept and self._last.exists():
+                os.replace(self._last, self._before)
         self._kept = True
 
     def resume(self) -> Messages:
@@ -63,7 +65,8 @@ class Store:
         Raises:
             MTPError: There is none, or its file is damaged.
         """
-        path = self._before if self._kept else self._last
+        # A process that was killed between the two steps of `keep` has left only the one before.
+        path = self._before if self._kept or not self._last.exists() else self._last
         if not path.exists():
             raise MTPError("no earlier conversation is kept")
         return read_conversation(path)
@@ -72,22 +75,23 @@ class Store:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
-def write_conversation(path: Path, messages: Messages, private: bool = False) -> None:
+def write_conversation(path: Path, messages: Messages) -> None:
     """Writes a conversation as JSON; if that fails, an older file stays as it is.
 
     Args:
         path: The file.
         messages: Its messages; the system prompt is the first.
-        private: Whether only the user may read it.
 
     Raises:
         OSError: The file can't be written.
         ValueError: The name can't be one of a file.
     """
     with replacing(path) as aside:
-        if private:
-            aside.chmod(_PRIVATE)
-        aside.write_text(json.dumps(messages, ensure_ascii=False, indent=2) + "\n", "utf-8")
+        _write(aside, messages)
+
+
+def _write(path: Path, messages: Messages) -> None:
+    path.write_text(json.dumps(messages, ensure_ascii=False, indent=2) + "\n", "utf-8")
 
 
 def read_conversation(path: Path) -> Messages:
