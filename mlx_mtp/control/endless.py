@@ -61,8 +61,8 @@ def _ends(schema: Any, parts: Mapping[str, Any], ending: set[str]) -> bool:
         return found in ending or found not in parts
     for way, enough in (("anyOf", any), ("oneOf", any), ("allOf", all)):
         choices = schema.get(way)
-        some = isinstance(choices, list | tuple) and choices
-        if some and not enough(_ends(part, parts, ending) for part in choices):
+        endings = [_ends(part, parts, ending) for part in choices] if isinstance(choices, list | tuple) else []
+        if endings and not enough(endings):
             return False
     return all(_ends(part, parts, ending) for part in _needed(schema))
 

@@ -164,14 +164,14 @@ def _source(response_format: Mapping[str, Any]) -> tuple[str, str]:
         if not isinstance(schema, Mapping):
             raise PromptError('response_format of type "json_schema" needs a dict "json_schema" with a "schema"')
         try:
-            source, endless = json.dumps(schema), endless_part(schema)
+            text, endless = json.dumps(schema), endless_part(schema)
         except (TypeError, ValueError, RecursionError) as error:
             raise PromptError(f"response_format: the schema isn't JSON: {error}") from error
         if endless is not None:
             raise PromptError(
                 f"response_format: no text fits the schema: its part {endless!r} needs itself, without an end"
             )
-        return kind, source
+        return kind, text
     name = {"regex": "pattern", "grammar": "grammar"}.get(str(kind), "")
     if name and isinstance(source := response_format.get(name), str):
         return str(kind), source
