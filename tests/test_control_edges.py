@@ -126,12 +126,30 @@ def test_a_grammar_of_which_nothing_is_possible_ends_the_text(lm: mlx_mtp.MTPMod
             lm.generate("Hello!", 9, **letters("[ab]+"), logit_bias=nothing, **options)  # type: ignore[arg-type]
 
 
+ENDLESS: list[dict[str, Any]] = [
+    {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
+    {"type": "array", "items": {"$ref": "#"}, "minItems": 1},
+    {"type": "object", "properties": {"a": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"$ref": "#/$defs/a"}}},
+    {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"anyOf": [{"$ref": "#/$defs/a"}]}}, "items": {"$ref": "#/$defs/b"}},
+    {"allOf": [{"type": "object"}, {"$ref": "#"}]},
+]
+"""Schemas with a part that no finite value fits."""
+
+ENDING: list[dict[str, Any]] = [
+    {"type": "object", "properties": {"a": {"$ref": "#"}}}, {"type": "array", "items": {"$ref": "#"}},
+    {"type": "object", "properties": {"a": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, "required": ["a"]},
+    {"type": ["object", "null"], "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
+    {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"enum": [1]}}},
+]  # fmt: skip
+"""Schemas that refer to themselves or to a chain of parts, with an end."""
+
+
 @pytest.mark.parametrize("asked", [
     letters("[^\\s\\S]")["response_format"], letters("\ud800")["response_format"],
     {"type": "grammar", "grammar": 'start: "\ud800"'}, {"type": "grammar", "grammar": "start: start"},
     *({"type": "json_schema", "json_schema": {"schema": schema}} for schema in (
-        True, {"$ref": "#"}, {"enum": ["\ud800"]}, json.loads('{"items":' * 300 + "{}" + "}" * 300))),
-], ids=range(8))  # fmt: skip
+        True, {"$ref": "#"}, {"enum": ["\ud800"]}, json.loads('{"items":' * 300 + "{}" + "}" * 300), *ENDLESS)),
+], ids=range(8 + len(ENDLESS)))  # fmt: skip
 def test_formats_that_nothing_fits_are_refused_at_once(lm: mlx_mtp.MTPModel, asked: dict[str, Any]):
     answers = dict(lm.generate_each([{"prompt": "Hello!", "response_format": asked}], max_tokens=4))
     assert isinstance(answers[0], PromptError)
@@ -248,9 +266,17 @@ def test_odd_schemas_of_tools_allow_what_they_can(lm: mlx_mtp.MTPModel, paramete
         assert isinstance(value, expected)
 
 
-@pytest.mark.parametrize(
-    "parameters, message", [({"properties": {5: {}}}, "isn't JSON"), (arrays(300), "nested too deeply")]
-)
+@pytest.mark.parametrize("schema", ENDING, ids=range(len(ENDING)))
+def test_schemas_that_refer_to_themselves_and_end_can_be_used(lm: mlx_mtp.MTPModel, schema: dict[str, Any]):
+    asked = {"type": "json_schema", "json_schema": {"schema": schema}}
+    assert lm.generate("Hello!", 3, temperature=0, response_format=asked).text
+    assert lm.generate("Hello!", 3, tools=tool(schema), tool_choice="f").stats.generated_tokens
+
+
+@pytest.mark.parametrize("parameters, message", [
+    ({"properties": {5: {}}}, "isn't JSON"), (arrays(300), "nested too deeply"),
+    *((schema, "needs itself") for schema in ENDLESS),
+], ids=range(2 + len(ENDLESS)))  # fmt: skip
 def test_tools_that_no_grammar_can_be_made_of(lm: mlx_mtp.MTPModel, parameters: Any, message: str):
     with pytest.raises(PromptError, match=message):
         lm.generate("Hello!", 3, tools=tool(parameters), tool_choice="f")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mlx_mtp.text.tokenizer import Tokenizer
 from tests.support.tiny_tokenizer import write_tokenizer
 
 USER: dict[str, Any] = {"role": "user", "content": "Hi <b> you"}
+LIST, TEXT = "{% set x = range(99999) | list %}", "{% set x = 'é' * 999999 %}"
 DOUBLE = "{%% set ns = namespace(x=%s) %%}{%% for _ in range(80) %%}{%% set ns.x = %s %%}{%% endfor %%}{{ ns.x }}"
 
 
@@ -67,17 +69,23 @@ def test_what_grows_without_end_is_refused(tmp_path: Path, template: str):
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
     "{% for a in [range(99999)] recursive %}{% for b in a %}{{ loop(a) }}{% endfor %}{% endfor %}",
+    LIST + "{{ [" + "-1 in x, " * 2000 + "] }}", LIST + "{% set y = x[:] %}{{ [" + "x > y, " * 500 + "] }}",
+    LIST + "{{ x | select('in', x[::-1]) | list }}", LIST + "{{ x | reject('in', x) | first }}",
+    LIST + "{{ x" + " | select('odd') | map('abs')" * 60 + " | list }}",
+    TEXT + "{{ x.rfind('b' + x) }}", TEXT + "{{ x.rsplit('b' + x) }}", TEXT + "{{ x.strip('b' + x[:-1] + 'c') }}",
+    "{% set x = ('<a>' * 300000) | safe %}{{ x.striptags() }}", TEXT + "{{ x | tojson(ensure_ascii=true) }}",
+    TEXT + "{{ x | urlencode }}", TEXT + "{{ (x ~ 'a').encode('punycode') }}",
 ])  # fmt: skip
 def test_what_runs_without_end_is_stopped(little_time: None, tmp_path: Path, template: str):
-    begin = time.monotonic()
+    begin = time.thread_time()
     with pytest.raises(PromptError) as raised:
         with_template(tmp_path, template).chat([USER])
-    assert "\n" not in str(raised.value) and time.monotonic() - begin < 3
+    assert "\n" not in str(raised.value) and time.thread_time() - begin < 1
 
 
 @pytest.mark.parametrize("template", [
     "{% break %}", "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "{% for %}", "{{ x | nothing }}",
-    "{% if x %}" * 200 + "{% endif %}" * 200,
+    "{% if x %}" * 200 + "{% endif %}" * 200, "{{ x }}" * 20_000,
 ])  # fmt: skip
 def test_a_template_that_is_none_is_a_broken_checkpoint(tmp_path: Path, template: str):
     with pytest.raises(CheckpointError, match="is broken") as raised:
@@ -113,3 +121,20 @@ def test_long_conversations_are_not_too_much(tmp_path: Path):
     ]  # fmt: skip
     assert tokenizer.prompt(turn * 1000 + turn[:1]).count("<|turn>") == 2002
     assert len(tokenizer.prompt([{"role": "user", "content": "x" * 4_000_000}])) > 4_000_000
+
+
+def test_templates_that_look_back_over_long_conversations(little_time: None, tmp_path: Path):
+    """The published template does: the time limit grows with the number of messages, as its time does."""
+    template = (
+        "{% for m in messages %}{% set ns = namespace(role='') %}{% for i in range(loop.index0 - 1, -1, -1) %}"
+        "{% if not ns.role and messages[i].role != 'tool' %}{% set ns.role = messages[i].role %}{% endif %}{% endfor %}"
+        "{{ ns.role }} {% endfor %}"
+    )
+    roles = with_template(tmp_path, template).render([USER] * 1000).split()
+    assert roles == ["user"] * 999
+
+
+def test_warnings_of_python_about_a_template_are_not_shown(tmp_path: Path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert with_template(tmp_path, "a{% if false %}{{ 1[0] }}{{ 1(2) }}{% endif %}").render([USER]) == "a"

@@ -116,3 +116,10 @@ def test_a_stop_string_that_no_text_can_have_stops_nothing():
     with mlx_mtp.load() as lm:
         free = lm.generate("Who are you?", 8, temperature=0)
         assert lm.generate("Who are you?", 8, temperature=0, stop="\ud800").tokens == free.tokens
+
+
+@pytest.mark.parametrize("stop", [["a"] * 1_001, ["a" * 50_001] * 2, "a" * 100_001])
+def test_so_many_stop_strings_that_each_token_would_be_slow(lm: mlx_mtp.MTPModel, stop: str | list[str]):
+    with pytest.raises(PromptError, match="stop has more than 1000 strings, or 100,000 characters"):
+        lm.generate(QUESTION, stop=stop)
+    assert lm.generate(QUESTION, stop=[f"q{i}" for i in range(1_000)], **GREEDY).text == ANSWER

@@ -402,6 +402,18 @@ def cut(tokens: list[int], rng: random.Random) -> list[list[int]]:
     return pieces
 
 
+@pytest.mark.parametrize("name", ["", " ", " a", "a{b", "a}", "a=b", "a,b", "'a'", '"a"', "<|tool_call>", "a\u200b"])
+def test_names_that_no_call_can_have_are_refused(name: str):
+    with pytest.raises(PromptError, match="can't be a tool's name"):
+        Tools([{"name": name}])
+
+
+@pytest.mark.parametrize("name", ["f", "a-b.c_1", "a b", "call:x", "é", "a(b", "google:mcp:pdf", "it's"])
+def test_names_that_can_be_declared_are_found_in_calls(name: str):
+    Tools([{"type": "function", "function": {"name": name}}])
+    assert parse_calls(f"call:{name}{{a:1}}") == [(name, {"a": 1})]
+
+
 def test_how_tokens_are_cut_into_pieces_makes_no_difference(tokenizer: Tokenizer):
     written = [
         "he ", "é", "<|channel>thought\nso", "<channel|>", "<|tool_call>", f"call:f{{a:{Q}é{{}}{Q}}}", "call:weather{}",

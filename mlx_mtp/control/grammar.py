@@ -16,6 +16,7 @@ import tokenizers
 
 from ..decode.adjustments import Bits
 from ..errors import MTPError, PromptError
+from .endless import endless_part
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -163,9 +164,14 @@ def _source(response_format: Mapping[str, Any]) -> tuple[str, str]:
         if not isinstance(schema, Mapping):
             raise PromptError('response_format of type "json_schema" needs a dict "json_schema" with a "schema"')
         try:
-            return kind, json.dumps(schema)
+            text, endless = json.dumps(schema), endless_part(schema)
         except (TypeError, ValueError, RecursionError) as error:
             raise PromptError(f"response_format: the schema isn't JSON: {error}") from error
+        if endless is not None:
+            raise PromptError(
+                f"response_format: no text fits the schema: its part {endless!r} needs itself, without an end"
+            )
+        return kind, text
     name = {"regex": "pattern", "grammar": "grammar"}.get(str(kind), "")
     if name and isinstance(source := response_format.get(name), str):
         return str(kind), source

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import PromptError
+from .endless import endless_part, referred
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +42,8 @@ def tool_grammar(functions: Sequence[Mapping[str, Any]], tokens: CallTokens) -> 
         tokens: See there.
 
     Raises:
-        PromptError: A reference in a schema leads nowhere, or a schema is nested too deeply or has values that aren't
-            JSON's.
+        PromptError: A reference in a schema leads nowhere, no finite value fits it, or it is nested too deeply or has
+            values that aren't JSON's.
     """
     rules = _Rules(tokens)
     try:
@@ -97,6 +98,8 @@ class _Rules:
     def arguments(self, schema: Any) -> str:
         """The arguments of a function; references are looked up in its schema. What isn't one allows any arguments."""
         self._root, self._known = schema if isinstance(schema, Mapping) else {}, {}
+        if (endless := endless_part({"type": "object", **self._root})) is not None:
+            raise PromptError(f"no call fits a tool's schema: its part {endless!r} needs itself, without an end")
         return self._of({"type": "object", **self._root})
 
     def _of(self, schema: Any) -> str:
@@ -151,12 +154,9 @@ class _Rules:
     def _referred(self, reference: str) -> str:
         """The rule of a part of the schema, which may refer to itself."""
         if reference not in self._known:
-            part: Any = self._root
-            for escaped in reference.removeprefix("#").strip("/").split("/") if reference != "#" else ():
-                step = escaped.replace("~1", "/").replace("~0", "~")
-                if not isinstance(part, Mapping) or step not in part:
-                    raise PromptError(f"a tool's schema refers to {reference!r}, which isn't in it")
-                part = part[step]
+            part = referred(self._root, reference)
+            if part is None:
+                raise PromptError(f"a tool's schema refers to {reference!r}, which isn't in it")
             name = self._known[reference] = f"part_{len(self.lines)}"
             at = len(self.lines)
             self.lines.append("")

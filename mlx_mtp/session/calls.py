@@ -82,7 +82,7 @@ class Calls:
         seed = _drawn(options.seed)
         tools = Tools(options.tools) if options.tools else None
         request = Request(
-            prompt=self.tokens(prompt, options),
+            prompt=self.tokens(prompt, options, most=self._config.text.max_positions),
             max_tokens=options.max_tokens,
             sampling=options.sampling(self._defaults, seed),
             draft_length=options.draft_length,
@@ -109,11 +109,16 @@ class Calls:
             for i in range(n)
         ]
 
-    def tokens(self, prompt: Prompt, options: GenerationOptions) -> list[int]:
+    def tokens(self, prompt: Prompt, options: GenerationOptions, most: int | None = None) -> list[int]:
         """Token ids of a prompt.
 
+        Args:
+            prompt: See `MTPModel.generate`.
+            options: Those of the chat template count.
+            most: How many there is room for; a text that certainly has more isn't encoded, which takes long.
+
         Raises:
-            PromptError: Empty, malformed, or text without a tokenizer.
+            PromptError: Empty, malformed, text without a tokenizer, or certainly too long.
         """
         if isinstance(prompt, str):
             if not prompt.strip():
@@ -121,7 +126,7 @@ class Calls:
             if not options.chat_template:
                 if options.thinking or options.tools:
                     raise PromptError("thinking and tools need the chat template: leave out chat_template=False")
-                return self._text_tokenizer().encode_raw(prompt)
+                return self._text_tokenizer().encode_raw(self._not_too_long(prompt, most))
             prompt = [{"role": "user", "content": prompt}]
         known = prompt if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) else [None]
         tokens = [t for t in known if is_int(t)]
@@ -134,7 +139,15 @@ class Calls:
             raise PromptError("a prompt is a string, a list of messages (dicts), or a list of token ids (ints)")
         if not options.chat_template:
             raise PromptError("messages need the chat template: give a string to complete it as it is")
-        return self._text_tokenizer().chat(messages, options.thinking, options.tools, options.sanitize)
+        tokenizer = self._text_tokenizer()
+        text = tokenizer.prompt(messages, options.thinking, options.tools, options.sanitize)
+        return tokenizer.encode_prompt(self._not_too_long(text, most))
+
+    def _not_too_long(self, text: str, most: int | None) -> str:
+        least = self._text_tokenizer().fewest_tokens(text) if most and len(text) > most else 0
+        if most and least > most:
+            raise PromptError(f"the prompt has at least {least} tokens, the model's context only {most}")
+        return text
 
     def generate(self, prompt: Prompt, options: GenerationOptions, n: int) -> list[Generation]:
         """See `MTPModel.generate`."""

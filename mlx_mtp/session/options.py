@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from .generation_config import GenerationDefaults
 
+MOST_STOPS, MOST_STOP_CHARACTERS = 1_000, 100_000
+"""Most stop strings, and their characters in all: a text is searched for each of them with each token."""
+
 
 class OptionFields(TypedDict, total=False):
     """`GenerationOptions` as keyword arguments, except `max_tokens`, which every call names itself."""
@@ -143,6 +146,8 @@ class GenerationOptions:
         check_draft_length(self.draft_length, self.exactness)
         if not isinstance(self.stop_strings, Sequence) or not all(isinstance(it, str) for it in self.stop_strings):
             raise PromptError(f"stop must be a string or a list of strings, not {self.stop!r}")
+        if len(self.stop_strings) > MOST_STOPS or sum(map(len, self.stop_strings)) > MOST_STOP_CHARACTERS:
+            raise PromptError(f"stop has more than {MOST_STOPS} strings, or {MOST_STOP_CHARACTERS:,} characters in all")
         for name in ("sanitize", "chat_template"):
             if not isinstance(flag := getattr(self, name), bool):
                 raise PromptError(f"{name} must be True or False, not {flag!r}")

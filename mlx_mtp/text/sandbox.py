@@ -1,9 +1,10 @@
 """Runs chat templates, which are untrusted programs, with bounded time and memory.
 
 Jinja's sandbox keeps templates away from everything but their variables. This module adds a budget of characters and
-list elements for each rendering. Every loop step, call, filter and operator is charged for its result; where a small
-input can give a large result, it is charged beforehand. So every single step is bounded. The time limit is checked
-between steps: a rendering ends at most one step after it.
+list elements for each rendering. Every loop step, call, filter, test, comparison and operator is charged for what it
+reads and makes; where a small input can give a large result, or take long, it is charged beforehand
+(template_costs.py). So every single step is bounded. The time limit is checked between steps: a rendering ends at most
+one step after it. It counts the processor's time, so a busy machine makes no difference.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import CodeType, GeneratorType
 from typing import Any
 
 from jinja2 import Template, TemplateError, nodes
@@ -27,31 +30,51 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, pass_environment
 from jinja2.visitor import NodeTransformer
 
-MOST = 1 << 26
-"""Budget of a rendering, in characters: some ten times a prompt that fills the longest context."""
+from .template_costs import ELEMENT, MOST_WIDTH, BudgetError, cost_of, printed_length, size
 
-SECONDS = 10.0
-"""Time limit of a rendering. A conversation that fills the longest context takes about one second."""
+CHARACTERS, CHARACTERS_EACH = 1 << 23, 32
+"""Budget of a rendering, in characters, and more for each character of the conversation: Gemma 4's template copies each
+about ten times."""
 
-_MOST_PARTS = 1 << 18
-"""Most values within a value, counting repeated ones: more than a conversation that fills the longest context has."""
+SECONDS, SECONDS_A_PAIR, MOST_SECONDS = 1.0, 2e-6, 10.0
+"""Time limit of a rendering: for a short conversation, which takes milliseconds; more for each pair of messages, since
+Gemma 4's template looks back from each message at those before it; and at most."""
 
-_ELEMENT = 8
-"""Charge for a list element, in characters: the bytes of a reference."""
+LONGEST_TEMPLATE = 1 << 17
+"""Longest template, in characters: Gemma 4's has 17,000, and Jinja takes 5 microseconds to compile each."""
 
-_MOST_WIDTH = 10_000
-"""Largest number that string filters and methods accept, such as a width to pad to; also bits of an integer."""
+_LOOK_SECONDS = 0.005
+"""How often the processor's time is asked for, which takes much longer than to ask for the clock's."""
 
 _NOT_ASCII = re.compile("[^\x00-\x7f\ud800-\udfff]")
-_WIDE = re.compile(r"\d{5}|\*|\{[^}]*\{")
-"""Field widths of a format that are large, or given by an argument."""
 
-_REMOVED_FILTERS = ("pprint", "urlize", "wordwrap", "xmlattr")
-"""Filters that chats don't need, and whose results are hard to bound beforehand."""
+_REMOVED_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
+"""Filters that chats don't need, and whose results or times are hard to bound beforehand."""
 
 
-class BudgetError(TemplateError):
-    """A template exceeds its budget of time or memory."""
+class Budget:
+    """What a rendering may still spend."""
+
+    def __init__(self, conversation: Sequence[Any] = (), tools: Any = None) -> None:
+        """A budget for a conversation of these messages and tools."""
+        characters = printed_length([conversation, tools])
+        self._all = self.left = CHARACTERS + CHARACTERS_EACH * characters
+        self._seconds = min(SECONDS + SECONDS_A_PAIR * len(conversation) ** 2, MOST_SECONDS)
+        self._end, self._look = time.thread_time() + self._seconds, 0.0
+
+    def spend(self, amount: int) -> None:
+        """Takes something from the budget, in characters.
+
+        Raises:
+            BudgetError: It isn't there, or the time is over.
+        """
+        self.left -= amount
+        if self.left < 0:
+            raise BudgetError(f"it makes more than {self._all:,} characters")
+        if (now := time.monotonic()) > self._look:
+            self._look = now + _LOOK_SECONDS
+            if time.thread_time() > self._end:
+                raise BudgetError(f"it takes more than {self._seconds:.1f} seconds")
 
 
 class Environment(ImmutableSandboxedEnvironment):
@@ -61,7 +84,7 @@ class Environment(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
-        self._budget = threading.local()
+        self._local = threading.local()
         self.globals |= {"raise_exception": _refuse, "strftime_now": _now, "namespace": _Namespace}
         del self.globals["lipsum"]
         # Jinja's own tojson escapes HTML.
@@ -72,47 +95,53 @@ class Environment(ImmutableSandboxedEnvironment):
         self.filters |= {
             "_charged_steps": self._charged_steps,
             "_charged": self._charged,
-            "_charged_slice": self._charged_slice,
+            "_read": self._read,
         }
+        self.tests = {name: self._bounded_test(test) for name, test in self.tests.items()}
 
     def compiled(self, source: str) -> Template:
         """Compiles a template.
 
         Raises:
+            BudgetError: It is too long, or what it computes from constants exceeds the budget.
             Exception: Any, if the template is malformed.
         """
-        self._begin()
+        if len(source) > LONGEST_TEMPLATE:
+            raise BudgetError(f"it has more than {LONGEST_TEMPLATE:,} characters")
+        self._local.budget = Budget()
         return self.from_string(source)
 
     def run(self, template: Template, variables: Mapping[str, Any]) -> str:
         """Renders a template.
 
+        Args:
+            template: As `compiled` returns it.
+            variables: Its variables, "messages" and "tools" among them.
+
         Raises:
             BudgetError: It exceeds its budget.
             Exception: Any, raised by the template.
         """
-        self._begin()
+        self._local.budget = Budget(variables["messages"], variables["tools"])
         return template.render(variables)
 
-    def _begin(self) -> None:
-        self._budget.left, self._budget.deadline = MOST, time.monotonic() + SECONDS
-
     def _spend(self, amount: int) -> None:
-        self._budget.left -= amount
-        if self._budget.left < 0 or time.monotonic() > self._budget.deadline:
-            raise BudgetError(f"it takes more than {SECONDS:g} seconds or makes more than {MOST:,} characters")
+        self._local.budget.spend(amount)
 
     def _charged(self, value: Any) -> Any:
         """Charges for a value; refuses one that would be too long in print, such as nested lists of repeated lists."""
         if isinstance(value, str | bytes):
             self._spend(len(value))
         elif isinstance(value, list | tuple | dict):
-            self._spend(_ELEMENT * len(value))
-            _printed_length(value)
+            self._spend(ELEMENT * len(value))
+            printed_length(value, self._local.budget.left)
+        elif isinstance(value, GeneratorType):
+            return self._charged_steps(value)
         return value
 
-    def _charged_slice(self, value: Any) -> Any:
-        self._spend(len(value) if hasattr(value, "__len__") else 1)
+    def _read(self, value: Any) -> Any:
+        """Charges for reading a value."""
+        self._spend(size(value))
         return value
 
     def _charged_steps(self, values: Iterable[Any]) -> Iterator[Any]:
@@ -129,7 +158,7 @@ class Environment(ImmutableSandboxedEnvironment):
         return "".join(charged)
 
     def _bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter that is charged for its result."""
+        """A filter that is charged beforehand, and for its result."""
         skipped = 1 if hasattr(function, "jinja_pass_arg") else 0  # the environment or context before the value
 
         @functools.wraps(function)
@@ -141,20 +170,30 @@ class Environment(ImmutableSandboxedEnvironment):
 
         return bounded
 
+    def _bounded_test(self, test: Any) -> Any:
+        """A test that is charged for what it reads: filters can apply it to many values in one step."""
+
+        @functools.wraps(test)
+        def bounded(*args: Any, **kwargs: Any) -> Any:
+            self._spend(sum(map(size, args)))
+            return test(*args, **kwargs)
+
+        return bounded
+
     def _charge_ahead(self, name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Charges beforehand for a filter or a method whose result may be much larger than the value."""
-        value, *given = (
-            it.decode("latin-1") if isinstance(it, bytes) else it for it in (value, *args, *kwargs.values())
-        )
-        width = max((abs(arg) for arg in given if isinstance(arg, int)), default=0)
-        if width > _MOST_WIDTH:
-            raise BudgetError(f"{name} with {width} is too much")
-        if isinstance(value, str):
-            self._spend(_text_result(name, value, given, width))
-        elif name in ("list", "sort", "batch", "slice", "unique", "reverse") and hasattr(value, "__len__"):
-            self._spend(_ELEMENT * len(value))
-        else:
-            self._spend(1)
+        """Charges beforehand for a filter or a method."""
+        self._spend(cost_of(name, value, [*args, *kwargs.values()], self._local.budget.left))
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """An attribute, or an item, of a value.
+
+        Jinja's own is slow for namespaces, which templates ask again and again as they look back over a conversation.
+        """
+        if type(obj) is _Namespace and not attribute.startswith("_"):
+            values = object.__getattribute__(obj, "_Namespace__attrs")
+            if attribute in values:
+                return values[attribute]
+        return super().getattr(obj, attribute)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Evaluates an operator whose result may be much larger than its operands."""
@@ -164,12 +203,12 @@ class Environment(ImmutableSandboxedEnvironment):
         elif isinstance(left, int | float) and isinstance(right, int | float):
             if isinstance(left, int) and isinstance(right, int) and operator in ("*", "**"):
                 power = max(right, 1) if operator == "**" else 1
-                if (left.bit_length() + 1) * power > _MOST_WIDTH:
+                if (left.bit_length() + 1) * power > MOST_WIDTH:
                     raise BudgetError("a number is too large")
         elif operator == "*":
             times, value = (left, right) if isinstance(left, int) else (right, left)
             if isinstance(times, int) and hasattr(value, "__len__"):
-                self._spend((1 if isinstance(value, str | bytes) else _ELEMENT) * len(value) * max(times, 0))
+                self._spend((1 if isinstance(value, str | bytes) else ELEMENT) * len(value) * max(times, 0))
         elif operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
             self._spend(len(left) + len(right))
         return self._charged(super().call_binop(context, operator, left, right))
@@ -178,8 +217,8 @@ class Environment(ImmutableSandboxedEnvironment):
         """Calls a macro, a function, or a method of a value."""
         owner = getattr(__obj, "__self__", None)
         __self._spend(1)
-        _printed_length([args, kwargs])  # a macro can print them
-        if isinstance(owner, str | bytes | int):
+        printed_length([args, kwargs], __self._local.budget.left)  # a macro can print them
+        if isinstance(owner, str | bytes | int | list | tuple):
             if __obj.__name__ == "join" and args:
                 args = (list(__self._charged_steps(args[0])), *args[1:])
             __self._charge_ahead(__obj.__name__, owner, args, kwargs)
@@ -198,6 +237,12 @@ class Environment(ImmutableSandboxedEnvironment):
             return text
 
         return bounded
+
+    def _compile(self, source: str, filename: str) -> CodeType:
+        """Compiles what Jinja has written, without Python's warnings: only a template's author could heed them."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=SyntaxWarning, module=re.escape(filename))
+            return super()._compile(source, filename)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree: nodes.Template = _Budgeted().visit(super()._parse(source, name, filename))
@@ -218,7 +263,15 @@ class _Budgeted(NodeTransformer):
 
     def visit_Getitem(self, node: nodes.Getitem) -> Node:  # noqa: N802
         self.generic_visit(node)
-        return _filtered(node, "_charged_slice") if isinstance(node.arg, nodes.Slice) else node
+        return _filtered(node, "_read") if isinstance(node.arg, nodes.Slice) else node
+
+    def visit_Compare(self, node: nodes.Compare) -> Node:  # noqa: N802
+        self.generic_visit(node)
+        node.expr = _filtered(node.expr, "_read")
+        for operand in node.ops:
+            if operand.op in ("in", "notin"):
+                operand.expr = _filtered(operand.expr, "_read")
+        return node
 
     def visit_List(self, node: nodes.List) -> Node:  # noqa: N802
         self.generic_visit(node)
@@ -233,63 +286,8 @@ class _Budgeted(NodeTransformer):
         return _filtered(node, "_charged") if node.ctx == "load" else node
 
 
-def _text_result(name: str, value: str, given: list[Any], width: int) -> int:
-    """Upper bound, in characters, of what a filter or a method makes of a text.
-
-    Args:
-        name: Of the filter or method.
-        value: The text.
-        given: The arguments; bytes as text.
-        width: The largest number among them.
-
-    Raises:
-        BudgetError: There is no useful bound.
-    """
-    lengths = [len(arg) for arg in given if isinstance(arg, str)]
-    first = given[0] if given and isinstance(given[0], str) else None
-    if name in ("list", "sort", "batch", "slice", "unique", "reverse"):
-        return _ELEMENT * len(value)
-    if name in ("indent", "expandtabs"):
-        return (1 + value.count("\n") + value.count("\t")) * max([8, width, *lengths])
-    if name == "replace" and first is not None and len(lengths) > 1:
-        return value.count(first) * lengths[1]
-    if name in ("split", "rsplit", "splitlines"):
-        return _ELEMENT * (value.count(first) if first else len(value) // 2)
-    if name == "join" and given:
-        parts = given[0] if hasattr(given[0], "__len__") else ()
-        return len(value) * len(parts) + _printed_length(list(parts))
-    if name in ("format", "format_map", "%"):
-        if _WIDE.search(value):
-            raise BudgetError("a format with wide fields is too much")
-        fields = value.count("%") + value.count("{")
-        return len(value) + fields * (_MOST_WIDTH + _printed_length(given))
-    if name == "translate":
-        raise BudgetError("translate may make too much")
-    return 1
-
-
 def _filtered(node: Node, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
-
-
-def _printed_length(value: Any) -> int:
-    """Length of a value in print, roughly, in characters.
-
-    Raises:
-        BudgetError: It exceeds MOST, or the value has more than _MOST_PARTS parts.
-    """
-    amount, parts, waiting = 0, 0, [value]
-    while waiting:
-        it = waiting.pop()
-        parts += 1
-        if isinstance(it, Mapping):
-            waiting += [*it.keys(), *it.values()]
-        elif isinstance(it, list | tuple):
-            waiting += it
-        amount += len(it) if isinstance(it, str | bytes) else _ELEMENT
-        if amount > MOST or parts + len(waiting) > _MOST_PARTS:
-            raise BudgetError(f"a value has more than {MOST:,} characters or {_MOST_PARTS:,} parts")
-    return amount
 
 
 class _Namespace(Namespace):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from ..files import read_bytes, read_json
 from . import sentencepiece_model
 from .characters import CharacterStream
 from .control_tokens import NOT_UTF8, ControlTokens
+from .longest_token import longest_token
 from .stream_decoder import StreamDecoder
 from .template import ChatTemplate, token_name
 
@@ -110,6 +112,14 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError):
             raise PromptError(NOT_UTF8) from None
         return ids
+
+    def fewest_tokens(self, text: str) -> int:
+        """A number of token ids that a text has at least, found without encoding it; 0 where nothing is certain."""
+        return -(-len(text) // self._longest) if self._longest else 0
+
+    @cached_property
+    def _longest(self) -> int | None:
+        return longest_token(self.library)
 
     def seems_base(self, stop_tokens: Iterable[int]) -> bool:
         """Whether this seems to be a base model, which wasn't trained to chat.

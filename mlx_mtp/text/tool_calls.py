@@ -155,7 +155,7 @@ class Tools:
                 inner dict.
 
         Raises:
-            PromptError: A declaration has another form.
+            PromptError: A declaration has another form, or a name that can't be read from a call.
         """
         if not isinstance(declared, Sequence) or not all(isinstance(tool, Mapping) for tool in declared):
             raise PromptError('tools must be a list of dicts like {"type": "function", "function": {...}}')
@@ -163,6 +163,8 @@ class Tools:
         for function in functions:
             if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
                 raise PromptError('a tool is a dict like {"type": "function", "function": {"name": "...", ...}}')
+            if not _readable(function["name"]):
+                raise PromptError(f"{function['name']!r} can't be a tool's name: use letters, digits, _, - and .")
         self._parameters = {function["name"]: function.get("parameters") for function in functions}
 
     def fitted(self, name: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -239,6 +241,13 @@ def _call(text: str, head: re.Match[str], closed: bool) -> tuple[tuple[str, dict
     between = _BETWEEN_CALLS.match(text, reader.at)
     assert between is not None
     return (_unquoted(head[1].strip()), arguments), between.end()
+
+
+def _readable(name: str) -> bool:
+    """Whether `parse_calls` finds a tool's name in a call of it."""
+    with suppress(ValueError):
+        return parse_calls(f"call:{name}{{}}") == [(name, {})]
+    return False
 
 
 def _unquoted(name: str) -> str:
