@@ -136,6 +136,7 @@ class MTPModel:
         )
         # The session holds no reference to this model, so dropping the model closes it and frees its memory.
         weakref.finalize(self, self._session.close).atexit = False
+        self._session.start()  # after that, so that an interrupt at any moment leaves no thread with a model behind
         self.kv_budget = self._session.capacity.kv_budget
         self.tokenizer = load_tokenizer(self.folder, self.defaults.stop_tokens)
         rows = profile.rows if profile else MAX_ROWS

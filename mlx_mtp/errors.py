@@ -7,6 +7,8 @@ package.
 
 from __future__ import annotations
 
+import traceback
+
 _LONGEST = 2_000
 """Longest message, in characters: more than any of ours needs, and still readable."""
 
@@ -53,3 +55,21 @@ def printable(message: str) -> str:
 def one_line(error: Exception) -> str:
     """The type and the beginning of another library's error, for use in a message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
+
+
+class RaisedAt(Exception):  # noqa: N818 - it is the cause of an error, and is never raised itself
+    """Where an exception was raised in another thread, as text; the cause of that exception once it is `detached`."""
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.args[0]}"""'
+
+
+def detached(error: BaseException) -> BaseException:
+    """The same exception without its stack frames, which it has as text from then on.
+
+    Frames keep alive all that their functions used, and so would whoever keeps the exception: weights and KV, here.
+    """
+    if error.__traceback__ is not None:
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        error.__cause__, error.__context__, error.__traceback__ = RaisedAt(text), None, None
+    return error

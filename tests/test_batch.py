@@ -16,7 +16,8 @@ from mlx_mtp.decode import in_flight
 from mlx_mtp.decode.prefill import CHUNK
 from mlx_mtp.decode.request import Request, Row
 from mlx_mtp.decode.sampling import SamplingOptions
-from mlx_mtp.decode.scheduler import MOST_PASSED, Scheduler
+from mlx_mtp.decode.scheduler import Scheduler
+from mlx_mtp.decode.waiting import MOST_PASSED
 from mlx_mtp.errors import MemoryBudgetError
 from mlx_mtp.kv import kv_bytes
 from mlx_mtp.models.drafter import Drafter
@@ -302,8 +303,7 @@ def test_an_error_ends_what_runs_and_nothing_else(e2b: Pair, monkeypatch: pytest
 
     with monkeypatch.context() as patch:
         patch.setattr(engine_module.Engine, "round", fail)
-        with pytest.raises(RuntimeError):
-            scheduler.step()
+        scheduler.step()
     assert [bool(row.error) for row in rows] == [True, True, False]
     run(scheduler, rows)
     assert is_plain_text(e2b[0], rows[2])

@@ -223,7 +223,7 @@ def test_closing_while_it_loads_again_ends_all_calls(lm: mlx_mtp.MTPModel, gate:
     threads = [in_thread(calls[0])]
     assert gate.reached.wait(60)
     threads += [in_thread(call) for call in calls[1:]]
-    until(lambda: len(lm._session._work) == 3)
+    until(lambda: len(lm._session._work) == 4)
     closing, closed = in_thread(lm.close)
     until(lambda: lm._session._closing)
     gate.open.set()

@@ -212,7 +212,7 @@ class Engine:
         offers = dict[int, Offer]()
         for i, row in enumerate(self.rows):
             if row.host_drafts and not row.done and row.remaining > 1:
-                offer = row.host_drafts.offer(min(MAX_DRAFT_LENGTH, row.remaining - 1))
+                offer = row.offer(min(MAX_DRAFT_LENGTH, row.remaining - 1))
                 offers |= {i: offer} if offer else {}
         return offers
 

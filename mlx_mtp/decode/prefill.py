@@ -44,13 +44,18 @@ class PrefillJob:
         return [rows[0].request.prompt for rows in self.rows]
 
     @property
+    def all_rows(self) -> list[Row]:
+        """The rows of all prompts."""
+        return [row for rows in self.rows for row in rows]
+
+    @property
     def finished(self) -> bool:
         """Whether the KV of all prompts is in the buffers."""
         return self.start >= max(map(len, self.prompts))
 
     def report(self) -> None:
         """Tells the rows how much of their prompts is prefilled."""
-        for row in (row for rows in self.rows for row in rows):
+        for row in self.all_rows:
             row.report_prefill(self.start)
 
     def next_end(self, chunk: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,13 +14,15 @@ import mlx.core as mx
 
 from ..checkpoint.sizes import ABOVE
 from ..config import TextConfig
-from ..errors import MTPError, PromptError
+from ..errors import MTPError, PromptError, detached
 from ..kv import RingState
 from .adjustments import Adjustment, RowControl
 from .host_drafts import HostDrafts, Offer
 from .limits import MAX_AUTO_LENGTH, MAX_DRAFT_LENGTH, is_int
 from .logprobs import TokenLogprob
 from .sampling import SamplingOptions
+
+log = logging.getLogger(__name__)
 
 EXACTNESS = ("fast", "invariant", "stepwise")
 
@@ -178,6 +181,7 @@ class Row:
         logprobs: One for each of `tokens`, if they were asked for. Only ever grows.
         control: Steers its tokens; None for none.
         host_drafts: Drafts that the host knows; None if the request has a draft length of its own.
+        read: Number of `tokens` that its reader has taken. Written by the reader's thread.
         done: Whether it gets no more tokens: it has finished, failed or been cancelled.
         cancelled: Whether it was cancelled before it finished.
         cancel_event: Cancels the row once it is set; the scheduler's owner checks it.
@@ -203,6 +207,7 @@ class Row:
         self.tokens: list[int] = []
         self.drafted: list[bool] = []
         self.unread: list[int] = []
+        self.read = 0
         self.logprobs: list[TokenLogprob] = []
         self.control = request.control(request.prompt) if request.control else None
         automatic = request.draft_length == "auto" and request.exactness == "fast"
@@ -272,10 +277,13 @@ class Row:
         if self.control:
             try:
                 self.control.advance(tokens)
-            except Exception as error:  # whatever it is, it concerns this row alone
+            except BaseException as error:  # whatever it is, it concerns this row alone
                 self.fail(error)
         if self.host_drafts:
-            self.host_drafts.advance(tokens)
+            try:
+                self.host_drafts.advance(tokens)
+            except Exception as error:
+                self._draft_without_host(error)
         if stop is not None or not self.remaining:
             self.done = True
         now, stats = time.perf_counter(), self.stats
@@ -294,7 +302,7 @@ class Row:
             return None
         try:
             found = self.control.adjustments(drafts)
-        except Exception as error:
+        except BaseException as error:
             self.fail(error)
             return None
         return [replace(it, process=partial(self._processed, it.process)) if it.process else it for it in found]
@@ -308,7 +316,7 @@ class Row:
             if not isinstance(processed, mx.array) or processed.shape != logits.shape:
                 raise PromptError(f"a logits processor must return an array of shape {logits.shape}")
             return processed.astype(mx.float32)
-        except Exception as error:
+        except BaseException as error:
             self.fail(error)
             return logits
 
@@ -318,20 +326,32 @@ class Row:
             total = len(self.request.prompt)
             try:
                 self.request.prefill_progress(min(done, total), total)
-            except Exception as error:
+            except BaseException as error:
                 self.fail(error, "prefill_progress")
 
-    def fail(self, error: Exception, failing: str = "a rule of the text") -> None:
+    def offer(self, most: int) -> Offer | None:
+        """At most so many drafts that the host knows; None if it knows none."""
+        try:
+            return self.host_drafts.offer(most) if self.host_drafts else None
+        except Exception as error:
+            self._draft_without_host(error)
+            return None
+
+    def _draft_without_host(self, error: Exception) -> None:
+        """Goes on without the host's drafts after one of them failed: they never change the text."""
+        log.debug("the host's drafts have failed", exc_info=error)
+        self.host_drafts = None
+
+    def fail(self, error: BaseException, failing: str = "a rule of the text") -> None:
         """Ends the row with an error of its own, a `PromptError`: what it asks for doesn't work.
 
         Args:
             error: What was raised.
             failing: What raised it, for the message.
         """
-        if not isinstance(error, PromptError):
-            failed = PromptError(str(error) if isinstance(error, MTPError) else f"{failing} failed: {error!r}")
-            failed.__cause__, error = error, failed
-        self.error, self.done = error, True
+        failed = PromptError(str(error) if isinstance(error, MTPError) else f"{failing} failed: {error!r}")
+        failed.__cause__ = detached(error)
+        self.error, self.done = failed, True
 
     def cancel(self) -> None:
         """Ends the row, wherever it is. Thread-safe."""

@@ -1,9 +1,7 @@
 """The scheduler: requests wait, are prefilled, join the running batch, and leave it.
 
 One `step` is at most one chunk of prefill and one round of the batch, so running rows never wait for more than a chunk.
-Requests are admitted first come, first served, while there is a free row and the KV of all rows at full length fits the
-budget. If the first request must wait for an empty batch or for memory, a limited number of later ones that fit may
-pass it. Rows whose reader is far behind leave the batch until it has caught up.
+Who joins next is in waiting.py. Rows whose reader is far behind leave the batch until it has caught up.
 
 Short prompts that wait together are prefilled in one padded block: what a shorter row computes past its end lies above
 its committed length and is never seen. Equal prompts that wait together are prefilled once.
@@ -17,15 +15,15 @@ the batch's shape, so they run alone and reuse no KV.
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 
 from ..checkpoint.sizes import format_bytes
-from ..errors import MemoryBudgetError
+from ..errors import MemoryBudgetError, detached
 from ..kv import KVBuffers, RingState, kv_bytes
 from ..kv.buffers import ring_slots
 from ..models.drafter import Drafter
@@ -35,15 +33,15 @@ from .draft_length import DraftLengthPolicy
 from .engine import Engine
 from .in_flight import Parked, Prefilled
 from .prefill import CHUNK, CHUNK_BESIDE, PrefillJob, prefill_by_chunks
-from .prompt_cache import Entry, PromptCache
+from .prompt_cache import Entry, Hit, PromptCache
 from .prompt_file import load_entry, save_entry
 from .request import Request, Row, Stats
+from .waiting import Waiting
+
+log = logging.getLogger(__name__)
 
 MAX_ROWS = 8
 """Default for the most rows of a batch."""
-
-MOST_PASSED = 8
-"""Most requests that may be admitted before one that came earlier, so that none waits forever."""
 
 CACHE_BYTES = 2**30
 """Default for the most bytes of KV kept for later prompts."""
@@ -85,25 +83,25 @@ class Scheduler:
         self._target = target
         self._ring = ring_slots(target.config.sliding_window)
         self.engine = Engine(target, drafter, suppress_tokens, policy)
-        self._waiting: deque[Row] = deque()
-        # Taken from the queue and not in the engine yet. Kept here so that a failed step ends them, too.
-        self._admitted: list[Row] = []
+        self._waiting = Waiting(self.capacity, max_rows)
+        # Every row that has left the queue, until it has left the batch: a failure may catch it between two places.
+        self._active: list[Row] = []
         self._prefill: PrefillJob | None = None
         self._parked: list[Parked] = []
 
     @property
     def busy(self) -> bool:
         """Whether a step would do anything."""
-        parked = [row for it in self._parked for row in it.rows]
-        if self.engine.rows or self._admitted or any(row.done or not row.paused for row in parked):
+        parked = self._parked_rows
+        if self.engine.rows or self._prefill or any(row.done or not row.paused for row in parked):
             return True
         # Parked rows hold KV, which may leave no room for the waiting ones.
-        return any(row.done for row in self._waiting) or self._next_waiting([], parked) is not None
+        return any(row.done for row in self._waiting) or self._waiting.next([], parked) is not None
 
     @property
     def kv_bytes(self) -> int:
         """KV bytes of all active rows at their full length."""
-        requests = [row.request for row in self._active()]
+        requests = [row.request for row in self._active]
         return self.capacity.kv_bytes(requests) if requests else 0
 
     @property
@@ -124,35 +122,40 @@ class Scheduler:
     def step(self) -> None:
         """Runs a chunk of prefill, if a request needs one, and a round of the batch.
 
-        Raises:
-            BaseException: Anything that failed. It ends all active requests (`Row.error`); waiting ones stay in the
-                queue.
+        Anything that fails ends the rows that it concerns (`Row.error`): those whose prompts are being prefilled, or
+        those of the batch. All others go on.
         """
         try:
             self._cache_finished()
             self._parked += self.engine.park()
-            if self._prefill and all(row.done for row in self._admitted):
+            if self._prefill and all(row.done for row in self._prefill.all_rows):
                 self._cache_cancelled(self._prefill)
-                self._prefill, self._admitted = None, []
+                self._prefill = None
             resumed = self._resume()
-            self._prefill = self._prefill or self._next_prefill([row for it in resumed for row in it.rows])
             # Not kept in a variable: the buffers of joining rows are copied, and should be freed right after.
-            self.engine.update_batch([*resumed, *(self._run_chunk(self._prefill) if self._prefill else [])])
+            self.engine.update_batch([*resumed, *self._prefilled([row for it in resumed for row in it.rows])])
             del resumed
-            if not self._prefill:
-                self._admitted = []
             if self.engine.rows:
                 self.engine.round(waiting=bool(self._waiting))
+            self._forget_ended()
         except BaseException as error:
-            self._abandon(error)
-            raise
+            self._end(error, beside=[*self._parked_rows, *(self._prefill.all_rows if self._prefill else [])])
+            self.engine.clear()
+            self._forget_ended()
+
+    def abandon(self, error: BaseException) -> None:
+        """Ends all requests but those in the queue with an error: something may be half done. May be called again."""
+        self._end(error)
+        self._prefill, self._parked = None, []
+        self.engine.clear()
+        self._forget_ended()
 
     def close(self) -> None:
         """Cancels all requests and frees all KV."""
-        for row in (*self._waiting, *self._active()):
+        for row in (*self._waiting, *self._active):
             row.cancel()
         self._waiting.clear()
-        self._prefill, self._admitted, self._parked = None, [], []
+        self._prefill, self._parked, self._active = None, [], []
         self.engine.clear()
         self.cache.clear()
 
@@ -194,7 +197,7 @@ class Scheduler:
     def stream(self, request: Request, stats: Stats | None = None) -> Generator[list[int], None, None]:
         """Runs a request by itself and yields its new tokens after each round, the stop token included.
 
-        Errors as in `Capacity.check` and `step`. Closing the generator cancels the request.
+        Errors as in `Capacity.check`, and whatever ended the row. Closing the generator cancels the request.
         """
         row = self.submit(request, stats)
         try:
@@ -202,16 +205,21 @@ class Scheduler:
                 self.step()
                 if tokens := row.pop_unread():
                     yield tokens
+            if row.error:
+                raise row.error
         finally:
             row.cancel()
 
     def _cache_finished(self) -> None:
-        """Puts the KV of rows that are done into the cache."""
+        """Puts the KV of rows that are done into the cache; if that fails, it isn't kept."""
         config, size = self._target.config, self._target.dtype.size
         for i, row in enumerate(self.engine.rows if self.engine.kv else ()):
             # The cache would refuse a larger one, after it had been copied.
             if row.done and kv_bytes(config, row.committed, size) <= self.cache.limit:
-                self._cache_row(row, self.engine.row_kv(i), row.committed_tokens, row.ring_states)
+                try:
+                    self._cache_row(row, self.engine.row_kv(i), row.committed_tokens, row.ring_states)
+                except Exception as error:
+                    log.debug("the KV of a text could not be kept", exc_info=error)
 
     def _cache_row(self, row: Row, kv: KVBuffers, tokens: list[int], ring_states: Sequence[RingState]) -> None:
         if row.request.exactness == "fast":
@@ -219,43 +227,72 @@ class Scheduler:
             self.cache.put(entry, self._ring_state_bytes())
 
     def _cache_cancelled(self, job: PrefillJob) -> None:
-        """Puts the KV of a cancelled prefill into the cache, as far as it got."""
+        """Puts the KV of a cancelled prefill into the cache, as far as it got; if that fails, it isn't kept."""
         if len(job.rows) == 1 and job.start:
             row = job.rows[0][0]
-            kv = job.kv.row(0, job.kv.written)
-            self._cache_row(row, kv, list(row.request.prompt[: job.start]), job.ring_states)
+            try:
+                kv = job.kv.row(0, job.kv.written)
+                self._cache_row(row, kv, list(row.request.prompt[: job.start]), job.ring_states)
+            except Exception as error:
+                log.debug("the KV of a prompt could not be kept", exc_info=error)
 
     def _ring_state_bytes(self) -> int:
         """Bytes of the ring states of active rows."""
-        sizes = {id(it): it.nbytes for row in self._active() if not row.done for it in row.ring_states}
+        sizes = {id(it): it.nbytes for row in self._active if not row.done for it in row.ring_states}
         return sum(sizes.values())
 
-    def _abandon(self, error: BaseException) -> None:
-        """Ends all active requests with an error."""
-        for row in self._active():
-            if not row.done:
-                row.error, row.done = error, True
-        self._prefill, self._admitted, self._parked = None, [], []
-        self.engine.clear()
+    def _end(self, error: BaseException, beside: Iterable[Row] = ()) -> None:
+        """Ends active rows with an error.
 
-    def _active(self) -> list[Row]:
-        """Rows in the batch, being prefilled, or parked."""
-        return [*self.engine.rows, *self._admitted, *(row for it in self._parked for row in it.rows)]
+        Args:
+            error: What happened.
+            beside: The rows that don't end.
+        """
+        log.debug("a step has failed", exc_info=error)
+        going_on = {id(row) for row in beside}
+        for row in self._active:
+            if not row.done and id(row) not in going_on:
+                row.error, row.done = error, True
+        detached(error)  # else its frames keep the KV
+        mx.clear_cache()
+
+    def _forget_ended(self) -> None:
+        """Drops rows that are done and have left the batch."""
+        held = {id(row) for row in self.engine.rows}
+        self._active = [row for row in self._active if not row.done or id(row) in held]
+
+    @property
+    def _parked_rows(self) -> list[Row]:
+        return [row for it in self._parked for row in it.rows]
 
     def _resume(self) -> list[Parked]:
         """Takes the parked rows that may rejoin the batch, and drops those that are done."""
         self._parked = [it for it in self._parked if not it.rows[0].done]
-        running = [row for row in (*self.engine.rows, *self._admitted) if not row.done]
-        free = self._width(running) - len(running)
+        coming = self._prefill.all_rows if self._prefill else ()
+        running = [row for row in (*self.engine.rows, *coming) if not row.done]
+        free = self._waiting.width(running) - len(running)
         ready = [it for it in self._parked if not it.rows[0].paused]
         kinds = {row.request.exactness for row in (*running, *(it.rows[0] for it in ready))}
         resumed = ready[: max(0, free)] if kinds <= {"fast"} else ready[: int(not running)]
         self._parked = [it for it in self._parked if it not in resumed]
         return resumed
 
-    def _width(self, rows: Iterable[Row]) -> int:
-        """Most rows of a batch that has these rows."""
-        return max([self.max_rows, *(row.width for row in rows)])
+    def _prefilled(self, resumed: list[Row]) -> list[Prefilled]:
+        """Runs a chunk of a prefill, if a request needs one; returns the prompts that are ready to decode.
+
+        Args:
+            resumed: Rows that rejoin the batch in this step, and take places in it.
+        """
+        others = [*self.engine.rows, *self._parked_rows, *resumed]
+        try:
+            # Hidden while a chunk runs: if it fails, sliding layers have lost what it would be repeated from.
+            job, self._prefill = self._prefill, None
+            job = job or self._next_prefill(resumed)
+            return self._run_chunk(job) if job else []
+        except BaseException as error:
+            self._prefill = None
+            self._end(error, beside=others)
+        return []
 
     def _next_prefill(self, resumed: list[Row]) -> PrefillJob | None:
         """Takes the next requests from the queue, as many as can be prefilled together.
@@ -264,12 +301,12 @@ class Scheduler:
             resumed: Rows that rejoin the batch in this step, and take places in it.
         """
         running = [row for row in self.engine.rows if not row.done] + resumed
-        rows, idle = [*running, *(row for it in self._parked for row in it.rows)], not running
-        first = self._next_waiting(running, rows)
+        rows, idle = [*running, *self._parked_rows], not running
+        first = self._waiting.next(running, rows)
         if not first:
             return None
         prompt, reuse = first.request.prompt, first.request.exactness == "fast"
-        hit = self.cache.find(prompt) if reuse else None
+        hit = self._find_cached(prompt) if reuse else None
         groups: list[list[Row]] = []
         row: Row | None = first
         while row:
@@ -284,9 +321,9 @@ class Scheduler:
                 break
             running.append(row)
             rows.append(row)
-            self._admitted.append(row)
-            self._take(row)
-            row = self._next_waiting(running, rows)
+            self._active.append(row)
+            self._waiting.take(row)
+            row = self._waiting.next(running, rows)
         if hit:
             first.stats.cached_tokens = hit.start
             job = PrefillJob(hit.kv, groups, hit.start, self._branch_point(prompt, hit.start), hit.ring_states)
@@ -297,37 +334,13 @@ class Scheduler:
         job.report()
         return job
 
-    def _next_waiting(self, running: list[Row], rows: list[Row]) -> Row | None:
-        """The next row that may join: the first in the queue, or a later one that fits while the first doesn't.
-
-        Args:
-            running: The rows that have a place in the batch.
-            rows: The rows that hold KV: the running ones and the parked ones.
-        """
-        while self._waiting and self._waiting[0].done:
-            self._waiting.popleft()
-        for row in self._waiting:
-            if not row.done and self._may_join(row, running, rows):
-                return row
-            if not row.done and row.passed >= MOST_PASSED:
-                break
-        return None
-
-    def _take(self, row: Row) -> None:
-        """Takes a row out of the queue, and counts it for the rows that it passes."""
-        for other in self._waiting:
-            if other is row:
-                break
-            other.passed += 1
-        self._waiting.remove(row)
-
-    def _may_join(self, row: Row, running: list[Row], rows: list[Row]) -> bool:
-        if running and {it.request.exactness for it in (row, *running)} != {"fast"}:
-            return False
-        if len(running) >= self._width([*running, row]):
-            return False
-        # Alone it fitted when it was checked; the budget may have shrunk since.
-        return not rows or self.capacity.fits([it.request for it in (*rows, row)])
+    def _find_cached(self, prompt: Sequence[int]) -> Hit | None:
+        """What the cache has for a prompt; None also if that fails, since the prompt can be prefilled."""
+        try:
+            return self.cache.find(prompt)
+        except Exception as error:
+            log.debug("kept KV could not be used", exc_info=error)
+            return None
 
     def _fits_block(self, groups: list[list[Row]], idle: bool) -> bool:
         """Whether prompts can be prefilled together, in one chunk."""
@@ -353,8 +366,8 @@ class Scheduler:
             hidden = job.advance(self._target, end)
         self.engine.disturb()
         if not job.finished:
+            self._prefill = job
             return []
-        self._prefill = None
         ready = []
         for i, (prompt, requested) in enumerate(zip(job.prompts, job.rows, strict=True)):
             rows = [row for row in requested if not row.done]

@@ -45,10 +45,12 @@ class Survival:
         Args:
             rows: Their `Row.number`s.
         """
-        self._ended += self._counts[[row not in rows for row in self._rows], 1].sum(axis=0)
+        ended = self._ended + self._counts[[row not in rows for row in self._rows], 1].sum(axis=0)
         index = [self._rows.index(row) if row in self._rows else -1 for row in rows]
-        self._counts = np.pad(self._counts, [(0, 1), (0, 0), (0, 0), (0, 0)])[index]
-        self.idle, self._rows = np.append(self.idle, np.inf)[index], [*rows]
+        counts = np.pad(self._counts, [(0, 1), (0, 0), (0, 0), (0, 0)])[index]
+        idle = np.append(self.idle, np.inf)[index]
+        # At once: if an exception struck in between, rows and counts wouldn't fit each other ever again.
+        self._ended, self._counts, self.idle, self._rows = ended, counts, idle, [*rows]
 
     def observe(self, drafted: Mapping[int, tuple[int, int]]) -> None:
         """Learns from a round.

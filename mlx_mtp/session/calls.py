@@ -167,7 +167,7 @@ class Calls:
         self, prompts: Iterable[BatchPrompt], batch_size: int | str, common: GenerationOptions
     ) -> Stream[tuple[int, Generation | MTPError]]:
         """See `MTPModel.generate_each`; `common` holds the options of all prompts."""
-        inbox, rows, seed = Inbox(), self._rows(batch_size), _drawn(common.seed)
+        inbox, rows, seed = self._inbox(), self._rows(batch_size), _drawn(common.seed)
         numbered = enumerate(check_several(prompts))
 
         def answers() -> Iterator[tuple[int, Answer | MTPError]]:
@@ -186,7 +186,7 @@ class Calls:
 
     def stream(self, answer: Answer) -> Stream[Chunk]:
         """Runs an answer, and yields its chunks; the first request for a chunk submits it."""
-        inbox = Inbox()
+        inbox = self._inbox()
 
         def chunks() -> Generator[Chunk, None, None]:
             try:
@@ -200,7 +200,7 @@ class Calls:
 
     async def astream(self, answer: Answer) -> AsyncIterator[Chunk]:
         """As `stream`, for an event loop."""
-        inbox = Inbox()
+        inbox = self._inbox()
         try:
             self._submit(answer, inbox)
             while answer.reason is None:
@@ -211,7 +211,7 @@ class Calls:
 
     def _run(self, answers: Sequence[Answer], rows: int) -> list[Generation]:
         """Runs answers to their end, `rows` at a time."""
-        with closing(self._finished(enumerate(answers), rows, Inbox())) as finished:
+        with closing(self._finished(enumerate(answers), rows, self._inbox())) as finished:
             for _, answer in finished:
                 if isinstance(answer, MTPError):
                     raise answer
@@ -308,6 +308,9 @@ class Calls:
                 f"{self._folder} has no tokenizer.json: copy the original's there, or give token ids from Python"
             )
         return self._tokenizer
+
+    def _inbox(self) -> Inbox:
+        return Inbox(self._session.wake)
 
     def _submit(self, answer: Answer, inbox: Inbox, width: int = 0) -> None:
         answer.row = self._session.submit(answer.request, inbox, width, answer.cancel)

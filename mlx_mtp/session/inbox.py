@@ -1,17 +1,16 @@
 """Queues through which callers receive the tokens of their rows.
 
 The session's thread puts news in; the caller takes it out, in a thread (`Inbox.get`) or in an event loop
-(`Inbox.aget`). Closing an inbox cancels its rows; an inbox that is dropped closes itself.
+(`Inbox.aget`). The rows of an inbox that is closed, or dropped, are cancelled.
 """
 
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 from ..decode.request import Row, Stats
@@ -46,46 +45,31 @@ class Closed(Exception):  # noqa: N818 - like queue.Empty, it isn't a failure
 
 
 class Inbox:
-    """News of a call's rows, in order of arrival."""
+    """News of a call's rows, in order of arrival.
 
-    def __init__(self) -> None:
-        self._arrived = threading.Condition()
-        self._news: deque[News] = deque()
-        self._unread: dict[int, int] = {}
-        self._rows: list[Row] = []
-        self._notify_session: Callable[[], None] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._event: asyncio.Event | None = None
-        self._closed = False
+    Nothing here takes a lock in Python: an interrupt between taking and holding one would leave it taken for ever, and
+    the session's thread would wait for it.
 
-    def expect(self, row: Row, notify: Callable[[], None]) -> None:
-        """Registers a row.
+    Attributes:
+        closed: Whether nobody reads it any more. The session then cancels its rows.
+    """
+
+    def __init__(self, notify: Callable[[], object]) -> None:
+        """Makes an empty inbox.
 
         Args:
-            row: Cancelled when the inbox is closed.
             notify: Called after news of a paused row was read, and when the inbox is closed.
         """
-        self._rows = [it for it in self._rows if not it.done] + [row]
+        self.closed = False
         self._notify_session = notify
-
-    def unread(self, row: Row) -> int:
-        """Number of a row's tokens that weren't read yet."""
-        return self._unread.get(row.number, 0)
+        self._news: SimpleQueue[News | None] = SimpleQueue()  # None wakes a reader of a closed inbox
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._event: asyncio.Event | None = None
 
     def put(self, news: News) -> None:
         """Adds news; called by the session's thread."""
-        with self._arrived:
-            if self._closed:
-                return
-            self._news.append(news)
-            self._unread[news.row.number] = self.unread(news.row) + len(news.tokens)
-            self._arrived.notify_all()
-            loop, event = self._loop, self._event
-        if loop and event:
-            try:
-                loop.call_soon_threadsafe(event.set)
-            except RuntimeError:  # the event loop is closed, so the news will never be read
-                self.close()
+        if not self.closed:
+            self._put(news)
 
     def get(self) -> News:
         """Waits for the next news.
@@ -93,53 +77,40 @@ class Inbox:
         Raises:
             Closed: The inbox was closed.
         """
-        with self._arrived:
-            while not self._news:
-                if self._closed:
-                    raise Closed
-                self._arrived.wait()
-            news = self._news.popleft()
-        return self._taken(news)
+        return self._taken(self._news.get())
 
     async def aget(self) -> News:
         """As `get`, for an event loop; the task may be cancelled."""
-        with self._arrived:
-            if self._event is None:
-                self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
-            event = self._event
+        if self._event is None:
+            self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
         while True:
-            event.clear()
-            with self._arrived:
-                if self._news:
-                    news = self._news.popleft()
-                    break
-                if self._closed:
-                    raise Closed
-            await event.wait()
-        return self._taken(news)
+            self._event.clear()
+            try:
+                return self._taken(self._news.get_nowait())
+            except Empty:
+                await self._event.wait()
 
     def close(self) -> None:
-        """Cancels the rows, drops unread news and wakes a waiting reader."""
-        with self._arrived:
-            if self._closed:
-                return
-            self._closed = True
-            self._news.clear()
-            self._arrived.notify_all()
-        for row in self._rows:
-            row.cancel()
-        if self._notify_session:
-            self._notify_session()
+        """Drops unread news, wakes a waiting reader, and has the rows cancelled. May be called again."""
+        self.closed = True
+        self._put(None)
+        self._notify_session()
 
-    def __del__(self) -> None:
-        self.close()
+    def _put(self, news: News | None) -> None:
+        self._news.put(news)
+        loop, event = self._loop, self._event
+        if loop and event:
+            try:
+                loop.call_soon_threadsafe(event.set)
+            except RuntimeError:  # the event loop is closed, so the news will never be read
+                self.closed = True
 
-    def _taken(self, news: News) -> News:
-        with self._arrived:
-            left = self._unread.pop(news.row.number, 0) - len(news.tokens)
-            if left > 0:
-                self._unread[news.row.number] = left
-        if self._notify_session and news.row.paused:
+    def _taken(self, news: News | None) -> News:
+        if self.closed or news is None:
+            self._news.put(None)  # for another reader
+            raise Closed
+        news.row.read += len(news.tokens)
+        if news.row.paused:
             self._notify_session()
         return news
 

@@ -9,7 +9,10 @@
 The thread steps the scheduler while there are rows. A row runs on until it is AHEAD tokens ahead of its reader; then it
 is paused, and others may take its place until the reader has caught up. A row whose reader is gone ends with the
 current step, which takes at most a round and a chunk of a prompt. Other rows are not affected. An error in a step ends
-all rows of the batch, each with an error of its own; rows in the queue are not affected.
+the rows that it concerns, see `Scheduler.step`; one between two steps ends all rows but those in the queue.
+
+Any line may be the last one of a thread that is interrupted. So callers and the session's thread share no lock that is
+taken in Python: they add to lists and queues, which is done at once, and ring.
 
 The thread also loads the model: at the beginning, and when it is used after `unload`. It frees it on `unload`, after
 some idle time, on `close`, when the model is dropped, or when the interpreter exits.
@@ -24,22 +27,23 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 
 from ..decode.capacity import Capacity
 from ..decode.request import Request, Row
-from ..errors import MTPError
+from ..errors import MTPError, detached
 from ..models.drafter import Drafter
 from ..models.target import Target
 from ..system.wired import WIRED
-from .inbox import Inbox, News
+from .inbox import Inbox
 from .loading import Loaded
+from .readers import Readers, send
 from .threads import ModelThread
-from .work import Work
+from .work import CLOSED, Loan, Work, WorkList
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +54,9 @@ AHEAD = 1024
 
 POLL_SECONDS = 0.1
 """Seconds between two checks of the rows' cancel events while the thread is idle: an Event can't notify it."""
+
+ATTEMPTS = 3
+"""Failures in a row, of the thread's own loop, after which the model is closed."""
 
 
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -69,28 +76,34 @@ class Session:
     """Runs a model in a thread of its own. All public methods may be called from any thread."""
 
     def __init__(self, load: Callable[[], Loaded], idle_unload: float | None = None) -> None:
-        """Starts the thread, and waits until it has loaded the model.
+        """Prepares a session; `start` starts it.
 
         Args:
             load: Loads the model; called in the thread, and again when the model is used after `unload`.
             idle_unload: Seconds without work after which the model is unloaded; None for never.
-
-        Raises:
-            BaseException: Any exception of `load`.
         """
         self._load = load
         self._idle_unload = threading.TIMEOUT_MAX if idle_unload is None else min(idle_unload, threading.TIMEOUT_MAX)
         self._process = os.getpid()
-        self._changed = threading.Condition()
-        self._work: list[Work] = []
-        self._readers: list[tuple[Row, weakref.ref[Inbox]]] = []
-        self._closing = False
-        self._lent_to: int | None = None
+        self._bell: SimpleQueue[object] = SimpleQueue()  # wakes the thread
+        self._work = WorkList()
+        self._readers = Readers()
+        self._closing = self._ended = False
+        self._failure: BaseException | None = None
+        self._loan: weakref.ref[Loan] | None = None
         self._owned: Loaded | None = None
         self._capacity: Capacity  # of the latest load
-        self._ended = threading.Event()
-        self._thread = ModelThread.start(self._main)
+        self._alive = threading.Lock()  # held by the thread until it has ended
+        self._thread: threading.Thread | None = None
         _sessions.add(self)
+
+    def start(self) -> None:
+        """Starts the thread, and waits until it has loaded the model.
+
+        Raises:
+            BaseException: Any exception of `load`.
+        """
+        ModelThread.start(self._main)
         try:
             self.call(lambda _: None)
         except Exception:
@@ -117,22 +130,18 @@ class Session:
         """
         row = self.capacity.row(request, width)
         row.cancel_event = cancel
-        inbox.expect(row, self._wake)
-        # Weak, so that dropping an inbox ends its rows.
-        reader = weakref.ref(inbox)
+        # Weak, so that dropping an inbox ends its rows; and rings then.
+        reader = weakref.ref(inbox, self._bell.put)
 
         def enqueue() -> None:
             self._use().scheduler.enqueue(row)
-            self._readers.append((row, reader))
+            self._readers.add(row, reader)
 
-        def queued(done: Future[None]) -> None:
-            if (error := done.exception()) is not None:  # the model couldn't be loaded, or was closed meanwhile
-                row.error, row.done = error, True
-                self._send(reader, row, [], True)
+        def failed(error: BaseException) -> None:  # the model couldn't be loaded, or was closed meanwhile
+            row.error, row.done = error, True
+            send(reader, row, [], True)
 
-        work = Work(enqueue)
-        work.result.add_done_callback(queued)
-        self._post(work)
+        self._post(Work(enqueue, failed=failed))
         return row
 
     def call(self, work: Callable[[Loaded], T], cancel: threading.Event | None = None) -> T:
@@ -166,13 +175,11 @@ class Session:
         return self._owned is not None
 
     def _wait_for(self, work: Work) -> Any:
-        self._post(work)
         try:
-            return work.result.result()
-        except CancelledError:
-            raise MTPError("this was cancelled") from None
+            self._post(work)
+            return work.wait()
         except BaseException:
-            work.result.cancel()  # this thread was interrupted
+            work.give_up()
             raise
 
     @contextmanager
@@ -186,26 +193,22 @@ class Session:
             assert self._owned
             yield self._owned.target, self._owned.drafter
             return
-        lent, ended = Future[Loaded](), threading.Event()
+        loan = Loan(threading.get_ident())
+        # Weak, so that the loan ends with this frame if that is interrupted before it can give it back.
+        reference = weakref.ref(loan, self._bell.put)
 
         def lend() -> None:
-            lent.set_result(self._use())
-            ended.wait()
-
-        def failed(done: Future[None]) -> None:
-            if (error := done.exception()) is not None:
-                lent.set_exception(error)
+            owned, self._loan = self._use(), reference
+            work.hand_over(owned)
+            self._wait_while_lent()
 
         work = Work(lend)
-        work.result.add_done_callback(failed)
-        self._post(work)
         try:
-            owned = lent.result()
-            self._lent_to = threading.get_ident()
+            owned = self._wait_for(work)
             yield owned.target, owned.drafter
         finally:
-            self._lent_to = None
-            ended.set()
+            loan.returned = True
+            self.wake()
 
     @property
     def capacity(self) -> Capacity:
@@ -225,11 +228,11 @@ class Session:
         """
         if os.getpid() != self._process:
             return  # a forked child doesn't have the thread
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
+        self._closing = True
+        self.wake()
         if wait and threading.current_thread() is not self._thread:
-            self._ended.wait()
+            with self._alive:
+                pass
 
     def _check_usable(self) -> None:
         self.check_open()
@@ -254,54 +257,89 @@ class Session:
 
     def _post(self, work: Work) -> None:
         self._check_usable()
-        with self._changed:
-            if self._closing:
-                raise MTPError("the model is closed: load it again")
-            self._work.append(work)
-            self._changed.notify_all()
+        self._work.add(work)
+        self.wake()
+        if self._ended:  # perhaps before that, so that nobody else ends it
+            self._work.end()
 
-    def _wake(self) -> None:
-        """Wakes the thread: a reader has caught up, or is gone."""
-        with self._changed:
-            self._changed.notify_all()
+    def wake(self) -> None:
+        """Wakes the thread: there is work, or a reader has caught up, or is gone."""
+        self._bell.put(None)
 
     # In the session's thread
 
     def _main(self, stream: mx.Stream) -> None:
-        self._stream = stream
-        try:
-            while self._wait():
-                self._do_work()
-                self._step()
-        except BaseException:
-            log.exception("the thread of a model failed: the model is closed")
-        finally:
+        """Runs the session until it closes; `ModelThread` calls it again if it is interrupted."""
+        self._stream, self._thread = stream, threading.current_thread()
+        with self._alive:
+            failures = 0
+            while failures < ATTEMPTS:
+                try:
+                    if self._failure:
+                        self._recover(self._failure)
+                    while self._serve():
+                        failures = 0
+                    break
+                except BaseException as error:
+                    self._failure, failures = error, failures + 1
+            else:
+                log.error("the thread of a model failed: the model is closed", exc_info=self._failure)
             self._end()
-            self._ended.set()
+
+    def _serve(self) -> bool:
+        """Waits for something to do, and does it; returns False once the session closes."""
+        self._wait_while_lent()
+        if not self._wait():
+            return False
+        self._work.advance(bool(self._readers), before_each=self._disturb)
+        self._step()
+        return True
+
+    def _recover(self, error: BaseException) -> None:
+        """Ends what may be half done after an exception: rows that have begun, and the work at hand."""
+        log.debug("the thread of a model was interrupted", exc_info=error)
+        detached(error)
+        self._work.recover(error)
+        if self._owned:
+            self._owned.scheduler.abandon(error)
+        self._readers.recover(error)
+        self._failure = None
 
     def _wait(self) -> bool:
         """Waits until there is something to do; returns False once the session closes."""
         idle_until = time.monotonic() + self._idle_unload
-        with self._changed:
-            while not self._closing and not self._may_work() and not self._may_step():
-                WIRED.release(self)
-                if self._readers:  # paused rows
-                    self._changed.wait(POLL_SECONDS if any(row.cancel_event for row, _ in self._readers) else None)
-                elif not self._owned:
-                    self._changed.wait()
-                elif (left := idle_until - time.monotonic()) > 0:
-                    self._changed.wait(left)
-                else:
-                    self._work.append(Work(self._unload, when_idle=True))
-            return not self._closing
+        while not self._closing and not self._work.may_advance(bool(self._readers)) and not self._may_step():
+            WIRED.release(self)
+            if self._readers:  # paused rows
+                self._sleep(POLL_SECONDS if self._readers.have_events else None)
+            elif not self._owned:
+                self._sleep(None)
+            elif (left := idle_until - time.monotonic()) > 0:
+                self._sleep(left)
+            else:
+                self._work.add(Work(self._unload, when_idle=True))
+        return not self._closing
 
-    def _may_work(self) -> bool:
-        """Whether there is work that needn't wait for rows."""
-        return any(not self._readers or not item.when_idle for item in self._work)
+    @property
+    def _lent_to(self) -> int | None:
+        """The thread that has borrowed the models."""
+        loan = self._loan() if self._loan else None
+        return loan.borrower if loan and not loan.returned else None
+
+    def _wait_while_lent(self) -> None:
+        while self._lent_to is not None:
+            self._sleep(None)
+
+    def _sleep(self, seconds: float | None) -> None:
+        """Sleeps until somebody rings, at most so long."""
+        with suppress(Empty):
+            self._bell.get(timeout=seconds)
+            while True:
+                self._bell.get_nowait()
 
     def _may_step(self) -> bool:
         """Whether the scheduler has anything to do: a row that isn't paused, or one that was cancelled."""
-        self._check_readers()
+        self._readers.check(AHEAD)
         return self._owned is not None and self._owned.scheduler.busy
 
     def _use(self) -> Loaded:
@@ -311,8 +349,8 @@ class Session:
             BaseException: Any exception of loading.
         """
         if self._owned is None:
-            self._owned = self._load()
-            self._capacity = self._owned.scheduler.capacity
+            owned = self._load()
+            self._capacity, self._owned = owned.scheduler.capacity, owned
         return self._owned
 
     def _unload(self) -> None:
@@ -331,26 +369,9 @@ class Session:
             mx.synchronize(self._stream)
         mx.clear_cache()
 
-    def _check_readers(self) -> None:
-        """Cancels rows whose reader is gone, and pauses those that are far ahead of their reader."""
-        for row, reader in self._readers:
-            inbox = reader()
-            if inbox is None or (row.cancel_event is not None and row.cancel_event.is_set()):
-                row.cancel()
-            row.paused = inbox is not None and inbox.unread(row) >= AHEAD
-
-    def _do_work(self) -> None:
-        with self._changed:
-            work, self._work = self._work, []
-        idle = not self._readers and all(item.when_idle for item in work)
-        left: list[Work] = []
-        for item in work:
-            if self._owned:
-                self._owned.scheduler.engine.disturb()
-            if (item.when_idle and not idle) or not item.advance():
-                left.append(item)
-        with self._changed:
-            self._work = left + self._work
+    def _disturb(self) -> None:
+        if self._owned:
+            self._owned.scheduler.engine.disturb()
 
     def _step(self) -> None:
         owned = self._owned
@@ -358,38 +379,15 @@ class Session:
             return
         if WIRED.possible:
             WIRED.hold(self, owned.weights + owned.scheduler.kv_bytes)
-        try:
-            owned.scheduler.step()
-        except BaseException as error:
-            # The scheduler has ended every row of the batch with this error, which `_deliver` passes on.
-            log.debug("a step has failed", exc_info=error)
-            mx.clear_cache()
-        self._deliver()
-
-    def _deliver(self) -> None:
-        left = []
-        for row, reader in self._readers:
-            done = row.done  # read before the tokens, because another thread may cancel the row at any time
-            self._send(reader, row, row.pop_unread(), done)
-            if not done:
-                left.append((row, reader))
-        self._readers = left
-
-    def _send(self, reader: weakref.ref[Inbox], row: Row, tokens: list[int], done: bool) -> None:
-        inbox = reader()
-        if inbox is not None and (tokens or done):
-            inbox.put(News(row, tokens, row.stats.snapshot(), done, row.cancelled, row.error))
+        owned.scheduler.step()
+        self._readers.deliver()
 
     def _end(self) -> None:
-        with self._changed:
-            self._closing = True
-            work, self._work = self._work, []
-        for item in work:
-            item.fail(MTPError("the model was closed"))
+        """Ends all rows and all work, and frees everything."""
+        self._closing = self._ended = True
+        self._work.end()
         if self._owned:
             self._owned.scheduler.close()
-        for row, reader in self._readers:
-            row.error = row.error or MTPError("the model was closed")
-            self._send(reader, row, row.pop_unread(), True)
-        self._readers = []
+        self._readers.end(MTPError(CLOSED))
+        self._failure = None  # whose frames hold what is freed now
         self._free()
