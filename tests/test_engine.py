@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +16,7 @@ from mlx_mtp.checkpoint.load import load_target
 from mlx_mtp.decode import in_flight
 from mlx_mtp.decode.draft_length import DraftLengthPolicy
 from mlx_mtp.decode.prefill import prefill
-from mlx_mtp.decode.request import INVARIANT_WIDTH, Request, Stats
+from mlx_mtp.decode.request import INVARIANT_WIDTH, Request, Row, Stats
 from mlx_mtp.decode.round import accept, decode_round, first_state
 from mlx_mtp.decode.sampling import Sampler, SamplingOptions
 from mlx_mtp.decode.scheduler import Scheduler
@@ -225,6 +226,29 @@ def test_statistics_add_up(pair: Pair):
     _, wrong = run(Scheduler(target, ScriptedDrafter(wrong_script)), prompt(), 81, draft_length=4)  # type: ignore[arg-type]
     assert (wrong.rounds, wrong.accepted, wrong.mean_accepted) == (80, 0, 0.0)
     assert right.peak_memory_bytes > 0 and right.prompt_tps > 0 and right.generation_tps > 0
+
+
+def test_statistics_of_rounds_of_all_kinds():
+    stats = Stats(prompt_tokens=12, cached_tokens=2, prompt_seconds=2.0, generated_tokens=21, generation_seconds=4.0)
+    assert stats.rates() == {"mean_accepted": 0.0, "prompt_tps": 5.0, "generation_tps": 5.0}
+    for drafted, accepted, source in ((0, 0, "drafter"), (4, 3, "drafter"), (2, 1, "prompt")):
+        stats.count(drafted, accepted, source)
+    before = stats.snapshot()
+    stats.count(4, 4)
+    assert (before.rounds, before.drafted, before.accepted, before.mean_accepted) == (3, 6, 4, 2.0)
+    assert before.accepted_by_position == [2, 1, 1] and before.draft_lengths == {0: 1, 4: 1, 2: 1}
+    assert before.drafted_by_source == {"drafter": 4, "prompt": 2}
+    assert before.accepted_by_source == {"drafter": 3, "prompt": 1}
+
+
+def test_seconds_count_from_the_submission_and_from_the_first_token(monkeypatch: pytest.MonkeyPatch):
+    now = iter((10.0, 13.0, 18.0))
+    monkeypatch.setattr("mlx_mtp.decode.request.time", SimpleNamespace(perf_counter=lambda: next(now)))
+    row = Row(Request([1, 2], 5), Stats(), 5)
+    row.receive([7], 0, None)
+    assert (row.stats.prompt_seconds, row.stats.generation_seconds) == (3.0, 0.0)
+    row.receive([8, 9, 9], 1, 2)
+    assert (row.stats.prompt_seconds, row.stats.generation_seconds) == (3.0, 5.0)
 
 
 @pytest.mark.parametrize("mode", ["early", "late"])

@@ -120,6 +120,9 @@ def test_rewinding_is_refused_once_the_window_was_overwritten(config: TextConfig
         write(kv, [start], np.arange(start, start + 4)[None])
     shortest = next(n for n in range(1, 61) if kv.can_rewind(n))
     assert shortest > 1
+    # In transformers, a drafter sees one position more than the window.
+    (lent,) = kv.shared(mx.array([shortest]), WINDOW + 1)[True]
+    assert seen(kv, lent.visible, 0, 0, 0) == list(range(shortest - WINDOW - 1, shortest))
     visible = write(kv, [shortest], np.array([[shortest]]))
     at = shortest
     assert seen(kv, visible[True], 0, 0, 0) == list(range(max(0, at - WINDOW + 1), at + 1))

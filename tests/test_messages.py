@@ -86,6 +86,8 @@ def test_a_last_answer_goes_on(built_in: Tokenizer, with_own: Tokenizer):
         assert built_in.render([USER, {**last, "role": "model"}]) == expected % "model"
         assert with_own.render([USER, last]) == expected % "assistant"
         assert built_in.chat([USER, last]) == built_in.encode(expected % "model")
+    one_part = {"role": "assistant", "content": [{"type": "text", "text": "The answer is "}]}
+    assert built_in.render([USER, one_part]) == begun % "model"
     thought = {"role": "assistant", "content": "<|channel>thought\nhm\n<channel|>The answer is "}
     assert built_in.render([USER, thought]) == begun % "model"
 
@@ -176,6 +178,8 @@ def test_a_control_token_of_two_answers_is_text(built_in: Tokenizer):
 def test_templates_still_find_thoughts_of_the_model(built_in: Tokenizer, tmp_path: Path):
     messages = [USER, {"role": "assistant", "content": "<|channel>thought\nhm<channel|>Yes"}, USER]
     assert built_in.chat(messages) == built_in.chat([USER, {"role": "assistant", "content": "Yes"}, USER])
+    parts = [{"type": "text", "text": messages[1]["content"]}]
+    assert built_in.chat([USER, {"role": "assistant", "content": parts}, USER]) == built_in.chat(messages)
     tokenizer = own(tmp_path, "{% for m in messages %}{{ m.content.split('</think>')[-1] }};{% endfor %}")
     messages[1] = {"role": "assistant", "content": "<think>hm</think>Yes <b>now</b>"}
     assert tokenizer.chat(messages) == tokenizer.encode("Hi;Yes <b>now</b>;Hi;")

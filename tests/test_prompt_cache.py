@@ -195,6 +195,9 @@ def test_a_saved_prompt_with_other_shapes(pair: Pair, tmp_path: Path):
         mx.save_safetensors(str(file), {**arrays, name: arrays[name][:, :, :-1]}, metadata=facts)
         with pytest.raises(CheckpointError, match="is damaged"):
             Scheduler(*pair).load_prompt(file)
+    mx.save_safetensors(str(file), {**arrays, "keys.99": arrays["keys.0"]}, metadata=facts)
+    with pytest.raises(CheckpointError, match=r"unexpected array keys\.99"):
+        Scheduler(*pair).load_prompt(file)
 
 
 def test_a_loaded_prompt_needs_its_file_no_more(pair: Pair, tmp_path: Path):

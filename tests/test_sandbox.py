@@ -18,6 +18,8 @@ from tests.support.tiny_tokenizer import write_tokenizer
 USER: dict[str, Any] = {"role": "user", "content": "Hi <b> you"}
 LIST, TEXT = "{% set x = range(99999) | list %}", "{% set x = 'é' * 999999 %}"
 DOUBLE = "{%% set ns = namespace(x=%s) %%}{%% for _ in range(80) %%}{%% set ns.x = %s %%}{%% endfor %%}{{ ns.x }}"
+REFUSED = "(takes|has) more than|too (much|large|big)|undefined"
+"""What the sandbox says, or Jinja if a name is gone; an error of Python's would say that it was tried."""
 
 
 def with_template(folder: Path, template: str) -> Tokenizer:
@@ -58,7 +60,7 @@ def little_time(monkeypatch: pytest.MonkeyPatch) -> None:
 ])  # fmt: skip
 def test_what_grows_without_end_is_refused(tmp_path: Path, template: str):
     before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-    with pytest.raises(MTPError) as raised:
+    with pytest.raises(MTPError, match=REFUSED) as raised:
         with_template(tmp_path, template).chat([USER])
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
     assert time.monotonic() - begin < 5
@@ -91,6 +93,39 @@ def test_a_template_that_is_none_is_a_broken_checkpoint(tmp_path: Path, template
     with pytest.raises(CheckpointError, match="is broken") as raised:
         with_template(tmp_path, template).chat([USER])
     assert "\n" not in str(raised.value)
+
+
+LONG = {"role": "user", "content": "x" * 600}
+PART = "(messages[0].content[1:] | length)"
+
+
+@pytest.mark.parametrize("template", [
+    "{% for _ in [1] %}{% if " + PART + " %}{% endif %}{% endfor %}", "{{ 'x' ~ " + PART + " }}",
+    "{{ [" + PART + "][0] }}", "{{ {'a': " + PART + "}.a }}", "{{ (" + PART + ", 1)[0] }}",
+    "{{ (1, 2)[" + PART + " * 0] }}",
+    "{% for _ in range(30) %}{% for _ in range(30) %}{% endfor %}{% endfor %}", "{{ messages[0].content }}",
+    "{{ (messages[0].content | upper) | length }}", "{{ messages[0].content.upper() | length }}",
+    "{{ (messages[0].content + 'y') | length }}", "{{ (messages[0].content * 1) | length }}",
+    "{{ messages[0].content | list | length }}", "{{ messages[0].content.split() and 1 }}",
+    "{{ [messages[0].content] | join | length }}", "{{ [messages[0].content] | sum(start='') | length }}",
+    "{{ 'x'.replace('x', messages[0].content) | length }}", "{{ {1: messages[0].content} and 1 }}",
+])  # fmt: skip
+def test_every_way_to_make_much_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, template: str):
+    """Also within something else that counts."""
+    tokenizer = with_template(tmp_path, template)
+    tokenizer.render([LONG])
+    monkeypatch.setattr(sandbox, "MOST", 500)
+    with pytest.raises(PromptError, match="more than"):
+        tokenizer.render([LONG])
+
+
+def test_every_rendering_has_its_own_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    tokenizer = with_template(tmp_path, "{{ messages[0].content }}")
+    monkeypatch.setattr(sandbox, "MOST", 1000)
+    start = time.monotonic()
+    for i in range(3):
+        monkeypatch.setattr(sandbox.time, "monotonic", lambda i=i: start + 3600 * i)
+        assert tokenizer.render([LONG]) == LONG["content"]
 
 
 def test_what_templates_do_every_day_still_works(tmp_path: Path):

@@ -116,6 +116,21 @@ def test_thoughts_are_kept_apart(tokenizer: Tokenizer):
     assert tokenizer.decode(tokens) == "hello"
 
 
+def test_a_thought_may_begin_in_the_token_that_ends_the_channels_name(tmp_path: Path):
+    write_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    tokenizer.library.add_tokens(["\nhe"])
+    tokens = [*tokenizer.encode("<|channel>thought"), tokenizer.token_id("\nhe"), *tokenizer.encode("llo")]
+    assert StreamDecoder(tokenizer).push(tokens) == ("", "hello")
+
+
+def test_of_two_special_names_that_begin_alike_the_longer_one_is_meant(tmp_path: Path):
+    write_tokenizer(tmp_path, (*SPECIAL, "<|a", "<|a>", "<|a>>"))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    for name in ("<|a", "<|a>", "<|a>>"):
+        assert tokenizer.encode(name) == [tokenizer.token_id(name)]
+
+
 def test_a_broken_character_of_a_thought_stays_in_the_thought(tokenizer: Tokenizer):
     half = tokenizer.encode("€")[:2]
     tokens = [*tokenizer.encode("<|channel>thought\n"), *half, *tokenizer.encode("<channel|>he")]

@@ -113,6 +113,11 @@ def test_what_is_no_call(text: str):
         parse_calls(text)
 
 
+def test_whole_numbers_stay_whole():
+    ((_, arguments),) = parse_calls("call:f{a:12345678901234567890,b:3,c:3.0}")
+    assert json.dumps(arguments) == '{"a": 12345678901234567890, "b": 3, "c": 3.0}'
+
+
 def test_values_within_values_have_a_bound_that_no_tool_reaches():
     assert parse_calls("call:f{a:" + "[" * 50 + "]" * 50 + "}")
 

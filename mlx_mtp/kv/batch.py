@@ -45,7 +45,6 @@ class BatchKV:
         """
         batch = cls()
         batch.arrange([(row, 0) for row in rows], [positions] * len(rows), consume=False)
-        batch.reserve([positions] * len(rows))
         return batch
 
     @property
