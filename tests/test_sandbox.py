@@ -18,7 +18,7 @@ from tests.support.tiny_tokenizer import write_tokenizer
 USER: dict[str, Any] = {"role": "user", "content": "Hi <b> you"}
 LIST, TEXT = "{% set x = range(99999) | list %}", "{% set x = 'é' * 999999 %}"
 DOUBLE = "{%% set ns = namespace(x=%s) %%}{%% for _ in range(80) %%}{%% set ns.x = %s %%}{%% endfor %%}{{ ns.x }}"
-REFUSED = "(takes|has) more than|too (much|large|big)|undefined"
+REFUSED = "(makes|takes|has) more than|too (much|large|big)|undefined"
 """What the sandbox says, or Jinja if a name is gone; an error of Python's would say that it was tried."""
 
 
@@ -59,11 +59,11 @@ def little_time(monkeypatch: pytest.MonkeyPatch) -> None:
     "{% set s = 'x' * 30000000 %}" + "".join(f"{{% set s{i} = s[1:] %}}" for i in range(20)),
 ])  # fmt: skip
 def test_what_grows_without_end_is_refused(tmp_path: Path, template: str):
-    before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.thread_time()
     with pytest.raises(MTPError, match=REFUSED) as raised:
         with_template(tmp_path, template).chat([USER])
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
-    assert time.monotonic() - begin < 5
+    assert time.thread_time() - begin < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 700_000, "kB"
 
 
@@ -114,17 +114,19 @@ def test_every_way_to_make_much_counts(monkeypatch: pytest.MonkeyPatch, tmp_path
     """Also within something else that counts."""
     tokenizer = with_template(tmp_path, template)
     tokenizer.render([LONG])
-    monkeypatch.setattr(sandbox, "MOST", 500)
+    monkeypatch.setattr(sandbox, "CHARACTERS", 500)
+    monkeypatch.setattr(sandbox, "CHARACTERS_EACH", 0)
     with pytest.raises(PromptError, match="more than"):
         tokenizer.render([LONG])
 
 
 def test_every_rendering_has_its_own_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     tokenizer = with_template(tmp_path, "{{ messages[0].content }}")
-    monkeypatch.setattr(sandbox, "MOST", 1000)
-    start = time.monotonic()
+    monkeypatch.setattr(sandbox, "CHARACTERS", 1000)
+    monkeypatch.setattr(sandbox, "CHARACTERS_EACH", 0)
+    start = time.thread_time()
     for i in range(3):
-        monkeypatch.setattr(sandbox.time, "monotonic", lambda i=i: start + 3600 * i)
+        monkeypatch.setattr(sandbox.time, "thread_time", lambda i=i: start + 3600 * i)
         assert tokenizer.render([LONG]) == LONG["content"]
 
 
