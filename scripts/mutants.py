@@ -104,7 +104,8 @@ def _operators() -> dict[str, list[Operator]]:
     for name in sorted(operator_names()):
         kind, _, change = name.removeprefix("core/").partition("_")
         make = get_operator(name)
-        if not make.arguments() and change in NEIGHBOURS.get(kind, change).split():
+        wanted = kind not in NEIGHBOURS or change in NEIGHBOURS[kind].split()
+        if wanted and not make.arguments():
             kinds[kind].append(make())
     return kinds
 
