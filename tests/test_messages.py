@@ -259,10 +259,17 @@ def test_an_answer_about_control_tokens_keeps_its_kv(lm: mlx_mtp.MTPModel, monke
     ([{"role": "user", "content": "\udc00turn|>"}], "UTF-8"),
     ([USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": {1}}}}]}], "not a set"),
     ([{"role": "user", "content": [{"type": "text", "text": None}]}], "text isn.t a string"),
+    ([USER, {"role": "user", "content": ["Hi"]}], "message 1 .user. has a part that isn"),
 ])  # fmt: skip
 def test_what_no_prompt_can_hold(built_in: Tokenizer, messages: list[Json], culprit: str):
     with pytest.raises(PromptError, match=culprit):
         built_in.chat(messages)
+
+
+def test_tools_that_no_prompt_can_hold(built_in: Tokenizer):
+    for tools in ([5], {"type": "function"}):
+        with pytest.raises(PromptError, match="tools must be a list of dicts"):
+            built_in.chat([USER], tools=tools)  # type: ignore[arg-type]
 
 
 def test_messages_may_be_nested_too_deeply(built_in: Tokenizer):

@@ -216,6 +216,13 @@ def test_best_few_are_the_best(size: int):
             assert set(found[row]) == set(np.argsort(-np.array(logits[row]))[:k])
 
 
+@pytest.mark.parametrize("seed", [1.0, True, "1", None])
+def test_a_seed_of_several_rows_must_be_a_whole_number(seed: object):
+    for row in range(2):
+        with pytest.raises(PromptError, match="seed must be a whole number"):
+            row_seed(seed, row)  # type: ignore[arg-type]
+
+
 def test_row_seeds_and_keys_collide_by_chance_only():
     assert [row_seed(seed, 0) for seed in (0, 1, -5, 2**70)] == [0, 1, -5, 2**70]
     keys = [seed_key(row_seed(seed, row)) for row in (0, 1, 2, 3, 8) for seed in range(100_000)]

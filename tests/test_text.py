@@ -142,6 +142,7 @@ def test_an_answer_may_begin_within_a_thought(tokenizer: Tokenizer):
     closed_prompt = tokenizer.encode("<bos><|turn>model\n<|channel>thought\n<channel|>")
     tokens = tokenizer.encode("well\n<channel|>hello")
     assert StreamDecoder(tokenizer, open_prompt).push(tokens) == ("hello", "well\n")
+    assert StreamDecoder(tokenizer, open_prompt + tokenizer.encode("l")).push(tokens) == ("hello", "well\n")
     assert StreamDecoder(tokenizer, closed_prompt).push(tokenizer.encode("hello")) == ("hello", "")
     assert StreamDecoder(tokenizer, tokenizer.encode("<|channel>x<|turn>")).push(tokenizer.encode("he")) == ("he", "")
 

@@ -178,6 +178,11 @@ def test_a_call_needs_no_closing_token(tokenizer: Tokenizer, end: str):
     assert len(decoder.calls) == (2 if "call:g" in end else 1)
 
 
+def test_a_thought_after_a_call_ends_the_call(tokenizer: Tokenizer):
+    text, thought, decoder = read(tokenizer, "he<|tool_call>call:f{a:1}<|channel>thought\nhm\n<channel|>ll")
+    assert (text, thought, functions(decoder)) == ("hell", "hm\n", [("f", {"a": 1})])
+
+
 @pytest.mark.parametrize("answer, text, why", [
     ("he <|tool_call>ll<tool_call|> he", "he ll he", "doesn't begin like call:name{"),
     ("he <|tool_call>call:f{", "he call:f{", "isn't complete"),
