@@ -9,8 +9,9 @@ tests/support/soak_calls.py); of one that is cut off, the tokens must be its beg
 After each minute no thread begins anything, and once all have ended, nothing of theirs may be left: no row, no KV but
 that of the prompt cache, no thread, descriptor, asyncio task or file. Then the model is unloaded, which must give back
 all of MLX's arrays, and answers one question, always the same. The resident memory of that moment must be, in the end,
-within 3 % of what it was after the warm-up, by medians over many minutes. On Linux the C library is first told to
-return what it keeps of freed memory (tests/support/held.py says why); a line has both figures.
+within 3 % of what it was after the warm-up, by medians over many minutes. On Linux the C library allocates from one
+place, and is first told to return what it keeps of freed memory; tests/support/held.py says why. A line has the figures
+of before, too.
 
 Exits with 1 if anything is wrong. The same seed draws the same calls, though not the same moments.
 
@@ -41,7 +42,7 @@ from mlx_mtp.server.app import make_app
 from mlx_mtp.server.registry import Entry, Models
 from mlx_mtp.server.settings import ServerOptions
 from mlx_mtp.session.loading import Loaded
-from tests.support.held import Held, listening, return_freed
+from tests.support.held import Held, listening, return_freed, use_one_arena
 from tests.support.server import entry, running, wait_until
 from tests.support.soak_calls import CACHE_BYTES, Alone, Callers
 
@@ -226,6 +227,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Draws other calls.")] = 0,
 ) -> None:
     """Soaks, and prints what was wrong."""
+    use_one_arena()
     print(f"mlx {mx.__version__} on {mx.default_device()}, {threading.active_count()} threads")
     wrong = soak(60 * minutes, min(60, 60 * minutes), seed, calls=500, most=12)
     for it in wrong:
