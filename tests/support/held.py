@@ -64,14 +64,29 @@ def resident_bytes() -> int:
     return int(shown.stdout) * 1024
 
 
-def return_freed() -> None:
-    """Has glibc return freed memory to the system.
+_ARENA_MAX = -8  # M_ARENA_MAX of glibc's malloc.h
 
-    It keeps what lies between pieces that are in use, for each of its arenas, of which threads may have many; so a
-    process looks as large as its largest moments one after another, though it has lost nothing.
+
+def use_one_arena() -> None:
+    """Has glibc allocate from one place; before any thread is started.
+
+    Else threads share up to eight arenas for each core, each with pages that are partly in use and can't be returned: a
+    process grows as long as threads find new company in them, though it loses nothing.
     """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+    if libc := _glibc():
+        libc.mallopt(_ARENA_MAX, 1)
+
+
+def return_freed() -> None:
+    """Has glibc return the freed memory that it keeps, as much as the process has ever needed at a time."""
+    if libc := _glibc():
         libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """The C library if it is glibc, whose allocator has these knobs."""
+    libc = ctypes.CDLL(None)
+    return libc if sys.platform == "linux" and hasattr(libc, "malloc_trim") else None
 
 
 def _descriptors() -> Iterator[str]:
