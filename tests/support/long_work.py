@@ -131,6 +131,9 @@ class Learn(Convert):
         text.write_bytes((ROOT / "docs/tuning.md").read_bytes()[:1500])
         self.options = ("--bits", 4, "--no-draft", "--method", "gptq", "--calibration", text)
 
+    def finished(self, folder: Path) -> Mapping[str, object]:
+        return {}  # all learnt weights must come from the same run, so it begins again
+
 
 class Batch(Work):
     """The prompts of a file."""
