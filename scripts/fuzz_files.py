@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from math import inf
 from multiprocessing.connection import Connection
 from random import Random
 from time import process_time
@@ -106,38 +107,42 @@ def wrong(files: Files, guard: Guard, kind: str, seed: int, number: int) -> tupl
     return "; ".join([*found, *guard.found[:3]]), "; ".join(exceeded), refused
 
 
-def run(kinds: list[str], seed: int, numbers: range) -> Result:
+def run(kinds: list[str], seed: int, numbers: range, end: float = inf) -> Result:
     """Runs the cases of these numbers in a process of their own; goes on in another one where that ends.
 
     Args:
         kinds: In turn.
         seed: What the cases are drawn with.
         numbers: Of the cases.
+        end: When to stop, by `time.monotonic`.
     """
     result, spawn = Result(), multiprocessing.get_context("spawn")  # a fork can't use MLX
-    while numbers:
+    while numbers and time.monotonic() < end:
         state, (receive, send) = spawn.Array("q", [-1, 0], lock=False), spawn.Pipe(duplex=False)
         process = spawn.Process(target=_batch, args=(kinds, seed, numbers, state, send), daemon=True)
         process.start()
         send.close()
-        for number, problem, exceeded in _told(receive, state):
+        for number, problem, exceeded in _told(receive, state, end):
             if exceeded and len(numbers) > 1:
                 result.bad += run(kinds, seed, range(number, number + 1)).bad
             else:
-                result.bad.append((kinds[number % len(kinds)], number, "; ".join(filter(None, [problem, exceeded]))))
+                found = kinds[number % len(kinds)], number, "; ".join(filter(None, [problem, exceeded]))
+                print(*found, flush=True)
+                result.bad.append(found)
         process.kill()
         process.join()
-        if state[0] < numbers.start:
+        if state[0] < numbers.start and time.monotonic() < end:
             raise RuntimeError("the folder can't be prepared")
-        result.cases, result.refused = result.cases + state[0] + 1 - numbers.start, result.refused + state[1]
+        result.cases += max(state[0] + 1 - numbers.start, 0)
+        result.refused += state[1]
         numbers = range(state[0] + 1, numbers.stop)
     return result
 
 
-def _told(receive: Connection, state: Any) -> Iterator[tuple[int, str, str]]:
-    """What a batch tells, and which case has ended its process or never ends."""
+def _told(receive: Connection, state: Any, end: float) -> Iterator[tuple[int, str, str]]:
+    """What a batch tells until the end, and which case has ended its process or never ends."""
     seen, since = state[0], time.monotonic()
-    while True:
+    while time.monotonic() < end:
         try:
             if receive.poll(1):
                 if (told := receive.recv()) is None:
@@ -183,7 +188,7 @@ def main(
     first: Annotated[int, typer.Option(help="Number of the first one.")] = 0,
     kind: Annotated[list[str] | None, typer.Option(help="Which kinds; all by default, in turn.")] = None,
     jobs: Annotated[int, typer.Option(help="Processes at the same time.")] = 1,
-    minutes: Annotated[float, typer.Option(help="Begin no batch after that.")] = 1e9,
+    minutes: Annotated[float, typer.Option(help="Stop after that.")] = 1e9,
 ) -> None:
     """Prints every case that is wrong; exits with 1 if there is any."""
     begun, total = time.monotonic(), Result()
@@ -191,14 +196,12 @@ def main(
         kinds = kind or list(files.kinds)
 
     def batch(start: int) -> Result:
-        if time.monotonic() - begun > 60 * minutes:
-            return Result()
-        return run(kinds, seed, range(start, min(start + BATCH, first + cases)))
+        return run(kinds, seed, range(start, min(start + BATCH, first + cases)), begun + 60 * minutes)
 
     with ThreadPoolExecutor(jobs) as pool:
         for found in pool.map(batch, range(first, first + cases, BATCH)):
-            for name, number, problem in found.bad:
-                print(f"{name} {number}: {problem}")
+            if found.cases == 0:  # the time was over
+                break
             total.add(found)
             print(f"{total.cases:,} cases, {total.refused:,} refused: {len(total.bad)} wrong", flush=True)
     raise SystemExit(bool(total.bad))

@@ -184,6 +184,17 @@ def test_a_model_that_is_dropped_gives_its_memory_back():
     assert mx.get_active_memory() + mx.get_cache_memory() < before - 10 * 2**20
 
 
+def test_a_row_that_nobody_reads_gives_its_memory_back():
+    with mlx_mtp.load(cache_bytes=0) as lm:
+        lm.generate(QUESTION, max_tokens=2)
+        before = mx.get_active_memory()
+        stream = lm.stream([2, 40] * 200, **LONG)
+        next(stream)
+        assert mx.get_active_memory() > before + 2**19
+        stream.close()
+        until(lambda: mx.get_active_memory() < before + 2**18)
+
+
 def test_models_leave_no_threads_behind():
     def threads() -> int:
         return len(os.listdir("/proc/self/task")) if sys.platform == "linux" else threading.active_count()
