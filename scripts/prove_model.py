@@ -1,13 +1,15 @@
 """Is every text the one that a naive decoder without any cache writes?
 
-Random pairs with every flag of the architecture, and random calls of each: prompts at the edges of window, ring,
-capacity and chunk, every option, batches, several answers, streams whose readers leave, cancelled calls, prompts that
-are cached and saved, from several threads at a time. The oracle (tests/support/oracle.py, numpy in float64) checks each
-token, where texts end, their strings and their log-probabilities, and one text's logits for each pair.
+Random pairs with every flag of the architecture, weights of 16 or 32 bits or quantised, and adapters; and random calls
+of each: prompts at the edges of window, ring, capacity and chunk, every option, batches, several answers, streams whose
+readers leave, cancelled calls, prompts that are cached and saved, from several threads at a time. The oracle
+(tests/support/oracle.py, numpy in float64) checks each token, where texts end, their strings and their
+log-probabilities, and one text's logits for each pair.
 
 A token that differs counts as a difference, unless the oracle's own scores are so near that rounding to float32 could
 swap them. How near that is, it measures: 8 times what float32 does to its own logits in that text. Where rounding may
-choose another expert, the rest of a text isn't judged. Both are counted.
+choose another expert, the rest of a text isn't judged. Both are counted. How targets that compute in 16 bits are judged
+says tests/support/oracle_judge.py.
 
     python scripts/prove_model.py [--pairs 120] [--seed 0] [--minutes 30] [--jobs 2]
 """
