@@ -8,7 +8,7 @@
 
 Seeds are fixed: a result is the same in every run. Needs scipy.
 
-    python scripts/prove_noise.py [--draws 100000000] [--samples 200000]
+    python scripts/prove_noise.py [--draws 100000000] [--samples 20000]
 """
 
 from __future__ import annotations
@@ -17,25 +17,18 @@ from typing import Annotated
 
 import typer
 
-from tests.support.oracle import softmax
 from tests.support.oracle_statistics import (
     ALONG,
+    SIGNIFICANT,
     WISHES,
-    agreement,
-    bound,
-    capped_shares,
-    coupled_share,
+    acceptance,
     drafters,
-    draw,
+    draw_with_others,
     least_of,
     noise_along,
     noise_p_values,
-    rejection_share,
     some_logits,
 )
-
-SIGNIFICANT = 1e-4
-"""A p-value, of many tests as one, below which something is wrong."""
 
 
 def prove_noise(draws: int) -> int:
@@ -54,42 +47,38 @@ def prove_noise(draws: int) -> int:
 
 def prove_tokens(samples: int) -> int:
     """Prints a line for every kind of choice; returns how many are wrong."""
-    wrong, known = 0, drafters(some_logits())
+    wrong, known, few = 0, drafters(some_logits()), max(1_000, samples // 50)
     names = [name for name, drafter in known.items() if drafter]
-    for i, (what, wish) in enumerate(WISHES.items()):
+    for i, what in enumerate(WISHES):
         name = names[i % len(names)]
-        drawn = draw(wish, known[name], samples)
-        few = max(2_000, samples // 50)
-        others = [draw(wish, other, few).texts for other in known.values()]
-        same = all(texts == drawn.texts[: len(texts)] for texts in others)
+        drawn, same = draw_with_others(what, name, [*known], samples, few)
         wrong += drawn.p_value < SIGNIFICANT or drawn.impossible > 0 or not same
         share, verdict = drawn.accepted / drawn.drafted, "the same" if same else "OTHERS"
         print(f"{what:20} {len(drawn.uniform):7,} tokens, drafter {name}: accepted {share:.2f}, p {drawn.p_value:.3f}; "
-              f"{len(others)} drafters, {few:,} tokens: {verdict}", flush=True)  # fmt: skip
+              f"{len(known)} drafters, {few:,} tokens: {verdict}", flush=True)  # fmt: skip
     return wrong
 
 
-def acceptance(samples: int) -> None:
+def print_acceptance(samples: int) -> None:
     """Prints how often drafts are accepted."""
-    logits = some_logits()
     print(f"{'drafter':22}{'temperature':>12}{'accepted':>10}{'formula':>9}{'bound':>7}{'rejection sampling':>20}")
-    for name, drafter in drafters(logits).items():
+    for name, drafter in drafters(some_logits()).items():
         if drafter is None or drafter.logits is None:
             continue
         for temperature in (0.5, 1.0, 2.0):
-            accepted = agreement(logits, drafter.logits, temperature, samples)
-            p, q = capped_shares(logits, temperature), softmax(drafter.logits / temperature)
-            print(f"{name:22}{temperature:12}{accepted:10.3f}{coupled_share(p, q):9.3f}{bound(p, q):7.3f}"
-                  f"{rejection_share(p, q, samples):20.3f}", flush=True)  # fmt: skip
+            found = acceptance(drafter.logits, temperature, samples)
+            print(f"{name:22}{temperature:12}{found.measured:10.3f}{found.formula:9.3f}{found.bound:7.3f}"
+                  f"{found.rejection:20.3f}", flush=True)  # fmt: skip
 
 
 def main(
-    draws: Annotated[int, typer.Option(help="Draws of noise in all.")] = 100_000_000,
-    samples: Annotated[int, typer.Option(help="Tokens for every kind of choice.")] = 200_000,
+    draws: Annotated[int, typer.Option(help="Draws of noise in all; 0 for none.")] = 100_000_000,
+    samples: Annotated[int, typer.Option(help="Tokens for every kind of choice.")] = 20_000,
+    positions: Annotated[int, typer.Option(help="Positions for every line about acceptance.")] = 200_000,
 ) -> None:
     """Prints all three tables; exits with 1 if something is wrong."""
-    wrong = prove_noise(draws) + prove_tokens(samples)
-    acceptance(samples)
+    wrong = (prove_noise(draws) if draws else 0) + prove_tokens(samples)
+    print_acceptance(positions)
     print(f"{wrong} results below p = {SIGNIFICANT}, impossible, or not the same")
     raise SystemExit(wrong > 0)
 

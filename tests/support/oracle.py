@@ -13,14 +13,13 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
+from .oracle_files import Array, read_adapter, read_weights, rounded
 
 
 @dataclass(frozen=True)
@@ -37,20 +36,6 @@ class Seen:
     margins: Array
 
 
-def read_safetensors(path: Path) -> dict[str, Array]:
-    """The tensors of a file with nothing but float32 and int64 in it."""
-    raw = path.read_bytes()
-    start = 8 + int.from_bytes(raw[:8], "little")
-    tensors = {}
-    for name, entry in json.loads(raw[8:start]).items():
-        if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            kind = {"F32": np.float32, "I64": np.int64}[entry["dtype"]]
-            flat = np.frombuffer(raw[start + begin : start + end], kind)
-            tensors[name] = flat.reshape(entry["shape"]).astype(np.float64)
-    return tensors
-
-
 class Oracle:
     """A target's formulas.
 
@@ -60,24 +45,35 @@ class Oracle:
         cap: Softcap of the logits, or None.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Reads config.json and model.safetensors."""
+    def __init__(self, folder: Path, adapter: Path | None = None, dtype: str = "float32") -> None:
+        """Reads config.json, model.safetensors and perhaps an adapter's files.
+
+        Args:
+            folder: The target's.
+            adapter: The adapter's.
+            dtype: What the target is loaded in. In 16 bits the weights are rounded so; the formulas never are.
+        """
         whole = json.loads((folder / "config.json").read_text())
         self.config: dict[str, Any] = whole.get("text_config", whole)
         self.vocab: int = self.config["vocab_size"]
         self.cap: float | None = self.config.get("final_logit_softcapping")
-        prefix = "model.language_model." if "text_config" in whole else "model."
-        found = read_safetensors(folder / "model.safetensors")
-        self._weights = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+        self._weights, self._dtype, self._rough = read_weights(folder, dtype), dtype, False
+        self._adapter = read_adapter(adapter) if adapter else {}
         self._eps = self.config["rms_norm_eps"]
 
     def rounding(self, tokens: list[int]) -> Array:
-        """What rounding to float32 does to a text's logits: the largest error up to each position, [len(tokens)].
+        """What rounding does to a text's logits: the largest error up to each position, [len(tokens)].
 
-        Measured on these very formulas, in float32 beside float64: it depends on the weights, and grows with depth.
+        Measured on these very formulas, in float32 beside float64; for a target in 16 bits, with the result of each
+        step rounded to them. It depends on the weights, and grows with depth.
         """
         rough = copy.copy(self)
         rough._weights = {name: tensor.astype(np.float32) for name, tensor in self._weights.items()}
+        rough._adapter = {
+            name: replace(it, a=it.a.astype(np.float32), b=it.b.astype(np.float32))
+            for name, it in self._adapter.items()
+        }
+        rough._rough = True
         errors = np.abs(self.see(tokens).logits - rough.see(tokens).logits).max(axis=-1)
         return np.maximum.accumulate(errors)
 
@@ -86,7 +82,7 @@ class Oracle:
         config, weights, count = self.config, self._weights, len(tokens)
         kinds = config["layer_types"]
         first_shared = len(kinds) - (config.get("num_kv_shared_layers") or 0)
-        embedded = weights["embed_tokens.weight"][tokens] * math.sqrt(config["hidden_size"])
+        embedded = self._step(self._rows("embed_tokens", tokens) * math.sqrt(config["hidden_size"]))
         ple = self._per_layer(tokens, embedded)
         margins, made, h = np.full(count, np.inf), {}, embedded
         for i, kind in enumerate(kinds):
@@ -94,27 +90,48 @@ class Oracle:
             if i < first_shared:
                 made[kind] = self._keys_and_values(i, kind, x)
             x = self._attention(i, kind, x, *made[kind])
-            h = h + self._norm(x, f"layers.{i}.post_attention_layernorm")
+            h = self._step(h + self._norm(x, f"layers.{i}.post_attention_layernorm"))
             x = self._mlp(i, self._norm(h, f"layers.{i}.pre_feedforward_layernorm"))
             if config.get("enable_moe_block"):
                 routed, gaps = self._experts(i, h)
                 margins = np.minimum(margins, gaps)
                 x = self._norm(x, f"layers.{i}.post_feedforward_layernorm_1")
                 x = x + self._norm(routed, f"layers.{i}.post_feedforward_layernorm_2")
-            h = h + self._norm(x, f"layers.{i}.post_feedforward_layernorm")
+            h = self._step(h + self._norm(x, f"layers.{i}.post_feedforward_layernorm"))
             if ple is not None:
-                x = _gelu(h @ weights[f"layers.{i}.per_layer_input_gate.weight"].T) * ple[:, i]
-                x = x @ weights[f"layers.{i}.per_layer_projection.weight"].T
+                x = self._step(_gelu(self._map(h, f"layers.{i}.per_layer_input_gate")) * ple[:, i])
+                x = self._map(x, f"layers.{i}.per_layer_projection")
                 h = h + self._norm(x, f"layers.{i}.post_per_layer_input_norm")
-            h = h * weights[f"layers.{i}.layer_scalar"]
-        tied = config.get("tie_word_embeddings", True)
-        head = weights["embed_tokens.weight" if tied else "lm_head.weight"]
-        return Seen(self._norm(h, "norm") @ head.T, np.minimum.accumulate(margins))
+            h = self._step(h * weights[f"layers.{i}.layer_scalar"])
+        h = self._norm(h, "norm")
+        logits = self._embedded_back(h) if config.get("tie_word_embeddings", True) else self._map(h, "lm_head")
+        return Seen(logits, np.minimum.accumulate(margins))
+
+    def _step(self, x: Array) -> Array:
+        """A result as it is; as 16 bits would have it where these are tried out, see `rounding`."""
+        return rounded(x, self._dtype) if self._rough and self._dtype != "float32" else x
+
+    def _map(self, x: Array, name: str) -> Array:
+        """A linear map with what an adapter adds."""
+        out = self._step(x @ self._weights[f"{name}.weight"].T)
+        return self._step(out + self._adapter[name](x)) if name in self._adapter else out
+
+    def _rows(self, name: str, tokens: list[int]) -> Array:
+        """Rows of an embedding table with what an adapter adds."""
+        out = self._weights[f"{name}.weight"][tokens]
+        delta = self._adapter.get(name)
+        return self._step(out + delta.scale * (delta.a[tokens] @ delta.b)) if delta else out
+
+    def _embedded_back(self, h: Array) -> Array:
+        """Logits by the embedding table, with what an adapter adds to it."""
+        out = self._step(h @ self._weights["embed_tokens.weight"].T)
+        delta = self._adapter.get("embed_tokens")
+        return self._step(out + delta.scale * ((h @ delta.b.T) @ delta.a.T)) if delta else out
 
     def _norm(self, x: Array, name: str | None) -> Array:
         """RMSNorm along the last axis, with the weight of that name; None for none."""
         scaled = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + self._eps)
-        return scaled if name is None else scaled * self._weights[f"{name}.weight"]
+        return self._step(scaled if name is None else scaled * self._weights[f"{name}.weight"])
 
     def _per_layer(self, tokens: list[int], embedded: Array) -> Array | None:
         """Per-layer embeddings [tokens, layers, size]; None if the model has none."""
@@ -122,9 +139,10 @@ class Oracle:
         if not size:
             return None
         shape = len(tokens), len(self.config["layer_types"]), size
-        own = self._weights["embed_tokens_per_layer.weight"][tokens].reshape(shape) * math.sqrt(size)
-        projected = embedded @ self._weights["per_layer_model_projection.weight"].T / math.sqrt(embedded.shape[-1])
-        return (own + self._norm(projected.reshape(shape), "per_layer_projection_norm")) / math.sqrt(2)
+        own = self._rows("embed_tokens_per_layer", tokens).reshape(shape) * math.sqrt(size)
+        projected = self._map(embedded, "per_layer_model_projection") / math.sqrt(embedded.shape[-1])
+        both = own + self._norm(projected.reshape(shape), "per_layer_projection_norm")
+        return self._step(both / math.sqrt(2))
 
     def _sizes(self, i: int, kind: str) -> tuple[int, int]:
         """Head size and number of KV heads of a layer, in Google's form of the config or transformers'."""
@@ -149,15 +167,15 @@ class Oracle:
             angles = np.arange(len(x)) / rope["rope_theta"] ** (i / half)
             out[:, i] = x[:, i] * np.cos(angles) - x[:, i + half] * np.sin(angles)
             out[:, i + half] = x[:, i + half] * np.cos(angles) + x[:, i] * np.sin(angles)
-        return out
+        return self._step(out)
 
     def _keys_and_values(self, i: int, kind: str, x: Array) -> tuple[list[Array], list[Array]]:
         """Keys and values of a layer, [tokens, head_dim] for each KV head."""
         head_dim, kv_heads = self._sizes(i, kind)
         name = f"layers.{i}.self_attn"
-        keys = (x @ self._weights[f"{name}.k_proj.weight"].T).reshape(len(x), kv_heads, head_dim)
+        keys = self._map(x, f"{name}.k_proj").reshape(len(x), kv_heads, head_dim)
         same = self.config.get("attention_k_eq_v") and kind == "full_attention"
-        values = keys if same else (x @ self._weights[f"{name}.v_proj.weight"].T).reshape(keys.shape)
+        values = keys if same else self._map(x, f"{name}.v_proj").reshape(keys.shape)
         return (
             [self._rotated(self._norm(keys[:, head], f"{name}.k_norm"), kind) for head in range(kv_heads)],
             [self._norm(values[:, head], None) for head in range(kv_heads)],
@@ -166,7 +184,7 @@ class Oracle:
     def _attention(self, i: int, kind: str, x: Array, keys: list[Array], values: list[Array]) -> Array:
         """Attention of every position to itself and those before it, as far as the window reaches."""
         name, heads = f"layers.{i}.self_attn", self.config["num_attention_heads"]
-        queries = (x @ self._weights[f"{name}.q_proj.weight"].T).reshape(len(x), heads, -1)
+        queries = self._map(x, f"{name}.q_proj").reshape(len(x), heads, -1)
         back = np.arange(len(x))[:, None] - np.arange(len(x))[None]  # how far behind the query a key lies
         sees = back >= 0
         if kind == "sliding_attention":
@@ -176,31 +194,36 @@ class Oracle:
             query = self._rotated(self._norm(queries[:, head], f"{name}.q_norm"), kind)
             shared = head // (heads // len(keys))
             scores = np.where(sees, query @ keys[shared].T, -np.inf)
-            outputs.append(softmax(scores) @ values[shared])
-        return np.concatenate(outputs, axis=-1) @ self._weights[f"{name}.o_proj.weight"].T
+            outputs.append(self._step(softmax(scores) @ values[shared]))
+        return self._map(np.concatenate(outputs, axis=-1), f"{name}.o_proj")
 
     def _mlp(self, i: int, x: Array) -> Array:
-        gate, up, down = (self._weights[f"layers.{i}.mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
-        return (_gelu(x @ gate.T) * (x @ up.T)) @ down.T
+        gate, up = (self._map(x, f"layers.{i}.mlp.{part}_proj") for part in ("gate", "up"))
+        return self._map(self._step(_gelu(gate) * up), f"layers.{i}.mlp.down_proj")
 
     def _experts(self, i: int, h: Array) -> tuple[Array, Array]:
         """What the experts of a layer add, and by how much the last one chosen was ahead of the next."""
         name, most = f"layers.{i}", self.config["top_k_experts"]
         scaled = self._norm(h, None) * self._weights[f"{name}.router.scale"] / math.sqrt(h.shape[-1])
-        shares = softmax(scores := scaled @ self._weights[f"{name}.router.proj.weight"].T)
+        shares = softmax(scores := self._map(scaled, f"{name}.router.proj"))
         x = self._norm(h, f"{name}.pre_feedforward_layernorm_2")
         gate_up, down = (self._weights[f"{name}.experts.{part}"] for part in ("gate_up_proj", "down_proj"))
-        out, gaps = np.zeros_like(h), np.full(len(h), np.inf)
-        for token in range(len(h)):
-            order = np.argsort(-scores[token])
-            chosen = order[:most]
-            if len(order) > most:
-                gaps[token] = scores[token, order[most - 1]] - scores[token, order[most]]
-            for expert in chosen:
-                gate, up = np.split(gate_up[expert] @ x[token], 2)
-                share = shares[token, expert] / shares[token, chosen].sum()
-                weight = share * self._weights[f"{name}.router.per_expert_scale"][expert]
-                out[token] += weight * (down[expert] @ (_gelu(gate) * up))
+
+        def added(part: str, x: Array, expert: int) -> Array | float:
+            delta = self._adapter.get(f"{name}.experts.{part}_proj")
+            return delta(x, expert) if delta else 0.0
+
+        order = np.argsort(-scores, axis=1)
+        chosen, ranked = order[:, :most], np.take_along_axis(scores, order, axis=1)
+        gaps = ranked[:, most - 1] - ranked[:, most] if most < ranked.shape[1] else np.full(len(h), np.inf)
+        total, out = np.take_along_axis(shares, chosen, axis=1).sum(axis=1), np.zeros_like(h)
+        for expert in range(ranked.shape[1]):
+            who = np.flatnonzero((chosen == expert).any(axis=1))
+            gate, up = np.split(x[who] @ gate_up[expert].T, 2, axis=1)
+            gate, up = gate + added("gate", x[who], expert), up + added("up", x[who], expert)
+            inner = _gelu(gate) * up
+            weight = shares[who, expert] / total[who] * self._weights[f"{name}.router.per_expert_scale"][expert]
+            out[who] += weight[:, None] * (inner @ down[expert].T + added("down", inner, expert))
         return out, gaps
 
 

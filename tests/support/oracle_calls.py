@@ -11,14 +11,19 @@ from random import Random
 from typing import Any
 from unittest import mock
 
+import mlx.core as mx
+import numpy as np
+
 import mlx_mtp
 from mlx_mtp.decode import prefill as prefill_module
 from mlx_mtp.decode import scheduler as scheduler_module
 from mlx_mtp.kv.buffers import CAPACITY_STEP, ring_slots
 
+from .oracle import Array
 from .oracle_choice import row_seed
-from .oracle_judge import LETTERS, Call, Given, Judge, Options, Verdict
-from .oracle_pairs import SILENT
+from .oracle_constraints import random_form
+from .oracle_judge import Call, Given, Judge, Options, Verdict
+from .oracle_pairs import SILENT, Pair
 from .random_controls import even_tokens_first
 
 
@@ -31,12 +36,12 @@ class Caller:
         config = judge.oracle.config
         window, self._most = config["sliding_window"], config["max_position_embeddings"]
         edges = [window, ring_slots(window), CAPACITY_STEP, chunk, 2 * chunk, self._most]
-        self._lengths = [1, 2, 3, *(edge + d for edge in edges for d in (-1, 0, 1) if 0 < edge + d <= 200)]
+        self._lengths = [1, 2, 3, *(edge + d for edge in edges for d in (-1, 0, 1) if 0 < edge + d <= 300)]
         self._known: list[Given] = []
 
-    def wave(self, rows: int) -> list[Given]:
-        """Runs calls of about so many rows, from one thread or several at a time."""
-        jobs, count = [], 0
+    def wave(self, rows: int, crowd: int) -> list[Given]:
+        """Runs calls of about `rows` rows, from one thread or several at a time, beside a crowd of so many rows."""
+        jobs, count = [self._crowd(crowd)] if crowd else [], 0
         while count < rows:
             job, size = self._job()
             jobs.append(job)
@@ -64,6 +69,15 @@ class Caller:
         if kind == "cancelled":
             return lambda: [self._cancelled(call, rng.randint(0, 3))], 1
         return lambda: [_given(call, lm.generate(call.prompt, **call.options))], 1
+
+    def _crowd(self, rows: int) -> Callable[[], list[Given]]:
+        """Long texts with the same options in one wide batch: most tokens for the time."""
+        rng = self._rng
+        options = self.call().options | {"exactness": "fast", "prediction": None}
+        options["ignore_eos"] = "response_format" not in options
+        options |= {"max_tokens": rng.choice([40, 100, 250]), "draft_length": rng.choice(["auto", 0, 0, 1, 2, 3])}
+        calls = [Call(self._prompt(), options | {"seed": rng.getrandbits(40)}) for _ in range(rows)]
+        return lambda: self._batch(calls, min(rows, 64))
 
     def _several(self, call: Call, found: Any) -> list[Given]:
         seeds = [row_seed(call.options["seed"], i) for i in range(len(found))]
@@ -125,9 +139,11 @@ class Caller:
             "ignore_eos": rng.random() < 0.8,
             "exactness": rng.choice([*["fast"] * 10, "invariant", "stepwise"]),
         }
-        longest = 7 if options["exactness"] == "invariant" else 15
-        options["draft_length"] = rng.choice(["auto", "auto", 0, 0, 1, 1, 2, 2, 3, 4, rng.randint(5, longest)])
+        options["draft_length"] = self._draft_length(7 if options["exactness"] == "invariant" else 15)
         return Call(self._prompt(), options | self._rules())
+
+    def _draft_length(self, longest: int) -> int | str:
+        return self._rng.choice(["auto", "auto", 0, 0, 1, 1, 2, 2, 3, 4, self._rng.randint(5, longest)])
 
     def _rules(self) -> Options:
         """Options that steer the text, each now and then."""
@@ -149,10 +165,9 @@ class Caller:
             rules["stop_token_ids"] = rng.sample(range(vocab), rng.randint(1, 3))
         if self._judge.writes and rng.random() < 0.25:
             rules["stop"] = [rng.choice(["a", "he", "ll", " w", "ab", "qu", "x"]) for _ in range(rng.randint(1, 3))]
-        elif self._judge.writes and rng.random() < 0.25:
-            most = rng.randint(1, 60)
-            pattern = f"[{LETTERS[0]}-{LETTERS[-1]}]{{{rng.randint(0, most)},{most}}}"
-            rules = {"response_format": {"type": "regex", "pattern": pattern}, "ignore_eos": False}
+        if self._judge.writes and rng.random() < 0.25:
+            rules |= {"response_format": random_form(rng), "ignore_eos": False}
+            rules.pop("logit_bias", None)  # it might leave no token
         return rules
 
     def _prompt(self) -> list[int]:
@@ -177,38 +192,53 @@ def _given(call: Call, found: mlx_mtp.Generation, ended: bool | None = None) -> 
     return Given(call, found.tokens, found.text, ended, found.logprobs, found.stats.accepted)
 
 
-def run_model(pair: tuple[Path, Path], seed: int, waves: int, rows: int) -> Iterator[tuple[Given, Verdict]]:
-    """Loads a pair, with or without its drafter, and checks waves of calls, each of about so many rows."""
-    rng, judge = Random(seed), Judge(pair[0])
+def run_model(pair: Pair, seed: int, waves: int, rows: int, crowd: int) -> Iterator[tuple[Given, Verdict]]:
+    """Loads a pair, with or without its drafter, and checks waves of calls; see `Caller.wave`."""
+    rng = Random(seed)
     chunk = rng.choice([8, 24, 48, 2048])
-    drafter, cache_bytes = rng.random() < 0.9, rng.choice([None, None, 0, 100_000])
-    with loaded(pair, drafter, cache_bytes, chunk) as lm:
-        caller = Caller(lm, judge, rng, pair[0].parent, chunk)
+    options = {
+        "drafter": pair.drafter if rng.random() < 0.9 else False,
+        "cache_bytes": rng.choice([None, None, 0, 100_000]),
+        "drafter_position": rng.choice(["committed", "bonus"]),
+        "quantize_drafter": rng.choice(["auto", None, 4]),
+    }
+    with loaded(pair, chunk, **options) as lm:
+        judge = judge_of(pair, lm)
+        caller = Caller(lm, judge, rng, pair.target.parent, chunk)
         for _ in range(waves):
-            for given in caller.wave(rows):
+            for given in caller.wave(rows, crowd):
                 yield given, judge.judge(given)
+            if rng.random() < 0.2:
+                lm.unload()  # the next call loads it again
+
+
+def judge_of(pair: Pair, lm: mlx_mtp.MTPModel) -> Judge:
+    """The judge of a loaded pair."""
+
+    def own(tokens: list[int]) -> Array:
+        return np.array(lm.logits(tokens).astype(mx.float32)).astype(np.float64)
+
+    return Judge(pair, None if pair.dtype == "float32" else own)
 
 
 @contextmanager
-def loaded(
-    pair: tuple[Path, Path], drafter: bool = True, cache_bytes: int | None = None, chunk: int = 2048
-) -> Iterator[mlx_mtp.MTPModel]:
+def loaded(pair: Pair, chunk: int = 2048, **options: Any) -> Iterator[mlx_mtp.MTPModel]:
     """A pair, with prompts prefilled in chunks of that length: of half of it, beside other rows."""
+    options = {"drafter": pair.drafter, "adapter": pair.adapter, "dtype": pair.dtype, "profile": None} | options
     with ExitStack() as stack:
         for module in (prefill_module, scheduler_module):
             stack.enter_context(mock.patch.object(module, "CHUNK", chunk))
         stack.enter_context(mock.patch.object(scheduler_module, "CHUNK_BESIDE", max(8, chunk // 2)))
-        own = pair[1] if drafter else False
-        yield stack.enter_context(mlx_mtp.load(pair[0], own, dtype="float32", profile=None, cache_bytes=cache_bytes))
+        yield stack.enter_context(mlx_mtp.load(pair.target, **options))
 
 
-def alone(pair: tuple[Path, Path], call: Call) -> list[str]:
+def alone(pair: Pair, call: Call) -> list[str]:
     """What is wrong with a call that nothing else runs beside or has run before."""
     with loaded(pair) as lm:
-        return Judge(pair[0]).judge(_given(call, lm.generate(call.prompt, **call.options))).differences
+        return judge_of(pair, lm).judge(_given(call, lm.generate(call.prompt, **call.options))).differences
 
 
-def shrunk(pair: tuple[Path, Path], call: Call) -> Call:
+def shrunk(pair: Pair, call: Call) -> Call:
     """The smallest call found that is still wrong alone; the call itself if it is right alone."""
     smaller: Call | None = call if alone(pair, call) else None
     while smaller:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .oracle import Array, Oracle, softmax
+from .oracle import Array, softmax
 
 NEAR = 2e-6
 """Share of the largest logit by which the steps after it may move a score in float32: 17 units of its last place."""
@@ -95,10 +95,10 @@ def adjusted(cap: float | None, logits: Array, prompt: list[int], text: list[int
         logits = np.where(np.isinf(logits), logits, cap * np.tanh(logits / cap))
     for token, bias in wish.bias.items():
         logits[token] += bias
-    for token in {*prompt, *text}:
-        logits[token] = logits[token] / wish.repetition if logits[token] > 0 else logits[token] * wish.repetition
-    for token in set(text):
-        logits[token] -= wish.presence + wish.frequency * text.count(token)
+    seen = np.unique([*prompt, *text])
+    logits[seen] = np.where(logits[seen] > 0, logits[seen] / wish.repetition, logits[seen] * wish.repetition)
+    counts = np.bincount(text, minlength=len(logits)) if text else np.zeros(len(logits))
+    logits -= np.where(counts > 0, wish.presence + wish.frequency * counts, 0)
     if wish.process:
         logits = wish.process([*prompt, *text], logits)
     if wish.allowed:
@@ -112,43 +112,43 @@ def distribution(cap: float | None, logits: Array, prompt: list[int], text: list
     return softmax(np.where(_kept(scores, wish), scores / wish.temperature, -np.inf))
 
 
-def chosen(oracle: Oracle, logits: Array, prompt: list[int], text: list[int], wish: Wish) -> int:
+def chosen(cap: float | None, logits: Array, prompt: list[int], text: list[int], wish: Wish) -> int:
     """The token that must come next.
 
     Args:
-        oracle: The model.
+        cap: The softcap of the model's logits, or None.
         logits: [vocab], after prompt and text, before the softcap.
         prompt: Token ids.
         text: Token ids generated so far.
         wish: How to choose.
     """
-    scores = _scores(oracle, logits, prompt, text, wish)
+    scores = _scores(cap, logits, prompt, text, wish)
     if wish.temperature == 0:
         return int(scores.argmax())
-    drawn = scores + wish.temperature * noise(wish.seed, len(prompt) + len(text), oracle.vocab)
+    drawn = scores + wish.temperature * noise(wish.seed, len(prompt) + len(text), len(logits))
     return int(np.where(_kept(scores, wish), drawn, -np.inf).argmax())
 
 
 def possible(
-    oracle: Oracle, logits: Array, prompt: list[int], text: list[int], wish: Wish, rounding: float
+    cap: float | None, logits: Array, prompt: list[int], text: list[int], wish: Wish, rounding: float
 ) -> set[int]:
     """All tokens that could come next if the logits were wrong by no more than `rounding`; else as `chosen`."""
-    scores = _scores(oracle, logits, prompt, text, wish)
+    scores = _scores(cap, logits, prompt, text, wish)
     finite = scores[np.isfinite(scores)]
     near = 2 * (rounding * max(wish.repetition, 1 / wish.repetition) + NEAR * max(1.0, float(np.abs(finite).max())))
     if wish.temperature == 0:
         return set(np.flatnonzero(scores >= scores.max() - near).tolist())
     near += 2 * NEAR * wish.temperature
-    drawn = scores + wish.temperature * noise(wish.seed, len(prompt) + len(text), oracle.vocab)
+    drawn = scores + wish.temperature * noise(wish.seed, len(prompt) + len(text), len(logits))
     surely, perhaps = _surely_and_perhaps_kept(scores, near, wish)
     best = np.where(surely, drawn, -np.inf).max()  # minus infinity if none is sure
     return set(np.flatnonzero(perhaps & (drawn >= best - near)).tolist())
 
 
-def _scores(oracle: Oracle, logits: Array, prompt: list[int], text: list[int], wish: Wish) -> Array:
+def _scores(cap: float | None, logits: Array, prompt: list[int], text: list[int], wish: Wish) -> Array:
     """What is compared: greedy texts are chosen before the softcap, which changes no order but hides differences."""
     if wish.temperature > 0 or wish.controlled:
-        return adjusted(oracle.cap, logits, prompt, text, wish)
+        return adjusted(cap, logits, prompt, text, wish)
     scores = logits.copy()
     scores[list(wish.suppressed)] = -np.inf
     return scores
@@ -156,12 +156,11 @@ def _scores(oracle: Oracle, logits: Array, prompt: list[int], text: list[int], w
 
 def _kept(scores: Array, wish: Wish) -> np.ndarray:
     """Which tokens the filters leave, in transformers' order: temperature, top-k, top-p, min-p."""
-    order = sorted(range(len(scores)), key=lambda token: -scores[token])[: wish.top_k or None]
+    order = np.argsort(-scores, kind="stable")[: wish.top_k or None]
     shares = softmax(scores[order] / wish.temperature)
-    kept, before = np.zeros(len(scores), bool), 0.0
-    for token, share in zip(order, shares, strict=True):
-        kept[token] = (before < wish.top_p or not before) and share >= wish.min_p * shares[0]
-        before += share
+    before = np.concatenate([[0.0], np.cumsum(shares)[:-1]])
+    kept = np.zeros(len(scores), bool)
+    kept[order] = (before < wish.top_p) & (shares >= wish.min_p * shares[0])
     return kept
 
 

@@ -7,6 +7,7 @@ are no multiple of 32, contexts that fill up. Tensors are named as in Google's f
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .oracle_storage import Storage, write_adapter
 from .tiny_tokenizer import BYTES, SPECIAL, write_tokenizer
 
 Json = dict[str, Any]
@@ -27,8 +29,42 @@ SILENT = [*range(3, len(SPECIAL)), *BYTES[128:]]
 """Tokens that a model with a tokenizer never chooses: every text is ASCII, and has neither thoughts nor calls."""
 
 
-def random_config(rng: Random) -> Json:
-    """A target's config.json with a random text config."""
+@dataclass(frozen=True)
+class Pair:
+    """A pair, and how it is to be loaded.
+
+    Attributes:
+        target, drafter: The folders.
+        adapter: Folder of the target's adapter, or None.
+        dtype: Type of the activations.
+    """
+
+    target: Path
+    drafter: Path
+    adapter: Path | None = None
+    dtype: str = "float32"
+
+
+def random_pair(folder: Path, seed: int) -> Pair:
+    """Writes a random pair, stored in a random way, perhaps with an adapter; the same seed gives the same files."""
+    rng = Random(f"{seed} stored")
+    storage = Storage(rng.choice(["float32", "float32", "bfloat16", "float16"]), rng.random() < 0.5, seed)
+    target, drafter = write_pair(folder, seed, storage)
+    adapter = None
+    if rng.random() < 0.4:
+        shapes = {name: it.shape for name, it in _target_tensors(np.random.default_rng(0), _text(target), 1.0).items()}
+        adapter = write_adapter(folder / "adapter", shapes, seed)
+    short = rng.random() < 0.15 and not _text(target)["enable_moe_block"]  # which needs float32 on a CPU
+    return Pair(target, drafter, adapter, rng.choice(["bfloat16", "float16"]) if short else "float32")
+
+
+def _text(target: Path) -> Json:
+    text: Json = json.loads((target / "config.json").read_text())["text_config"]
+    return text
+
+
+def random_config(rng: Random, wide: bool = False) -> Json:
+    """A target's config.json with a random text config; `wide` for matrices that can be quantised, most of them."""
     depth = rng.choice([1, 2, 2, 3, 3, 4, 6])
     kinds = [rng.choice([SLIDING, SLIDING, FULL]) for _ in range(depth)]
     owners = next(i for i in range(1, depth + 1) if set(kinds[:i]) == set(kinds))
@@ -39,9 +75,11 @@ def random_config(rng: Random) -> Json:
         "attention_bias": False, "attention_k_eq_v": same, "enable_moe_block": False,
         "final_logit_softcapping": rng.choice([None, 30.0, 30.0, 3.0]),
         "global_head_dim": rng.choice([None, 4, 8, 12]), "head_dim": rng.choice([4, 6, 8]),
-        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": rng.choice([8, 12, 16, 24]),
-        "hidden_size_per_layer_input": rng.choice([0, 0, 4, 6]), "intermediate_size": rng.choice([8, 20, 32]),
-        "layer_types": kinds, "max_position_embeddings": rng.choice([60, 131, 200, 4096]),
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": rng.choice([32, 32, 64, 64] if wide else [8, 12, 16, 24]),
+        "hidden_size_per_layer_input": rng.choice([0, 0, 4, 6]),
+        "intermediate_size": rng.choice([64, 20, 32] if wide else [8, 20, 32]),
+        "layer_types": kinds, "max_position_embeddings": rng.choice([60, 131, 200, 700, 4096]),
         "model_type": "gemma4_text", "num_attention_heads": heads, "num_hidden_layers": depth,
         "num_global_key_value_heads": rng.choice([None, *(n for n in range(1, heads + 1) if heads % n == 0)]),
         "num_key_value_heads": kv_heads, "num_kv_shared_layers": shared, "rms_norm_eps": rng.choice([1e-6, 1e-5]),
@@ -58,7 +96,7 @@ def random_config(rng: Random) -> Json:
     if rng.random() < 0.35:
         experts = rng.randint(1, 6)
         text |= {"enable_moe_block": True, "num_experts": experts, "top_k_experts": rng.randint(1, experts),
-                 "moe_intermediate_size": rng.choice([4, 12])}  # fmt: skip
+                 "moe_intermediate_size": rng.choice([32, 12] if wide else [4, 12])}  # fmt: skip
     if rng.random() < 0.2:
         text = _per_layer_form(text)
     return {"model_type": "gemma4", "text_config": text, "tie_word_embeddings": text["tie_word_embeddings"]}
@@ -105,14 +143,20 @@ def drafter_config(rng: Random, target: Json) -> Json:
     }  # fmt: skip
 
 
-def write_pair(folder: Path, seed: int) -> tuple[Path, Path]:
+def write_pair(folder: Path, seed: int, storage: Storage | None = None) -> tuple[Path, Path]:
     """Writes a random pair; the same seed gives the same files.
+
+    Args:
+        folder: Where to write them.
+        seed: Of everything about the pair.
+        storage: How the target's weights are stored; None for float32.
 
     Returns:
         The folders "target" and "drafter" below `folder`.
     """
     rng, weights = Random(seed), np.random.default_rng(seed)
-    config = random_config(rng)
+    storage = storage or Storage()
+    config = random_config(rng, storage.quantised)
     own = drafter_config(rng, config)
     text = config["text_config"]
     vocab = text["vocab_size"]
@@ -124,19 +168,18 @@ def write_pair(folder: Path, seed: int) -> tuple[Path, Path]:
     # Flat distributions make drafters that draw with the same noise right; steep ones make texts that repeat.
     tensors = _target_tensors(weights, text, steepness=rng.choice([0.3, 1.0, 2.0]))
     names = {"lm_head.weight": "lm_head.weight"}
-    target = _written(
-        folder / "target", config, {names.get(name, f"model.language_model.{name}"): it for name, it in tensors.items()}
-    )
+    tensors = {names.get(name, f"model.language_model.{name}"): it for name, it in tensors.items()}
+    target = _written(folder / "target", config, storage.stored(config, tensors))
     (target / "generation_config.json").write_text(json.dumps(generation))
     if vocab == TEXT_VOCAB:
         write_tokenizer(target)
-    return target, _written(folder / "drafter", own, _drafter_tensors(weights, own))
+    return target, _written(folder / "drafter", own, Storage().stored(own, _drafter_tensors(weights, own)))
 
 
-def _written(folder: Path, config: Json, tensors: dict[str, np.ndarray]) -> Path:
+def _written(folder: Path, config: Json, tensors: dict[str, mx.array]) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    mx.save_safetensors(str(folder / "model.safetensors"), {name: mx.array(it) for name, it in tensors.items()})
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
     return folder
 
 

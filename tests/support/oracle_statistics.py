@@ -33,6 +33,9 @@ from .oracle_choice import Wish, distribution
 VOCAB, CAP = 24, 5.0
 """Size of the vocabulary, and the softcap."""
 
+SIGNIFICANT = 1e-4
+"""A p-value, of many tests as one, below which something is wrong."""
+
 ALONG = ("token", "position", "seed", "row")
 """What noise may be looked at along."""
 
@@ -236,10 +239,10 @@ class Drawn:
         return least_of([float(stats.chisquare(counts).pvalue) for counts in tests])
 
 
-def draw(wish: Wish, drafter: Any, samples: int, length: int = 250, draft_length: int = 5) -> Drawn:
-    """Has the engine write texts of `length` tokens, eight at a time, with seeds from the wish's own on."""
+def draw(wish: Wish, drafter: Any, samples: int, length: int = 50, draft_length: int = 5) -> Drawn:
+    """Has the engine write texts of `length` tokens, 32 at a time, with seeds from the wish's own on."""
     logits, prompt = some_logits(), [1, 2, 3]
-    scheduler = Scheduler(constant_target(logits), drafter, max_rows=8, cache_bytes=0)
+    scheduler = Scheduler(constant_target(logits), drafter, max_rows=32, cache_bytes=0)
     sampling = SamplingOptions(wish.temperature, wish.top_k, wish.top_p, wish.min_p)
     penalties = Penalties(
         repetition=wish.repetition, presence=wish.presence, frequency=wish.frequency, bias=wish.bias
@@ -266,7 +269,55 @@ def draw(wish: Wish, drafter: Any, samples: int, length: int = 250, draft_length
     return Drawn([row.tokens for row in rows], np.array(uniform), drafted, accepted, impossible)
 
 
+def draw_with_others(what: str, who: str, others: Sequence[str], samples: int, few: int) -> tuple[Drawn, bool]:
+    """Has tokens drawn with a drafter, and `few` of them again with others.
+
+    Args:
+        what: One of WISHES.
+        who: One of `drafters`.
+        others: Some more of them.
+        samples: Number of tokens.
+        few: Number of tokens for each of the others.
+
+    Returns:
+        The tokens, and whether all drafters leave the same texts.
+    """
+    known = drafters(some_logits())
+    drawn = draw(WISHES[what], known[who], samples)
+    texts = [draw(WISHES[what], known[other], few).texts for other in others]
+    return drawn, all(own == drawn.texts[: len(own)] for own in texts)
+
+
 # How often a draft is accepted
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """How often drafts are accepted, as shares.
+
+    Attributes:
+        measured: By the package's sampler, which draws target and draft with the same noise.
+        formula: The same by `coupled_share`.
+        bound: The most that any method can accept, 1 - total variation.
+        rejection: By rejection sampling, measured.
+    """
+
+    measured: float
+    formula: float
+    bound: float
+    rejection: float
+
+
+def acceptance(drafter: Array, temperature: float, samples: int) -> Acceptance:
+    """How often the drafts of a drafter with these logits [VOCAB] are accepted, at so many positions."""
+    logits = some_logits()
+    p, q = softmax(CAP * np.tanh(logits / CAP) / temperature), softmax(drafter / temperature)
+    return Acceptance(
+        agreement(logits, drafter, temperature, samples),
+        coupled_share(p, q),
+        bound(p, q),
+        rejection_share(p, q, samples),
+    )
 
 
 def agreement(target: Array, drafter: Array, temperature: float, positions: int) -> float:
@@ -303,8 +354,3 @@ def rejection_share(target: Array, drafter: Array, samples: int) -> float:
     rng = np.random.default_rng(23)
     drafts = rng.choice(len(drafter), samples, p=drafter)
     return float((rng.random(samples) < (target / drafter)[drafts]).mean())
-
-
-def capped_shares(logits: Array, temperature: float) -> Array:
-    """The distribution of a target's logits at a temperature."""
-    return softmax(CAP * np.tanh(logits / CAP) / temperature)
