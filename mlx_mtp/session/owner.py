@@ -70,6 +70,7 @@ def _close_all() -> None:
         session.close(wait=False)
     for session in sessions:
         session.close()
+    ModelThread.rest()
 
 
 class Session:
