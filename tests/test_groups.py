@@ -141,3 +141,17 @@ def test_joining_holds_no_second_copy(pair: Pair):
     batch.arrange([(row, 0) for row in rows], [20_000] * 2)
     assert mx.get_peak_memory() - before < 1.5 * largest < 0.5 * batch.nbytes
     assert not rows[0].keys
+
+
+def test_a_short_row_that_joins_a_long_one_goes_before_it(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    """Its group is the first: rows, buffers and what they decode from change places together."""
+    monkeypatch.setattr(batch_module, "GROUP_SLOTS", 1)
+    scheduler = Scheduler(*pair, max_rows=2)
+    long = scheduler.submit(Request([3 + i for i in range(150)], 8, draft_length=2))
+    scheduler.step()
+    short = scheduler.submit(Request([5, 6, 7], 8, draft_length=2))
+    scheduler.step()
+    assert scheduler.engine.rows == [short, long]
+    while not (long.done and short.done):
+        scheduler.step()
+    assert is_plain_text(pair[0], long) and is_plain_text(pair[0], short)
