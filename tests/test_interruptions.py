@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -25,6 +26,7 @@ from mlx_mtp.decode.scheduler import Scheduler
 from mlx_mtp.kv import BatchKV
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
+from mlx_mtp.session.inbox import Inbox
 from mlx_mtp.session.readers import Readers
 from mlx_mtp.text.stream_decoder import StreamDecoder
 from tests.support.random_requests import is_plain_text
@@ -229,6 +231,28 @@ def test_models_come_back_from_a_borrower_that_was_interrupted(
     thread.start()
     thread.join(60)
     assert found == [texts["short"]]
+
+
+def test_a_trace_whose_beginning_is_interrupted(lm: mlx_mtp.MTPModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It has begun in the model's thread, and the caller doesn't learn of it: another one may begin afterwards."""
+    call = lm._session.call
+    with monkeypatch.context() as patch:
+        patch.setattr(lm._session, "call", lambda work: (patch.undo(), call(work), 1 / 0))
+        with pytest.raises(ZeroDivisionError), lm.trace(tmp_path / "trace.json"):
+            pass
+    with lm.trace(tmp_path / "again.json"):
+        lm.generate(QUESTION, **GREEDY)
+
+
+def test_a_stream_whose_closing_is_interrupted(lm: mlx_mtp.MTPModel, monkeypatch: pytest.MonkeyPatch):
+    """Its row ends nevertheless, although the stream is kept."""
+    stream = lm.stream(QUESTION, **{**LONG, "max_tokens": 3000})
+    next(stream)
+    monkeypatch.setattr(Inbox, "_put", failing_once(Inbox._put, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        stream.close()
+    lm.unload()  # which waits for rows
+    assert not lm.loaded and next(stream, None) is None
 
 
 def test_errors_that_are_kept_hold_no_model(monkeypatch: pytest.MonkeyPatch):

@@ -77,7 +77,8 @@ class Inbox:
         Raises:
             Closed: The inbox was closed.
         """
-        return self._taken(self._news.get())
+        # Whoever closed it may have been interrupted before it could wake a reader.
+        return self._taken(None if self.closed else self._news.get())
 
     async def aget(self) -> News:
         """As `get`, for an event loop; the task may be cancelled."""

@@ -20,23 +20,26 @@ def tracing(session: Session, path: str | Path) -> Iterator[None]:
         MTPError: Another trace is being recorded, or the model is closed.
         OSError: The file can't be written.
     """
+    begun: list[Trace] = []
 
-    def begin(owned: Loaded) -> Trace:
+    def begin(owned: Loaded) -> None:
         engine = owned.scheduler.engine
         if engine.trace:
             raise MTPError("a trace is being recorded already, and there can be only one at a time")
-        engine.trace = Trace(path)
-        return engine.trace
+        begun.append(Trace(path))
+        engine.trace = begun[0]
 
     def end(owned: Loaded) -> None:
-        trace.settle()
-        owned.scheduler.engine.trace = None
+        for trace in begun:
+            trace.settle()
+            owned.scheduler.engine.trace = None
 
-    trace = session.call(begin)
     try:
+        session.call(begin)
         yield
     finally:
         if session.loaded:  # else the engine that was recorded is gone
             with suppress(MTPError):  # the model was closed meanwhile
-                session.call(end)
-        trace.close()
+                session.call(end)  # also if `begin` was interrupted: it comes after it, if that still runs
+        for trace in begun:
+            trace.close()

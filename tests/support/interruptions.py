@@ -116,6 +116,12 @@ def unloaded(lm: MTPModel, texts: Texts) -> None:
     texts.append(lm.generate(QUESTION, **GREEDY).tokens)
 
 
+def loaded(_: MTPModel, texts: Texts) -> None:
+    """Loads another model."""
+    with mlx_mtp.load() as other:
+        texts.append(other.generate(QUESTION, **GREEDY).tokens)
+
+
 CALLS: dict[str, Callable[[MTPModel, Texts], None]] = {
     "greedy": lambda lm, texts: streamed(lm, texts, QUESTION, **GREEDY),
     "sampled": lambda lm, texts: generated(lm, texts, STORY, draft_length=3, **SAMPLED),
@@ -136,6 +142,7 @@ CALLS: dict[str, Callable[[MTPModel, Texts], None]] = {
     "left early": left_early,
     "other": asked_otherwise,
     "unload": unloaded,
+    "load": loaded,
 }
 """What may run; each gives the same in every run, whatever runs beside it."""
 
