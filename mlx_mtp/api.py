@@ -125,8 +125,7 @@ class MTPModel:
         self.profile, self.adapter = profile, adapter
         self.description, self.folder, self.config = description, description.folder, description.config
         self.drafter_description = own = drafter_description
-        self.drafter_folder = own.folder if own else None
-        self.drafter_config = own.config if own else None
+        self.drafter_folder, self.drafter_config = (own.folder, own.config) if own else (None, None)
         self.drafter_format = own.quantize if own else None
         self.defaults = read_generation(description)
         suppressed = tuple(self.defaults.suppress_tokens)
