@@ -134,12 +134,11 @@ class MTPModel:
             partial(load_models, description, own, adapter, position, cache_bytes, profile, suppressed, progress),
             idle_unload,
         )
-        # The session holds no reference to this model, so dropping the model closes it and frees its memory.
+        # Dropping the model closes the session, which doesn't refer to it; also if an interrupt strikes from here on.
         weakref.finalize(self, self._session.close).atexit = False
-        self._session.start()  # after that, so that an interrupt at any moment leaves no thread with a model behind
-        self.kv_budget = self._session.capacity.kv_budget
+        self._session.start()
+        self.kv_budget, rows = self._session.capacity.kv_budget, profile.rows if profile else MAX_ROWS
         self.tokenizer = load_tokenizer(self.folder, self.defaults.stop_tokens)
-        rows = profile.rows if profile else MAX_ROWS
         self._calls = Calls(self._session, self.tokenizer, self.config, self.defaults, self.folder, rows)
 
     @overload
