@@ -273,3 +273,33 @@ def test_files_that_cannot_be_used(tmp_path: Path):
     target_folder, _ = make_pair("e2b", tmp_path / "other")
     with mlx_mtp.load(target_folder, drafter=False) as other, pytest.raises(CheckpointError, match="another model"):
         other.load_prompt(file)
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_what_a_row_wrote_past_its_end_is_not_taken_for_its_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cancelled: bool
+):
+    """A ring has later positions in place of early ones then: of drafts that a limit, or a reader who left, cut off."""
+    folders = make_pair("31b", tmp_path)
+    for folder in folders:
+        raw = json.loads((folder / "config.json").read_text())
+        raw["text_config"]["sliding_window"] = 13  # with the longest block it nearly fills a ring of 32
+        (folder / "config.json").write_text(json.dumps(raw))
+    target, drafter = load_pair(*folders, "float32")
+    prompt = words(30, 7)
+    text = prompt + run(Scheduler(target, drafter), prompt, tokens=60, drafts=0)[0].tokens
+    for count in range(1, 4) if cancelled else range(16, 20):
+        scheduler = Scheduler(target, ScriptedDrafter(text))  # type: ignore[arg-type]
+        row = scheduler.submit(Request(prompt, 50 if cancelled else count, SAMPLED, MAX_DRAFT_LENGTH))
+        if cancelled:  # as by another thread, while a round is in flight
+            settled = scheduler.engine._settled
+            monkeypatch.setattr(
+                scheduler.engine, "_settled", lambda it, row=row, count=count, settled=settled: (
+                    row.cancel() if len(row.tokens) >= count else None, settled(it)
+                )[1]
+            )  # fmt: skip
+        while not row.done:
+            scheduler.step()
+        for more in ([], row.tokens[:-1]):
+            (again,) = run(scheduler, [*prompt, *more, 5], tokens=4, drafts=0)
+            assert is_plain_text(target, again), (count, len(more), again.stats.cached_tokens)

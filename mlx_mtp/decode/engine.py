@@ -308,6 +308,8 @@ class Engine:
                 given = done.decision.given if done.decision else {}
                 accepted = list[int | None]()
                 for i, (row, length, (*choices, count)) in enumerate(zip(done.rows, lengths, report, strict=True)):
+                    if done.decision:
+                        row.count_positions(len(choices), count)
                     accepted.append(None if row.done else count)
                     if not row.done:
                         row.receive(choices, count, length, scores.get(i), given.get(i))
@@ -328,7 +330,7 @@ class Engine:
         """Upper bound of the row's written positions once every submitted round has run."""
         in_flight = sum(it.report.shape[1] - 1 for it in self._in_flight if it.decision and row in it.rows)
         begun = self._begun.block.tokens.shape[1] if self._begun else 0
-        return max(row.written, row.committed + in_flight + begun)
+        return max(row.written, row.reached + in_flight + begun)
 
     def _has_room(self) -> bool:
         """Whether the buffers have room for another round of any draft length."""

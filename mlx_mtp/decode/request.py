@@ -189,8 +189,10 @@ class Row:
         passed: Number of requests behind it in the queue that were admitted before it.
         error: Exception of the step that ended it; None if it finished or was cancelled.
         ring_states: States to which its sliding layers can be rewound, see `prompt_cache.Entry`.
-        written: Written positions of its buffers when it joined the batch, see `KVBuffers.written`. They may exceed the
-            committed length, if the buffers come from a longer text that starts with the same prompt.
+        reached: Committed tokens as the device counts them in the rounds that were read: more than `committed` in a row
+            that has ended, whose last drafts don't all belong to its text.
+        written: Positions that were written in its buffers by then, as a count, see `KVBuffers.written`: those of
+            rejected drafts count, and those of a longer text that its prompt's KV comes from.
     """
 
     def __init__(self, request: Request, stats: Stats, limit: int, width: int = 0) -> None:
@@ -217,7 +219,7 @@ class Row:
         self.passed = 0
         self.error: BaseException | None = None
         self.ring_states: list[RingState] = []
-        self.written = 0
+        self.reached, self.written = len(request.prompt), 0
         stats.prompt_tokens = len(request.prompt)
         self._submitted = self._first = time.perf_counter()
 
@@ -246,6 +248,16 @@ class Row:
     def draft_length(self) -> int | None:
         """The fixed draft length of the request; None for "auto"."""
         return None if self.request.draft_length == "auto" else int(self.request.draft_length)
+
+    def count_positions(self, width: int, accepted: int) -> None:
+        """Counts what a round has written and committed, whether the row has ended meanwhile or not.
+
+        Args:
+            width: Width of its verify block.
+            accepted: Number of accepted drafts.
+        """
+        self.written = max(self.written, self.reached + width)
+        self.reached += accepted + 1
 
     def receive(
         self,
