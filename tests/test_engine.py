@@ -42,7 +42,7 @@ def prompt(length: int = 40, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, VOCAB, length).tolist()
 
 
-def run(scheduler: Scheduler, tokens: Sequence[int], count: int = 60, **options: object) -> tuple[list[int], Stats]:
+def run(scheduler: Scheduler, tokens: Sequence[int], count: int = 40, **options: object) -> tuple[list[int], Stats]:
     stats = Stats()
     request = Request(tokens, count, **options)  # type: ignore[arg-type]
     return [t for new in scheduler.stream(request, stats) for t in new], stats
@@ -84,9 +84,9 @@ def test_what_an_engine_did_before_does_not_matter(pair: Pair, sampling: Samplin
     first, _ = run(used, prompt(), sampling=sampling, draft_length=3)
     follow_up = prompt() + first + prompt(5, seed=2)
     elsewhere = prompt()[:20] + prompt(20, seed=3)
-    for tokens, cached in ((follow_up, 98), (follow_up, None), (elsewhere, None), (prompt(3, seed=4), None)):
+    for tokens, cached in ((follow_up, 78), (follow_up, None), (elsewhere, None), (prompt(3, seed=4), None)):
         text, stats = run(used, tokens, sampling=sampling, draft_length=3)
-        assert len(text) == 60 and first_wrong(pair[0], Request(tokens, 60, sampling), text) is None
+        assert len(text) == 40 and first_wrong(pair[0], Request(tokens, 40, sampling), text) is None
         if cached:
             assert cached <= stats.cached_tokens < len(tokens)
 

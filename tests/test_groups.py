@@ -104,8 +104,8 @@ def test_texts_of_rows_in_groups(pair: Pair, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
         BatchKV, "arrange", lambda self, *args: (arrange(self, *args), most.append(len(self.groups)))[0]
     )
-    requests = [make_request(rng, VOCAB, WINDOW, 5 * WINDOW) for _ in range(9)]
-    requests.append(Request([7] * 150, 120, draft_length=2))
+    requests = [make_request(rng, VOCAB, WINDOW, 5 * WINDOW) for _ in range(6)]
+    requests.append(Request([7] * 150, 80, draft_length=2))
     scheduler = Scheduler(*pair, max_rows=5)
     rows = run_at_random(scheduler, requests, rng)
     assert max(most) > 1

@@ -12,8 +12,9 @@ from tests.support.tiny_checkpoints import KINDS, WINDOW, make_pair
 PROMPT = list(range(5, 5 + 2 * WINDOW + 3))
 
 
-@pytest.mark.parametrize("sampling", ["greedy", "sampled"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind, sampling", [*((kind, "greedy") for kind in KINDS), ("e2b", "sampled"), ("26b", "sampled")]
+)
 def test_random_pairs(kind: str, sampling: str, tmp_path: Path):
     tokens = 4 * WINDOW if sampling == "greedy" else 5 * WINDOW // 2  # greedy text is less varied
     runs = list(compare(*make_pair(kind, tmp_path), PROMPT, tokens, None, (sampling,), (1, 3, 8, "auto")))

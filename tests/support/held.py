@@ -48,7 +48,7 @@ class Held:
         idle = {it.thread for it in ModelThread.idle}
         things.update(f"thread {it.name}" for it in threading.enumerate() if it not in idle)
         things.update(f"descriptor of {it}" for it in _descriptors())
-        tasks = [it for it in gc.get_objects() if isinstance(it, asyncio.Task)]
+        tasks = [it for it in gc.get_objects() if issubclass(type(it), asyncio.Task)]
         things.update(f"task {it.get_coro()!r:.60}".split(" at 0x")[0] for it in tasks if not it.done())
         things.update(f"file {it.relative_to(folder)}" for it in folder.rglob("*"))
         return cls(resident_bytes(), active, pool, things)
