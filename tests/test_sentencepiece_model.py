@@ -156,6 +156,15 @@ def test_files_that_are_no_models(tmp_path: Path, content: bytes):
         Tokenizer.from_folder(tmp_path)
 
 
+def test_a_piece_that_is_no_text_is_damage(folder: Path, original: SentencePieceProcessor, tmp_path: Path):
+    content = (folder / "tokenizer.model").read_bytes()
+    broken = content.replace("\n\x05▁".encode(), b"\n\x05\xff\x96\x81", 1)  # a piece of five bytes
+    assert broken != content
+    (tmp_path / "tokenizer.model").write_bytes(broken)
+    with pytest.raises(CheckpointError, match=r"is damaged: its piece \d+ isn't text"):
+        Tokenizer.from_folder(tmp_path)
+
+
 def test_sentencepiece_is_imported_only_when_used():
     code = "import sys, mlx_mtp.text.tokenizer, mlx_mtp.text.sentencepiece_model; print('sentencepiece' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

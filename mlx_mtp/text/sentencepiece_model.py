@@ -62,6 +62,9 @@ def read_model(path: Path, added: Any = None) -> tokenizers.Tokenizer:
     except Exception as error:  # sentencepiece raises RuntimeError, protobuf its own DecodeError
         raise CheckpointError(f"{path} can't be read: {error}") from error
     _check_kind(proto, path)
+    for i, piece in enumerate(proto.pieces):
+        if not isinstance(piece.piece, str):  # protobuf gives the bytes of what isn't UTF-8
+            raise CheckpointError(f"{path} is damaged: its piece {i} isn't text")
     result = _converted(proto)
     _add_tokens(result, added, path)
     if result.encode(_SAMPLE, add_special_tokens=False).ids != original.encode(_SAMPLE):
