@@ -173,6 +173,17 @@ def test_a_replacement_character_of_the_model_is_text(tokenizer: Tokenizer, tmp_
     assert chunks == ["a\ufffd", "", "", "€", "a\ufffd", "a\ufffd", "", "\ufffda\ufffd", ""]
 
 
+def test_a_decoder_that_takes_back_what_it_gave_ends_no_stream(folder: Path, tmp_path: Path):
+    """It is damaged, or hostile; the library's stream can't go on."""
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    taken_back = {"type": "Replace", "pattern": {"String": "ab"}, "content": "x"}
+    raw["decoder"] = {"type": "Sequence", "decoders": [{"type": "Fuse"}, taken_back]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    stream = tokenizer.characters()
+    assert [stream.push(token) for name in "abc" if (token := tokenizer.token_id(name)) is not None] == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 3, 100])
 def test_stop_strings(chunk: int):
     text, stops = "one two three two", ["two t", "three"]

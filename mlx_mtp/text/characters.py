@@ -33,10 +33,10 @@ class CharacterStream:
             return ""  # models have more embeddings than the tokenizer has tokens
         if token not in self._bytes:
             broken = self.finish()
-            text = self._stream.step(self._tokenizer, token)
+            text = self._step(token)
             # The library also holds back text that ends with U+FFFD.
             return broken + (self._restarted(self._tokenizer.decode([token])) if text is None else text)
-        text = self._stream.step(self._tokenizer, token)
+        text = self._step(token)
         if text is not None:
             self._held = []
             return text
@@ -53,6 +53,13 @@ class CharacterStream:
             return ""
         broken, self._held = bytes(self._bytes[held] for held in self._held), []
         return self._restarted(broken.decode("utf-8", "replace"))
+
+    def _step(self, token: int) -> str | None:
+        """What the library's stream gives for a token; None if it holds it back, or can't go on."""
+        try:
+            return self._stream.step(self._tokenizer, token)
+        except Exception:  # of this class: a text of more tokens doesn't begin with that of fewer, in a damaged decoder
+            return None
 
     def _restarted(self, text: str) -> str:
         """Starts a new library stream, and returns the text."""
