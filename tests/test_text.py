@@ -176,7 +176,7 @@ def test_a_replacement_character_of_the_model_is_text(tokenizer: Tokenizer, tmp_
 def test_a_decoder_that_takes_back_what_it_gave_ends_no_stream(folder: Path, tmp_path: Path):
     """It is damaged, or hostile; the library's stream can't go on."""
     raw = json.loads((folder / "tokenizer.json").read_text())
-    taken_back = {"type": "Replace", "pattern": {"String": "ab"}, "content": "x"}
+    taken_back = {"type": "Replace", "pattern": {"String": "ab"}, "content": "xyz"}
     raw["decoder"] = {"type": "Sequence", "decoders": [{"type": "Fuse"}, taken_back]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     tokenizer = Tokenizer.from_folder(tmp_path)
