@@ -291,3 +291,9 @@ def test_numbers_that_no_logit_can_hold_are_refused(lm: mlx_mtp.MTPModel, option
     answers = dict(lm.generate_each([{"prompt": "Hello!", **options}], max_tokens=3))
     assert isinstance(answers[0], PromptError)
     assert next(iter(options)) in str(answers[0])
+
+
+def test_a_penalty_may_be_any_whole_number_that_is_allowed(lm: mlx_mtp.MTPModel):
+    options: dict[str, Any] = {"max_tokens": 6, "temperature": 0}
+    large = lm.generate("Hi", presence_penalty=2**64, frequency_penalty=2**70, **options)
+    assert large.tokens == lm.generate("Hi", presence_penalty=2.0**64, frequency_penalty=2.0**70, **options).tokens

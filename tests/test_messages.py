@@ -13,6 +13,7 @@ import pytest
 import mlx_mtp
 from mlx_mtp.decode.request import Stats
 from mlx_mtp.errors import PromptError
+from mlx_mtp.text.control_tokens import ControlTokens
 from mlx_mtp.text.tokenizer import Tokenizer
 from tests.support.tiny_checkpoints import make_pair
 from tests.support.tiny_tokenizer import SPECIAL, write_tokenizer
@@ -200,6 +201,11 @@ def test_ordinary_text_has_the_tokens_that_it_always_had(lm: mlx_mtp.MTPModel, b
             assert tokenizer.chat(messages) == tokenizer.encode(tokenizer.render(messages))
             tools = [{"name": "f", "description": text}]
             assert tokenizer.chat(messages, tools=tools) == tokenizer.encode(tokenizer.render(messages, tools=tools))
+
+
+def test_fields_of_messages_keep_their_names():
+    hidden = ControlTokens(["role", "<c>"]).hide_in_message({"role": "assistant", "content": "a <c>", "role2": 5})
+    assert hidden["role"] == "assistant" and hidden["content"] != "a <c>" and "role2" not in hidden
 
 
 def test_who_needs_control_tokens_can_have_them(lm: mlx_mtp.MTPModel):

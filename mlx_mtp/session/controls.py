@@ -58,9 +58,10 @@ class Controls:
         rules = Rules(
             vocab_size=self._vocab,
             penalties=Penalties(
-                repetition=options.repetition_penalty,
-                presence=options.presence_penalty,
-                frequency=options.frequency_penalty,
+                # Whole numbers may be larger than numpy's.
+                repetition=float(options.repetition_penalty),
+                presence=float(options.presence_penalty),
+                frequency=float(options.frequency_penalty),
                 bias=bias,
             ),
             processors=tuple(options.logits_processors or ()),

@@ -21,6 +21,10 @@ CHANNEL, CHANNEL_END = "<|channel>", "<channel|>"
 NOT_UTF8 = "the text holds bytes that aren't UTF-8: convert it first"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
+FIELDS = frozenset(("role", "content", "name", "reasoning", "tool_calls", "tool_responses", "tool_call_id"))
+"""Fields of messages, which templates and this package look for: nothing is hidden in their names, although a checkpoint
+may have a control token that begins with one of their letters."""
+
 
 class ControlTokens:
     """Hides and finds the names of a vocabulary's control tokens in text."""
@@ -77,7 +81,7 @@ class ControlTokens:
         Raises:
             PromptError: As for `hide`.
         """
-        hidden: dict[str, Any] = self.hide(message)
+        hidden = {key if key in FIELDS else self.hide(key): self.hide(item) for key, item in message.items()}
         content = message.get("content")
         if message.get("role") in ("assistant", "model"):
             if isinstance(content, str):
