@@ -22,8 +22,8 @@ NOT_UTF8 = "the text holds bytes that aren't UTF-8: convert it first"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 FIELDS = frozenset(("role", "content", "name", "reasoning", "tool_calls", "tool_responses", "tool_call_id"))
-"""Fields of messages, which templates and this package look for: nothing is hidden in their names, although a checkpoint
-may have a control token that begins with one of their letters."""
+"""Fields of messages, which templates and this package look for. Nothing is hidden in their names, even if a control
+token begins with one of their letters."""
 
 
 class ControlTokens:
