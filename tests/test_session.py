@@ -171,7 +171,9 @@ def test_closing_the_model_ends_those_who_wait():
     lm.close()
     for thread in threads:
         thread.join(60)
-    assert len(errors) == 3 and all("closed" in error for error in errors)
+    # The logits may have been there before: they come between two steps.
+    assert 2 <= len(errors) <= 3 and all("closed" in error for error in errors)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_a_model_that_is_dropped_gives_its_memory_back():
