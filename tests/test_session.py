@@ -153,6 +153,7 @@ def test_an_event_ends_calls_that_block(lm: mlx_mtp.MTPModel):
 
 
 def test_closing_the_model_ends_those_who_wait():
+    """Those whose texts run or whose prompts are read, and those whose work the thread hasn't begun."""
     lm = mlx_mtp.load(cache_bytes=0)
     errors: list[str] = []
 
@@ -162,18 +163,26 @@ def test_closing_the_model_ends_those_who_wait():
         except MTPError as error:
             errors.append(str(error))
 
-    prompt = PROMPT[:1000]  # of one chunk, which nothing interrupts
-    calls = [lambda: lm.generate(QUESTION, **LONG), lambda: list(lm.stream(prompt)), lambda: lm.logits(prompt)]
-    threads = [threading.Thread(target=read, args=(call,)) for call in calls]
-    for thread in threads:
+    def begun(call: Callable[[], object]) -> threading.Thread:
+        thread = threading.Thread(target=read, args=(call,))
         thread.start()
+        return thread
+
+    prompt = PROMPT[:1000]
+    running = [begun(lambda: lm.generate(QUESTION, **LONG)), begun(lambda: list(lm.stream(prompt, **LONG)))]
     until(lambda: not idle(lm))
-    lm.close()
-    for thread in threads:
+    reached, gate = threading.Event(), threading.Event()
+    holding = begun(lambda: lm._session.call(lambda _: (reached.set(), gate.wait(60))))
+    reached.wait(60)
+    waiting = [begun(lambda: list(lm.stream(prompt))), begun(lambda: lm.logits(prompt))]
+    until(lambda: len(lm._session._work) >= 3)
+    closing = threading.Thread(target=lm.close)
+    closing.start()
+    until(lambda: lm._session._closing)
+    gate.set()
+    for thread in (*running, holding, *waiting, closing):
         thread.join(60)
-    # The logits may have been there before: they come between two steps.
-    assert 2 <= len(errors) <= 3 and all("closed" in error for error in errors)
-    assert not any(thread.is_alive() for thread in threads)
+    assert len(errors) == 4 and all("closed" in error for error in errors)
 
 
 def test_a_model_that_is_dropped_gives_its_memory_back():
