@@ -1,8 +1,8 @@
 """Does any file, damaged or hostile, do more than raise the package's own errors?
 
 Each case changes one thing that is read from outside (a config, an index, a safetensors header, a tokenizer, a chat
-template, a profile, a saved prompt or conversation, an adapter, messages, a line of JSON, a schema) and reads it as the
-package does. Of every case:
+template, a profile, a saved prompt or conversation, an adapter, messages, a line of JSON, a schema, an interrupted
+conversion's journal) and reads it as the package does. Of every case:
 
 - only an `MTPError` of one line comes out, or nothing; the process goes on;
 - nothing outside the case's folder is opened but Python's own files, nothing is written, no program is started, and no

@@ -213,6 +213,21 @@ def _finished_files(aside: Path, plan: Plan) -> dict[str, str]:
     # The process may have been killed when it wrote the first journal.
     if not (aside / _JOURNAL).is_file() and any(not path.name.startswith(_JOURNAL) for path in listed(aside)):
         raise CheckpointError(f"{aside} is in the way, and isn't an interrupted conversion: move it")
+    done = _recorded_files(aside, plan)
+    _write_journal(aside, plan, done)
+    _delete_unquantised(aside)
+    for path in listed(aside):
+        if path.name != _JOURNAL and path.name not in done:
+            path.unlink()
+    return done
+
+
+def _recorded_files(aside: Path, plan: Plan) -> dict[str, str]:
+    """The files of a plan that are as the journal says, with their checksums; none if the journal is another plan's.
+
+    Raises:
+        CheckpointError: The journal isn't JSON, or the folder can't be read.
+    """
     journal = read_json(aside / _JOURNAL, required=False)
     done: dict[str, str] = {}
     if journal.get("fingerprint") == plan.fingerprint:
@@ -225,11 +240,6 @@ def _finished_files(aside: Path, plan: Plan) -> dict[str, str]:
         log.info("continuing %s: %d of %d files are complete", aside, len(done), len(plan.files))
     elif journal:
         log.warning("%s is from another source or other options: starting again", aside)
-    _write_journal(aside, plan, done)
-    _delete_unquantised(aside)
-    for path in listed(aside):
-        if path.name != _JOURNAL and path.name not in done:
-            path.unlink()
     return done
 
 

@@ -24,8 +24,10 @@ from mlx_mtp.checkpoint.load import load_drafter, load_target
 from mlx_mtp.checkpoint.safetensors_files import INDEX
 from mlx_mtp.cli.batch import _finished, _parse
 from mlx_mtp.cli.chatting.store import read_conversation
+from mlx_mtp.cli.tune import _read_prompts
 from mlx_mtp.config import check_pair
 from mlx_mtp.errors import MTPError
+from mlx_mtp.files import sha256
 from mlx_mtp.profile import SCHEMA, key_of, load_profile
 from mlx_mtp.session.generation_config import read_generation
 from mlx_mtp.session.options import GenerationOptions
@@ -36,6 +38,8 @@ from tests.support.fuzz_pieces import damaged_model, tiny_model
 from tests.support.oracle_pairs import write_pair
 from tests.support.random_controls import SCHEMA as RECORD
 from tests.support.random_controls import TOOLS
+from weights_convert.converter import _JOURNAL, _recorded_files, _write_journal
+from weights_convert.plan import make_plan
 
 PAIR = 390
 """The random pair that is damaged: one with all parts, and a tokenizer."""
@@ -93,6 +97,12 @@ class Files:
         added = self._pieces / "tokenizer_config.json"
         added.write_text(json.dumps(_ADDED))
         saved, output = folder / "saved.json", folder / "output.jsonl"
+        lines, self._plan, self._aside = (
+            folder / "lines.jsonl",
+            make_plan(read_target(target), None, None),
+            folder / "aside",
+        )
+        journal = self._write_journal()
         adapter, low_rank = self._adapter / "adapter_config.json", self._adapter / "adapters.safetensors"
         self.kinds: dict[str, tuple[Path, Make, Read]] = {
             "config": (target / "config.json", text(target / "config.json"), self._load),
@@ -116,6 +126,8 @@ class Files:
             "line": (target / "line", lambda rng: damaged_text(rng, _LINE), self._line),
             "schema": (target / "schema", _schema, self._schema),
             "tools": (target / "tools", lambda rng: damaged_text(rng, TOOLS), self._tools),
+            "tune's prompts": (lines, lambda rng: damaged_text(rng, _LINE), lambda: _read_prompts(lines)),
+            "journal": (journal, text(journal), lambda: _recorded_files(self._aside, self._plan)),
         }
 
     def _sound_profile(self) -> dict[str, Any]:
@@ -133,6 +145,16 @@ class Files:
         parts = {f"{name}.lora_a": np.zeros((shape[1], 2)), f"{name}.lora_b": np.zeros((2, shape[0]))}
         arrays = {part: mx.array(array.astype(np.float32)) for part, array in parts.items()}
         mx.save_safetensors(str(self._adapter / "adapters.safetensors"), arrays)
+
+    def _write_journal(self) -> Path:
+        """A conversion that was interrupted after its weights."""
+        self._aside.mkdir()
+        sums = {
+            name: (self._aside / name).write_bytes(b"weights") and sha256(self._aside / name)
+            for name in self._plan.files
+        }
+        _write_journal(self._aside, self._plan, sums)
+        return self._aside / _JOURNAL
 
     def _load(self) -> None:
         load_target(read_target(self._target))
