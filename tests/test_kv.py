@@ -8,7 +8,8 @@ import pytest
 
 from mlx_mtp.config import TextConfig, target_config
 from mlx_mtp.kv import CAPACITY_STEP, KVBuffers
-from mlx_mtp.kv.buffers import ring_slots
+from mlx_mtp.kv.batch import BatchKV
+from mlx_mtp.kv.buffers import capacity_for, ring_slots
 
 WINDOW, LONGEST = 8, 6
 
@@ -137,3 +138,17 @@ def test_an_unevaluated_write_can_be_forgotten(config: TextConfig):
     write(kv, [2], np.array([[7, 8]]))
     kv.restore(before)
     assert np.array(kv.keys[1][0, 0, :4, 0]).tolist() == [5, 6, 0, 0]
+
+
+@pytest.mark.parametrize("had, wanted", [(3 * CAPACITY_STEP, 10), (10, 3 * CAPACITY_STEP)])
+def test_a_batch_takes_the_room_that_its_rows_are_given_not_what_they_had(config: TextConfig, had: int, wanted: int):
+    rows = []
+    for start in (10, 20):
+        rows.append(KVBuffers(config, batch=1, dtype=mx.float32, longest_block=LONGEST))
+        rows[-1].reserve(had)
+        write(rows[-1], [0], np.arange(start, start + 4)[None])
+    batch = BatchKV.of(rows, wanted)
+    (group,) = batch.groups
+    assert group.capacity == capacity_for(wanted) and group.keys[1].shape == (2, 1, capacity_for(wanted), 8)
+    assert batch.fits([wanted, wanted]) and not batch.fits([wanted, capacity_for(wanted) + 1])
+    assert [np.array(group.keys[1][row, 0, :4, 0]).tolist() for row in (0, 1)] == [[10, 11, 12, 13], [20, 21, 22, 23]]

@@ -14,7 +14,7 @@ from mlx_mtp.decode.noise import row_seed as own_row_seed
 from tests.support import reference
 from tests.support.oracle import Oracle
 from tests.support.oracle_calls import judge_of, loaded, run_model
-from tests.support.oracle_choice import row_seed
+from tests.support.oracle_choice import Wish, chosen, possible, row_seed
 from tests.support.oracle_files import dequantised
 from tests.support.oracle_judge import Call, Given, Judge, wrong_logits
 from tests.support.oracle_pairs import Pair, random_pair
@@ -142,6 +142,29 @@ def test_a_text_that_breaks_its_format_is_noticed(pairs: dict[int, Pair]):
     constraints = judge.constraints
     assert not constraints.wrong(schema, '{"a": 1}', True) and constraints.wrong(schema, '{"b": 1}', True)
     assert constraints.wrong(own, "abd", False) and not constraints.wrong(own, "a", False)
+
+
+@pytest.mark.parametrize("rounding, sure", [(0.002, 0.9), (0.02, 0.8), (0.2, 0.4)])
+def test_whatever_rounding_makes_of_the_logits_what_is_chosen_was_possible(rounding: float, sure: float):
+    """Filters change what may be chosen by jumps: each must be foreseen, by a rule that doesn't allow everything."""
+    rng, changed, certain = np.random.default_rng(0), 0, 0
+    for seed in range(1000):
+        logits = rng.normal(size=33) * rng.uniform(0.5, 3)
+        wish = Wish(
+            temperature=float(rng.choice([0, 0.5, 1, 1.6])), seed=seed, top_k=int(rng.choice([0, 5])),
+            top_p=float(rng.choice([1, 0.9, 0.5])), min_p=float(rng.choice([0, 0, 0.1])),
+            repetition=float(rng.choice([1, 1.5])),
+        )  # fmt: skip
+        first = chosen(None, logits, [3, 4], [5], wish)
+        foreseen = possible(None, logits, [3, 4], [5], wish, rounding)
+        assert first in foreseen
+        certain += len(foreseen) == 1
+        for _ in range(10):
+            token = chosen(None, logits + rng.uniform(-rounding, rounding, size=33), [3, 4], [5], wish)
+            assert token in foreseen, (seed, wish, first, token)
+            changed += token != first
+    assert changed, "nothing was near"
+    assert certain > 1000 * sure
 
 
 def test_seeds_of_rows_are_the_oracle_s():

@@ -180,7 +180,10 @@ def _surely_and_perhaps_kept(scores: Array, near: float, wish: Wish) -> tuple[np
         most = np.array([shares[scores > score - near].sum() for score in scores]) - shares
         # With tokens at the edge of top-k the total is uncertain, and with it every share.
         slack = SAME_SHARE + (1 - sure_total)
-        surely, perhaps = surely & (most < wish.top_p - slack), perhaps & (least < wish.top_p + slack)
+        # And scores that are wrong by half of `near` change the odds of what lies before a token by that factor.
+        odds, factor = wish.top_p / (1 - wish.top_p), math.exp(near / wish.temperature)
+        low, high = odds / (odds + factor), odds / (odds + 1 / factor)
+        surely, perhaps = surely & (most < low - slack), perhaps & (least < high + slack)
     if wish.min_p > 0:
         edge = math.log(wish.min_p) * wish.temperature + best
         slack = near + SAME_SHARE * wish.temperature
