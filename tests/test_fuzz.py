@@ -50,6 +50,18 @@ def test_what_a_case_must_not_do_is_noticed(prepared_files: tuple[Files, Guard],
         del files.kinds["bad"]
 
 
+def test_no_file_is_read_for_the_code_of_a_template_that_python_refuses(prepared_files: tuple[Files, Guard]):
+    """Python would look for the line of its error in a file of the template's name, wherever the process is."""
+    files, guard = prepared_files
+    path, _, read = files.kinds["template"]
+    loops = b"{% for x in [1] %}" * 25 + b"{% endfor %}" * 25
+    files.kinds["loops"] = path, lambda rng: loops, read
+    try:
+        assert wrong(files, guard, "loops", 0, 0) == ("", "", True)
+    finally:
+        del files.kinds["loops"]
+
+
 def test_what_a_case_takes_is_noticed(prepared_files: tuple[Files, Guard], monkeypatch: pytest.MonkeyPatch):
     """The peaks and times are made up: a process that has used more memory before doesn't grow."""
     files, guard = prepared_files

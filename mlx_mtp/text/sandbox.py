@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import os
 import re
 import threading
 import time
@@ -238,11 +239,14 @@ class Environment(ImmutableSandboxedEnvironment):
 
         return bounded
 
-    def _compile(self, source: str, filename: str) -> CodeType:
-        """Compiles what Jinja has written, without Python's warnings: only a template's author could heed them."""
+    def _compile(self, source: str, filename: str) -> CodeType:  # noqa: ARG002 - a hook of Jinja
+        """Compiles what Jinja has written, without Python's warnings: only a template's author could heed them.
+
+        The code is said to come from a file without lines: for an error's message, Python would read `filename`.
+        """
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=SyntaxWarning, module=re.escape(filename))
-            return super()._compile(source, filename)
+            warnings.filterwarnings("ignore", category=SyntaxWarning, module=re.escape(os.devnull))
+            return super()._compile(source, os.devnull)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree: nodes.Template = _Budgeted().visit(super()._parse(source, name, filename))

@@ -31,6 +31,9 @@ class Guard:
         finally:
             self._awake = False
 
+    def _is_own(self, path: str) -> bool:
+        return os.path.realpath(path).startswith(self._own)
+
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self._awake:
             return
@@ -39,7 +42,7 @@ class Guard:
             inside = path.startswith(self._folder)
             if set(mode) & set("wax+") or (inside and path.endswith((".py", ".bin", ".pt"))):
                 self.found.append(f"opens {path!r} with {mode!r}")
-            elif not inside and not os.path.realpath(path).startswith(self._own):
+            elif not (inside or path == os.devnull or (os.path.isabs(path) and self._is_own(path))):
                 self.found.append(f"reads {path!r}")
         elif event == "import" and "evil" in str(arguments[0]):
             self.found.append(f"imports {arguments[0]}")
