@@ -75,6 +75,14 @@ def test_what_several_prompts_begin_with_is_found_from_the_third_on(pair: Pair):
     assert cached == [0, 0, 150, 150]
 
 
+def test_few_tokens_are_reused_only_if_they_are_the_whole_prompt(pair: Pair):
+    scheduler, short = Scheduler(*pair), words(MIN_REUSE - 2, 3)
+    prompts = [short, short, [*short[:-2], *words(9, 4)], short]
+    rows = [run(scheduler, prompt, tokens=4)[0] for prompt in prompts]
+    assert [row.stats.cached_tokens for row in rows] == [0, len(short) - 1, 0, len(short) - 1]
+    assert all(is_plain_text(pair[0], row) for row in rows)
+
+
 def test_side_by_side_as_well(pair: Pair):
     scheduler, common = Scheduler(*pair), words(100, 2)
     run(scheduler, common)
