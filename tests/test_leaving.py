@@ -60,9 +60,12 @@ def test_rows_that_have_left_are_forgotten(pair: Pair):
     assert not scheduler.kv_bytes
 
 
-def test_closing_ends_those_who_wait(pair: Pair):
+def test_closing_ends_those_who_wait_and_frees_all_kv(pair: Pair):
     scheduler = Scheduler(*pair, max_rows=1)
+    run(scheduler, words(20, 0))
     rows = [scheduler.submit(Request(words(n, n), 40)) for n in (4, 5)]
     scheduler.step()
+    assert scheduler.cache.nbytes and scheduler.kv_bytes
     scheduler.close()
     assert all(row.done for row in rows)
+    assert not (scheduler.cache.nbytes or scheduler.kv_bytes or scheduler.engine.kv or scheduler.busy)
