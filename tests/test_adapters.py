@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 import mlx_mtp
 from mlx_mtp import profile
 from mlx_mtp.checkpoint.description import read_drafter, read_target
+from mlx_mtp.checkpoint.load import load_target
 from mlx_mtp.checkpoint.quantization import Format, Scheme
 from mlx_mtp.errors import CheckpointError
+from mlx_mtp.kv import KVBuffers
+from tests.support.oracle import Oracle
 from tests.support.tiny_checkpoints import VOCAB, make_pair
 from weights_convert import convert
 
@@ -87,6 +91,29 @@ def test_embeddings_may_have_one_too(pair: tuple[Path, Path], tmp_path: Path):
     with mlx_mtp.load(pair[0], drafter=False, adapter=made, profile=None) as lm:
         found = np.array(lm.logits(PROMPT))
     np.testing.assert_allclose(found, np.array(model(mx.array([PROMPT]))[0]), atol=2e-3)
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "mxfp8", "nvfp4"])
+def test_one_of_a_quantised_embedding_is_added_in_full(mode: str, pair: tuple[Path, Path], tmp_path: Path):
+    """MLX reads rows of three of these formats in bfloat16, whatever the target computes in."""
+    folder = convert(pair[0], tmp_path / "converted", Scheme(Format.make(mode)))
+    made = make_adapter(pair[0], tmp_path / "adapter", keys=["language_model.model.embed_tokens"])
+    oracle = Oracle(folder, made)
+    expected = oracle.cap * np.tanh(oracle.see(PROMPT).logits / oracle.cap)
+    with mlx_mtp.load(folder, drafter=False, adapter=made, dtype="float32", profile=None) as lm:
+        np.testing.assert_allclose(np.array(lm.logits(PROMPT)), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "nvfp4"])
+def test_a_target_computes_in_its_own_type_whatever_its_tables_give(mode: str, pair: tuple[Path, Path], tmp_path: Path):
+    folder = convert(pair[0], tmp_path / "converted", Scheme(Format.make(mode)))
+    made = make_adapter(pair[0], tmp_path / "adapter", keys=["language_model.model.embed_tokens"])
+    for dtype in ("float32", "float16", "bfloat16"):
+        target = load_target(replace(read_target(folder), dtype=dtype), made)
+        kv = KVBuffers(target.config, 1, target.dtype)
+        kv.reserve(3)
+        hidden = target(mx.array([[5, 6, 7]]), mx.array([0]), kv)
+        assert hidden.dtype == target.embed(mx.array([5])).dtype == target.dtype == getattr(mx, dtype)
 
 
 def test_texts_don_t_depend_on_drafting(pair: tuple[Path, Path], adapter: Path):

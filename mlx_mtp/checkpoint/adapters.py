@@ -76,9 +76,12 @@ class LoRAEmbedding(_LoRA):
     """An embedding with an adapter, A [tokens, rank] and B [rank, size]; it may also be the output head."""
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        """Embeddings [..., size] of token ids [...]."""
+        """Embeddings [..., size] of token ids [...], in the wider type of table and adapter.
+
+        MLX gives the rows of mxfp4, mxfp8 and nvfp4 tables in bfloat16, whatever the model computes in.
+        """
         y: mx.array = self.base(tokens)
-        return y + (self._scale * (self.lora_a[tokens] @ self.lora_b)).astype(y.dtype)
+        return y + self._scale * (self.lora_a[tokens] @ self.lora_b)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Logits [..., tokens] of hidden states [..., size], as `nn.Embedding.as_linear`."""

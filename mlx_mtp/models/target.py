@@ -139,8 +139,12 @@ class Target(nn.Module):
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Scaled embeddings [..., hidden] of token ids [...]."""
-        embedded: mx.array = self.embed_tokens(tokens)
-        return embedded * mx.array(self.config.hidden_size**0.5, self.dtype)
+        return self._rows(self.embed_tokens, tokens) * mx.array(self.config.hidden_size**0.5, self.dtype)
+
+    def _rows(self, table: nn.Module, tokens: mx.array) -> mx.array:
+        """Rows of an embedding table; those of some quantised ones, or with an adapter, come in another type."""
+        rows: mx.array = table(tokens)
+        return rows.astype(self.dtype)
 
     def __call__(self, tokens: mx.array, lengths: mx.array, kv: KVCache, ragged: RaggedBlock | None = None) -> mx.array:
         """Runs a block of tokens that follows the committed ones, and writes its KV.
@@ -227,7 +231,7 @@ class Target(nn.Module):
         if not self.config.ple_size:
             return None
         shape = (*tokens.shape, len(self.layers), self.config.ple_size)
-        table: mx.array = self.embed_tokens_per_layer(tokens) * mx.array(self.config.ple_size**0.5, self.dtype)
+        table = self._rows(self.embed_tokens_per_layer, tokens) * mx.array(self.config.ple_size**0.5, self.dtype)
         projected = self.per_layer_model_projection(embedded) * self.config.hidden_size**-0.5
         normed: mx.array = self.per_layer_projection_norm(projected.reshape(shape))
         return (normed + table.reshape(shape)) * 2**-0.5
