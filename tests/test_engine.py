@@ -13,10 +13,11 @@ import pytest
 
 from mlx_mtp.checkpoint.description import read_target
 from mlx_mtp.checkpoint.load import load_target
+from mlx_mtp.checkpoint.sizes import ABOVE
 from mlx_mtp.decode import in_flight
 from mlx_mtp.decode.draft_length import DraftLengthPolicy
 from mlx_mtp.decode.prefill import prefill
-from mlx_mtp.decode.request import INVARIANT_WIDTH, Request, Row, Stats
+from mlx_mtp.decode.request import INVARIANT_WIDTH, ROOM, Request, Row, Stats
 from mlx_mtp.decode.round import accept, decode_round, first_state
 from mlx_mtp.decode.sampling import Sampler, SamplingOptions
 from mlx_mtp.decode.scheduler import Scheduler
@@ -249,6 +250,17 @@ def test_seconds_count_from_the_submission_and_from_the_first_token(monkeypatch:
     assert (row.stats.prompt_seconds, row.stats.generation_seconds) == (3.0, 0.0)
     row.receive([8, 9, 9], 1, 2)
     assert (row.stats.prompt_seconds, row.stats.generation_seconds) == (3.0, 5.0)
+
+
+def test_buffers_have_room_for_a_short_text_and_grow_in_steps_with_a_long_one():
+    """Rows may write `ABOVE` positions past their end."""
+    short, long = (Row(Request(prompt(20), limit), Stats(), limit) for limit in (60, 10**6))
+    assert (short.room, long.room) == (20 + 60 + ABOVE, 20 + ROOM)
+    for count in (1, 2, 8 * ROOM):
+        long.tokens = [5] * count
+        assert long.committed == len(long.committed_tokens) == 19 + count
+    assert long.room == long.committed + long.committed // 4
+    assert long.committed_tokens == [*prompt(20), *[5] * (count - 1)]
 
 
 @pytest.mark.parametrize("mode", ["early", "late"])
