@@ -170,6 +170,22 @@ def test_the_order_of_requests_is_kept(e2b: Pair):
     assert begun == sorted(begun)
 
 
+def test_a_row_whose_reader_has_caught_up_waits_for_a_place(e2b: Pair):
+    scheduler = Scheduler(*e2b, max_rows=1)
+    rows = [scheduler.submit(Request([i, 5, 6], 30, draft_length=2)) for i in (1, 2)]
+    while not rows[0].tokens:
+        scheduler.step()
+    rows[0].paused = True
+    while not rows[1].tokens:
+        scheduler.step()
+    rows[0].paused = False
+    while not all(row.done for row in rows):
+        scheduler.step()
+        assert len(scheduler.engine.rows) <= 1
+        assert rows[1].done or len(rows[0].tokens) < 30
+    assert all(is_plain_text(e2b[0], row) for row in rows)
+
+
 def test_equal_prompts_are_prefilled_once(e2b: Pair, monkeypatch: pytest.MonkeyPatch):
     target, drafter = e2b
     blocks = []
