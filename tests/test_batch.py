@@ -24,12 +24,12 @@ from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
 from tests.support.random_requests import alone, differs, first_wrong, is_plain_text, make_request, run_at_random
 from tests.support.scripted_drafter import LuckyDrafter, ScriptedDrafter
-from tests.support.tiny_checkpoints import KINDS, VOCAB, WINDOW, load_pair, make_pair
+from tests.support.tiny_checkpoints import ARCHITECTURES, VOCAB, WINDOW, load_pair, make_pair
 
 Pair = tuple[Target, Drafter]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=ARCHITECTURES)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return load(request.param, tmp_path_factory.mktemp(request.param))
 

@@ -20,14 +20,14 @@ from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.target import Target
 from mlx_mtp.simulate.known_models import KNOWN_MODELS, known_pair
 from tests.support.random_requests import is_plain_text, make_request, run_at_random
-from tests.support.tiny_checkpoints import KINDS, VOCAB, WINDOW, load_pair, make_pair
+from tests.support.tiny_checkpoints import ARCHITECTURES, VOCAB, WINDOW, load_pair, make_pair
 
 Pair = tuple[Target, Drafter]
 
 UNLIKE = [500, 500, 500, 16_000, 500, 500, 500, 500]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=ARCHITECTURES)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder, drafter_folder = make_pair(request.param, tmp_path_factory.mktemp(request.param))
     return load_pair(folder, drafter_folder, "float32")

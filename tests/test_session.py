@@ -45,26 +45,26 @@ def idle(lm: mlx_mtp.MTPModel) -> bool:
 
 def test_a_slow_reader_finds_its_text_and_slows_nobody(lm: mlx_mtp.MTPModel, monkeypatch: pytest.MonkeyPatch):
     """Its row goes on up to a bound, then makes room; a second reader, and a third one, don't notice."""
-    monkeypatch.setattr(session_module, "AHEAD", 60)
-    options = {**LONG, "max_tokens": 160}
+    monkeypatch.setattr(session_module, "AHEAD", 40)
+    options = {**LONG, "max_tokens": 100}
     expected = lm.generate(QUESTION, **options).tokens
     slow = lm.stream(QUESTION, **options)
     tokens = list(next(slow).tokens)
     other = lm.generate("Who are you?", **options)
-    assert len(other.tokens) == 160
+    assert len(other.tokens) == 100
     until(lambda: idle(lm))
     (parked,) = lm._session.call(lambda it: it.scheduler._parked)
-    assert 60 <= len(parked.rows[0].tokens) - len(tokens) <= 60 + 2 * 16
+    assert 40 <= len(parked.rows[0].tokens) - len(tokens) <= 40 + 2 * 16
     assert lm.generate("Who are you?", **options).tokens == other.tokens
     for chunk in slow:
         tokens += chunk.tokens
-    assert tokens == expected and chunk.stats.generated_tokens == 160
+    assert tokens == expected and chunk.stats.generated_tokens == 100
 
 
 def test_slow_readers_give_up_their_places(lm: mlx_mtp.MTPModel, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(session_module, "AHEAD", 20)
-    expected = lm.generate(QUESTION, **{**LONG, "max_tokens": 60}).tokens
-    streams = [lm.stream(QUESTION, **{**LONG, "max_tokens": 60}) for _ in range(11)]
+    expected = lm.generate(QUESTION, **{**LONG, "max_tokens": 40}).tokens
+    streams = [lm.stream(QUESTION, **{**LONG, "max_tokens": 40}) for _ in range(11)]
     found = [[*next(stream).tokens] for stream in streams]  # more than a batch has places for
     for stream, tokens in zip(streams, found, strict=True):
         tokens += [token for chunk in stream for token in chunk.tokens]

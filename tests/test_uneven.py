@@ -14,7 +14,7 @@ from mlx_mtp.models import attention
 from mlx_mtp.models.drafter import Drafter
 from mlx_mtp.models.ragged import RaggedBlock
 from mlx_mtp.models.target import Target
-from tests.support.tiny_checkpoints import KINDS, VOCAB, load_pair, make_pair
+from tests.support.tiny_checkpoints import ARCHITECTURES, VOCAB, load_pair, make_pair
 
 COUNTS = [3, 1, 6, 2]
 OPTIONS = [
@@ -25,7 +25,7 @@ OPTIONS = [
 ]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=ARCHITECTURES)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Target, Drafter]:
     folder, drafter_folder = make_pair(request.param, tmp_path_factory.mktemp(request.param))
     return load_pair(folder, drafter_folder)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 KINDS = ("e2b", "e4b", "12b", "26b", "31b")
 
+ARCHITECTURES = ("e2b", "26b", "31b")
+"""One kind of each way to build a target, for tests of what happens around it: e4b is as e2b, and 12b as 31b."""
+
 VOCAB = 512
 WINDOW = 16
 HEAD_DIM, GLOBAL_HEAD_DIM = 64, 128
