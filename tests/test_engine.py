@@ -97,12 +97,12 @@ def test_a_prompt_is_kept_through_a_long_answer_that_is_dropped(pair: Pair, samp
     """As in a chat whose thoughts leave the history: the next prompt goes on where this one ended."""
     used, tokens = Scheduler(*pair), prompt(70)
     for turn in range(2):
-        answer, _ = run(used, tokens, 60, sampling=sampling, draft_length=3)
+        answer, _ = run(used, tokens, 45, sampling=sampling, draft_length=3)
         tokens = tokens + answer[-7:] + prompt(9, seed=turn)
-        text, stats = run(used, tokens, 60, sampling=sampling, draft_length=2)
+        text, stats = run(used, tokens, 45, sampling=sampling, draft_length=2)
         assert stats.cached_tokens == len(tokens) - 16
-        assert len(text) == 60 and first_wrong(pair[0], Request(tokens, 60, sampling), text) is None
-    again, stats = run(used, tokens, 60, sampling=sampling, draft_length=3)
+        assert len(text) == 45 and first_wrong(pair[0], Request(tokens, 45, sampling), text) is None
+    again, stats = run(used, tokens, 45, sampling=sampling, draft_length=3)
     assert again == text and stats.cached_tokens == len(tokens) - 1
 
 
