@@ -100,6 +100,14 @@ def test_growth_keeps_what_was_written(config: TextConfig):
     assert kv.keys[0].shape[2] == ring_slots(WINDOW, LONGEST), "sliding layers stop growing"
 
 
+def test_a_ring_has_the_window_and_a_block_and_hardly_more():
+    """And one position more: in transformers, a drafter sees that before the window."""
+    for window in range(1, 70):
+        for block in (1, LONGEST, 16):
+            slots = ring_slots(window, block)
+            assert slots % 32 == 0 and window + 1 + block <= slots < window + 1 + block + 32
+
+
 def test_a_write_is_in_place(config: TextConfig):
     kv = KVBuffers(config, batch=1, dtype=mx.float32, longest_block=LONGEST)
     kv.reserve(200_000)
