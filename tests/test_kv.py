@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_mtp.config import TextConfig, target_config
-from mlx_mtp.kv import CAPACITY_STEP, KVBuffers
+from mlx_mtp.kv import CAPACITY_STEP, KVBuffers, kv_bytes
 from mlx_mtp.kv.batch import BatchKV
 from mlx_mtp.kv.buffers import capacity_for, ring_slots
 
@@ -16,6 +16,10 @@ WINDOW, LONGEST = 8, 6
 
 @pytest.fixture
 def config() -> TextConfig:
+    return config_with()
+
+
+def config_with(**fields: object) -> TextConfig:
     """Three layers: sliding, full, and a sliding one without KV of its own."""
     return target_config(
         {
@@ -37,6 +41,7 @@ def config() -> TextConfig:
                 "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
                 "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
             },
+            **fields,
         }
     ).text
 
@@ -89,6 +94,16 @@ def test_the_drafter_gets_the_very_arrays(config: TextConfig):
         (view,) = kv.shared(mx.array([3]), WINDOW)[sliding]
         assert view.keys is kv.keys[layer] and view.values is kv.values[layer]
     assert sorted(kv.keys) == [0, 1], "layers that share KV own none"
+
+
+@pytest.mark.parametrize("heads, full_heads", [(1, None), (3, None), (4, 2)])
+@pytest.mark.parametrize("positions", [1, 100, 1000])
+def test_the_bytes_of_buffers_are_known_before_they_are_made(heads: int, full_heads: int | None, positions: int):
+    fields = {"num_key_value_heads": heads, "num_attention_heads": 12, "num_global_key_value_heads": full_heads}
+    config = config_with(**fields, attention_k_eq_v=full_heads is not None)
+    kv = KVBuffers(config, batch=1, dtype=mx.float16)
+    kv.reserve(positions)
+    assert kv.nbytes == kv_bytes(config, positions, 2)
 
 
 def test_growth_keeps_what_was_written(config: TextConfig):
