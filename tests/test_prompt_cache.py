@@ -29,7 +29,7 @@ Pair = tuple[Target, Drafter]
 SAMPLED = SamplingOptions(temperature=1.0, top_k=40, seed=4)
 
 
-@pytest.fixture(scope="module", params=["e2b", "31b"])
+@pytest.fixture(scope="module", params=["e2b", "12b"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     target_folder, drafter_folder = make_pair(request.param, tmp_path_factory.mktemp(request.param))
     return load_pair(target_folder, drafter_folder, "float32")
