@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -74,13 +75,27 @@ def test_same_seed_same_text(lm: mlx_mtp.MTPModel):
     assert lm.generate(QUESTION, max_tokens=40, temperature=4.0, top_k=0, seed=8).tokens != texts[0]
 
 
+def hold(lm: mlx_mtp.MTPModel, seconds: float = 0.5) -> None:
+    """Keeps the model's thread busy for a moment, so that all rows of the next call wait together."""
+    begun = threading.Event()
+
+    def rest(_: object) -> None:
+        begun.set()
+        time.sleep(seconds)
+
+    threading.Thread(target=lm._session.call, args=(rest,)).start()
+    begun.wait()
+
+
 def test_several_answers(lm: mlx_mtp.MTPModel):
     options = {"max_tokens": 30, "temperature": 4.0, "top_k": 0, "seed": 7}
+    hold(lm)
     several = lm.generate(QUESTION, n=3, **options)
     assert several[0].tokens == lm.generate(QUESTION, **options).tokens
     assert len({tuple(r.tokens) for r in several}) == 3
     assert several[1].stats.cached_tokens == several[1].stats.prompt_tokens, "one prefill for all"
     # Long answers overwrite the window before the prompt's end.
+    hold(lm)
     long = lm.generate([7] * 200, n=2, max_tokens=200, ignore_eos=True, seed=3)
     assert long[1].stats.cached_tokens == 200
     with mlx_mtp.load() as fresh:
